@@ -1,0 +1,283 @@
+"""Insertion episodes in HDF5: one file is one episode, one sample dict whatever the recorder wrote.
+
+    action                       (N, A) float     what the recorder stored: a pose delta or a joint target, see ActionDefinition
+    observations/ee_pose         (N, 6) float     x y z, roll pitch yaw; optional
+    observations/qpos            (N, 6) float     joints; optional
+    observations/images/<cam>    (N,) variable-length uint8 (JPEG), or (N, H, W, 3) uint8 RGB, any compression
+    phase (N,) int, timestamp (N,) float, language_instruction str      optional
+
+Camera names sorted alphabetically become camera1..K. Low-dimensional arrays are read once; images lazily, through a
+bounded number of open files per process. Nothing is ever replaced by zeros: what cannot be read raises BadEpisode.
+"""
+import io
+import os
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from common.stats import FORMAT_VERSION, compute_stats
+
+MAX_OPEN_FILES = 32  # per process; `ulimit -n` is 1024 on most machines and a training has many workers
+
+
+class BadEpisode(ValueError):
+    """A file or frame that cannot be used. The message names file, dataset and frame."""
+
+
+@dataclass
+class Episode:
+    """Everything of one file but its images."""
+
+    path: str
+    name: str                          # path relative to the data root: stable when the data moves
+    num_frames: int
+    cameras: dict                      # {recorder's camera name: "jpeg" | "raw"}, sorted by name
+    action: np.ndarray                 # (N, A) float32, as recorded
+    ee_pose: np.ndarray | None         # (N, 6) float32
+    qpos: np.ndarray | None            # (N, 6) float32
+    phase: np.ndarray | None           # (N,) int
+    instruction: str | None            # the file's own language_instruction
+
+
+def find_episodes(root):
+    """All *.h5 and *.hdf5 below `root`, sorted as path strings. FileNotFoundError when there is none."""
+    if not str(root):
+        raise FileNotFoundError("No HDF5 files found: dataset.root_dir is empty. Set it to the folder with your .h5 episodes (--dataset.root_dir DIR)")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"No HDF5 files found: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})")
+    paths = sorted(str(p) for p in Path(root).rglob("*") if p.suffix in (".h5", ".hdf5"))
+    if not paths:
+        raise FileNotFoundError(f"No HDF5 files found under '{root}' (searched for *.h5 and *.hdf5, recursively). Check dataset.root_dir")
+    return paths
+
+
+def read_episode(path, root=None):
+    """Read and check one file -> Episode (images stay on disk). BadEpisode names what is missing, misshapen or not finite."""
+    try:
+        with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
+            if "observations/images" not in f or not len(f["observations/images"]):
+                raise BadEpisode(f"{path}: no 'observations/images/<camera>'; the file has {sorted(f)}. Re-record it or move it away")
+            action = _lowdim(f, path, "action", required=True)
+            n = len(action)
+            if n == 0:
+                raise BadEpisode(f"{path}: dataset 'action' has 0 rows; expected one per frame")
+            cameras = {}
+            for name in sorted(f["observations/images"]):
+                images = f["observations/images"][name]
+                if len(images) != n:
+                    raise BadEpisode(f"{path}: dataset 'observations/images/{name}' has {len(images)} frames, 'action' has {n} rows")
+                cameras[name] = _layout(path, name, images)
+            return Episode(
+                path=str(path), name=os.path.relpath(path, root) if root else Path(path).name, num_frames=n, cameras=cameras, action=action,
+                ee_pose=_lowdim(f, path, "observations/ee_pose", n), qpos=_lowdim(f, path, "observations/qpos", n),
+                phase=f["phase"][:].astype(int) if "phase" in f else None, instruction=_text(f["language_instruction"]) if "language_instruction" in f else None,
+            )
+    except OSError as error:
+        raise BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out") from error
+
+
+def load_episodes(root, skip_bad=False, progress=None):
+    """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by `skip_bad`.
+
+    All episodes must agree on cameras and dimensions; the first one that does not is named. `progress` wraps the path list (tqdm).
+    """
+    episodes, excluded = [], []
+    for path in (progress or iter)(find_episodes(root)):
+        try:
+            episode = read_episode(path, root)
+            if episodes:
+                _check_agreement(episodes[0], episode)
+            episodes.append(episode)
+        except BadEpisode as error:
+            if not skip_bad:
+                raise BadEpisode(f"{error} (--skip_bad_episodes leaves such files out and lists them)") from error
+            excluded.append(str(error))
+    if not episodes:
+        raise BadEpisode(f"none of the {len(excluded)} files under '{root}' is usable; the first: {excluded[0]}")
+    return episodes, excluded
+
+
+def _check_agreement(first, other):
+    def signature(e):
+        return {"cameras": list(e.cameras), "action dims": e.action.shape[1], "ee_pose dims": None if e.ee_pose is None else e.ee_pose.shape[1],
+                "qpos dims": None if e.qpos is None else e.qpos.shape[1]}
+    for what, expected in signature(first).items():
+        if signature(other)[what] != expected:
+            raise BadEpisode(f"{other.path}: {what} {signature(other)[what]} do not match {expected} of {first.path}. Train on one kind of recording at a time: move one away")
+
+
+def _lowdim(f, path, key, rows=None, required=False):
+    if key not in f:
+        if required:
+            raise BadEpisode(f"{path}: no dataset '{key}'; the file has {sorted(f)}. Re-record it or move it away")
+        return None
+    array = f[key][:].astype(np.float32)
+    if array.ndim != 2 or (rows is not None and len(array) != rows):
+        raise BadEpisode(f"{path}: dataset '{key}' has shape {array.shape}, expected ({rows or 'frames'}, dims)")
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        raise BadEpisode(f"{path}: dataset '{key}' frame {bad[0]} is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)")
+    return array
+
+
+def _layout(path, name, images):
+    if h5py.check_vlen_dtype(images.dtype) == np.uint8 and images.ndim == 1:
+        return "jpeg"
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
+        return "raw"
+    raise BadEpisode(f"{path}: dataset 'observations/images/{name}' is {images.dtype} {images.shape}; expected (N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8")
+
+
+def _text(dataset):
+    """language_instruction as scalar, (1,), bytes, S-type or str -> str."""
+    value = dataset[()]
+    value = value.reshape(-1)[0] if isinstance(value, np.ndarray) else value
+    return (value.decode("utf-8") if isinstance(value, bytes) else str(value)).strip("\0 \n")
+
+
+class ImageReader:
+    """Reads single frames; keeps at most `max_open` files open, per process (an HDF5 handle must not cross a fork)."""
+
+    def __init__(self, max_open=MAX_OPEN_FILES):
+        self.max_open, self._files, self._pid = max_open, OrderedDict(), None
+
+    def read(self, episode, camera, frame, at_least=None):
+        """-> (h, w, 3) uint8 RGB of `camera` (recorder's name). A JPEG is decoded at the smallest DCT scale whose size is not below
+        `at_least` = (height, width); the caller resizes to its exact input size."""
+        where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
+        try:
+            value = self._open(episode.path)["observations/images"][camera][frame]
+        except (OSError, KeyError, IndexError) as error:
+            raise BadEpisode(f"{where} cannot be read ({error}). Re-copy the file, or move it away and start again") from error
+        if episode.cameras[camera] == "raw":
+            return value
+        try:
+            image = Image.open(io.BytesIO(value.tobytes()))
+            if at_least is not None:
+                image.draft("RGB", (at_least[1], at_least[0]))
+            return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). Re-record the episode, or move it away and start again") from error
+
+    def _open(self, path):
+        if self._pid != os.getpid():
+            self._files, self._pid = OrderedDict(), os.getpid()
+        if path in self._files:
+            self._files.move_to_end(path)
+        else:
+            if len(self._files) >= self.max_open:
+                self._files.popitem(last=False)[1].close()
+            self._files[path] = h5py.File(path, "r", locking=False)
+        return self._files[path]
+
+    def __getstate__(self):
+        return {"max_open": self.max_open, "_files": OrderedDict(), "_pid": None}
+
+
+# ---- actions ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ActionDefinition:
+    """What one row of the training target is; two programs that share statistics must agree on it.
+
+    source "action": the recorded row. source "ee_pose_delta": ee_pose[t+1] - ee_pose[t], the motion that follows frame t.
+    rotation_unit "rad" | "deg" is the unit of the rotation columns 3:6 of ee_pose; a delta is wrapped to half a turn in it.
+    """
+
+    source: str
+    dim: int
+    rotation_unit: str = "rad"
+
+    def targets(self, episode):
+        """(M, A) float32; row t belongs to frame t. M = N for "action", N-1 for "ee_pose_delta" (the last frame has no next)."""
+        if self.source == "action":
+            return episode.action
+        delta = np.diff(episode.ee_pose, axis=0)
+        turn = np.float32(360.0 if self.rotation_unit == "deg" else 2 * np.pi)
+        delta[:, 3:6] = (delta[:, 3:6] + turn / 2) % turn - turn / 2
+        return delta
+
+
+def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
+    """ActionDefinition for these episodes. rotation_unit "auto": degrees if any |rotation| exceeds a full turn in radians."""
+    if not use_ee_pose_delta:
+        return ActionDefinition("action", episodes[0].action.shape[1], detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit)
+    pose = episodes[0].ee_pose
+    if pose is None or pose.shape[1] != 6:
+        raise BadEpisode(f"{episodes[0].path}: use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {None if pose is None else pose.shape}. "
+                         "Set dataset.use_ee_pose_delta_as_action: false to train on the recorded 'action'")
+    return ActionDefinition("ee_pose_delta", 6, detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit)
+
+
+def detect_rotation_unit(episodes):
+    """"deg" if any rotation of ee_pose lies beyond 2 pi, else "rad" ("rad" when there is none to look at)."""
+    peaks = [np.abs(e.ee_pose[:, 3:6]).max() for e in episodes if e.ee_pose is not None and e.ee_pose.shape[1] == 6]
+    return "deg" if peaks and max(peaks) > 2 * np.pi + 1e-3 else "rad"
+
+
+def detect_position_unit(episodes):
+    """"mm" or "m" from the size of ee_pose[:, :3] (a desktop arm reaches less than 2 m, and more than 2 mm), None without poses.
+    Episodes that disagree raise BadEpisode: their deltas differ by a factor of 1000."""
+    units = {}
+    for e in episodes:
+        if e.ee_pose is not None:
+            units.setdefault("mm" if np.abs(e.ee_pose[:, :3]).max() > 2.0 else "m", e.path)
+    if len(units) > 1:
+        raise BadEpisode(f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}. Convert one, or move it away")
+    return next(iter(units), None)
+
+
+def records_past_motion(episodes):
+    """True if `action` is the motion already made, action[t] = ee_pose[t] - ee_pose[t-1]: trained on, it teaches yesterday's action."""
+    e = episodes[0]
+    if e.ee_pose is None or e.ee_pose.shape != e.action.shape or e.num_frames < 3:
+        return False
+    past = np.diff(e.ee_pose, axis=0)
+    return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:], past, atol=1e-3 * np.abs(past).max()))
+
+
+def action_chunk(targets, frame, horizon, hold):
+    """Rows frame..frame+horizon-1 of `targets` -> ((H, A) float32, is_pad (H,) bool).
+
+    Past the end `hold` "zero" pads with zeros (a delta: stand still), "repeat" with the last row (an absolute target).
+    """
+    chunk = targets[frame:frame + horizon]
+    missing = horizon - len(chunk)
+    if missing:
+        fill = np.zeros_like(targets[:1]) if hold == "zero" else targets[-1:]
+        chunk = np.concatenate([chunk, np.repeat(fill, missing, axis=0)])
+    return chunk, np.arange(horizon) >= horizon - missing
+
+
+# ---- statistics and split -----------------------------------------------------------------------------------------------------------
+
+def robot_state(episode, keys):
+    """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose") side by side."""
+    return np.concatenate([getattr(episode, k) for k in keys], axis=1)
+
+
+def insertion_stats(train, definition, held_out, state_keys=()):
+    """Statistics of the training episodes in the file form of common/stats.py; `held_out` are the names of the validation episodes."""
+    arrays = {"action": [definition.targets(e) for e in train]}
+    if state_keys:
+        arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
+    return dict(format_version=FORMAT_VERSION, num_episodes=len(train), num_frames=int(sum(e.num_frames for e in train)), action_definition=asdict(definition),
+                excluded_episodes=list(held_out), **compute_stats(arrays))
+
+
+def hold_out_last(episodes, count):
+    """(training, validation): the last `count` episodes of the sorted list; recorders put the time into the name, so these are the newest."""
+    if not 0 <= count < len(episodes):
+        raise ValueError(f"num_val_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer")
+    return episodes[:len(episodes) - count], episodes[len(episodes) - count:]
+
+
+def write_validation_list(path, episodes, validation):
+    """validation_episodes.txt: `validation` holds indices into the sorted list `episodes`."""
+    lines = ["Validation episodes", "=" * 80, f"Total episodes: {len(episodes)}", f"Validation episodes: {len(validation)}",
+             f"Validation episode indices: {list(validation)}", "", "Validation episode paths:"]
+    Path(path).write_text("\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n")

@@ -1,0 +1,68 @@
+"""One global sample order: a pure function of (seed, position), the same for any number of ranks, workers and restarts.
+
+Position p counts the samples that training has consumed since step 0, over all ranks. The sample at p is order(epoch p // n)[p % n].
+An optimizer step takes `global_batch` consecutive positions; micro-batch m of rank r takes its own slice of them, so k
+micro-batches, or r ranks, see together exactly what one big batch sees.
+"""
+import hashlib
+
+import numpy as np
+
+
+def epoch_order(n, seed, epoch, weights=None):
+    """(n,) int64, the samples of one epoch in order. Without weights a permutation; with `weights` (n,) > 0, n draws in which
+    sample i occurs floor or ceil of n * w_i / sum(w) times (systematic resampling), so every epoch has the right shares."""
+    rng = np.random.Generator(np.random.Philox(_key(seed, epoch, "order")))
+    if weights is None:
+        return rng.permutation(n)
+    edges = np.cumsum(weights, dtype=np.float64)
+    points = (np.arange(n) + rng.random()) * (edges[-1] / n)
+    return rng.permutation(np.minimum(np.searchsorted(edges, points, side="right"), n - 1))
+
+
+class GlobalOrder:
+    """index(position) over endless epochs of `n` samples."""
+
+    def __init__(self, n, seed, weights=None):
+        if n < 1:
+            raise ValueError("the data set has no samples")
+        self.n, self.seed, self.weights, self._epoch, self._order = n, seed, weights, None, None
+
+    def index(self, position):
+        epoch, offset = divmod(position, self.n)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self.n, self.seed, epoch, self.weights)
+        return int(self._order[offset])
+
+
+class RankBatches:
+    """Batch sampler of one rank: yields its micro-batches as lists of (position, index), `accumulation` of them per optimizer step.
+
+    `start` is the first position (a resumed run passes the position it stopped at), `steps` the number of optimizer steps.
+    """
+
+    def __init__(self, order, batch_size, accumulation=1, rank=0, world=1, start=0, steps=1):
+        self.order, self.batch_size, self.accumulation, self.rank, self.world, self.start, self.steps = order, batch_size, accumulation, rank, world, start, steps
+
+    def __iter__(self):
+        for k in range(self.steps * self.accumulation):
+            first = self.start + (k * self.world + self.rank) * self.batch_size
+            yield [(p, self.order.index(p)) for p in range(first, first + self.batch_size)]
+
+    def __len__(self):
+        return self.steps * self.accumulation
+
+
+def _key(seed, number, purpose):
+    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
+
+
+def generator_at(seed, position, purpose):
+    """NumPy generator for the random choices of one sample; `purpose` ("augment", "noise", ...) keeps their streams apart."""
+    return np.random.Generator(np.random.Philox(_key(seed, position, purpose)))
+
+
+def torch_seed_at(seed, position, purpose):
+    """63-bit seed for torch.manual_seed / torch.Generator, same idea."""
+    return _key(seed, position, purpose) & (2**63 - 1)

@@ -1,0 +1,296 @@
+"""Write small data sets in every recording format, and tiny random backbones in their real file formats.
+
+One seeded scene feeds all of them: a needle tip approaches a trocar on an eye phantom, lines up with it and enters. It is rendered by
+pinhole projection into side, tool and top cameras under domain randomisation (light, camera, colours, background, noise: guide 2). Where
+the trocar is, and therefore what to do next, can be seen in the images and in nothing else; the frame number tells nothing.
+
+    python make_demo.py                                   # everything below demo/
+    python make_demo.py insertion --episodes 80           # only the insertion episodes
+    python make_demo.py --list                            # what can be made
+
+Everything is a function of --seed: two runs write the same scenes.
+"""
+import argparse
+import io
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import h5py
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+# ---- scene -----------------------------------------------------------------------------------------------------------
+# World frame: mm, z up, the phantom's centre near the origin. ee_pose = needle tip x y z (mm) and roll pitch yaw (rad); the needle points along
+# R(roll, pitch) @ (0, 0, -1), yaw turns it about its own axis and changes nothing that can be seen.
+
+HZ = 14.9                      # the simulator's frame rate: a frame every 67 physics steps of 1 ms
+ALIGN_MM, ALIGN_RAD = 1.6, 0.035   # largest motion of one frame while aligning
+INSERT_MM = 0.8                # advance of one frame while inserting
+STANDOFF_MM, DEPTH_MM = 8.0, 9.0   # where inserting starts above the entry, and where it ends below it
+INSTRUCTION = "Insert the needle into the target point"
+CAMERAS = {                    # name: (position mm, looks at mm, focal length in image heights)
+    "side_camera": ((0.0, -150.0, 28.0), (0.0, 0.0, 14.0), 1.7),
+    "tool_camera": ((105.0, -105.0, 75.0), (0.0, 0.0, 10.0), 1.7),
+    "top_camera": ((0.0, -8.0, 165.0), (0.0, 0.0, 8.0), 1.8),
+}
+
+
+def needle_axis(pose):
+    """Unit vector from the tip along the direction of insertion, (3,)."""
+    roll, pitch = pose[3], pose[4]
+    return np.array([-np.sin(pitch) * np.cos(roll), np.sin(roll), -np.cos(pitch) * np.cos(roll)])
+
+
+def simulate(rng):
+    """One episode -> dict(pose (N, 6) mm/rad, phase (N,) 1 align 2 insert 3 hold, entry (3,) mm)."""
+    entry = np.array([rng.uniform(-16, 16), rng.uniform(-16, 16), rng.uniform(2, 8)])
+    target = entry + [0, 0, STANDOFF_MM]
+    pose = np.array([*(target[:2] + rng.uniform(-24, 24, 2)), target[2] + rng.uniform(2, 22), *rng.uniform(-0.45, 0.45, 2), rng.uniform(-1, 1)])
+    poses, phases, phase, held = [], [], 1, 0
+    while held < 6:
+        poses.append(pose.copy())
+        phases.append(phase)
+        if phase == 1:
+            gap = target - pose[:3]
+            pose[:3] += gap * min(0.3, ALIGN_MM / max(np.linalg.norm(gap), 1e-9))
+            pose[3:5] -= np.clip(0.3 * pose[3:5], -ALIGN_RAD, ALIGN_RAD)
+            if np.linalg.norm(gap) < 0.4 and np.abs(pose[3:5]).max() < 0.02:
+                phase = 2
+        elif phase == 2:
+            goal = entry - [0, 0, DEPTH_MM]
+            pose[:3] += (goal - pose[:3]) * min(1.0, INSERT_MM / max(np.linalg.norm(goal - pose[:3]), 1e-9))
+            if np.linalg.norm(goal - pose[:3]) < 1e-6:
+                phase = 3
+        else:
+            held += 1
+    return dict(pose=np.array(poses), phase=np.array(phases, np.int32), entry=entry)
+
+
+def randomise(rng):
+    """Domain randomisation of one episode: light, camera jitter, colours, background."""
+    return dict(
+        light=rng.uniform(0.8, 1.2), jitter=rng.uniform(-2, 2, (3, 3)), tilt=rng.uniform(-0.02, 0.02, (3, 2)),
+        color=rng.uniform(-0.1, 0.1, (4, 3)), background=rng.uniform(0.25, 0.6, 3), slope=rng.uniform(-0.12, 0.12, (2, 3)),
+    )
+
+
+def render(pose, entry, camera, look, size, rng):
+    """-> (H, W, 3) uint8 RGB of one camera. `size` = (height, width); sensor noise is drawn from `rng`."""
+    height, width = size
+    scale = 2                                                     # drawn at twice the size, then reduced: cheap antialiasing
+    index = list(CAMERAS).index(camera)
+    position, at, focal = (np.array(v, float) for v in CAMERAS[camera])
+    forward = at - (position := position + look["jitter"][index])
+    forward /= np.linalg.norm(forward)
+    right = np.cross(forward, [0, 0, 1.0] if abs(forward[2]) < 0.95 else [0, 1.0, 0])
+    right /= np.linalg.norm(right)
+    up = np.cross(right, forward)
+    pixels = float(focal) * height * scale
+
+    def project(point):
+        d = np.asarray(point, float) - position
+        z = d @ forward
+        return (width * scale / 2 + pixels * (d @ right / z + look["tilt"][index, 0]), height * scale / 2 - pixels * (d @ up / z + look["tilt"][index, 1])), pixels / z
+
+    def color(base, shift):
+        return tuple(int(v) for v in np.clip((np.array(base) + look["color"][shift]) * look["light"] * 255, 0, 255))
+
+    # a table mat whose shade changes across the picture
+    ys, xs = np.mgrid[-1:1:height * scale * 1j, -1:1:width * scale * 1j]
+    mat = look["background"] + ys[..., None] * (look["slope"][0] + [0.15, 0.0, -0.15]) + xs[..., None] * (look["slope"][1] + [-0.15, 0.15, 0.0])
+    picture = Image.fromarray((np.clip(mat * look["light"], 0, 1) * 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+
+    center, k = project(entry - [0, 0, 16.0])                     # the eye: a ball below the entry
+    radius = 15 * k
+    draw.ellipse([center[0] - radius, center[1] - radius, center[0] + radius, center[1] + radius], fill=color((0.92, 0.88, 0.85), 0))
+    (ex, ey), k = project(entry)
+    (bx, by), _ = project(entry - [0, 0, 5.0])
+    draw.line([ex, ey, bx, by], fill=color((0.15, 0.25, 0.85), 1), width=max(2, int(6 * k)))     # the trocar's tube
+    draw.ellipse([ex - 3.6 * k, ey - 3.6 * k, ex + 3.6 * k, ey + 3.6 * k], fill=color((0.1, 0.75, 0.9), 2))
+    tip, k = project(pose[:3])
+    shaft, _ = project(pose[:3] - 45 * needle_axis(pose))
+    draw.line([*tip, *shaft], fill=color((0.95, 0.15, 0.1), 3), width=max(2, int(2.4 * k)))
+    draw.ellipse([tip[0] - 2 * k, tip[1] - 2 * k, tip[0] + 2 * k, tip[1] + 2 * k], fill=color((1.0, 0.85, 0.1), 3))
+    picture = picture.filter(ImageFilter.BoxBlur(0.5)).resize((width, height), Image.BOX)
+    return np.clip(np.asarray(picture, np.float32) + rng.normal(0, 5, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+# ---- insertion episodes (HDF5) ---------------------------------------------------------------------------------------
+
+def write_insertion(folder, episodes=4, seed=0, layout="jpeg", size=(120, 160), position_unit="mm", rotation_unit="rad", action="past_delta",
+                    phase=True, instruction=True, timestamp=True, max_frames=None):
+    """Episodes in the file form of the insertion recorders.
+
+    layout "jpeg" (variable-length, quality 95), "raw" (contiguous) or "gzip" (chunked, compressed); `action` "past_delta" stores the motion
+    already made, as the simulator's collectors do, "joints" the absolute joint targets of the randomised collector. All variants of one seed
+    show the same scene, so that readers can be compared across them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in tqdm(range(episodes), desc=f"insertion episodes ({layout})", disable=None):
+        rng = np.random.default_rng([seed, i])
+        run, look = simulate(rng), randomise(rng)
+        pose, phases = run["pose"][:max_frames], run["phase"][:max_frames]
+        n = len(pose)
+        joints = joint_angles(pose)
+        stored = pose.copy()
+        stored[:, :3] *= 1e-3 if position_unit == "m" else 1.0
+        stored[:, 3:] *= 180 / np.pi if rotation_unit == "deg" else 1.0
+        past = np.concatenate([np.zeros((1, 6)), np.diff(stored, axis=0)])
+        path = folder / f"episode_20260101_{i // 3600:02d}{i // 60 % 60:02d}{i % 60:02d}.h5"
+        with h5py.File(path, "w") as f:
+            f.create_dataset("action", data=(past if action == "past_delta" else np.concatenate([joints[1:], joints[-1:]])).astype(np.float32), compression="gzip")
+            f.create_dataset("observations/ee_pose", data=stored.astype(np.float32), compression="gzip")
+            f.create_dataset("observations/qpos", data=(joints + rng.normal(0, 0.001, joints.shape)).astype(np.float32), compression="gzip")
+            for camera in CAMERAS:
+                images = [render(p, run["entry"], camera, look, size, rng) for p in pose]
+                _write_images(f, f"observations/images/{camera}", images, layout)
+            if phase:
+                f.create_dataset("phase", data=phases, compression="gzip")
+            if timestamp:
+                f.create_dataset("timestamp", data=(np.arange(1, n + 1) / HZ).astype(np.float32), compression="gzip")
+            if instruction:
+                f.create_dataset("language_instruction", data=INSTRUCTION)
+        paths.append(path)
+    return paths
+
+
+def joint_angles(pose):
+    """A smooth, invertible stand-in for the arm's inverse kinematics: (N, 6) pose in mm/rad -> (N, 6) joint angles in rad."""
+    x, y, z = pose[:, 0] / 100, pose[:, 1] / 100, pose[:, 2] / 100
+    return np.stack([np.arctan2(y, x + 2), 0.8 * z - 0.3 * x, 0.6 * x + 0.4 * z, pose[:, 3], pose[:, 4], pose[:, 5] + 0.2 * y], axis=1)
+
+
+def jpeg(image, quality=95):
+    """(H, W, 3) uint8 RGB -> JPEG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _write_images(f, key, images, layout):
+    if layout == "jpeg":
+        dataset = f.create_dataset(key, (len(images),), dtype=h5py.vlen_dtype(np.uint8))
+        for i, image in enumerate(images):
+            dataset[i] = np.frombuffer(jpeg(image), np.uint8)
+    elif layout == "raw":
+        f.create_dataset(key, data=np.stack(images))
+    elif layout == "gzip":
+        f.create_dataset(key, data=np.stack(images), compression="gzip")
+    else:
+        raise ValueError(f"layout '{layout}': expected jpeg, raw or gzip")
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+                 "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+ACTION_TOKENS = 2048
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_level_tokenizer(specials, merges_from=()):
+    """A byte-level BPE `tokenizers.Tokenizer`: 256 byte symbols, no merges (or merges learned from the texts `merges_from`), then `specials`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if merges_from:
+        tokenizer.train_from_iterator(merges_from, trainers.BpeTrainer(vocab_size=400, initial_alphabet=symbols, show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in specials])
+    return tokenizer
+
+
+def write_qwen2_5_vl(folder, seed=0, text=(128, 3), vision=(96, 3), action_tokens=True):
+    """A tiny random Qwen2.5-VL directory that AutoTokenizer, AutoImageProcessor and from_pretrained open like the real one.
+
+    `text`, `vision` = (width, layers). With `action_tokens` the tokenizer has NORA's <robot_action_0> .. <robot_action_2047>.
+    """
+    import torch
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = byte_level_tokenizer(QWEN_SPECIALS, merges_from=[INSTRUCTION, "You are a helpful assistant.", "system", "user", "assistant"] * 3)
+    if action_tokens:
+        raw.add_tokens([AddedToken(f"<robot_action_{i}>", normalized=False) for i in range(ACTION_TOKENS)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=32768, chat_template=CHAT_TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    ids = {s: raw.token_to_id(s) for s in QWEN_SPECIALS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="Qwen2VLImageProcessor", patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=3136, max_pixels=1003520,
+        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]), indent=2))
+    width, layers = text
+    half = width // 8 // 2                                          # 8 heads; the three rope sections add up to half a head
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=raw.get_vocab_size(), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+                         max_position_embeddings=4096, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]),
+                         tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]),
+        vision_config=dict(depth=vision[1], hidden_size=vision[0], intermediate_size=2 * vision[0], num_heads=4, out_hidden_size=width,
+                           fullatt_block_indexes=list(range(1, vision[1])), window_size=112),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024):
+    """A FAST tokenizer directory in the public file layout (processor_config.json + tokenizer.json), fitted on smooth random chunks."""
+    import train_nora
+
+    rng = np.random.default_rng(seed)
+    knots = rng.uniform(-1, 1, (800, 4, dim))
+    at = np.linspace(0, 3, horizon)
+    low = np.minimum(at.astype(int), 2)
+    chunks = knots[:, low] + (at - low)[None, :, None] * (knots[:, low + 1] - knots[:, low])
+    train_nora.FastTokenizer.fit(list(chunks), vocab_size=vocab_size).save(folder)
+    return Path(folder)
+
+
+# ---- what can be made: name -> function(folder, args). A new format is one function and one line here ------------------
+
+PARTS = {
+    "insertion": lambda folder, args: write_insertion(folder / "insertion", args.episodes, args.seed),
+    "qwen2_5_vl": lambda folder, args: write_qwen2_5_vl(folder / "qwen2_5_vl", args.seed),
+    "fast": lambda folder, args: write_fast(folder / "fast", args.seed),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to write: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--out", default="demo", help="folder to write into (default: demo)")
+    parser.add_argument("--episodes", type=int, default=80, help="insertion episodes (default: 80)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(PARTS))
+        return
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part '{unknown[0]}': choose from {', '.join(PARTS)}")
+    for part in args.parts or PARTS:
+        PARTS[part](Path(args.out), args)
+        print(f"{part}: {Path(args.out) / part}")
+
+
+if __name__ == "__main__":
+    main()
