@@ -251,6 +251,37 @@ def write_qwen2_5_vl(folder, seed=0, text=(128, 3), vision=(96, 3), action_token
     return folder
 
 
+SMOLVLM_SPECIALS = ["<pad>", "<unk>", "<bos>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+
+
+def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 3), image_size=64, patch=8, shuffle=2):
+    """A tiny random SmolVLM2 directory that AutoConfig, AutoTokenizer and from_pretrained open like the real one.
+
+    `text`, `vision` = (width, layers); a picture of image_size pixels becomes (image_size / patch / shuffle)^2 tokens.
+    """
+    import torch
+    from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = byte_level_tokenizer(SMOLVLM_SPECIALS, merges_from=[INSTRUCTION + "\n", "Insert needle into eye trocar in simulation\n"] * 3)
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", model_max_length=8192).save_pretrained(folder)
+    ids = {s: raw.token_to_id(s) for s in SMOLVLM_SPECIALS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="SmolVLMImageProcessor", processor_class="SmolVLMProcessor", do_convert_rgb=True, do_image_splitting=True, do_normalize=True, do_pad=True, do_rescale=True, do_resize=True,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3, max_image_size=dict(longest_edge=image_size), size=dict(longest_edge=image_size), resample=1, rescale_factor=1 / 255), indent=2))
+    (folder / "processor_config.json").write_text(json.dumps(dict(processor_class="SmolVLMProcessor", image_seq_len=(image_size // patch // shuffle) ** 2), indent=2))
+    config = SmolVLMConfig(
+        text_config=dict(model_type="llama", hidden_size=text[0], intermediate_size=2 * text[0], num_hidden_layers=text[1], num_attention_heads=6, num_key_value_heads=2, head_dim=text[0] // 6 // 2 * 2,
+                         vocab_size=raw.get_vocab_size(), rms_norm_eps=1e-5, pad_token_id=ids["<pad>"], bos_token_id=ids["<bos>"], eos_token_id=ids["<eos>"], tie_word_embeddings=False),
+        vision_config=dict(hidden_size=vision[0], intermediate_size=2 * vision[0], num_hidden_layers=vision[1], num_attention_heads=4, image_size=image_size, patch_size=patch),
+        scale_factor=shuffle, image_token_id=ids["<image>"], pad_token_id=ids["<pad>"], tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024):
     """A FAST tokenizer directory in the public file layout (processor_config.json + tokenizer.json), fitted on smooth random chunks."""
     import train_nora
@@ -269,6 +300,8 @@ def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024):
 PARTS = {
     "insertion": lambda folder, args: write_insertion(folder / "insertion", args.episodes, args.seed),
     "qwen2_5_vl": lambda folder, args: write_qwen2_5_vl(folder / "qwen2_5_vl", args.seed),
+    "insertion_sim": lambda folder, args: write_insertion(folder / "insertion_sim", args.episodes, args.seed, position_unit="m", action="joints", instruction=False),
+    "smolvlm2": lambda folder, args: write_smolvlm2(folder / "smolvlm2", args.seed),
     "fast": lambda folder, args: write_fast(folder / "fast", args.seed),
 }
 
