@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import h5py
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 # ---- scene -----------------------------------------------------------------------------------------------------------
@@ -28,10 +28,11 @@ from tqdm import tqdm
 # R(roll, pitch) @ (0, 0, -1), yaw turns it about its own axis and changes nothing that can be seen.
 
 HZ = 14.9                      # the simulator's frame rate: a frame every 67 physics steps of 1 ms
-ALIGN_MM, ALIGN_RAD = 1.6, 0.035   # largest motion of one frame while aligning
-INSERT_MM = 0.8                # advance of one frame while inserting
+ALIGN_MM, ALIGN_RAD = 3.0, 0.06     # largest motion of one frame while aligning
+INSERT_MM = 1.6                # advance of one frame while inserting
 STANDOFF_MM, DEPTH_MM = 8.0, 9.0   # where inserting starts above the entry, and where it ends below it
 INSTRUCTION = "Insert the needle into the target point"
+SUPERSAMPLE = 2                # drawn at twice the size, then reduced: cheap antialiasing
 CAMERAS = {                    # name: (position mm, looks at mm, focal length in image heights)
     "side_camera": ((0.0, -150.0, 28.0), (0.0, 0.0, 14.0), 1.7),
     "tool_camera": ((105.0, -105.0, 75.0), (0.0, 0.0, 10.0), 1.7),
@@ -51,7 +52,7 @@ def simulate(rng):
     target = entry + [0, 0, STANDOFF_MM]
     pose = np.array([*(target[:2] + rng.uniform(-24, 24, 2)), target[2] + rng.uniform(2, 22), *rng.uniform(-0.45, 0.45, 2), rng.uniform(-1, 1)])
     poses, phases, phase, held = [], [], 1, 0
-    while held < 6:
+    while held < 4:
         poses.append(pose.copy())
         phases.append(phase)
         if phase == 1:
@@ -70,54 +71,55 @@ def simulate(rng):
     return dict(pose=np.array(poses), phase=np.array(phases, np.int32), entry=entry)
 
 
-def randomise(rng):
-    """Domain randomisation of one episode: light, camera jitter, colours, background."""
-    return dict(
-        light=rng.uniform(0.8, 1.2), jitter=rng.uniform(-2, 2, (3, 3)), tilt=rng.uniform(-0.02, 0.02, (3, 2)),
-        color=rng.uniform(-0.1, 0.1, (4, 3)), background=rng.uniform(0.25, 0.6, 3), slope=rng.uniform(-0.12, 0.12, (2, 3)),
-    )
-
-
-def render(pose, entry, camera, look, size, rng):
-    """-> (H, W, 3) uint8 RGB of one camera. `size` = (height, width); sensor noise is drawn from `rng`."""
+def randomise(rng, size):
+    """Domain randomisation of one episode: light, camera jitter, colours, background; with the backgrounds of the three views already painted."""
     height, width = size
-    scale = 2                                                     # drawn at twice the size, then reduced: cheap antialiasing
+    ys, xs = np.mgrid[-1:1:height * SUPERSAMPLE * 1j, -1:1:width * SUPERSAMPLE * 1j].astype(np.float32)
+    look = dict(light=rng.uniform(0.85, 1.15), jitter=rng.uniform(-2, 2, (3, 3)), tilt=rng.uniform(-0.02, 0.02, (3, 2)), color=rng.uniform(-0.1, 0.1, (4, 3)), mats=[])
+    for _ in CAMERAS:  # a colour-graded table mat: red rises to the right, blue to the bottom
+        base, dx, dy = np.array([0.45, 0.4, 0.45]) + rng.uniform(-0.05, 0.05, 3), [0.3, 0.0, 0.0] + rng.uniform(-0.04, 0.04, 3), [0.0, 0.0, 0.3] + rng.uniform(-0.04, 0.04, 3)
+        mat = base + xs[..., None] * dx + ys[..., None] * dy
+        look["mats"].append(Image.fromarray((np.clip(mat * look["light"], 0, 1) * 255).astype(np.uint8)))
+    return look
+
+
+def render(pose, entry, camera, look, rng):
+    """-> (H, W, 3) uint8 RGB of one camera; sensor noise is drawn from `rng`."""
     index = list(CAMERAS).index(camera)
     position, at, focal = (np.array(v, float) for v in CAMERAS[camera])
-    forward = at - (position := position + look["jitter"][index])
-    forward /= np.linalg.norm(forward)
+    position = position + look["jitter"][index]
+    forward = (at - position) / np.linalg.norm(at - position)
     right = np.cross(forward, [0, 0, 1.0] if abs(forward[2]) < 0.95 else [0, 1.0, 0])
     right /= np.linalg.norm(right)
     up = np.cross(right, forward)
-    pixels = float(focal) * height * scale
+    picture = look["mats"][index].copy()
+    width, height = picture.size
+    pixels, draw = float(focal) * height, ImageDraw.Draw(picture)
 
     def project(point):
+        """World mm -> ((x, y) in pixels, pixels per mm there)."""
         d = np.asarray(point, float) - position
         z = d @ forward
-        return (width * scale / 2 + pixels * (d @ right / z + look["tilt"][index, 0]), height * scale / 2 - pixels * (d @ up / z + look["tilt"][index, 1])), pixels / z
+        return (width / 2 + pixels * (d @ right / z + look["tilt"][index, 0]), height / 2 - pixels * (d @ up / z + look["tilt"][index, 1])), pixels / z
 
     def color(base, shift):
         return tuple(int(v) for v in np.clip((np.array(base) + look["color"][shift]) * look["light"] * 255, 0, 255))
 
-    # a table mat whose shade changes across the picture
-    ys, xs = np.mgrid[-1:1:height * scale * 1j, -1:1:width * scale * 1j]
-    mat = look["background"] + ys[..., None] * (look["slope"][0] + [0.15, 0.0, -0.15]) + xs[..., None] * (look["slope"][1] + [-0.15, 0.15, 0.0])
-    picture = Image.fromarray((np.clip(mat * look["light"], 0, 1) * 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    def disc(point, radius_mm, fill):
+        (x, y), k = project(point)
+        draw.ellipse([x - radius_mm * k, y - radius_mm * k, x + radius_mm * k, y + radius_mm * k], fill=fill)
 
-    center, k = project(entry - [0, 0, 16.0])                     # the eye: a ball below the entry
-    radius = 15 * k
-    draw.ellipse([center[0] - radius, center[1] - radius, center[0] + radius, center[1] + radius], fill=color((0.92, 0.88, 0.85), 0))
-    (ex, ey), k = project(entry)
-    (bx, by), _ = project(entry - [0, 0, 5.0])
-    draw.line([ex, ey, bx, by], fill=color((0.15, 0.25, 0.85), 1), width=max(2, int(6 * k)))     # the trocar's tube
-    draw.ellipse([ex - 3.6 * k, ey - 3.6 * k, ex + 3.6 * k, ey + 3.6 * k], fill=color((0.1, 0.75, 0.9), 2))
-    tip, k = project(pose[:3])
-    shaft, _ = project(pose[:3] - 45 * needle_axis(pose))
-    draw.line([*tip, *shaft], fill=color((0.95, 0.15, 0.1), 3), width=max(2, int(2.4 * k)))
-    draw.ellipse([tip[0] - 2 * k, tip[1] - 2 * k, tip[0] + 2 * k, tip[1] + 2 * k], fill=color((1.0, 0.85, 0.1), 3))
-    picture = picture.filter(ImageFilter.BoxBlur(0.5)).resize((width, height), Image.BOX)
-    return np.clip(np.asarray(picture, np.float32) + rng.normal(0, 5, (height, width, 3)), 0, 255).astype(np.uint8)
+    def rod(a, b, thickness_mm, fill):
+        (start, k), (end, _) = project(a), project(b)
+        draw.line([*start, *end], fill=fill, width=max(2, int(thickness_mm * k)))
+
+    disc(entry - [0, 0, 16.0], 15.0, color((0.92, 0.88, 0.85), 0))                                  # the eye: a ball below the entry
+    rod(entry, entry - [0, 0, 5.0], 6.0, color((0.15, 0.25, 0.85), 1))                              # the trocar's tube
+    disc(entry, 4.0, color((0.1, 0.8, 0.9), 2))                                                     # and its mouth
+    rod(pose[:3], pose[:3] - 45 * needle_axis(pose), 3.0, color((0.95, 0.15, 0.1), 3))
+    disc(pose[:3], 3.0, color((1.0, 0.9, 0.1), 3))
+    image = np.asarray(picture.resize((width // SUPERSAMPLE, height // SUPERSAMPLE), Image.BOX), np.float32)
+    return np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
 
 
 # ---- insertion episodes (HDF5) ---------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def write_insertion(folder, episodes=4, seed=0, layout="jpeg", size=(120, 160), 
     paths = []
     for i in tqdm(range(episodes), desc=f"insertion episodes ({layout})", disable=None):
         rng = np.random.default_rng([seed, i])
-        run, look = simulate(rng), randomise(rng)
+        run, look = simulate(rng), randomise(rng, size)
         pose, phases = run["pose"][:max_frames], run["phase"][:max_frames]
         n = len(pose)
         joints = joint_angles(pose)
@@ -149,7 +151,7 @@ def write_insertion(folder, episodes=4, seed=0, layout="jpeg", size=(120, 160), 
             f.create_dataset("observations/ee_pose", data=stored.astype(np.float32), compression="gzip")
             f.create_dataset("observations/qpos", data=(joints + rng.normal(0, 0.001, joints.shape)).astype(np.float32), compression="gzip")
             for camera in CAMERAS:
-                images = [render(p, run["entry"], camera, look, size, rng) for p in pose]
+                images = [render(p, run["entry"], camera, look, rng) for p in pose]
                 _write_images(f, f"observations/images/{camera}", images, layout)
             if phase:
                 f.create_dataset("phase", data=phases, compression="gzip")
@@ -215,7 +217,7 @@ def byte_level_tokenizer(specials, merges_from=()):
     return tokenizer
 
 
-def write_qwen2_5_vl(folder, seed=0, text=(128, 3), vision=(96, 3), action_tokens=True):
+def write_qwen2_5_vl(folder, seed=0, text=(128, 3), vision=(96, 3), action_tokens=True, init=0.06):
     """A tiny random Qwen2.5-VL directory that AutoTokenizer, AutoImageProcessor and from_pretrained open like the real one.
 
     `text`, `vision` = (width, layers). With `action_tokens` the tokenizer has NORA's <robot_action_0> .. <robot_action_2047>.
@@ -240,8 +242,8 @@ def write_qwen2_5_vl(folder, seed=0, text=(128, 3), vision=(96, 3), action_token
     config = Qwen2_5_VLConfig(
         text_config=dict(vocab_size=raw.get_vocab_size(), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
                          max_position_embeddings=4096, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]),
-                         tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]),
-        vision_config=dict(depth=vision[1], hidden_size=vision[0], intermediate_size=2 * vision[0], num_heads=4, out_hidden_size=width,
+                         tie_word_embeddings=True, initializer_range=init, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]),
+        vision_config=dict(depth=vision[1], hidden_size=vision[0], intermediate_size=2 * vision[0], num_heads=4, out_hidden_size=width, initializer_range=init,
                            fullatt_block_indexes=list(range(1, vision[1])), window_size=112),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True)

@@ -1,0 +1,577 @@
+"""The HDF5 adapter: every recorder's variant gives one sample, every defect gets its name, actions are right to the last frame."""
+import errno
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import make_demo
+import train_nora
+from common import episodes as ep
+from common.episodes import ActionDefinition, BadEpisode, ImageReader, action_chunk, read_episode
+from common.stats import Normalizer
+
+N, SIZE = 32, (60, 80)  # frames enough for the motion to change its speed: before that, its normalised value is rounding
+
+
+def write(folder, **changes):
+    """One episode of the same scene whatever the variant -> its path."""
+    return make_demo.write_insertion(folder, **(dict(episodes=1, max_frames=N, size=SIZE) | changes))[0]
+
+
+@pytest.fixture
+def episode_path(insertion_root, tmp_path):
+    """A private copy of a JPEG episode (14 frames) to damage."""
+    return Path(shutil.copy(ep.find_episodes(insertion_root)[0], tmp_path / "episode.h5"))
+
+
+def replace(path, key, data, **kwargs):
+    with h5py.File(path, "r+") as f:
+        del f[key]
+        if data is not None:
+            f.create_dataset(key, data=data, **kwargs)
+
+
+# ---- variants --------------------------------------------------------------------------------------------------------
+
+SAMPLE_KEYS = {"images", "action", "is_pad", "state", "instruction", "episode", "frame", "phase"}
+
+
+def samples(folder, **dataset):
+    """Every sample of a folder as train_nora sees it, with the normaliser of the folder's own statistics."""
+    cfg = train_nora.Config(dataset=train_nora.DatasetConfig(root_dir=str(folder), horizon=3, cameras=["camera1", "camera3"], resize_resolution=[28, 28], state_in_prompt=True,
+                                                             use_qpos=True, **dataset))
+    data = train_nora.load_data(cfg)
+    items = train_nora.NoraDataset(data.train, data)
+    return [items[i, i] for i in range(len(items))], data
+
+
+@pytest.fixture(scope="module")
+def raw_samples(tmp_path_factory):
+    return samples(write(tmp_path_factory.mktemp("raw"), layout="raw").parent, use_ee_pose_delta_as_action=True)
+
+
+@pytest.mark.parametrize("variant", [
+    dict(layout="gzip"), dict(layout="jpeg"), dict(layout="raw", position_unit="m"), dict(layout="raw", rotation_unit="deg"), dict(layout="gzip", position_unit="m", rotation_unit="deg"),
+    dict(layout="raw", phase=False), dict(layout="raw", instruction=False), dict(layout="jpeg", timestamp=False, phase=False, instruction=False), dict(layout="raw", action="joints")],
+    ids=lambda v: "-".join(map(str, v.values())))
+def test_every_variant_gives_the_same_sample(tmp_path, raw_samples, variant):
+    """The pose deltas agree in their own unit, and what the model is trained on (normalised) agrees without any unit."""
+    dataset = {} if variant.get("rotation_unit") != "deg" else dict(rotation_unit="deg")  # the demo never turns by more than 2 pi degrees' worth
+    got, data = samples(write(tmp_path, **variant).parent, use_ee_pose_delta_as_action=True, **dataset)
+    expected, expected_data = raw_samples
+    to_mm = 1000 if variant.get("position_unit") == "m" else 1
+    to_rad = np.pi / 180 if variant.get("rotation_unit") == "deg" else 1
+    assert data.spec.position_unit == ("m" if to_mm == 1000 else "mm")
+    low, high = (np.array(expected_data.stats["action"][q]) for q in ("q01", "q99"))
+    moves = high > low
+    assert moves.sum() == 5, "the demo's needle never yaws"
+    assert len(got) == len(expected) == N - 1
+    for a, b in zip(got, expected):
+        assert set(a) == SAMPLE_KEYS and a["images"].shape == (2, 28, 28, 3) and a["images"].dtype == np.uint8
+        assert a["action"].shape == (3, 6) and a["action"].dtype == np.float32 and a["state"].shape == (12,)
+        np.testing.assert_allclose(a["action"] * ([to_mm] * 3 + [to_rad] * 3), b["action"], atol=2e-5)
+        np.testing.assert_allclose(data.normalizer.normalize(a["action"])[:, moves], expected_data.normalizer.normalize(b["action"])[:, moves], atol=2e-3)
+        np.testing.assert_allclose(a["state"][6:], b["state"][6:], atol=1e-4)
+        np.testing.assert_array_equal(a["is_pad"], b["is_pad"])
+        assert a["frame"] == b["frame"] and a["instruction"] == b["instruction"] == "Insert the needle into the target point"
+        assert a["phase"] == (b["phase"] if variant.get("phase", True) else -1)
+        if variant["layout"] == "jpeg":
+            assert np.abs(a["images"].astype(int) - b["images"]).mean() < 3, "quality 95, half of it decoded by DCT scaling"
+        else:
+            np.testing.assert_array_equal(a["images"], b["images"])
+
+
+def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path):
+    jpeg, raw = read_episode(write(tmp_path / "j", layout="jpeg")), read_episode(write(tmp_path / "r", layout="raw"))
+    assert jpeg.cameras == dict.fromkeys(["side_camera", "tool_camera", "top_camera"], "jpeg") and raw.cameras == dict.fromkeys(jpeg.cameras, "raw")
+    assert list(jpeg.cameras) == sorted(jpeg.cameras), "camera1..K are the names in alphabetical order"
+    for camera in raw.cameras:
+        truth = ImageReader().read(raw, camera, 5)
+        assert truth.shape == (*SIZE, 3) and truth.dtype == np.uint8
+        decoded = np.asarray(Image.open(io.BytesIO(make_demo.jpeg(truth))).convert("RGB"))
+        np.testing.assert_array_equal(ImageReader().read(jpeg, camera, 5), decoded)
+        assert not np.array_equal(ImageReader().read(jpeg, camera, 5), ImageReader().read(jpeg, camera, 4))
+
+
+INSTRUCTIONS = {
+    "scalar str": dict(data="바늘 삽입"), "scalar bytes": dict(data="바늘 삽입".encode()), "(1,) str": dict(data=["바늘 삽입"], dtype=h5py.string_dtype()),
+    "(1,) bytes": dict(data=np.array(["바늘 삽입".encode()])), "S256": dict(data=np.array("바늘 삽입".encode(), "S256")), "(1,) S256": dict(data=np.array(["바늘 삽입".encode()], "S256")),
+    "fixed utf-8": dict(data="바늘 삽입".encode(), dtype=h5py.string_dtype("utf-8", 64)), "ascii vlen": dict(data="바늘 삽입".encode(), dtype=h5py.string_dtype("ascii"))}
+
+
+@pytest.mark.parametrize("form", INSTRUCTIONS)
+def test_the_instruction_is_text_however_it_is_stored(episode_path, form):
+    replace(episode_path, "language_instruction", None)
+    with h5py.File(episode_path, "r+") as f:
+        f.create_dataset("language_instruction", **INSTRUCTIONS[form])
+    assert read_episode(episode_path).instruction == "바늘 삽입"
+
+
+def test_without_instruction_the_task_instruction_is_used_and_the_file_wins(tmp_path, insertion_root):
+    bare = write(tmp_path, instruction=False).parent
+    assert {s["instruction"] for s in samples(bare, task_instruction="hold")[0]} == {"hold"}
+    assert {s["instruction"] for s in samples(insertion_root, task_instruction="hold")[0]} == {make_demo.INSTRUCTION}
+
+
+# ---- finding files ---------------------------------------------------------------------------------------------------
+
+def test_files_are_found_at_any_depth_sorted_as_path_strings(tmp_path):
+    names = ["b.h5", "a/z.h5", "a/b/c.hdf5", "a.h5", "note.txt", "x.h5.tmp"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert ep.find_episodes(tmp_path) == sorted(str(tmp_path / n) for n in names[:4])
+
+
+def test_a_linked_folder_below_the_root_is_searched(tmp_path, insertion_root):
+    """Recordings on a NAS are usually linked into one data folder."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "monday").symlink_to(insertion_root, target_is_directory=True)
+    assert len(ep.find_episodes(tmp_path / "root")) == 4
+
+
+@pytest.mark.parametrize("case", ["empty", "missing", "unset", "file"])
+def test_nothing_to_read_says_so(tmp_path, case):
+    root = {"empty": tmp_path, "missing": tmp_path / "nowhere", "unset": "", "file": tmp_path / "f"}[case]
+    (tmp_path / "f").touch()
+    with pytest.raises(FileNotFoundError, match="No HDF5 files found.*dataset.root_dir"):
+        ep.load_episodes(root)
+
+
+def test_names_are_relative_to_the_root(insertion_root):
+    episodes, excluded = ep.load_episodes(insertion_root)
+    assert [e.name for e in episodes] == [f"episode_20260101_00000{i}.h5" for i in range(4)] and excluded == []
+    assert all(e.num_frames == 14 and e.action.dtype == e.ee_pose.dtype == np.float32 for e in episodes)
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+def refuses(path, *words):
+    """read_episode raises BadEpisode with the path and every word."""
+    with pytest.raises(BadEpisode) as error:
+        read_episode(path)
+    for word in (str(path), *words):
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_truncated_file(episode_path, share):
+    os.truncate(episode_path, int(os.path.getsize(episode_path) * share))
+    refuses(episode_path, "truncated", "--skip_bad_episodes")
+
+
+def test_not_hdf5_at_all(tmp_path):
+    (tmp_path / "x.h5").write_text("hello")
+    refuses(tmp_path / "x.h5", "not a readable HDF5 file")
+    (tmp_path / "folder.h5").mkdir()
+    refuses(tmp_path / "folder.h5")
+
+
+@pytest.mark.parametrize("signature", [b"HEAP", b"TREE", b"SNOD"])
+def test_damage_inside_the_file(episode_path, signature):
+    """A block lost in a copy: HDF5 reports some of these as KeyError or RuntimeError, not as OSError."""
+    content = episode_path.read_bytes()
+    assert signature in content
+    episode_path.write_bytes(content.replace(signature, b"\0\0\0\0"))
+    refuses(episode_path)
+
+
+@pytest.mark.parametrize("key", ["action", "observations/ee_pose", "observations/qpos"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_names_its_frame(episode_path, key, value):
+    with h5py.File(episode_path, "r+") as f:
+        array = f[key][:]
+        array[3, 2] = array[9, 0] = value
+        f[key][:] = array
+    refuses(episode_path, f"dataset '{key}' frame 3", "not finite", "2 such frames")
+
+
+@pytest.mark.parametrize("key,words", [("action", ["no dataset 'action'", "observations"]), ("observations/images", ["observations/images/<camera>"]), ("observations", ["observations/images/<camera>"])])
+def test_missing_key(episode_path, key, words):
+    replace(episode_path, key, None)
+    refuses(episode_path, *words)
+
+
+def test_optional_keys_may_be_missing(episode_path):
+    for key in ("observations/ee_pose", "observations/qpos", "phase", "timestamp", "language_instruction"):
+        replace(episode_path, key, None)
+    e = read_episode(episode_path)
+    assert (e.ee_pose, e.qpos, e.phase, e.instruction) == (None, None, None, None) and e.num_frames == 14
+
+
+@pytest.mark.parametrize("key,data,words", [
+    ("action", np.zeros((0, 6), np.float32), ["'action' has 0 rows"]), ("action", np.zeros((13, 6), np.float32), ["has 14 frames, 'action' has 13 rows"]),
+    ("action", np.zeros(14, np.float32), ["'action' has shape (14,)"]), ("observations/ee_pose", np.zeros((13, 6), np.float32), ["'observations/ee_pose' has shape (13, 6), expected (14"]),
+    ("observations/qpos", np.zeros((15, 6), np.float32), ["'observations/qpos' has shape (15, 6)"]),
+    ("observations/images/top_camera", np.zeros((14, 6, 8), np.uint8), ["'observations/images/top_camera'", "(14, 6, 8)", "expected"]),
+    ("observations/images/top_camera", np.zeros((14, 6, 8, 3), np.float32), ["top_camera", "float32"]),
+    ("observations/images/top_camera", np.zeros((12, 6, 8, 3), np.uint8), ["'observations/images/top_camera' has 12 frames"]),
+    ("phase", np.ones(12, np.int32), ["'phase'"]), ("phase", np.ones((14, 2), np.int32), ["'phase'"])])
+def test_shapes_that_do_not_fit(episode_path, key, data, words):
+    replace(episode_path, key, data)
+    refuses(episode_path, *words)
+
+
+def test_an_empty_folder_of_cameras(episode_path):
+    replace(episode_path, "observations/images", None)
+    with h5py.File(episode_path, "r+") as f:
+        f.create_group("observations/images")
+    refuses(episode_path, "observations/images/<camera>")
+
+
+def test_an_instruction_in_another_encoding_names_the_file(episode_path):
+    """A Korean recorder on Windows writes cp949."""
+    replace(episode_path, "language_instruction", np.array("바늘".encode("cp949"), "S16"))
+    refuses(episode_path, "language_instruction")
+
+
+@pytest.mark.parametrize("damage,words", [("zero byte", ["1 bytes"]), ("truncated", ["bytes"]), ("empty", ["0 bytes"]), ("noise", ["500 bytes"])])
+def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage, words):
+    with h5py.File(episode_path, "r+") as f:
+        images = f["observations/images/tool_camera"]
+        whole = images[4]
+        images[4] = {"zero byte": np.zeros(1, np.uint8), "truncated": whole[:len(whole) // 2], "empty": np.zeros(0, np.uint8), "noise": np.random.default_rng(0).integers(0, 256, 500, np.uint8)}[damage]
+    e, reader = read_episode(episode_path), ImageReader()
+    with pytest.raises(BadEpisode) as error:
+        reader.read(e, "tool_camera", 4)
+    for word in (str(episode_path), "'observations/images/tool_camera' frame 4", "not a decodable JPEG", *words):
+        assert word in str(error.value)
+    assert reader.read(e, "tool_camera", 3).shape == reader.read(e, "side_camera", 4).shape == (*SIZE, 3), "the frames beside it are fine"
+
+
+def test_a_file_that_vanishes_during_training(episode_path):
+    e, reader = read_episode(episode_path), ImageReader()
+    os.remove(episode_path)
+    with pytest.raises(BadEpisode, match="side_camera' frame 2 cannot be read"):
+        reader.read(e, "side_camera", 2)
+
+
+def test_an_io_error_while_reading_is_named(episode_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    e = read_episode(episode_path)
+    monkeypatch.setattr(h5py, "File", fails)
+    with pytest.raises(BadEpisode, match="frame 2 cannot be read .*Input/output error"):
+        ImageReader().read(e, "side_camera", 2)
+
+
+# ---- a folder of episodes --------------------------------------------------------------------------------------------
+
+def copies(root, folder, count=4):
+    for path in ep.find_episodes(root)[:count]:
+        shutil.copy(path, folder)
+    return [str(p) for p in sorted(folder.glob("*.h5"))]
+
+
+def test_skip_bad_counts_and_lists(tmp_path, insertion_root):
+    paths = copies(insertion_root, tmp_path)
+    os.truncate(paths[1], 1000)
+    replace(paths[2], "action", None)
+    with pytest.raises(BadEpisode, match=f"{paths[1]}.*--skip_bad_episodes"):
+        ep.load_episodes(tmp_path)
+    episodes, excluded = ep.load_episodes(tmp_path, skip_bad=True)
+    assert [e.path for e in episodes] == [paths[0], paths[3]]
+    assert len(excluded) == 2 and paths[1] in excluded[0] and paths[2] in excluded[1] and "no dataset 'action'" in excluded[1]
+    os.truncate(paths[0], 10), os.truncate(paths[3], 10)
+    with pytest.raises(BadEpisode, match="none of the 4 files.*is usable"):
+        ep.load_episodes(tmp_path, skip_bad=True)
+
+
+def test_skip_bad_reaches_every_kind_of_damage(tmp_path, insertion_root):
+    """One broken file must not cost a night, whichever layer of HDF5 notices."""
+    paths = copies(insertion_root, tmp_path)
+    Path(paths[0]).write_bytes(Path(paths[0]).read_bytes().replace(b"HEAP", b"\0\0\0\0"))
+    replace(paths[1], "language_instruction", np.array("바늘".encode("cp949"), "S16"))
+    episodes, excluded = ep.load_episodes(tmp_path, skip_bad=True)
+    assert [e.path for e in episodes] == paths[2:] and [p in m for p, m in zip(paths, excluded)] == [True, True]
+
+
+def test_progress_sees_every_path(tmp_path, insertion_root):
+    paths, seen = copies(insertion_root, tmp_path), []
+    ep.load_episodes(tmp_path, progress=lambda found: (seen.append(p) or p for p in found))
+    assert seen == paths
+
+
+@pytest.mark.parametrize("what", ["cameras", "action dims", "ee_pose dims", "qpos dims"])
+def test_disagreeing_episodes_name_both_files(tmp_path, insertion_root, what):
+    paths = copies(insertion_root, tmp_path)
+    if what == "cameras":
+        replace(paths[2], "observations/images/top_camera", None)
+    elif what == "ee_pose dims":
+        replace(paths[2], "observations/ee_pose", None)
+    else:
+        replace(paths[2], {"action dims": "action", "qpos dims": "observations/qpos"}[what], np.zeros((14, 7), np.float32))
+    with pytest.raises(BadEpisode) as error:
+        ep.load_episodes(tmp_path)
+    assert what in str(error.value) and paths[2] in str(error.value) and paths[0] in str(error.value)
+    assert len(ep.load_episodes(tmp_path, skip_bad=True)[0]) == 3
+
+
+def test_units_are_seen_in_the_values(tmp_path):
+    mm, m, deg = (read_episode(write(tmp_path / name, episodes=2, seed=s, **kw)) for name, s, kw in (("mm", 0, {}), ("m", 1, dict(position_unit="m")), ("deg", 2, dict(rotation_unit="deg"))))
+    assert (ep.detect_position_unit([mm]), ep.detect_position_unit([m])) == ("mm", "m")
+    with pytest.raises(BadEpisode) as error:
+        ep.detect_position_unit([mm, m])
+    assert mm.path in str(error.value) and m.path in str(error.value) and "millimetres" in str(error.value)
+    deg.ee_pose[:, 3:] += 170
+    assert ep.detect_rotation_unit([mm]) == "rad" and ep.detect_rotation_unit([mm, deg]) == "deg"
+    mm.ee_pose[:, 5] = 2 * np.pi
+    assert ep.detect_rotation_unit([mm]) == "rad", "a full turn is still radians"
+    mm.ee_pose = None
+    assert ep.detect_position_unit([mm]) is None and ep.detect_rotation_unit([mm]) == "rad"
+    with pytest.raises(BadEpisode, match="use_ee_pose_delta_as_action needs 'observations/ee_pose'"):
+        ep.define_action([mm], use_ee_pose_delta=True)
+
+
+def test_mixed_units_stop_the_training_before_it_starts(tmp_path):
+    write(tmp_path, episodes=1)
+    os.rename(write(tmp_path / "m", position_unit="m"), tmp_path / "z.h5")
+    with pytest.raises(BadEpisode, match="millimetres in .*episode_.* metres in .*z.h5"):
+        samples(tmp_path)
+
+
+def test_hold_out_takes_the_newest_and_lists_them(tmp_path, insertion_root):
+    episodes, _ = ep.load_episodes(insertion_root)
+    train, validation = ep.hold_out_last(episodes, 1)
+    assert train == episodes[:3] and validation == episodes[3:] and ep.hold_out_last(episodes, 0) == (episodes, [])
+    for count in (4, 5, -1):
+        with pytest.raises(ValueError, match=f"num_val_episodes is {count}, but there are 4"):
+            ep.hold_out_last(episodes, count)
+    ep.write_validation_list(tmp_path / "validation_episodes.txt", episodes, [3])
+    lines = (tmp_path / "validation_episodes.txt").read_text().splitlines()
+    assert lines[:2] == ["Validation episodes", "=" * 80] and "Total episodes: 4" in lines and "Validation episodes: 1" in lines
+    assert "Validation episode indices: [3]" in lines and lines[-1] == f"  [3] {episodes[3].path}"
+
+
+# ---- files and processes ---------------------------------------------------------------------------------------------
+
+def open_h5(folder):
+    """How many .h5 files below `folder` this process holds open."""
+    links = [os.path.join("/proc/self/fd", n) for n in os.listdir("/proc/self/fd")]
+    targets = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return sum(t.startswith(str(folder)) and t.endswith(".h5") for t in targets)
+
+
+@pytest.mark.parametrize("limit", [1, 5, None])
+def test_open_files_are_bounded(tmp_path, episode_path, limit):
+    for i in range(40):
+        shutil.copy(episode_path, tmp_path / f"many{i:02d}.h5")
+    episodes, _ = ep.load_episodes(tmp_path)
+    assert len(episodes) == 41 and open_h5(tmp_path) == 0, "reading the low-dimensional arrays leaves nothing open"
+    reader = ImageReader(limit) if limit else ImageReader()
+    most = 0
+    for e in episodes + episodes[::3] + episodes[:2] * 3:
+        assert reader.read(e, "top_camera", 1).shape == (*SIZE, 3)
+        most = max(most, open_h5(tmp_path))
+    assert most == (limit or ep.MAX_OPEN_FILES) <= 64
+
+
+def test_recently_used_files_stay_open(tmp_path, episode_path, monkeypatch):
+    for i in range(3):
+        shutil.copy(episode_path, tmp_path / f"{i}.h5")
+    a, b, c = (read_episode(tmp_path / f"{i}.h5") for i in range(3))
+    opened, real = [], h5py.File
+    monkeypatch.setattr(h5py, "File", lambda path, *args, **kwargs: opened.append(os.path.basename(path)) or real(path, *args, **kwargs))
+    reader = ImageReader(2)
+    for e in (a, b, a, c, a, b):
+        reader.read(e, "top_camera", 0)
+    assert opened == ["0.h5", "1.h5", "2.h5", "1.h5"], "a is used last before c comes, so b leaves"
+
+
+def _read_in_child(reader, e, queue):
+    queue.put((reader.read(e, "tool_camera", 7), reader._pid == os.getpid()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_reader_used_before_fork_or_pickle_opens_its_own_files(insertion_root, method):
+    e, reader = ep.load_episodes(insertion_root)[0][0], ImageReader()
+    expected = reader.read(e, "tool_camera", 7)
+    handle = reader._files[e.path]
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(reader, e, queue))
+    child.start()
+    image, own = queue.get(timeout=60)
+    child.join()
+    np.testing.assert_array_equal(image, expected)
+    assert own and child.exitcode == 0
+    assert reader._files[e.path] is handle and handle.id.valid, "the parent's handle lives on"
+    np.testing.assert_array_equal(reader.read(e, "tool_camera", 7), expected)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert len(copy._files) == 0 and copy.max_open == reader.max_open
+    np.testing.assert_array_equal(copy.read(e, "tool_camera", 7), expected)
+
+
+# ---- decoding at a smaller scale -------------------------------------------------------------------------------------
+
+@given(st.tuples(st.integers(8, 200), st.integers(8, 200)), st.tuples(st.integers(1, 250), st.integers(1, 250)))
+def test_a_scaled_decode_is_never_below_the_target(tmp_path_factory, size, target):
+    ys, xs = np.mgrid[0:1:size[0] * 1j, 0:1:size[1] * 1j]
+    picture = (np.stack([ys, xs, 1 - xs], -1) * 255).astype(np.uint8)
+    path = tmp_path_factory.mktemp("dct") / "e.h5"
+    with h5py.File(path, "w") as f:
+        f["action"] = np.zeros((1, 6), np.float32)
+        f.create_dataset("observations/images/top", (1,), dtype=h5py.vlen_dtype(np.uint8))[0] = np.frombuffer(make_demo.jpeg(picture), np.uint8)
+    got = ImageReader().read(read_episode(path), "top", 0, at_least=target)
+    scale = max([s for s in (1, 2, 4, 8) if size[0] >= s * target[0] and size[1] >= s * target[1]], default=1)
+    assert got.shape == (-(-size[0] // scale), -(-size[1] // scale), 3)
+    assert all(g >= min(s, t) for g, s, t in zip(got.shape, size, target))
+    # and it is the same picture: corner colours within what the scaling blurs
+    assert np.abs(got[0, 0].astype(int) - picture[:scale, :scale].mean((0, 1))).max() < 40
+
+
+# ---- actions ---------------------------------------------------------------------------------------------------------
+
+def pose_episode(pose, action=None, phase=None):
+    pose = np.asarray(pose, np.float32)
+    return ep.Episode("p.h5", "p.h5", len(pose), {"top": "raw"}, pose if action is None else np.asarray(action, np.float32), pose, None, phase, None)
+
+
+@pytest.mark.parametrize("unit,turn", [("rad", 2 * np.pi), ("deg", 360.0)])
+def test_a_delta_takes_the_short_way_round(unit, turn):
+    """Worked by hand: from +179 to -179 degrees is +2, not -358; positions 0:3 are never wrapped."""
+    one = turn / 360
+    pose = np.zeros((5, 6))
+    pose[:, 3] = np.array([179, -179, 179, 0, 175]) * one
+    pose[:, 5] = np.array([-170, 170, -10, 10, 359]) * one
+    pose[:, 0] = [0, 300, -300, 0, 1000]
+    delta = ActionDefinition("ee_pose_delta", 6, unit).targets(pose_episode(pose))
+    assert delta.shape == (4, 6) and delta.dtype == np.float32
+    np.testing.assert_allclose(delta[:, 3] / one, [2, -2, -179, 175], atol=2e-4)
+    np.testing.assert_allclose(delta[[0, 2, 3], 5] / one, [-20, 20, -11], atol=2e-4)
+    assert abs(delta[1, 5] / one) == pytest.approx(180, abs=2e-4), "exactly half a turn: both ways are short"
+    np.testing.assert_array_equal(delta[:, 0], [300, -600, 300, 1000])
+
+
+def test_five_degrees_are_not_wrapped_as_radians():
+    pose = np.zeros((2, 6))
+    pose[1, 4] = 5.0
+    assert ActionDefinition("ee_pose_delta", 6, "deg").targets(pose_episode(pose))[0, 4] == pytest.approx(5.0, abs=1e-4)
+    assert ep.define_action([pose_episode(pose + [0, 0, 0, 0, 170, 0])], True).rotation_unit == "deg"
+
+
+def test_a_resting_arm_has_exactly_zero_delta():
+    pose = np.tile(np.array([[12.3, -4, 5, 3.1, -3.14, 0.7]]), (4, 1))
+    for unit in ("rad", "deg"):
+        assert (ActionDefinition("ee_pose_delta", 6, unit).targets(pose_episode(pose)) == 0).all()
+
+
+@given(st.sampled_from(["rad", "deg"]), st.integers(2, 30), st.integers(0, 2**32 - 1))
+def test_deltas_telescope_to_end_minus_start(unit, n, seed):
+    turn = 2 * np.pi if unit == "rad" else 360.0
+    rng = np.random.default_rng(seed)
+    pose = np.concatenate([rng.uniform(-500, 500, (n, 3)), rng.uniform(-turn / 2, turn / 2, (n, 3))], axis=1).astype(np.float32)
+    delta = ActionDefinition("ee_pose_delta", 6, unit).targets(pose_episode(pose)).astype(np.float64)
+    assert delta.shape == (n - 1, 6) and (np.abs(delta[:, 3:]) <= turn / 2 * (1 + 1e-6)).all()
+    gap = delta.sum(0) - (pose[-1].astype(np.float64) - pose[0])
+    assert np.abs(gap[:3]).max() < 1e-4 * n
+    assert np.abs(gap[3:] - turn * np.round(gap[3:] / turn)).max() < 1e-6 * turn * n
+
+
+def test_the_action_source_keeps_every_row():
+    pose, action = np.zeros((4, 6)), np.arange(28).reshape(4, 7)
+    targets = ep.define_action([pose_episode(pose, action)], use_ee_pose_delta=False)
+    assert (targets.source, targets.dim) == ("action", 7)
+    np.testing.assert_array_equal(targets.targets(pose_episode(pose, action)), action)
+
+
+def test_action_chunk_by_hand():
+    targets = np.array([[1, 10], [2, 20], [3, 30]], np.float32)
+    for frame, hold, rows, pad in [(0, "zero", [[1, 10], [2, 20]], [0, 0]), (2, "zero", [[3, 30], [0, 0]], [0, 1]), (2, "repeat", [[3, 30], [3, 30]], [0, 1])]:
+        chunk, is_pad = action_chunk(targets, frame, 2, hold)
+        assert chunk.dtype == np.float32 and is_pad.dtype == bool
+        np.testing.assert_array_equal(chunk, rows)
+        np.testing.assert_array_equal(is_pad, pad)
+
+
+@given(st.integers(1, 20), st.integers(1, 25), st.sampled_from(["zero", "repeat"]), st.data())
+def test_every_frame_is_an_observation(n, horizon, hold, data):
+    targets = np.random.default_rng(n).normal(size=(n, 2)).astype(np.float32)
+    before = targets.copy()
+    frame = data.draw(st.integers(0, n - 1))
+    chunk, is_pad = action_chunk(targets, frame, horizon, hold)
+    assert chunk.shape == (horizon, 2) and is_pad.sum() == max(0, frame + horizon - n) and not is_pad[0]
+    for k in range(horizon):
+        expected = targets[frame + k] if frame + k < n else np.zeros(2) if hold == "zero" else targets[-1]
+        np.testing.assert_array_equal(chunk[k], expected)
+    np.testing.assert_array_equal(targets, before)
+
+
+def test_recorded_past_motion_is_recognised(tmp_path):
+    past, joints = (read_episode(write(tmp_path / a, action=a)) for a in ("past_delta", "joints"))
+    assert ep.records_past_motion([past]) and not ep.records_past_motion([joints])
+    causal = pose_episode(past.ee_pose, action=np.concatenate([np.diff(past.ee_pose, axis=0), np.zeros((1, 6))]))
+    assert not ep.records_past_motion([causal]), "the motion that follows is the right target"
+    still = pose_episode(np.ones((5, 6)), action=np.zeros((5, 6)))
+    assert not ep.records_past_motion([still]), "an arm that never moves proves nothing"
+    past.ee_pose = None
+    assert not ep.records_past_motion([past])
+
+
+def test_nothing_after_the_target_changes_a_sample(tmp_path):
+    """Truth 6: other frames after t (images) and t + H (poses) leave the sample at t as it was; its target is the motion that follows t."""
+    path, t, horizon = write(tmp_path / "a", layout="raw", max_frames=12), 4, 3
+    (tmp_path / "b").mkdir()
+    with h5py.File(shutil.copy(path, tmp_path / "b"), "r+") as f:
+        for key in ("observations/ee_pose", "observations/qpos", "action", "phase"):
+            f[key][t + horizon + 1:] = 0.5 * f[key][0]
+        for camera in f["observations/images"].values():
+            camera[t + 1:] = 255 - camera[t + 1:]
+    pose = read_episode(path).ee_pose
+    (before, data), (after, _) = (samples(tmp_path / name, use_ee_pose_delta_as_action=True) for name in "ab")
+    for i in range(t + 1):
+        np.testing.assert_array_equal(before[i]["images"], after[i]["images"])
+        np.testing.assert_array_equal(before[i]["action"], after[i]["action"])
+        np.testing.assert_allclose(before[i]["action"][:, :3], np.diff(pose, axis=0)[i:i + horizon, :3], atol=1e-5)
+    assert not np.array_equal(before[t + 1]["action"], after[t + 1]["action"]) and not np.array_equal(before[t + 1]["images"], after[t + 1]["images"]), "the change was there to see"
+
+
+def test_a_flicker_of_the_last_bit_is_no_motion():
+    """Forward kinematics of a fixed orientation flickers by one float32 step. Stretched to [-1, 1] it would be half of what the model learns."""
+    pose = np.zeros((200, 6), np.float32)
+    pose[:, :3] = np.cumsum(np.random.default_rng(0).normal(size=(200, 3)), axis=0)
+    pose[:, 3] = np.float32(np.pi / 2)
+    pose[::3, 3] = np.nextafter(np.float32(np.pi / 2), np.float32(4))
+    definition = ActionDefinition("ee_pose_delta", 6, "rad")
+    normalised = Normalizer(ep.insertion_stats([pose_episode(pose)], definition, [])["action"]).normalize(definition.targets(pose_episode(pose)))
+    assert np.abs(normalised[:, :3]).max() == 1 and np.abs(normalised[:, 3]).max() == 0
+
+
+# ---- statistics of a data set ----------------------------------------------------------------------------------------
+
+def test_statistics_see_training_episodes_only(tmp_path, insertion_root):
+    episodes, _ = ep.load_episodes(insertion_root)
+    train, validation = ep.hold_out_last(episodes, 1)
+    definition = ep.define_action(episodes, True)
+    before = ep.insertion_stats(train, definition, [e.name for e in validation], ("qpos", "ee_pose"))
+    validation[0].ee_pose += 1000
+    assert ep.insertion_stats(train, definition, [e.name for e in validation], ("qpos", "ee_pose")) == before
+    assert before["num_episodes"] == 3 and before["num_frames"] == 42 and before["action"]["count"] == 39 and before["observation.state"]["count"] == 42
+    assert before["action_definition"] == dict(source="ee_pose_delta", dim=6, rotation_unit="rad") and before["excluded_episodes"] == [validation[0].name]
+    rows = np.concatenate([np.diff(e.ee_pose, axis=0) for e in train])
+    np.testing.assert_allclose(before["action"]["max"], rows.max(0), atol=1e-5)
+    np.testing.assert_allclose(before["observation.state"]["mean"], np.concatenate([np.concatenate([e.qpos, e.ee_pose], 1) for e in train]).mean(0), rtol=1e-4, atol=1e-6)
+
+
+# ---- recordings of the real collector --------------------------------------------------------------------------------
+
+def test_recordings_of_the_simulator(shared):
+    episodes, excluded = ep.load_episodes(shared / "data" / "insertion_sim")
+    assert len(episodes) == 6 and excluded == [] and ep.detect_position_unit(episodes) == "m" and ep.detect_rotation_unit(episodes) == "rad"
+    for e in episodes:
+        assert list(e.cameras) == ["side_camera", "tool_camera", "top_camera"] and set(e.cameras.values()) == {"jpeg"}
+        assert e.action.shape == e.ee_pose.shape == e.qpos.shape == (e.num_frames, 6) and set(np.unique(e.phase)) <= {1, 2, 3} and e.instruction is None
+        assert ImageReader().read(e, "top_camera", e.num_frames - 1).shape == (240, 320, 3)
+        assert min(ImageReader().read(e, "top_camera", 0, at_least=(100, 100)).shape[:2]) == 120
+    assert not ep.records_past_motion(episodes), "this collector stores joint targets"

@@ -1,0 +1,373 @@
+"""FAST in train_nora.py against hand-worked values, against `tokenizers`, and against everything a model may answer."""
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_nora
+from train_nora import FastTokenizer, dct_matrix
+
+ROOT2 = math.sqrt(2)
+
+
+@pytest.fixture(scope="module")
+def fast(fast_dir):
+    return FastTokenizer.load(fast_dir)
+
+
+def published_fit(chunks, scale=10.0, vocab_size=300):
+    """The fit of the paper's released processor, from its description: the alphabet is chr(0..max-min), so bytes that no coefficient used have no token."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.trainers import BpeTrainer
+
+    q = [np.rint(dct_matrix(len(c)) @ c * scale).astype(int).ravel() for c in chunks]
+    low, high = min(x.min() for x in q), max(x.max() for x in q)
+    inner = ByteLevelBPETokenizer()._tokenizer
+    inner.train_from_iterator(["".join(map(chr, x - low)) for x in q], BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[], max_token_length=10000,
+                                                                                  initial_alphabet=[chr(i) for i in range(high - low + 1)]))
+    return FastTokenizer(inner, scale, low)
+
+
+def smooth(rng, count, horizon, dim, size):
+    return list(size * np.cumsum(rng.normal(0, 0.2, (count, horizon, dim)), axis=1).clip(-1, 1))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(fast):
+    """Three alphabets: all bytes; one-byte characters only; mostly two-byte characters."""
+    rng = np.random.default_rng(0)
+    wide = published_fit(smooth(rng, 300, 8, 2, 1.0), scale=60)
+    assert wide.nearest.max() > 200
+    return {"all bytes": fast, "narrow": published_fit(smooth(rng, 300, 4, 2, 0.3)), "wide": wide}
+
+
+KINDS = ("all bytes", "narrow", "wide")
+
+
+def coefficients(fast, ids):
+    """What the ids say, by `tokenizers` alone."""
+    return [ord(c) + fast.min_token for c in fast.bpe.decode(ids, skip_special_tokens=False)]
+
+
+def ids_of(fast, values):
+    return fast.bpe.encode("".join(chr(v - fast.min_token) for v in values)).ids
+
+
+# ---- DCT -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 50])
+def test_the_dct_is_orthonormal(n):
+    m = dct_matrix(n)
+    assert m.shape == (n, n) and m.dtype == np.float64
+    np.testing.assert_allclose(m @ m.T, np.eye(n), atol=1e-13)
+    np.testing.assert_allclose(m @ np.ones(n), [math.sqrt(n)] + [0] * (n - 1), atol=1e-13, err_msg="a constant is frequency 0 alone")
+
+
+def test_the_dct_by_hand():
+    np.testing.assert_array_equal(dct_matrix(1), [[1.0]])
+    np.testing.assert_allclose(dct_matrix(2), np.array([[1, 1], [1, -1]]) / ROOT2, atol=1e-15)
+    # H = 3: cos(pi/6) = sqrt(3)/2, cos(pi/3) = 1/2; scales sqrt(1/3), sqrt(2/3)
+    np.testing.assert_allclose(dct_matrix(3), [[1 / math.sqrt(3)] * 3, [1 / ROOT2, 0, -1 / ROOT2], [1 / math.sqrt(6), -2 / math.sqrt(6), 1 / math.sqrt(6)]], atol=1e-15)
+
+
+def test_the_dct_equals_its_formula():
+    n, x = 7, np.random.default_rng(0).normal(size=7)
+    for k in range(n):
+        s = math.sqrt((1 if k == 0 else 2) / n)
+        assert (dct_matrix(n) @ x)[k] == pytest.approx(s * sum(x[i] * math.cos(math.pi * (i + 0.5) * k / n) for i in range(n)), abs=1e-14)
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+def test_coefficients_are_ordered_by_frequency_then_dim(fast):
+    """By hand: sums and differences over sqrt(2), times 10. (.5+.1)/1.414*10 = 4.24, (-.3+.7) -> 2.83, (.5-.1) -> 2.83, (-.3-.7) -> -7.07."""
+    chunk = np.array([[0.5, -0.3], [0.1, 0.7]])
+    assert coefficients(fast, fast.encode(chunk)) == [4, 3, 3, -7]
+    x, status = fast.decode(fast.encode(chunk), 2, 2)
+    assert status == "ok" and x.dtype == np.float32 and x.shape == (2, 2)
+    np.testing.assert_allclose(x, np.array([[7, -4], [1, 10]]) / ROOT2 / 10, atol=1e-6)
+
+
+def test_one_step_is_the_identity_rounded_half_to_even(fast):
+    chunk = np.array([[0.25, 0.35, -0.25, 0.05, 0.15, -0.35, 0.24, 1.0, -1.0]])
+    assert coefficients(fast, fast.encode(chunk)) == [2, 4, -2, 0, 2, -4, 2, 10, -10]
+
+
+def test_scale_is_steps_per_unit(fast):
+    finer = FastTokenizer(fast.bpe, 20, fast.min_token)
+    assert coefficients(finer, finer.encode(np.array([[0.5, -0.33]]))) == [10, -7]
+    np.testing.assert_allclose(finer.decode(finer.encode(np.array([[0.5, -0.33]])), 1, 2)[0], [[0.5, -0.35]])
+
+
+@given(st.integers(1, 10), st.integers(1, 7), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_round_trip_is_within_half_a_step_per_coefficient(fast, horizon, dim, seed, size):
+    x = np.random.default_rng(seed).uniform(-size, size, (horizon, dim))
+    clipped = fast.clipped
+    ids = fast.encode(x)
+    assert all(type(i) is int and 0 <= i < fast.vocab_size for i in ids) and fast.clipped == clipped
+    got, status = fast.decode(ids, horizon, dim)
+    assert status == "ok"
+    assert np.abs(dct_matrix(horizon) @ (got.astype(np.float64) - x)).max() <= 0.5 / fast.scale + 1e-6
+    assert np.sqrt(((got - x) ** 2).mean()) <= 0.5 / fast.scale + 1e-6, "orthonormal: the error per value is no larger"
+
+
+def test_the_largest_motions_survive(fast):
+    """All ones: the one coefficient is scale * sqrt(H), exactly the bound of decode."""
+    for sign in (1, -1):
+        x = np.full((10, 6), float(sign))
+        np.testing.assert_allclose(fast.decode(fast.encode(x), 10, 6)[0], x, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_codes_every_coefficient(tokenizers, kind):
+    """Whatever comes in, also far outside of what was fitted: H * A coefficients, each the nearest one that has a symbol, every change counted."""
+    fast = tokenizers[kind]
+    codable = {v for v in range(2048) if fast.bpe.decode(fast.bpe.encode(chr(v)).ids, skip_special_tokens=False) == chr(v)}
+    rng = np.random.default_rng(1)
+    for size in (0.1, 1.0, 5.0):
+        x = rng.normal(0, size, (5, 3))
+        wanted = np.rint(dct_matrix(5) @ x * fast.scale).astype(int).ravel()
+        before = fast.clipped
+        got = coefficients(fast, fast.encode(x))
+        assert len(got) == 15
+        for g, w in zip(got, wanted):
+            assert abs(g - w) == min(abs(c + fast.min_token - w) for c in codable)
+        assert fast.clipped - before == sum(g != w for g, w in zip(got, wanted))
+
+
+def test_the_trap_of_a_fitted_range_below_128():
+    """The released fit: a coefficient that it never saw has no symbol, and BPE without an unknown token drops it. Ours clips and counts."""
+    chunks = [np.array([[i / 10, j / 10]]) for i in range(-5, 6) for j in range(-5, 6)] * 3
+    fast = published_fit(chunks)
+    assert fast.min_token == -5
+    beyond = "".join(chr(v + 5) for v in (9, 2))
+    assert len(fast.bpe.decode(fast.bpe.encode(beyond).ids, skip_special_tokens=False)) == 1, "the trap is there: one of two coefficients is gone"
+    assert fast.clipped == 0
+    for chunk, expected, clipped in (([[0.9, 0.2]], [5, 2], 1), ([[-0.9, 0.9]], [-5, 5], 2), ([[0.5, -0.5]], [5, -5], 0)):
+        before = fast.clipped
+        assert coefficients(fast, fast.encode(np.array(chunk))) == expected
+        assert fast.clipped - before == clipped and fast.decode(fast.encode(np.array(chunk)), 1, 2)[1] == "ok"
+
+
+def test_a_gap_in_the_alphabet_goes_to_the_nearest():
+    """Coefficients 0 and 40 were seen, 10 and 30 were not: they go down and up."""
+    fast = published_fit([np.array([[0.0]]), np.array([[4.0]])] * 5)
+    code = lambda value: coefficients(fast, fast.encode(np.array([[value]])))  # noqa: E731
+    assert code(0.0) == [0] and code(4.0) == [40]
+    assert all(code(v / 10)[0] in {c for c in range(41) if code(c / 10) == [c]} for v in range(-5, 50))
+    nearest = [min({c for c in range(41) if code(c / 10) == [c]}, key=lambda c: abs(c - v)) for v in range(41)]
+    assert all(abs(code(v / 10)[0] - v) == abs(n - v) for v, n in enumerate(nearest))
+
+
+# ---- decode ----------------------------------------------------------------------------------------------------------
+
+def test_short_is_filled_with_zero_coefficients_and_long_is_cut(fast):
+    ids = ids_of(fast, [4, 3, 3, -7])
+    full, _ = fast.decode(ids, 2, 2)
+    x, status = fast.decode(ids_of(fast, [4, 3, 3]), 2, 2)
+    assert status == "short"
+    np.testing.assert_allclose(x, np.array([[7, 3], [1, 3]]) / ROOT2 / 10, atol=1e-6)
+    x, status = fast.decode(ids_of(fast, [4, 3, 3, -7, 9, 9]), 2, 2)
+    assert status == "long"
+    np.testing.assert_array_equal(x, full)
+    x, status = fast.decode([], 3, 2)
+    assert status == "short" and x.shape == (3, 2) and not x.any()
+    assert [fast.decode(ids, h, 2)[1] for h in (1, 2, 3)] == ["long", "ok", "short"]
+
+
+def byte(fast, value):
+    return fast.bytes.index(bytes([value]))
+
+
+@pytest.mark.parametrize("broken", [[0xC3], [0x80], [0xC3, 0xC3], [0xFF], [0xE1, 0x80], [0xF0, 0x90, 0x80], [0xC0, 0x80], [0xED, 0xA0, 0x80], [0xEF, 0xBF, 0xBD]],
+                         ids=["open", "stray", "two leads", "never", "cut 3-byte", "cut 4-byte", "overlong", "surrogate", "U+FFFD itself"])
+def test_broken_utf8_is_invalid_and_becomes_zero(fast, broken):
+    """The published decoder reads the replacement character as coefficient 65533 + min_token: a motion of thousands."""
+    ids = [*ids_of(fast, [5]), *(byte(fast, b) for b in broken)]
+    x, status = fast.decode(ids, 1, 2)
+    assert status == "invalid"
+    np.testing.assert_allclose(x, [[0.5, 0.0]], atol=1e-6)
+
+
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 10**6), max_size=40), st.integers(1, 12), st.integers(1, 7))
+def test_no_answer_is_a_huge_motion(tokenizers, kind, numbers, horizon, dim):
+    """Any ids: a finite chunk of the right shape whose coefficients are ones that |x| <= 1 can have."""
+    fast = tokenizers[kind]
+    x, status = fast.decode([n % fast.vocab_size for n in numbers], horizon, dim)
+    assert x.shape == (horizon, dim) and x.dtype == np.float32 and np.isfinite(x).all() and status in ("ok", "short", "long", "invalid")
+    assert np.abs(dct_matrix(horizon) @ x * fast.scale).max() <= math.ceil(fast.scale * math.sqrt(horizon)) + 1e-3
+
+
+def test_a_three_byte_character_is_bounded(fast):
+    x, _ = fast.decode([byte(fast, b) for b in (0xE1, 0x80, 0x80)], 1, 1)  # U+1000: coefficient 4096 + min_token
+    np.testing.assert_allclose(x, [[1.0]])
+
+
+def test_one_wrong_token_in_each_of_many_chunks(fast):
+    """Every status is possible, none raises, and the statuses agree with the number of characters."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(500):
+        ids = fast.encode(rng.uniform(-1, 1, (10, 6)))
+        ids[rng.integers(len(ids))] = int(rng.integers(fast.vocab_size))
+        x, status = fast.decode(ids, 10, 6)
+        text = fast.bpe.decode(ids, skip_special_tokens=False)
+        assert status == ("invalid" if "\ufffd" in text else "ok" if len(text) == 60 else "short" if len(text) < 60 else "long")
+        seen.add(status)
+    assert seen == {"ok", "short", "long", "invalid"}
+
+
+# ---- the table of bytes, against tokenizers --------------------------------------------------------------------------
+
+@settings(max_examples=300)
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 10**6), max_size=30))
+def test_the_byte_table_is_the_decoder_of_tokenizers(tokenizers, kind, numbers):
+    fast = tokenizers[kind]
+    ids = [n % fast.vocab_size for n in numbers]
+    assert b"".join(fast.bytes[i] for i in ids).decode("utf-8", errors="replace") == fast.bpe.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_single_id_decodes_as_tokenizers_decodes_it(tokenizers, kind):
+    fast = tokenizers[kind]
+    assert len(fast.bytes) == fast.vocab_size == fast.bpe.get_vocab_size()
+    for i in range(fast.vocab_size):
+        assert fast.bytes[i].decode("utf-8", errors="replace") == fast.bpe.decode([i], skip_special_tokens=False)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def test_saved_and_loaded_gives_the_same_ids(tmp_path, tokenizers):
+    for kind, fast in tokenizers.items():
+        fast.save(tmp_path / kind)
+        again = FastTokenizer.load(tmp_path / kind)
+        assert (again.scale, again.min_token, again.vocab_size, again.bytes) == (fast.scale, fast.min_token, fast.vocab_size, fast.bytes)
+        for seed in range(20):
+            x = np.random.default_rng(seed).normal(0, 0.5, (8, 2))
+            assert again.encode(x) == fast.encode(x)
+            np.testing.assert_array_equal(again.decode(again.encode(x), 8, 2)[0], fast.decode(fast.encode(x), 8, 2)[0])
+
+
+def test_the_files_are_the_public_layout(fast_dir):
+    meta = json.loads((fast_dir / "processor_config.json").read_text())
+    assert {"action_dim", "min_token", "processor_class", "scale", "time_horizon", "vocab_size"} <= set(meta) and meta["processor_class"] == "UniversalActionProcessor"
+    assert (fast_dir / "tokenizer.json").is_file()
+
+
+def test_transformers_reads_the_same_tokenizer(fast_dir, fast):
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast.from_pretrained(fast_dir)
+    for seed in range(10):
+        ids = fast.encode(np.random.default_rng(seed).uniform(-1, 1, (10, 6)))
+        text = wrapped.decode(ids, clean_up_tokenization_spaces=False)
+        assert [ord(c) + fast.min_token for c in text] == coefficients(fast, ids) and wrapped(text)["input_ids"] == ids
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer.json"])
+def test_a_directory_without_a_file_names_it(tmp_path, fast, name):
+    fast.save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}' has no {name}; expected the public layout"):
+        FastTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["", "{", "version https://git-lfs.github.com/spec/v1", "{}", "[]"])
+def test_a_file_that_cannot_be_used_is_named(tmp_path, fast, name, content):
+    """A git-lfs pointer instead of the file is the usual way to get here."""
+    fast.save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        FastTokenizer.load(tmp_path)
+    assert name in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["physical-intelligence/no-such-thing", "no/such/folder/here", "nowhere"])
+def test_neither_directory_nor_hub_says_what_to_do(source):
+    with pytest.raises(FileNotFoundError, match=f"'{source}'.*--fast DIR.*--fast fit"):
+        FastTokenizer.load(source)
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("horizon,dim,scale,size", [(1, 6, 10, 256), (10, 6, 10, 512), (16, 2, 25, 300)])
+def test_a_fitted_tokenizer_codes_every_normalised_chunk(horizon, dim, scale, size):
+    rng = np.random.default_rng(0)
+    fast = FastTokenizer.fit(smooth(rng, 100, horizon, dim, 0.2), scale, size)
+    assert fast.vocab_size <= size and (fast.nearest == np.arange(2048)).all()
+    for chunk in (rng.uniform(-1, 1, (horizon, dim)), np.ones((horizon, dim)), -np.ones((horizon, dim)), rng.choice([-1.0, 1.0], (horizon, dim))):
+        x, status = fast.decode(fast.encode(chunk), horizon, dim)
+        assert status == "ok" and np.abs(dct_matrix(horizon) @ (x - chunk)).max() <= 0.5 / scale + 1e-6
+    assert fast.clipped == 0
+
+
+def test_merges_shorten_what_was_fitted():
+    rng = np.random.default_rng(0)
+    chunks = smooth(rng, 400, 10, 6, 0.3)
+    small, large = FastTokenizer.fit(chunks, 10, 256), FastTokenizer.fit(chunks, 10, 1024)
+    assert sum(len(large.encode(c)) for c in chunks) < 0.75 * sum(len(small.encode(c)) for c in chunks)
+
+
+def test_fit_refuses_what_cannot_work():
+    for size in (255, train_nora.NUM_ACTION_TOKENS + 1):
+        with pytest.raises(ValueError, match=f"fast_vocab_size is {size}: expected 256 .* to 2048"):
+            FastTokenizer.fit([np.zeros((1, 1))], 10, size)
+    with pytest.raises(ValueError, match="must be normalised"):
+        FastTokenizer.fit([np.array([[0.0, 300.0]])], 10, 256)
+
+
+# ---- tables for constrained generation -------------------------------------------------------------------------------
+
+def allowed_ids(fast, remaining, open_):
+    """The rule of Nora.generate."""
+    return np.flatnonzero(fast.valid & (fast.lead == open_) & (fast.starts <= remaining))
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(KINDS), st.integers(1, 12), st.integers(1, 7), st.integers(0, 2**32 - 1), st.booleans())
+def test_whatever_is_chosen_among_the_allowed_decodes_ok(tokenizers, kind, horizon, dim, seed, favour_open):
+    """No dead end, at most two tokens per coefficient, exactly H * A coefficients, valid UTF-8."""
+    fast, rng = tokenizers[kind], np.random.default_rng(seed)
+    remaining, open_, ids = horizon * dim, 0, []
+    while remaining or open_:
+        choices = allowed_ids(fast, remaining, open_)
+        assert len(choices), f"dead end with {remaining} coefficients to go, open {open_}"
+        if favour_open and (fast.tail[choices] == 1).any():
+            choices = choices[fast.tail[choices] == 1]  # the hardest way: break every character in two
+        i = int(rng.choice(choices))
+        ids.append(i)
+        remaining, open_ = remaining - fast.starts[i], fast.tail[i]
+        assert remaining >= 0 and len(ids) <= 2 * horizon * dim
+    x, status = fast.decode(ids, horizon, dim)
+    assert status == "ok" and len(fast.bpe.decode(ids, skip_special_tokens=False)) == horizon * dim
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 10), st.integers(1, 7), st.integers(0, 2**32 - 1), st.floats(0, 3))
+def test_every_answer_of_the_training_data_is_allowed(tokenizers, kind, horizon, dim, seed, size):
+    """A target that the mask forbids could never be generated."""
+    fast = tokenizers[kind]
+    remaining, open_ = horizon * dim, 0
+    for i in fast.encode(np.random.default_rng(seed).normal(0, size, (horizon, dim))):
+        assert i in allowed_ids(fast, remaining, open_)
+        remaining, open_ = remaining - fast.starts[i], fast.tail[i]
+    assert (remaining, open_) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tables_say_what_the_bytes_are(tokenizers, kind):
+    """By hand for single bytes, and for every usable token by completing it to whole characters."""
+    fast = tokenizers[kind]
+    assert fast.valid.sum() > 10 and len(fast.lead) == len(fast.starts) == len(fast.tail) == len(fast.valid) == fast.vocab_size
+    for b, lead, starts, tail, valid in zip(fast.bytes, fast.lead, fast.starts, fast.tail, fast.valid):
+        if valid:
+            text = (b"\xc3" * lead + b + b"\x80" * tail).decode("utf-8")
+            assert len(text) == lead + starts and max(map(ord, text)) < 2048
+    if kind == "all bytes":
+        for value, row in ((0x41, (0, 1, 0, True)), (0x80, (1, 0, 0, True)), (0xBF, (1, 0, 0, True)), (0xC3, (0, 1, 1, True)), (0xDF, (0, 1, 1, True))):
+            i = byte(fast, value)
+            assert (fast.lead[i], fast.starts[i], fast.tail[i], fast.valid[i]) == row
+        assert not fast.valid[[byte(fast, v) for v in (0xC0, 0xC1, 0xE0, 0xEF, 0xF0, 0xFF)]].any()

@@ -1,0 +1,138 @@
+"""The global sample order: a pure function of (seed, position), whatever the ranks, micro-batches and restarts."""
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.sampler import GlobalOrder, RankBatches, epoch_order, generator_at, torch_seed_at
+
+
+def truth(n, seed, position, weights=None):
+    """The definition, without any state: order(epoch p // n)[p % n]."""
+    return int(epoch_order(n, seed, position // n, weights)[position % n])
+
+
+def one_step(n, seed, world, batch, accumulation, start, steps, step, weights=None):
+    """What all ranks together feed into optimizer step `step`."""
+    out = []
+    for rank in range(world):
+        micro = list(RankBatches(GlobalOrder(n, seed, weights), batch, accumulation, rank, world, start, steps))
+        assert len(micro) == steps * accumulation and all(len(b) == batch for b in micro)
+        out += [pair for b in micro[step * accumulation:(step + 1) * accumulation] for pair in b]
+    return out
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 200), st.integers(1, 4), st.booleans())
+def test_all_ranks_and_micro_batches_together_are_one_stream(n, seed, world, batch, accumulation, start, steps, weighted):
+    weights = np.arange(1, n + 1) if weighted else None
+    size = world * batch * accumulation
+    for step in range(steps):
+        pairs = one_step(n, seed, world, batch, accumulation, start, steps, step, weights)
+        first = start + step * size
+        assert sorted(p for p, _ in pairs) == list(range(first, first + size)), "every position of the step exactly once"
+        assert all(i == truth(n, seed, p, weights) for p, i in pairs)
+
+
+@given(st.integers(1, 30), st.integers(0, 3), st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 50))
+def test_any_split_of_a_batch_of_12_sees_the_same_samples(n, seed, world, batch, start):
+    if 12 % (world * batch):
+        world, batch = 1, 12
+    split, whole = one_step(n, seed, world, batch, 12 // world // batch, start, 2, 1), one_step(n, seed, 1, 12, 1, start, 2, 1)
+    assert sorted(split) == whole
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 8), st.integers(1, 5), st.integers(0, 40))
+def test_a_resumed_sampler_continues(n, world, batch, accumulation, done, more, start):
+    """Also across the end of an epoch, and with an order object that is new."""
+    for rank in range(world):
+        whole = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, start, done + more))
+        resumed = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, start + done * world * batch * accumulation, more))
+        assert whole[done * accumulation:] == resumed
+
+
+@given(st.integers(1, 200), st.integers(0, 2**63), st.integers(0, 10**9))
+def test_an_epoch_is_a_permutation(n, seed, epoch):
+    order = epoch_order(n, seed, epoch)
+    assert order.shape == (n,) and order.dtype == np.int64 and sorted(order) == list(range(n))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    orders = {(seed, epoch): tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(set(orders.values())) == 16
+    assert orders[2, 3] == tuple(epoch_order(50, 2, 3)), "a function, not a state"
+    assert tuple(range(50)) not in orders.values(), "shuffled"
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed, epoch in ((1, 23), (12, 3))}) == 2, "the digits of seed and epoch do not run together"
+
+
+def test_every_place_sees_every_sample():
+    """No sample is tied to a place: over 600 epochs each of 6 comes first about 100 times."""
+    firsts = np.bincount([epoch_order(6, 0, e)[0] for e in range(600)], minlength=6)
+    assert firsts.min() > 60 and firsts.max() < 140
+
+
+@given(st.integers(1, 60), st.integers(0, 3), st.integers(0, 5), st.data())
+def test_weighted_shares_are_floor_or_ceil_in_every_epoch(n, seed, epoch, data):
+    weights = np.array(data.draw(st.lists(st.floats(1e-3, 1e3), min_size=n, max_size=n)))
+    counts = np.bincount(epoch_order(n, seed, epoch, weights), minlength=n)
+    share = n * weights / weights.sum()
+    assert counts.sum() == n and len(counts) == n
+    assert (counts >= np.floor(share - 1e-6)).all() and (counts <= np.ceil(share + 1e-6)).all()
+
+
+def test_weighted_groups_are_right_within_one_percent():
+    """Three data sets of 500, 300 and 200 samples mixed 1 : 1 : 2 per data set; and no sample is left out over a few epochs."""
+    sizes, shares = [500, 300, 200], np.array([0.25, 0.25, 0.5])
+    group = np.repeat([0, 1, 2], sizes)
+    weights = (shares / sizes)[group]
+    for epoch in range(3):
+        order = epoch_order(1000, 5, epoch, weights)
+        np.testing.assert_allclose(np.bincount(group[order], minlength=3) / 1000, shares, atol=0.01)
+    assert set(np.concatenate([epoch_order(1000, 5, e, weights) for e in range(12)])) == set(range(1000))
+    assert np.abs(np.diff(order)).mean() > 100, "shuffled, not sorted by group"
+
+
+def test_equal_weights_are_a_permutation():
+    assert sorted(epoch_order(40, 3, 1, np.full(40, 0.1))) == list(range(40))
+
+
+def test_index_does_not_depend_on_what_was_asked_before():
+    asked = GlobalOrder(7, 1)
+    for p in (0, 6, 7, 3, 20, 6, 13, 14):
+        assert asked.index(p) == GlobalOrder(7, 1).index(p) == truth(7, 1, p)
+
+
+def test_a_pickled_sampler_goes_on_alike():
+    """Spawned workers get a copy."""
+    batches = RankBatches(GlobalOrder(9, 2), 2, 2, 1, 2, 5, 3)
+    batches.order.index(100)
+    assert list(pickle.loads(pickle.dumps(batches))) == list(batches) == list(batches)
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match="no samples"):
+        GlobalOrder(0, 1)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40))
+def test_generators_depend_on_seed_position_and_purpose_alone(seed, position):
+    first = generator_at(seed, position, "augment")
+    first.random(1000)
+    np.testing.assert_array_equal(generator_at(seed, position, "augment").random(4), generator_at(seed, position, "augment").random(4))
+    others = [generator_at(*key).random() for key in ((seed, position, "augment"), (seed, position, "noise"), (seed, position + 1, "augment"), (seed + 1, position, "augment"))]
+    assert len(set(others)) == 4
+    assert torch_seed_at(seed, position, "dropout") == torch_seed_at(seed, position, "dropout") != torch_seed_at(seed, position + 1, "dropout")
+    assert 0 <= torch_seed_at(seed, position, "dropout") < 2**63
+
+
+def test_neighbouring_positions_are_uncorrelated():
+    draws = np.array([generator_at(42, p, "noise").standard_normal(4) for p in range(2000)])
+    assert np.abs(draws.mean(0)).max() < 0.1 and np.abs(draws.std(0) - 1).max() < 0.06
+    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.07
+
+
+def test_the_order_is_the_one_of_earlier_versions():
+    """A checkpoint resumes with the order it began with: a change here is a change of the checkpoint format."""
+    assert GlobalOrder(10, 42).index(3) == truth(10, 42, 3)
+    assert epoch_order(10, 42, 0).tolist() == [3, 9, 2, 4, 6, 8, 0, 7, 5, 1] and torch_seed_at(42, 7, "dropout") == 8270223534084020472
