@@ -2,11 +2,15 @@
 import csv
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -461,3 +465,386 @@ def test_overfits_one_batch(make):
         optimizer.zero_grad()
         losses.append(out["sample_loss"].mean().item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+# ---- spikes, non-finite steps, EMA, LoRA -----------------------------------------------------------------------------
+
+def test_a_poisoned_episode_is_named_first(make, tmp_path, sim_root, capsys):
+    """One frame's action x 100 in one of five episodes; the statistics are those of the clean recordings."""
+    import h5py
+
+    shutil.copytree(sim_root, tmp_path / "data")
+    clean = smolvla.load_data(make(dataset__root_dir=tmp_path / "data"))
+    smolvla.save_stats(tmp_path / "stats.yaml", clean.stats)
+    victim = clean.train[2]
+    with h5py.File(clean.episodes[victim].path, "r+") as f:
+        f["action"][6] *= 100
+    cfg = make(dataset__root_dir=tmp_path / "data", normalization__stats_file=tmp_path / "stats.yaml", steps=75, training__loss_spike_threshold=3, training__batch_size=3, training__log_freq=25)
+    smolvla.main(cfg)
+    with open(Path(cfg.output_dir) / "loss_spikes.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert rows
+    for row in rows:
+        assert json.loads(row["episode_indices"])[0] == victim and json.loads(row["frame_indices"])[0] in (3, 4, 5, 6)   # chunks of 4 that contain frame 6
+        assert row["episode_paths"].startswith(f"[{victim}] {clean.episodes[victim].path}")
+        losses = json.loads(row["sample_losses"])
+        assert len(losses) == 3 and losses[0] == max(losses) > 10 * sorted(losses)[0]
+        assert float(row["loss"]) / float(row["moving_avg"]) == pytest.approx(float(row["ratio"]), abs=0.01) and float(row["ratio"]) > 3
+    text = (Path(cfg.output_dir) / "loss_spikes.txt").read_text()
+    assert "Threshold: 3.0x moving average" in text and text.count("LOSS SPIKE at Step") == len(rows)
+    said = capsys.readouterr().out
+    assert f"⚠️  LOSS SPIKE at step {rows[0]['step']}: " in said and f"| Episodes: [{victim}" in said
+    logged = [r for r in read_metrics(cfg.output_dir) if "spike/loss" in r]
+    assert [str(r["step"]) for r in logged] == [r["step"] for r in rows] and logged[0]["spike/ratio"] == pytest.approx(float(rows[0]["ratio"]), abs=0.01)
+
+
+def test_spikes_begin_after_50_steps_and_compare_with_the_last_100(tmp_path):
+    spikes = smolvla.Spikes(tmp_path, 2.0, [])
+    assert all(spikes.check(v) is None for v in [1.0] * 48 + [50.0])         # 49 losses: too early
+    spikes = smolvla.Spikes(tmp_path, 2.0, [], history=[1.0] * 99)
+    assert spikes.check(3.0) == pytest.approx(1.02) and len(spikes.history) == 100
+    assert spikes.check(2.0) is None                                         # the mean is now 1.03
+
+
+def test_a_non_finite_step_changes_nothing_and_is_named(make, monkeypatch):
+    item = smolvla.SmolVLADataset.__getitem__
+
+    def poisoned(self, key):
+        out = item(self, key)
+        if key[0] == 3:                                                      # position 3 is the second sample of step 2
+            out["action"] = out["action"] * np.float32(np.nan)
+        return out
+
+    two, _ = train(make("two", steps=1))
+    monkeypatch.setattr(smolvla.SmolVLADataset, "__getitem__", poisoned)
+    cfg = make("bad", steps=2, training__save_freq=1)
+    bad, rows = train(cfg)
+    same(bad["policy_state_dict"], two["policy_state_dict"])
+    data, cfg2 = smolvla.load_data(cfg), cfg
+    dataset = smolvla.SmolVLADataset(data, data.train, cfg2)
+    name = item(dataset, (3, smolvla.GlobalOrder(len(dataset), cfg.seed).index(3)))["name"]
+    assert next(r["nonfinite"] for r in rows if "nonfinite" in r) == [[name[1], name[2]]]
+    with open(Path(cfg.output_dir) / "loss_spikes.csv", newline="") as f:
+        row = next(csv.DictReader(f))
+    assert row["step"] == "2" and row["ratio"] == "N/A" and json.loads(row["episode_indices"])[0] == name[0] and json.loads(row["frame_indices"])[0] == name[2]
+
+
+def test_ten_non_finite_steps_stop_the_run(make, monkeypatch):
+    monkeypatch.setattr(smolvla.SmolVLA, "forward", lambda self, batch, f=smolvla.SmolVLA.forward: {k: v * torch.nan if k.endswith("_sum") else v for k, v in f(self, batch).items()})
+    with pytest.raises(FloatingPointError, match="10 steps in a row"):
+        smolvla.main(make(steps=30))
+
+
+def test_ema_by_hand():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    ema = smolvla.Ema({"p": p}, 0.5)
+    p.data.fill_(3.0)
+    ema.update(0)                                                            # decay min(0.5, 1/10)
+    assert ema.average["p"].item() == pytest.approx(0.1 * 1 + 0.9 * 3)
+    p.data.fill_(5.0)
+    ema.update(99)                                                           # decay 0.5
+    assert ema.average["p"].item() == pytest.approx(0.5 * 2.8 + 0.5 * 5)
+    with ema.swapped():
+        assert p.item() == pytest.approx(3.9)
+    assert p.item() == 5.0
+    assert smolvla.Ema({"p": p}, 0.0).average == {}
+
+
+def test_ema_is_what_is_validated_and_exported(make, tmp_path):
+    plain, plain_rows = train(make("plain"))
+    state, rows = train(make("ema", training__ema_decay=0.9))
+    same(state["model_state_dict"], plain["model_state_dict"])               # the average does not disturb the training
+    name = "model.action_out_proj.weight"
+    assert torch.equal(state["policy_state_dict"][name], state["ema_state_dict"][name]) and not torch.equal(state["policy_state_dict"][name], state["model_state_dict"][name])
+    assert rows[-1]["val/loss"] != plain_rows[-1]["val/loss"]
+    same(smolvla.read_policy_weights(tmp_path / "ema/checkpoints/final_hf"), state["policy_state_dict"])
+
+
+def test_lora_starts_as_the_base_trains_little_and_merges_exactly(make, tmp_path):
+    base, _, batch = batch_of(make(), count=2)
+    core, _, _ = batch_of(make(train="lora"), count=2)
+    torch.testing.assert_close(core(batch)["flow_sum"], base(batch)["flow_sum"])
+    trained = {n for n, p in core.named_parameters() if p.requires_grad}
+    assert all(".lora_" in n or n.split(".")[1] in ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out") for n in trained)
+    assert sum(".lora_A" in n for n in trained) == 2 * 7                     # seven projections in each of two expert layers
+    cfg = make("lora", train="lora", lora_rank=4, lora_alpha=8)
+    state, _ = train(cfg)
+    core, _, _ = batch_of(make(train="lora", lora_rank=4, lora_alpha=8), count=2)
+    core.load_state_dict(state["model_state_dict"])
+    assert core.state_dict()["model.vlm_with_expert.lm_expert.layers.0.mlp.up_proj.lora_B"].abs().max() > 0
+    merged = smolvla.load_policy(tmp_path / "lora/checkpoints/checkpoint_latest.pt", "cpu").model
+    assert core.eval()(batch)["flow_sum"].item() == pytest.approx(merged(batch)["flow_sum"].item(), rel=1e-4)
+
+
+# ---- export, load, predict -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, sim_root, vlm_dir):
+    """(output_dir, config) of a finished short run."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    argv = f"""--dataset.root_dir {sim_root} --dataset.horizon 4 --policy.chunk_size 4 --policy.n_action_steps 4 --policy.vlm_model_name {vlm_dir} --policy.num_vlm_layers 2
+        --policy.resize_imgs_with_padding [64,64] --policy.max_state_dim 8 --policy.max_action_dim 8 --training.batch_size 4 --training.num_workers 0 --training.steps 30 --lr 2e-3
+        --scheduler.num_warmup_steps 2 --validation.num_episodes 2 --output_dir {out}"""
+    cfg = parse_config(smolvla.Config, argv.split(), smolvla.ALIASES)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(smolvla.runlog, "plot_loss", lambda *_: "")
+        smolvla.main(cfg)
+    return out, cfg
+
+
+def test_final_hf_has_lerobots_layout(trained, lerobot):
+    """The same files, fields and processor steps as LeRobot 0.4.4 wrote; fields that other versions do not know are left out."""
+    ours, theirs = trained[0] / "checkpoints/final_hf", lerobot[0]
+    assert {p.name for p in theirs.iterdir()} | {"policy.json", "vlm"} == {p.name for p in ours.iterdir()}
+    read = lambda folder, name: json.loads((folder / name).read_text())
+    a, b = read(ours, "config.json"), read(theirs, "config.json")
+    assert set(a) == set(b) - {"use_peft", "rtc_config", "compile_model", "compile_mode"}
+    assert {k: type(v) for k, v in a.items() if v is not None} == {k: type(b[k]) if k != "optimizer_grad_clip_norm" else float for k, v in a.items() if v is not None}
+    assert set(a["input_features"]) == set(b["input_features"]) and a["input_features"]["observation.images.camera1"] == {"type": "VISUAL", "shape": [3, 60, 80]}
+    assert a["output_features"] == b["output_features"] and a["load_vlm_weights"] is False
+
+    def shape(processor):
+        """names, files and settings of the steps, without values that belong to the data and sizes"""
+        return [(s["registry_name"], s.get("state_file"), sorted(s["config"])) for s in processor["steps"]]
+
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        p, q = read(ours, name), read(theirs, name)
+        assert p["name"] == q["name"] and shape(p) == shape(q)
+    from safetensors.torch import load_file
+    for name in (smolvla.NORMALIZER, smolvla.UNNORMALIZER):
+        p, q = load_file(ours / name), load_file(theirs / name)
+        assert set(q) <= set(p) and all(p[k].shape == q[k].shape and p[k].dtype == torch.float32 for k in q)
+        assert set(p) - set(q) == {f"{k}.{s}" for k in ("action", "observation.state") for s in ("q01", "q99")}
+
+
+def test_checkpoint_final_hf_and_the_trained_model_predict_the_same(trained, sim_root):
+    out, cfg = trained
+    policies = [smolvla.load_policy(p, "cpu") for p in (out / "checkpoints/checkpoint_latest.pt", out / "checkpoints/final_hf", out)]
+    episode = next(iter(policies[0].open_episodes(sim_root)))
+    observations = [episode["sample"](t) for t in (0, 5, 11)]
+    first = policies[0].predict(observations)
+    assert first.shape == (3, 4, 6) and first.dtype == np.float32
+    for policy in policies[1:]:
+        np.testing.assert_array_equal(policy.predict(observations), first)
+    one_by_one = np.concatenate([policies[0].predict([o]) for o in observations])
+    np.testing.assert_allclose(one_by_one, first, atol=1e-5)
+
+
+def test_final_hf_without_our_files_predicts_the_same(trained, sim_root, tmp_path):
+    """LeRobot's own files say everything that sampling needs."""
+    folder = tmp_path / "final_hf"
+    shutil.copytree(trained[0] / "checkpoints/final_hf", folder)
+    ours = smolvla.load_policy(folder, "cpu")
+    observation = next(iter(ours.open_episodes(sim_root)))["sample"](3)
+    (folder / "policy.json").unlink()
+    theirs = smolvla.load_policy(folder, "cpu")
+    np.testing.assert_allclose(theirs.predict([observation | dict(instruction=trained[1].dataset.task_instruction)]), ours.predict([observation]), atol=1e-5)
+    (folder / smolvla.NORMALIZER).unlink()
+    with pytest.raises(ValueError, match="--init_from"):
+        smolvla.load_policy(folder, "cpu")
+
+
+def test_predict_depends_on_images_state_and_instruction_and_refuses_what_is_missing(trained, sim_root):
+    policy = smolvla.load_policy(trained[0], "cpu")
+    observation = next(iter(policy.open_episodes(sim_root)))["sample"](3)
+    base = policy.predict([observation])
+    images = observation["images"]
+    for changed in (observation | dict(instruction="stop"), observation | dict(state=observation["state"] + 1), observation | dict(images=images | dict(camera2=255 - images["camera2"]))):
+        assert np.abs(policy.predict([changed]) - base).max() > 1e-6
+    floats = observation | dict(images={k: v.astype(np.float32) / 255 for k, v in images.items()})
+    np.testing.assert_allclose(policy.predict([floats]), base, atol=1e-5)
+    with pytest.raises(ValueError, match="camera2 = tool_camera"):
+        policy.predict([observation | dict(images={k: v for k, v in images.items() if k != "camera2"})])
+    with pytest.raises(ValueError, match=r"shape \(3,\), the policy needs \(6,\)"):
+        policy.predict([observation | dict(state=observation["state"][:3])])
+
+
+def test_evaluate_reports_on_the_held_out_episodes(trained, sim_root, tmp_path, capsys):
+    import evaluate
+
+    report = evaluate.main(["--checkpoint", str(trained[0] / "checkpoints/checkpoint_latest.pt"), "--data", str(sim_root), "--output", str(tmp_path / "report"), "--stride", "4"])
+    assert "2 validation episodes of the checkpoint" in capsys.readouterr().out
+    assert list(report["policy"]["per_dim"]) == [f"q{i}" for i in range(1, 7)] and (tmp_path / "report/summary.png").is_file()
+    data = smolvla.load_data(trained[1])
+    written = json.loads((tmp_path / "report/report.json").read_text())
+    assert written["episodes"] == [data.episodes[i].name for i in data.validation] and written["units"] == {f"q{i}": "rad" for i in range(1, 7)}
+    # holding still is staying at the measured joints
+    episode = next(iter(smolvla.load_policy(trained[0], "cpu").open_episodes(sim_root)))
+    assert np.array_equal(episode["hold"], data.episodes[0].qpos) and np.array_equal(episode["target"], data.episodes[0].action)
+
+
+def test_validation_loss_on_the_whole_part_by_hand(trained):
+    """val/* are sums over unpadded steps, not means of batch means."""
+    out, cfg = trained
+    last = [r for r in read_metrics(out) if "val/loss" in r][-1]
+    policy, data = smolvla.load_policy(out, "cpu"), smolvla.load_data(cfg)
+    dataset = smolvla.SmolVLADataset(data, data.validation, cfg)
+    flow = real = steps = error = 0.0
+    for i in range(len(dataset)):
+        item = dataset[(i, i)]
+        result = policy.model(policy.collate([item]))
+        n = int((~item["is_pad"]).sum())
+        flow, real, steps = flow + result["flow_sum"].item() / 8, real + result["real_sum"].item() / 6, steps + n
+        error += np.abs(policy.decode(policy.collate.inputs([item]))[0] - item["action"])[:n].sum()
+    assert last["val/loss"] - last["val/temporal_loss"] == pytest.approx(flow / steps, rel=1e-4) and last["val/action_loss"] == pytest.approx(real / steps, rel=1e-4)
+    assert last["val/action_mae"] == pytest.approx(error / steps / 6, rel=1e-4)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def test_validation_episodes_are_drawn_listed_and_kept_out_of_the_statistics(trained):
+    out, cfg = trained
+    data = smolvla.load_data(cfg)
+    assert data.validation == sorted(random.Random(1000).sample(range(5), 2)) and set(data.train) | set(data.validation) == set(range(5)) and len(data.train) == 3
+    text = (out / "validation_episodes.txt").read_text()
+    assert f"Validation episode indices: {data.validation}" in text and all(f"  [{i}] {data.episodes[i].path}" in text for i in data.validation)
+    np.testing.assert_allclose(data.stats["action"]["mean"], np.concatenate([data.episodes[i].action for i in data.train]).astype(np.float64).mean(0))
+
+
+def test_statistics_that_saw_validation_episodes_or_lack_are_refused(make, tmp_path):
+    with pytest.raises(FileNotFoundError, match="dataset_stats_sim.yaml not found"):
+        smolvla.load_data(make(normalization__stats_file=tmp_path / "dataset_stats_sim.yaml"))
+    smolvla.save_stats(tmp_path / "all.yaml", smolvla.load_data(make(validation__enable=False)).stats)
+    with pytest.raises(ValueError, match="this run validates on"):
+        smolvla.load_data(make(normalization__stats_file=tmp_path / "all.yaml"))
+
+
+def test_cameras_come_in_the_order_of_the_config(make):
+    data = smolvla.load_data(make(dataset__cameras="top_camera,camera1"))
+    assert data.spec.cameras == ["top_camera", "side_camera"]
+    plain = smolvla.load_data(make())
+    assert plain.spec.cameras == ["side_camera", "tool_camera", "top_camera"]
+    a, b = (smolvla.SmolVLADataset(d, d.train, make())[(0, 3)]["images"] for d in (data, plain))
+    assert np.array_equal(a[0], b[2]) and np.array_equal(a[1], b[0]) and len(a) == 2
+    for wrong in ("front_camera", "top_camera,top_camera", "camera4"):
+        with pytest.raises(ValueError, match="dataset.cameras"):
+            smolvla.load_data(make(dataset__cameras=f"[{wrong}]"))
+
+
+def test_what_the_frame_sees_does_not_depend_on_later_frames(make, tmp_path, sim_root):
+    import h5py
+
+    shutil.copytree(sim_root, tmp_path / "data")
+    cfg = make(dataset__root_dir=tmp_path / "data", validation__enable=False)
+    before = smolvla.load_data(cfg)
+    first = smolvla.SmolVLADataset(before, [0], cfg)[(0, 5)]
+    with h5py.File(before.episodes[0].path, "r+") as f:
+        for camera in before.spec.cameras:
+            f[f"observations/images/{camera}"][6] = f[f"observations/images/{camera}"][0]
+        f["observations/ee_pose"][6:] = 0
+    after = smolvla.load_data(cfg)
+    second = smolvla.SmolVLADataset(after, [0], cfg)[(0, 5)]
+    assert all(np.array_equal(a, b) for a, b in zip(first["images"], second["images"])) and np.array_equal(first["state"], second["state"])
+
+
+@pytest.mark.parametrize("mode, low, high", [("MEAN_STD", -2.0, 2.0), ("MIN_MAX", -1.0, 1.0), ("QUANTILES", -1.25, 1.25), ("IDENTITY", 0.0, 10.0)])
+def test_normalisation_modes_by_hand(mode, low, high):
+    entry = dict(mean=[5.0, 7.0], std=[2.5, 0.0], min=[0.0, 7.0], max=[10.0, 7.0], q01=[1.0, 7.0], q99=[9.0, 7.0])
+    n = smolvla.Normalizer(entry, mode)
+    x = np.array([[0.0, 7.0], [10.0, 7.0]])
+    y = n.normalize(x)
+    np.testing.assert_allclose(y[:, 0], [low, high])
+    np.testing.assert_allclose(y[:, 1], 7.0 if mode == "IDENTITY" else 0.0)   # a constant dimension
+    np.testing.assert_allclose(n.unnormalize(y), x)
+    if mode != "IDENTITY":
+        np.testing.assert_allclose(n.unnormalize(np.array([[low, 3.0]])), [[0.0, 7.0]])   # comes back whatever was sampled
+        with pytest.raises(ValueError, match="lack"):
+            smolvla.Normalizer({"mask": [True]}, mode)
+
+
+@hypothesis.given(h=st.integers(20, 900), w=st.integers(20, 900), side=st.sampled_from([64, 512]))
+@hypothesis.settings(max_examples=25)
+def test_resize_keeps_the_aspect_and_pads_left_and_top(h, w, side):
+    out = smolvla.resize_with_pad(torch.full((1, 3, h, w), 0.75), side)
+    ch, cw = smolvla.content_size(h, w, side)
+    assert out.shape == (1, 3, side, side) and max(ch, cw) == side and abs(ch / cw - h / w) <= h / w * 2 / min(ch, cw)
+    torch.testing.assert_close(out[0, :, side - ch:, side - cw:], torch.full((3, ch, cw), 0.5))
+    assert (out[0, :, :side - ch] == -1).all() and (out[0, :, :, :side - cw] == -1).all()
+
+
+def test_feature_cache_changes_nothing_but_the_reading(make, tmp_path, monkeypatch):
+    plain, rows = train(make("plain"))
+    cached, cached_rows = train(make("cached", training__feature_cache=tmp_path / "cache"))
+    close(cached["policy_state_dict"], plain["policy_state_dict"], 1e-5)
+    assert cached_rows[-1]["val/loss"] == pytest.approx(rows[-1]["val/loss"], rel=1e-4)
+    monkeypatch.setattr(smolvla.SmolVLA, "features", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(smolvla.ep.ImageReader, "read", lambda *a, read=smolvla.ep.ImageReader.read, **k: read(*a, **k) if not k else pytest.fail("an image was decoded"))
+    again, _ = train(make("again", training__feature_cache=tmp_path / "cache", training__num_workers=1))
+    same(again["policy_state_dict"], cached["policy_state_dict"])
+    with pytest.raises(ValueError, match="feature_cache"):
+        smolvla.main(make("x", training__feature_cache=tmp_path / "cache", policy__train_expert_only=False))
+
+
+def test_augmentation_is_drawn_by_position_and_only_in_training(make):
+    cfg = make(dataset__augment=True)
+    data = smolvla.load_data(cfg)
+    on, off = smolvla.SmolVLADataset(data, data.train, cfg, cfg.dataset.augment), smolvla.SmolVLADataset(data, data.train, cfg)
+    a, again, other, plain = on[(0, 3)]["images"][0], on[(0, 3)]["images"][0], on[(1, 3)]["images"][0], off[(0, 3)]["images"][0]
+    assert np.array_equal(a, again) and not np.array_equal(a, other) and not np.array_equal(a, plain) and a.dtype == np.uint8 and a.shape == plain.shape
+    still = smolvla.augment_image(plain, make(**{f"dataset__augment_{k}": 0 for k in ("brightness", "contrast", "saturation", "hue", "noise")}).dataset, np.random.default_rng(0))
+    assert np.abs(still.astype(int) - plain).mean() < 2                      # rounding of HSV
+
+
+def test_check_prints_the_batch_and_needs_no_weights(make, capsys, vlm_dir, tmp_path):
+    smolvla.main(make(check=True))
+    said = capsys.readouterr().out
+    for words in ("4 training episodes, 48 frames; 1 validation episodes", "side_camera -> camera1 60x80", "joint targets, 6 dims", "tokens         (2, 20)", "'Insert needle into eye trocar in simulation\\n", "check passed"):
+        assert words in said, words
+    smolvla.main(make(check=True, policy__vlm_model_name=tmp_path / "nowhere"))
+    assert "tokens are not shown" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(training__use_amp=True), "use_bfloat16"), (dict(dataset__horizon=5), "policy.chunk_size is 4"), (dict(training__batch_size=0), "training.batch_size is 0: expected 1 or more"),
+    (dict(policy__n_action_steps=9), "expected 1..4"), (dict(validation__num_episodes=5), "hold out fewer"), (dict(reset_scheduler=True), "--resume CHECKPOINT"),
+    (dict(policy__max_action_dim=5), "policy.max_action_dim is 5"), (dict(dataset__use_ee_pose=False), "the state is made of nothing"), (dict(policy__num_vlm_layers=9), "has 3"),
+    (dict(policy__resize_imgs_with_padding="[48,40]"), "expected a square in multiples of 16 .* up to 64"), (dict(policy__num_vlm_layers=3, policy__num_expert_layers=2), "must divide"),
+])
+def test_wrong_values_are_named(make, flags, message):
+    with pytest.raises(ValueError, match=message):
+        smolvla.main(make(**flags))
+
+
+def test_learning_rate_by_hand(make):
+    cfg = make(scheduler__num_warmup_steps=4, scheduler__num_decay_steps=12, optimizer__lr=2e-3, scheduler__peak_lr=1e-3, scheduler__decay_lr=1e-4)
+    lr = lambda k: smolvla.lr_at(k, cfg)
+    assert [lr(0), lr(3), lr(4), lr(8), lr(12), lr(10**6)] == pytest.approx([5e-4, 2e-3, 2e-3, (2e-3 + 2e-4) / 2, 2e-4, 2e-4])
+
+
+# ---- the guide -------------------------------------------------------------------------------------------------------
+
+GUIDE = """
+dataset: {root_dir: ROOT, horizon: 50, task_instruction: "Insert needle into eye trocar in simulation", augment: false}
+training: {steps: 30000, batch_size: 16, gradient_accumulation_steps: 1, lambda_temporal: 0.05}
+validation: {enable: true, num_episodes: 20, val_freq: 2000}
+optimizer: {lr: 0.0001, betas: [0.9, 0.95]}
+scheduler: {num_warmup_steps: 1000, num_decay_steps: 30000}
+wandb: {enable: true, project: "smolvla-meca500-insertion-sim"}
+"""
+
+
+def test_the_guides_yaml_is_the_shipped_one(tmp_path):
+    (tmp_path / "guide.yaml").write_text(GUIDE)
+    guide = parse_config(smolvla.Config, ["--config", str(tmp_path / "guide.yaml")], smolvla.ALIASES)
+    assert guide.wandb.project == "smolvla-meca500-insertion-sim" and guide.optimizer.betas == [0.9, 0.95]
+    shipped = parse_config(smolvla.Config, ["--config", str(Path(smolvla.__file__).parent / "configs/smolvla_sim.yaml")], smolvla.ALIASES)
+    for group in ("training", "validation", "optimizer", "scheduler"):
+        ours, theirs = vars(getattr(shipped, group)), vars(getattr(guide, group))
+        assert {k: v for k, v in ours.items() if theirs[k] != v and k != "lambda_temporal"} == {}, group
+    assert shipped.output_dir == "outputs/train/smolvla_needle_insertion_sim" and shipped.normalization.stats_file == "dataset_stats_sim.yaml"
+
+
+def test_the_guides_commands_on_the_simulators_recordings(shared, vlm_dir, tmp_path, capsys):
+    """train, resume, resume --reset_scheduler on six real episodes, with a tiny backbone."""
+    (tmp_path / "guide.yaml").write_text(GUIDE.replace("ROOT", str(shared / "data/insertion_sim")).replace("enable: true, project", "enable: false, project"))
+    base = ["--config", str(tmp_path / "guide.yaml"), "--policy.vlm_model_name", str(vlm_dir), "--policy.num_vlm_layers", "2", "--policy.resize_imgs_with_padding", "[64,64]", "--batch-size", "2",
+            "--num_workers", "0", "--log_freq", "1", "--validation.num_episodes", "2", "--num_samples", "4", "--output_dir", str(tmp_path / "run")]
+    run = lambda *extra: train(parse_config(smolvla.Config, [*base, *extra], smolvla.ALIASES))
+    run("--steps", "2")
+    assert "[100.0%] Step 2/2 | Loss: " in (said := capsys.readouterr().out) and "[VAL] Step 2 | Loss: " in said
+    run("--steps", "3", "--resume", str(tmp_path / "run/checkpoints/checkpoint_step_2.pt"))
+    state, rows = run("--steps", "4", "--resume", str(tmp_path / "run/checkpoints/checkpoint_step_3.pt"), "--reset_scheduler")
+    lrs = [r["train/learning_rate"] for r in rows if "train/loss" in r]
+    assert state["step"] == 4 and lrs == pytest.approx([1e-7, 2e-7, 3e-7, 1e-7])
+    assert [name for name, _ in smolvla.load_policy(tmp_path / "run", "cpu").action_names()] == [f"q{i}" for i in range(1, 7)]
