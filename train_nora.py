@@ -926,7 +926,7 @@ def main(cfg):
     attention = pick_attention(cfg.attn_implementation, device)
     out = Path(cfg.output_dir)
     resume = ckpt.find_resume(cfg.resume_from_checkpoint, out)
-    if not resume and out.is_dir() and (ckpt.steps_in(out) or (out / "metrics.jsonl").exists()):
+    if cfg.resume_from_checkpoint is None and out.is_dir() and (ckpt.steps_in(out) or (out / "metrics.jsonl").exists()):
         raise FileExistsError(f"output_dir '{out}' already holds a run. Continue it with --resume auto, or choose another --output_dir")
     accelerator.wait_for_everyone()                                      # all ranks have looked before rank 0 writes
     if main_process:
