@@ -255,8 +255,8 @@ def records_past_motion(episodes):
     e = episodes[0]
     if e.ee_pose is None or e.ee_pose.shape != e.action.shape or e.num_frames < 3:
         return False
-    past = np.diff(e.ee_pose, axis=0)
-    return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:], past, atol=1e-3 * np.abs(past).max()))
+    past = np.diff(e.ee_pose[:, :3], axis=0)  # positions tell; rotations may wrap in between
+    return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:, :3], past, atol=1e-3 * np.abs(past).max()))
 
 
 def action_chunk(targets, frame, horizon, hold):
@@ -299,4 +299,4 @@ def write_validation_list(path, episodes, validation):
     """validation_episodes.txt: `validation` holds indices into the sorted list `episodes`."""
     lines = ["Validation episodes", "=" * 80, f"Total episodes: {len(episodes)}", f"Validation episodes: {len(validation)}",
              f"Validation episode indices: {list(validation)}", "", "Validation episode paths:"]
-    Path(path).write_text("\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n")
+    Path(path).write_text("\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ def load_stats(path, keys=("action",), definition=None, held_out=()):
         try:
             values, mask = np.array([entry[name] for name in LISTS], np.float64), np.array(entry.get("mask", entry["mean"]))
         except (TypeError, ValueError):  # a list is shorter than the others, or holds something else
-            values, mask = np.array(np.nan), None
+            values = mask = np.zeros(0)
         if values.ndim != 2 or not np.isfinite(values).all() or mask.shape != values[0].shape:
             raise ValueError(f"{path}: '{key}' must have {', '.join(LISTS)} and mask as lists of the same length, of finite numbers. {again}")
     if stats.get("format_version") != FORMAT_VERSION:

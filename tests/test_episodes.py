@@ -493,6 +493,9 @@ def test_every_frame_is_an_observation(n, horizon, hold, data):
 def test_recorded_past_motion_is_recognised(tmp_path):
     past, joints = (read_episode(write(tmp_path / a, action=a)) for a in ("past_delta", "joints"))
     assert ep.records_past_motion([past]) and not ep.records_past_motion([joints])
+    wrapped = pose_episode(past.ee_pose.copy(), action=past.action)
+    wrapped.ee_pose[5:, 3] -= 2 * np.pi
+    assert ep.records_past_motion([wrapped]), "a roll that passes half a turn hides nothing"
     causal = pose_episode(past.ee_pose, action=np.concatenate([np.diff(past.ee_pose, axis=0), np.zeros((1, 6))]))
     assert not ep.records_past_motion([causal]), "the motion that follows is the right target"
     still = pose_episode(np.ones((5, 6)), action=np.zeros((5, 6)))
