@@ -145,7 +145,8 @@ def plot_loss(folder, train="loss", validation="val_loss"):
             axis.plot(*zip(*points), style, label=key, markersize=4)
     axis.set(xlabel="optimizer step", ylabel="loss")
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     path = Path(folder) / "loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

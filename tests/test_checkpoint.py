@@ -346,8 +346,9 @@ def test_a_malicious_pickle_is_refused_and_never_run(tmp_path, form):
         path.write_bytes(pickle.dumps({"tensor": Malicious(marker)}))
     else:
         torch.save({"tensor": torch.zeros(2), "x": Malicious(marker)}, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match="state.pt is refused: it refers to (posix|os).system") as error:
+    with pytest.raises(ValueError, match="state.pt is refused: .*tensors and plain values only") as error:
         load_state(path)
+    assert form == "pickle" or "posix.system" in str(error.value)
     assert not marker.exists() and "weights_only" not in str(error.value), "torch's advice to load it nevertheless is not passed on"
     pickle.loads(pickle.dumps(Malicious(marker)))
     assert marker.exists(), "the weapon was loaded"
