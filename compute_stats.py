@@ -1,32 +1,66 @@
-"""Normalisation statistics of a data set, with the same reader and the same action definition as the training.
+"""Normalisation statistics of a data set, by the same reader, split and action definition as the training.
 
     python compute_stats.py --config configs/nora.yaml --output dataset_stats.yaml
     python compute_stats.py --dataset.root_dir DATA --use_ee_pose_delta_as_action --num_val_episodes 20 --output dataset_stats.json
 
-Reads the `dataset` group of a training config (other keys of that file are accepted and not used), leaves out the validation
-episodes that the training will hold out, and writes mean, std, min, max, q01, q99 per dimension of the action and the state.
+Reads the `dataset` group of a training's YAML and leaves the other keys alone, holds out the same validation episodes, and writes mean, std,
+min, max, q01, q99 per dimension of the action and the state (form: common/stats.py). A training needs no such file, it computes the same
+numbers itself; use one to look at the data, or to share its numbers between runs (dataset.normalization_stats_path).
 """
-import dataclasses
-import os
-import sys
 from dataclasses import dataclass, field
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from tqdm import tqdm
 
+from common import episodes as ep
 from common.config import parse_config
 from common.stats import save_stats
 
-import train_nora
+
+@dataclass
+class DatasetConfig:
+    root_dir: str = ""                         # folder with the recordings, searched recursively
+    use_ee_pose_delta_as_action: bool = False  # target = ee_pose[t+1] - ee_pose[t] instead of the recorded action[t]
+    rotation_unit: str = "auto"                # of ee_pose[:, 3:6]: rad, deg, or auto
+    use_ee_pose: bool = True                   # observation.state contains ee_pose
+    use_qpos: bool = False                     # observation.state contains qpos, before ee_pose
+    num_val_episodes: int = 0                  # the last N files of the sorted list are held out
+    skip_bad_episodes: bool = False            # leave unreadable files out, listed and counted, instead of stopping
 
 
 @dataclass
-class Config(train_nora.Config):
-    output: str = "dataset_stats.yaml"  # file to write; .yaml, .yml or .json
+class Config:
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    format: str = "insertion"                  # kind of recording; see FORMATS
+    output: str = "dataset_stats.yaml"         # file to write; .yaml, .yml or .json
+
+
+def insertion(d):
+    """HDF5 insertion episodes -> statistics."""
+    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None))
+    for message in excluded:
+        print(f"excluded  {message}")
+    train, validation = ep.hold_out_last(found, d.num_val_episodes)
+    keys = [key for key, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose)) if use and getattr(found[0], key) is not None]
+    return ep.insertion_stats(train, ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit), [e.name for e in validation], keys)
+
+
+FORMATS = {"insertion": insertion}             # another format: a function of the dataset config that returns the same dict
 
 
 def main(cfg):
-    data = train_nora.load_data(cfg)
+    if cfg.format not in FORMATS:
+        raise ValueError(f"--format {cfg.format}: expected one of {', '.join(FORMATS)}")
+    stats = FORMATS[cfg.format](cfg.dataset)
+    save_stats(cfg.output, stats)
+    d = stats["action_definition"]
+    print(f"{stats['num_episodes']} episodes, {stats['num_frames']} frames, {len(stats['excluded_episodes'])} held out; action: {d['source']}, rotation in {d['rotation_unit']}")
+    for key in ("action", "observation.state"):
+        if key in stats:
+            print(key)
+            for name in ("mean", "std", "min", "max", "q01", "q99"):
+                print(f"  {name:<5}" + " ".join(f"{v:11.4g}" for v in stats[key][name]))
+    print(f"statistics: {cfg.output}")
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    main(parse_config(Config, partial=True))

@@ -5,14 +5,16 @@ pinhole projection into side, tool and top cameras under domain randomisation (l
 the trocar is, and therefore what to do next, can be seen in the images and in nothing else; the frame number tells nothing.
 
     python make_demo.py                                   # everything below demo/
-    python make_demo.py insertion --episodes 80           # only the insertion episodes
+    python make_demo.py insertion --episodes 12           # only the insertion episodes
     python make_demo.py --list                            # what can be made
 
 Everything is a function of --seed: two runs write the same scenes.
 """
 import argparse
+import functools
 import io
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -35,7 +37,7 @@ INSTRUCTION = "Insert the needle into the target point"
 SUPERSAMPLE = 2                # drawn at twice the size, then reduced: cheap antialiasing
 CAMERAS = {                    # name: (position mm, looks at mm, focal length in image heights)
     "side_camera": ((0.0, -150.0, 28.0), (0.0, 0.0, 14.0), 1.7),
-    "tool_camera": ((105.0, -105.0, 75.0), (0.0, 0.0, 10.0), 1.7),
+    "tool_camera": ((0.0, -62.0, 70.0), (0.0, 4.0, 0.0), 0.85),    # rides on the stage: relative to the tip, does not tilt with it
     "top_camera": ((0.0, -8.0, 165.0), (0.0, 0.0, 8.0), 1.8),
 }
 
@@ -87,6 +89,8 @@ def render(pose, entry, camera, look, rng):
     """-> (H, W, 3) uint8 RGB of one camera; sensor noise is drawn from `rng`."""
     index = list(CAMERAS).index(camera)
     position, at, focal = (np.array(v, float) for v in CAMERAS[camera])
+    if camera == "tool_camera":
+        position, at = position + pose[:3], at + pose[:3]
     position = position + look["jitter"][index]
     forward = (at - position) / np.linalg.norm(at - position)
     right = np.cross(forward, [0, 0, 1.0] if abs(forward[2]) < 0.95 else [0, 1.0, 0])
@@ -116,7 +120,9 @@ def render(pose, entry, camera, look, rng):
     disc(entry - [0, 0, 16.0], 15.0, color((0.92, 0.88, 0.85), 0))                                  # the eye: a ball below the entry
     rod(entry, entry - [0, 0, 5.0], 6.0, color((0.15, 0.25, 0.85), 1))                              # the trocar's tube
     disc(entry, 4.0, color((0.1, 0.8, 0.9), 2))                                                     # and its mouth
-    rod(pose[:3], pose[:3] - 45 * needle_axis(pose), 3.0, color((0.95, 0.15, 0.1), 3))
+    hub = pose[:3] - 28 * needle_axis(pose)
+    rod(pose[:3], hub, 3.0, color((0.95, 0.15, 0.1), 3))
+    disc(hub, 4.5, color((0.2, 0.9, 0.2), 3))
     disc(pose[:3], 3.0, color((1.0, 0.9, 0.1), 3))
     image = np.asarray(picture.resize((width // SUPERSAMPLE, height // SUPERSAMPLE), Image.BOX), np.float32)
     return np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
@@ -124,7 +130,7 @@ def render(pose, entry, camera, look, rng):
 
 # ---- insertion episodes (HDF5) ---------------------------------------------------------------------------------------
 
-def write_insertion(folder, episodes=4, seed=0, layout="jpeg", size=(120, 160), position_unit="mm", rotation_unit="rad", action="past_delta",
+def write_insertion(folder, episodes=4, seed=0, layout="jpeg", size=(96, 128), position_unit="mm", rotation_unit="rad", action="past_delta",
                     phase=True, instruction=True, timestamp=True, max_frames=None):
     """Episodes in the file form of the insertion recorders.
 
@@ -134,33 +140,37 @@ def write_insertion(folder, episodes=4, seed=0, layout="jpeg", size=(120, 160), 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i in tqdm(range(episodes), desc=f"insertion episodes ({layout})", disable=None):
-        rng = np.random.default_rng([seed, i])
-        run, look = simulate(rng), randomise(rng, size)
-        pose, phases = run["pose"][:max_frames], run["phase"][:max_frames]
-        n = len(pose)
-        joints = joint_angles(pose)
-        stored = pose.copy()
-        stored[:, :3] *= 1e-3 if position_unit == "m" else 1.0
-        stored[:, 3:] *= 180 / np.pi if rotation_unit == "deg" else 1.0
-        past = np.concatenate([np.zeros((1, 6)), np.diff(stored, axis=0)])
-        path = folder / f"episode_20260101_{i // 3600:02d}{i // 60 % 60:02d}{i % 60:02d}.h5"
-        with h5py.File(path, "w") as f:
-            f.create_dataset("action", data=(past if action == "past_delta" else np.concatenate([joints[1:], joints[-1:]])).astype(np.float32), compression="gzip")
-            f.create_dataset("observations/ee_pose", data=stored.astype(np.float32), compression="gzip")
-            f.create_dataset("observations/qpos", data=(joints + rng.normal(0, 0.001, joints.shape)).astype(np.float32), compression="gzip")
-            for camera in CAMERAS:
-                images = [render(p, run["entry"], camera, look, rng) for p in pose]
-                _write_images(f, f"observations/images/{camera}", images, layout)
-            if phase:
-                f.create_dataset("phase", data=phases, compression="gzip")
-            if timestamp:
-                f.create_dataset("timestamp", data=(np.arange(1, n + 1) / HZ).astype(np.float32), compression="gzip")
-            if instruction:
-                f.create_dataset("language_instruction", data=INSTRUCTION)
-        paths.append(path)
-    return paths
+    one = functools.partial(_write_insertion_episode, folder, seed=seed, layout=layout, size=size, position_unit=position_unit, rotation_unit=rotation_unit, action=action,
+                            phase=phase, instruction=instruction, timestamp=timestamp, max_frames=max_frames)
+    bar = functools.partial(tqdm, total=episodes, desc=f"insertion episodes ({layout})", unit="episode", disable=None)
+    if episodes < 8:
+        return list(bar(map(one, range(episodes))))
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        return list(bar(pool.imap(one, range(episodes))))
+
+
+def _write_insertion_episode(folder, i, seed, layout, size, position_unit, rotation_unit, action, phase, instruction, timestamp, max_frames):
+    rng = np.random.default_rng([seed, i])
+    run, look = simulate(rng), randomise(rng, size)
+    pose, phases = run["pose"][:max_frames], run["phase"][:max_frames]
+    n, joints, stored = len(pose), joint_angles(pose), pose.copy()
+    stored[:, :3] *= 1e-3 if position_unit == "m" else 1.0
+    stored[:, 3:] *= 180 / np.pi if rotation_unit == "deg" else 1.0
+    past = np.concatenate([np.zeros((1, 6)), np.diff(stored, axis=0)])
+    path = folder / f"episode_20260101_{i // 3600:02d}{i // 60 % 60:02d}{i % 60:02d}.h5"
+    with h5py.File(path, "w") as f:
+        f.create_dataset("action", data=(past if action == "past_delta" else np.concatenate([joints[1:], joints[-1:]])).astype(np.float32), compression="gzip")
+        f.create_dataset("observations/ee_pose", data=stored.astype(np.float32), compression="gzip")
+        f.create_dataset("observations/qpos", data=(joints + rng.normal(0, 0.001, joints.shape)).astype(np.float32), compression="gzip")
+        for camera in CAMERAS:
+            _write_images(f, f"observations/images/{camera}", [render(p, run["entry"], camera, look, rng) for p in pose], layout)
+        if phase:
+            f.create_dataset("phase", data=phases, compression="gzip")
+        if timestamp:
+            f.create_dataset("timestamp", data=(np.arange(1, n + 1) / HZ).astype(np.float32), compression="gzip")
+        if instruction:
+            f.create_dataset("language_instruction", data=INSTRUCTION)
+    return path
 
 
 def joint_angles(pose):
@@ -217,7 +227,7 @@ def byte_level_tokenizer(specials, merges_from=()):
     return tokenizer
 
 
-def write_qwen2_5_vl(folder, seed=0, text=(128, 3), vision=(96, 3), action_tokens=True, init=0.06):
+def write_qwen2_5_vl(folder, seed=0, text=(128, 2), vision=(96, 2), action_tokens=True, init=0.06):
     """A tiny random Qwen2.5-VL directory that AutoTokenizer, AutoImageProcessor and from_pretrained open like the real one.
 
     `text`, `vision` = (width, layers). With `action_tokens` the tokenizer has NORA's <robot_action_0> .. <robot_action_2047>.
@@ -284,17 +294,31 @@ def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 3), image_size=64, 
     return folder
 
 
-def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024):
-    """A FAST tokenizer directory in the public file layout (processor_config.json + tokenizer.json), fitted on smooth random chunks."""
-    import train_nora
+def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024, scale=10):
+    """A FAST tokenizer directory in the public file layout (processor_config.json + tokenizer.json), fitted on smooth random chunks the way the
+    public one is: the alphabet is chr(0) .. chr(max - min), so byte symbols that no coefficient used are missing (reference/nora.md section 3)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    knots = rng.uniform(-1, 1, (800, 4, dim))
-    at = np.linspace(0, 3, horizon)
+    knots, at = rng.uniform(-1, 1, (800, 4, dim)), np.linspace(0, 3, horizon)
     low = np.minimum(at.astype(int), 2)
-    chunks = knots[:, low] + (at - low)[None, :, None] * (knots[:, low + 1] - knots[:, low])
-    train_nora.FastTokenizer.fit(list(chunks), vocab_size=vocab_size).save(folder)
-    return Path(folder)
+    chunks = knots[:, low] + (at - low)[None, :, None] * (knots[:, low + 1] - knots[:, low])      # (800, H, A)
+    k, n = np.mgrid[:horizon, :horizon]
+    dct = np.sqrt(np.where(k == 0, 1, 2) / horizon) * np.cos(np.pi * (n + 0.5) * k / horizon)
+    q = np.rint(dct @ chunks * scale).astype(int)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = [chr(i) for i in range(q.max() - q.min() + 1)]
+    bpe.train_from_iterator(["".join(map(chr, c.ravel() - q.min())) for c in q],
+                            trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=[], initial_alphabet=alphabet, max_token_length=10000, show_progress=False))
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "processor_config.json").write_text(json.dumps(dict(
+        action_dim=None, auto_map={"AutoProcessor": "processing_action_tokenizer.UniversalActionProcessor"}, min_token=int(q.min()), processor_class="UniversalActionProcessor",
+        scale=scale, time_horizon=None, vocab_size=bpe.get_vocab_size()), indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False), indent=2))
+    return folder
 
 
 # ---- what can be made: name -> function(folder, args). A new format is one function and one line here ------------------
@@ -312,7 +336,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to write: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", default="demo", help="folder to write into (default: demo)")
-    parser.add_argument("--episodes", type=int, default=80, help="insertion episodes (default: 80)")
+    parser.add_argument("--episodes", type=int, default=200, help="insertion episodes (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     args = parser.parse_args()

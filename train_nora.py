@@ -165,8 +165,17 @@ class FastTokenizer:
                                             "Give a local directory (--fast DIR), or train one on your actions (--fast fit)") from error
             elif not files[name].is_file():
                 raise FileNotFoundError(f"FAST tokenizer '{source}' has no {name}; expected the public layout: processor_config.json + tokenizer.json")
-        meta = json.loads(files["processor_config.json"].read_text())
-        return cls(Tokenizer.from_file(str(files["tokenizer.json"])), meta["scale"], meta["min_token"])
+        again = "expected the public layout; download it again, or train one on your actions (--fast fit)"
+        try:
+            meta = json.loads(files["processor_config.json"].read_text())
+            scale, min_token = float(meta["scale"]), int(meta["min_token"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"FAST tokenizer '{source}': processor_config.json has no scale and min_token ({error!r}); {again}") from error
+        try:
+            bpe = Tokenizer.from_file(str(files["tokenizer.json"]))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValueError(f"FAST tokenizer '{source}': tokenizer.json cannot be read ({error}); {again}") from error
+        return cls(bpe, scale, min_token)
 
     def save(self, folder):
         folder = Path(folder)
@@ -646,7 +655,9 @@ def make_prompt(source, spec):
 def build_model(cfg, source, prompt, device, dtype, attention):
     """Load the backbone from `source`, choose what is trained -> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`."""
     from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()                                               # its bars break ours; what is loaded is said below
     batch_vision_attention()
     vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32 if cfg.train == "full" else dtype, attn_implementation=attention)
     if len(prompt.tokenizer) > vlm.config.text_config.vocab_size:
@@ -926,7 +937,7 @@ def main(cfg):
     attention = pick_attention(cfg.attn_implementation, device)
     out = Path(cfg.output_dir)
     resume = ckpt.find_resume(cfg.resume_from_checkpoint, out)
-    if not resume and out.is_dir() and (ckpt.steps_in(out) or (out / "metrics.jsonl").exists()):
+    if cfg.resume_from_checkpoint is None and out.is_dir() and (ckpt.steps_in(out) or (out / "metrics.jsonl").exists()):
         raise FileExistsError(f"output_dir '{out}' already holds a run. Continue it with --resume auto, or choose another --output_dir")
     accelerator.wait_for_everyone()                                      # all ranks have looked before rank 0 writes
     if main_process:
@@ -1016,13 +1027,18 @@ def main(cfg):
     model.train()
     batch_iterator, saved_at, skipped_in_row, skipped = iter(loader), start, 0, 0
     totals = torch.zeros(3, device=device)                               # loss sum, correct, tokens since the last log line
-    grad_norms, wait, t_log, step = [], 0.0, time.perf_counter(), start
+    grad_norms, wait, t_log, logged_at, step = [], 0.0, time.perf_counter(), start, start
     while step < cfg.max_train_steps:
         lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
         t_wait = time.perf_counter()
-        micro = [next(batch_iterator) for _ in range(cfg.gradient_accumulation_steps)]
+        try:
+            micro = [next(batch_iterator) for _ in range(cfg.gradient_accumulation_steps)]
+        except RuntimeError as error:                                    # torch's word for a worker that was killed, mostly for memory
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it, or load in the main process: --num_workers 0") from error
         wait += time.perf_counter() - t_wait
         # tokens of the whole step over all ranks: what the loss is divided by; and whether any rank was told to stop
         counts = accelerator.reduce(torch.tensor([float(sum(len(b["targets"]) for b in micro)), float(stop.received is not None)], device=device), "sum")
@@ -1033,8 +1049,12 @@ def main(cfg):
             if cfg.fsdp:
                 core.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or cfg.fsdp else accelerator.no_sync(model):
-                result = model(to_device(batch, device))
-                accelerator.backward(result["loss_sum"] * (world / counts[0]))        # ranks are averaged, so times world
+                try:
+                    result = model(to_device(batch, device))
+                    accelerator.backward(result["loss_sum"] * (world / counts[0]))    # ranks are averaged, so times world
+                except torch.OutOfMemoryError as error:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory with per_device_batch_size {cfg.per_device_batch_size}: lower it and raise gradient_accumulation_steps "
+                                                 f"({cfg.gradient_accumulation_steps}) by the same factor, or set --gradient_checkpointing, --train lora, or --fsdp. {error}") from error
             sample_losses.append(result["sample_loss"])
             totals += torch.stack([result["loss_sum"].detach().float(), result["correct"].float(), torch.tensor(float(len(batch["targets"])), device=device)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.gradient_clipping or math.inf)
@@ -1055,13 +1075,13 @@ def main(cfg):
             loss_sum, correct, tokens = accelerator.reduce(totals.clone(), "sum").tolist()
             elapsed = time.perf_counter() - t_log
             values = dict(loss=loss_sum / max(tokens, 1), token_accuracy=correct / max(tokens, 1), grad_norm=float(np.mean(grad_norms)) if grad_norms else None, learning_rate=lr,
-                          samples_per_s=(step - max(start, step - cfg.logging_frequency if step % cfg.logging_frequency == 0 else step // cfg.logging_frequency * cfg.logging_frequency)) * global_batch / elapsed,
+                          samples_per_s=(step - logged_at) * global_batch / elapsed,
                           data_wait=wait / elapsed, memory_gb=memory_gb(), skipped_steps=skipped)
             log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | loss {values['loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm'] or float('nan'):.2f} | "
                                   f"lr {lr:.2e} | {values['samples_per_s']:.1f} samples/s | wait {values['data_wait']:.1%} | {values['memory_gb']:.1f} GB")
             log.step(step, values["loss"], lr, values["samples_per_s"], values["data_wait"])
             totals.zero_()
-            grad_norms, wait, t_log = [], 0.0, time.perf_counter()
+            grad_norms, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
             log.step(step)
         if data.validation and (step % cfg.val_frequency == 0 or step == cfg.max_train_steps):

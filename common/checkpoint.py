@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import signal
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -30,24 +31,32 @@ def atomic_path(final):
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMPORARY}{os.getpid()}-{final.name}"
+    aside = final.parent / f"{TEMPORARY}{os.getpid()}-old-{final.name}"
     _remove(temporary)
     try:
         yield temporary
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             _fsync(path)
         if final.is_dir():  # a folder cannot be replaced in one call: move the old one aside first, delete it last
-            aside = final.parent / f"{TEMPORARY}{os.getpid()}-old-{final.name}"
-            os.replace(final, aside)
-            os.replace(temporary, final)
             _remove(aside)
-        else:
-            os.replace(temporary, final)
+            os.replace(final, aside)
+        os.replace(temporary, final)
         _fsync(final.parent)
     except BaseException as error:
+        full = _disk_is_full(error, final.parent)  # asked while the temporary still fills it
+        if aside.exists() and not final.exists():
+            os.replace(aside, final)
         _remove(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(error.errno, f"no room left while writing {final} ({error}); the checkpoints before it are untouched. Free space and resume") from error
+        if full:
+            raise DiskFull(errno.ENOSPC, f"no room left while writing {final} ({error}); the checkpoints before it are untouched. Free space and resume") from error
         raise
+    _remove(aside)
+
+
+def _disk_is_full(error, folder):
+    """Also where torch.save ("unexpected pos 704 vs 598") and safetensors hide it behind an error of their own."""
+    return isinstance(error, Exception) and (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20)
 
 
 def require_space(folder, needed_bytes):
@@ -70,9 +79,10 @@ def load_state(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values and is refused ({str(error).splitlines()[0]})") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error})") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text explains how to load it nevertheless
+        raise ValueError(f"{path} is refused: {f'it refers to {found[1]}' if found else 'not a checkpoint'}; a checkpoint holds tensors and plain values only") from error
+    except Exception as error:  # damaged bytes surface as anything: RuntimeError, EOFError, KeyError, OSError...
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 
 def steps_in(folder, pattern=r"steps_(\d+)"):
@@ -85,17 +95,25 @@ def rotate(folder, keep, protect=None, pattern=r"steps_(\d+)"):
     """Delete all but the newest `keep` checkpoints (0 keeps all) and the one of step `protect`. Call it after the new one is in place."""
     for step, path in list(steps_in(folder, pattern).items())[:-keep] if keep else []:
         if step != protect:
-            _remove(path)
+            doomed = path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"  # the name goes first: deleting a folder takes many calls
+            os.replace(path, doomed)
+            _remove(doomed)
 
 
 def remove_temporaries(folder):
     """Delete what a killed process left half-written. An old checkpoint that was moved aside is put back if its successor never came."""
+    _put_back(folder)
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        _remove(path)
+
+
+def _put_back(folder):
+    """A folder whose replacement died between its two renames lies aside, complete, and is given its name again."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         old = re.fullmatch(re.escape(TEMPORARY) + r"\d+-old-(.+)", path.name)
         if old and not (path.parent / old[1]).exists():
-            os.replace(path, path.parent / old[1])
-        else:
-            _remove(path)
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                os.replace(path, path.parent / old[1])
 
 
 class StopSignal:
@@ -115,15 +133,15 @@ class StopSignal:
 
 
 def _check_plain(value, where):
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
-            if not isinstance(key, (str, int)):
+            if type(key) not in (str, int):
                 raise TypeError(f"{where} has a key {key!r} of type {type(key).__name__}; only str and int are stored")
             _check_plain(item, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
+    elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             _check_plain(item, f"{where}[{i}]")
-    elif type(value) is not torch.Tensor and type(value) not in (int, float, bool, str, type(None), bytes):
+    elif type(value) not in (torch.Tensor, int, float, bool, str, type(None)):  # no subclasses, no bytes: weights_only does not read them back
         raise TypeError(f"{where} is a {type(value).__name__}; only tensors and plain values are stored")
 
 
@@ -137,7 +155,7 @@ def _fsync(path):
 
 def _remove(path):
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # over NFS a file that somebody reads stays for now; the next start tries again
     elif path.exists() or path.is_symlink():
         path.unlink()
 
@@ -157,11 +175,11 @@ def training_state(model, optimizer, fsdp=False):
 
 
 def restore_training_state(model, optimizer, state, fsdp=False):
-    """Put state["trained"] and state["moments"] (of training_state) back; every trained tensor must be there."""
-    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    missing = sorted(set(names) - set(state["trained"]))
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} trained tensors, e.g. {missing[0]}: it was made with another kind of training or another model")
+    """Put state["trained"] and state["moments"] (of training_state) back; every trained tensor must be there, in its shape."""
+    names, saved = {n: p for n, p in model.named_parameters() if p.requires_grad}, state["trained"]
+    wrong = [n for n, p in names.items() if n not in saved or saved[n].shape != p.shape]  # copy_ would broadcast (1,) into (8,)
+    if wrong:
+        raise ValueError(f"the checkpoint lacks {len(wrong)} trained tensors or has them in another shape, e.g. {wrong[0]}: it was made with another kind of training or another model")
     if fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
@@ -173,6 +191,7 @@ def restore_training_state(model, optimizer, state, fsdp=False):
     with torch.no_grad():
         for name, p in names.items():
             p.copy_(state["trained"][name])
+    optimizer.state.clear()
     for name, moments in state["moments"].items():
         p = names[name]
         # the step counter of an unfused AdamW stays on the CPU
@@ -183,6 +202,7 @@ def find_resume(wanted, folder, pattern=r"steps_(\d+)"):
     """`wanted`: None, a checkpoint directory, or "auto" for the newest one in `folder` -> path or None (nothing to resume)."""
     if not wanted:
         return None
+    _put_back(folder)
     there = steps_in(folder, pattern)
     if wanted == "auto":
         return next(reversed(there.values()), None)
@@ -196,7 +216,8 @@ def check_resume(path, meta, expected, config, fixed):
     keys `fixed` must be unchanged. -> list of "key then -> now" for the other changed keys."""
     for key, value in expected.items():
         if meta[key] != value:
-            raise ValueError(f"{path} has {key} {meta[key]}, this run {value}: it was trained on other data or data settings (episodes, horizon, cameras, actions). "
+            why = "another version of this code wrote it" if key == "format_version" else "it was trained on other data or data settings (episodes, horizon, cameras, actions)"
+            raise ValueError(f"{path} has {key} {meta[key]}, this run {value}: {why}. "
                              f"Resume with the same, or start a new run from its weights: --load_model_weights {path}")
     for key in fixed:
         if meta["config"][key] != config[key]:

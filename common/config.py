@@ -11,10 +11,13 @@ YAML). `parse_config(Config)` reads `--config FILE`, then lets flags win:
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import math
+import re
 import sys
+import textwrap
 import tokenize
 import types
 import typing
@@ -27,16 +30,17 @@ class ConfigError(ValueError):
     """A key or value the dataclass does not accept; the message names it, what was expected, and the nearest real key."""
 
 
-def parse_config(cls, argv=None, aliases=None):
+def parse_config(cls, argv=None, aliases=None, partial=False):
     """Return an instance of the dataclass `cls` from `argv` (default: the command line).
 
-    `aliases` maps a guide's flag to a field, e.g. {"resume": "resume_from_checkpoint"}. On the command line a mistake ends
-    the program with its message and exit code 2; with an explicit `argv` it raises ConfigError.
+    `aliases` maps a guide's flag to a field, e.g. {"resume": "resume_from_checkpoint"}. `partial` ignores keys of the YAML file
+    that `cls` lacks, for a program that needs a part of another one's config. On the command line a mistake ends the
+    program with its message and exit code 2; with an explicit `argv` it raises ConfigError.
     """
     if argv is not None:
-        return _parse(cls, list(argv), aliases or {})
+        return _parse(cls, list(argv), aliases or {}, partial)
     try:
-        return _parse(cls, sys.argv[1:], aliases or {})
+        return _parse(cls, sys.argv[1:], aliases or {}, partial)
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -44,7 +48,7 @@ def parse_config(cls, argv=None, aliases=None):
 
 def save_config(cfg, path):
     """Write every resolved value to `path` (YAML), in the form that --config reads."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def fields_of(cls, prefix=""):
@@ -60,7 +64,7 @@ def fields_of(cls, prefix=""):
     return out
 
 
-def _parse(cls, argv, aliases):
+def _parse(cls, argv, aliases, partial):
     fields = fields_of(cls)
     flags = _split_flags(argv)
     if any(name in ("help", "h") for name, _ in flags):
@@ -71,14 +75,15 @@ def _parse(cls, argv, aliases):
         if name == "config":
             if len(given) != 1:
                 raise ConfigError(f"--config expects one YAML file, got {given}")
-            values |= _read_yaml(given[0], fields)
+            values |= _read_yaml(given[0], fields, partial)
     for name, given in flags:
         if name == "config":
             continue
         key, negated = _resolve(name, fields, aliases)
+        if negated and given:
+            raise ConfigError(f"--{name} takes no value, got {given}; write --{name} or --{key} true|false")
         values[key] = False if negated else _from_flag(key, fields[key][0], given)
-    cfg = _build(cls, values)
-    return cfg
+    return _build(cls, values)
 
 
 def _split_flags(argv):
@@ -135,14 +140,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path, fields):
+def _read_yaml(path, fields, partial):
     if not Path(path).is_file():
         raise ConfigError(f"--config {path}: no such file; ready-made ones are in configs/")
     try:
         with open(path, encoding="utf-8") as stream:
             tree = yaml.load(stream, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(tree or {}, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, found a {type(tree).__name__}")
     groups = {key.rsplit(".", i)[0] for key in fields for i in range(1, key.count(".") + 1)}
@@ -153,9 +158,11 @@ def _read_yaml(path, fields):
             dotted = f"{prefix}{key}"
             if dotted in fields:
                 values[dotted] = _coerce(f"{path}: {dotted}", fields[dotted][0], value)
-            elif dotted in groups and isinstance(value or {}, dict):
+            elif dotted in groups:
+                if not isinstance(value or {}, dict):
+                    raise ConfigError(f"{path}: '{dotted}' is a group of keys, got {value!r}; write {dotted}: {{key: value}}")
                 walk(value or {}, dotted + ".")
-            else:
+            elif not partial:
                 raise ConfigError(f"{path}: " + _unknown("", dotted, list(fields)))
 
     walk(tree or {}, "")
@@ -167,13 +174,18 @@ def _from_flag(key, kind, given):
     if kind is bool and not given:
         return True
     base = _strip_none(kind)
-    if typing.get_origin(base) is list:
-        given = yaml.safe_load(given[0]) if len(given) == 1 and given[0].startswith("[") else given
-        given = given[0].split(",") if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str) and "," in given[0] else given
-        return _coerce(name, kind, given)
-    if len(given) != 1:
+    is_list = typing.get_origin(base) is list
+    if len(given) != 1 and not is_list:
         raise ConfigError(f"{name} expects one value ({_type_name(kind)}), got {given or 'none'}")
-    return _coerce(name, kind, yaml.safe_load(given[0]) if base is dict else given[0])
+    value = given if is_list else given[0]
+    if base is dict or (is_list and len(given) == 1 and given[0].startswith("[")):
+        try:
+            value = yaml.load(given[0], _Loader)
+        except yaml.YAMLError:
+            raise ConfigError(f"{name}: expected {'[a, b] or a b' if is_list else '{key: value}'}, got {given[0]!r}") from None
+    elif is_list and len(given) == 1:
+        value = given[0].split(",")
+    return _coerce(name, kind, value)
 
 
 def _strip_none(kind):
@@ -190,9 +202,10 @@ def _coerce(name, kind, value):
     wrong = ConfigError(f"{name}: expected {_type_name(kind)}, got {value!r}")
     origin = typing.get_origin(base)
     if origin is typing.Literal:
-        if value not in typing.get_args(base):
-            raise wrong
-        return value
+        for choice in typing.get_args(base):  # a bare no, off, yes, on in YAML arrives as a bool
+            if value == choice or (isinstance(value, bool) and yaml.safe_load(str(choice)) is value):
+                return choice
+        raise wrong
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise wrong
@@ -211,19 +224,17 @@ def _coerce(name, kind, value):
     if base in (int, float):
         if isinstance(value, bool):
             raise wrong
+        if base is int and re.fullmatch(r"[-+]?\d+", str(value)):
+            return int(value)  # not by way of a float, which is exact to 2**53 only
         try:
             number = float(value)
         except (TypeError, ValueError):
             raise wrong from None
-        if base is int:
-            if not number.is_integer():
-                raise wrong
-            return int(number)
-        if math.isnan(number):
+        if math.isnan(number) or (base is int and not number.is_integer()):
             raise wrong
-        return number
+        return base(number)
     if base is str:
-        if isinstance(value, (dict, list)) or value is None:
+        if isinstance(value, (dict, list, bool)) or value is None:  # a bool: YAML reads a bare on, off, yes, no as one; quote it
             raise wrong
         return str(value)
     raise TypeError(f"{name}: the config dataclass uses an unsupported type {kind}")
@@ -247,21 +258,23 @@ def _build(cls, values, prefix=""):
     return cls(**kwargs)
 
 
+@functools.cache
 def _comments(cls):
-    """{field: trailing comment} read from the source of the dataclass."""
-    source = inspect.cleandoc("\n" + inspect.getsource(cls)) if cls.__qualname__ == cls.__name__ else ""
-    if not source:
-        return {}
-    by_line = {tok.start[0]: tok.string.lstrip("# ") for tok in tokenize.generate_tokens(io.StringIO(source).readline) if tok.type == tokenize.COMMENT}
-    body = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)).body
-    return {node.target.id: by_line.get(node.end_lineno, "") for node in body if isinstance(node, ast.AnnAssign)}
+    """{field: trailing comment} read from the source of the dataclass and of those it inherits from."""
+    out = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        source = textwrap.dedent(inspect.getsource(base))
+        by_line = {tok.start[0]: tok.string.lstrip("# ") for tok in tokenize.generate_tokens(io.StringIO(source).readline) if tok.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):  # a default over several lines may carry its comment on any of them
+                out[node.target.id] = " ".join(by_line[line] for line in range(node.lineno, node.end_lineno + 1) if line in by_line)
+    return out
 
 
 def _help(cls, fields, aliases):
     lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml] [--key value ...]", "", "Flags win over the YAML file. Keys, types and defaults:", ""]
-    other = {field: flag for flag, field in aliases.items()}
     width = max(len(key) for key in fields) + 2
     for key, (kind, default, comment) in fields.items():
-        also = f" (also --{other[key]})" if key in other else ""
+        also = "".join(f" (also --{flag})" for flag, field in aliases.items() if field == key)
         lines.append(f"  --{key:<{width}} {comment}{also} [{_type_name(kind)}; default {default!r}]")
     return "\n".join(lines)

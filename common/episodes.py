@@ -44,15 +44,23 @@ class Episode:
 
 
 def find_episodes(root):
-    """All *.h5 and *.hdf5 below `root`, sorted as path strings. FileNotFoundError when there is none."""
+    """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder once. FileNotFoundError when there is none."""
     if not str(root):
         raise FileNotFoundError("No HDF5 files found: dataset.root_dir is empty. Set it to the folder with your .h5 episodes (--dataset.root_dir DIR)")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"No HDF5 files found: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})")
-    paths = sorted(str(p) for p in Path(root).rglob("*") if p.suffix in (".h5", ".hdf5"))
+    paths, seen = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up, or a second link to the same recordings
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))  # a recording keeps its real name
+        paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
     if not paths:
         raise FileNotFoundError(f"No HDF5 files found under '{root}' (searched for *.h5 and *.hdf5, recursively). Check dataset.root_dir")
-    return paths
+    return sorted(paths)
 
 
 def read_episode(path, root=None):
@@ -71,12 +79,17 @@ def read_episode(path, root=None):
                 if len(images) != n:
                     raise BadEpisode(f"{path}: dataset 'observations/images/{name}' has {len(images)} frames, 'action' has {n} rows")
                 cameras[name] = _layout(path, name, images)
+            phase = f["phase"][:].astype(int) if "phase" in f else None
+            if phase is not None and phase.shape != (n,):
+                raise BadEpisode(f"{path}: dataset 'phase' has shape {phase.shape}, expected ({n},)")
             return Episode(
                 path=str(path), name=os.path.relpath(path, root) if root else Path(path).name, num_frames=n, cameras=cameras, action=action,
                 ee_pose=_lowdim(f, path, "observations/ee_pose", n), qpos=_lowdim(f, path, "observations/qpos", n),
-                phase=f["phase"][:].astype(int) if "phase" in f else None, instruction=_text(f["language_instruction"]) if "language_instruction" in f else None,
+                phase=phase, instruction=_text(f, path),
             )
-    except OSError as error:
+    except BadEpisode:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:  # what h5py raises for damage, or a group where a dataset should be
         raise BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out") from error
 
 
@@ -132,11 +145,16 @@ def _layout(path, name, images):
     raise BadEpisode(f"{path}: dataset 'observations/images/{name}' is {images.dtype} {images.shape}; expected (N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8")
 
 
-def _text(dataset):
-    """language_instruction as scalar, (1,), bytes, S-type or str -> str."""
-    value = dataset[()]
+def _text(f, path):
+    """language_instruction as scalar, (1,), bytes, S-type or str -> str; None without one."""
+    if "language_instruction" not in f:
+        return None
+    value = f["language_instruction"][()]
     value = value.reshape(-1)[0] if isinstance(value, np.ndarray) else value
-    return (value.decode("utf-8") if isinstance(value, bytes) else str(value)).strip("\0 \n")
+    try:
+        return (value.decode("utf-8") if isinstance(value, bytes) else str(value)).strip("\0 \n")
+    except UnicodeDecodeError as error:
+        raise BadEpisode(f"{path}: dataset 'language_instruction' is not UTF-8 text: {value!r}") from error
 
 
 class ImageReader:
@@ -151,7 +169,7 @@ class ImageReader:
         where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
         try:
             value = self._open(episode.path)["observations/images"][camera][frame]
-        except (OSError, KeyError, IndexError) as error:
+        except (OSError, RuntimeError, KeyError, IndexError) as error:
             raise BadEpisode(f"{where} cannot be read ({error}). Re-copy the file, or move it away and start again") from error
         if episode.cameras[camera] == "raw":
             return value
@@ -199,7 +217,8 @@ class ActionDefinition:
         delta = np.diff(episode.ee_pose, axis=0)
         turn = np.float32(360.0 if self.rotation_unit == "deg" else 2 * np.pi)
         delta[:, 3:6] = (delta[:, 3:6] + turn / 2) % turn - turn / 2
-        return delta
+        # a resting joint flickers in the last bits of its float32 pose; normalised, that would look like full motion
+        return np.where(np.abs(delta) <= 2 * np.spacing(np.abs(episode.ee_pose[1:])), np.float32(0), delta)
 
 
 def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
@@ -236,8 +255,8 @@ def records_past_motion(episodes):
     e = episodes[0]
     if e.ee_pose is None or e.ee_pose.shape != e.action.shape or e.num_frames < 3:
         return False
-    past = np.diff(e.ee_pose, axis=0)
-    return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:], past, atol=1e-3 * np.abs(past).max()))
+    past = np.diff(e.ee_pose[:, :3], axis=0)  # positions tell; rotations may wrap in between
+    return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:, :3], past, atol=1e-3 * np.abs(past).max()))
 
 
 def action_chunk(targets, frame, horizon, hold):
@@ -280,4 +299,4 @@ def write_validation_list(path, episodes, validation):
     """validation_episodes.txt: `validation` holds indices into the sorted list `episodes`."""
     lines = ["Validation episodes", "=" * 80, f"Total episodes: {len(episodes)}", f"Validation episodes: {len(validation)}",
              f"Validation episode indices: {list(validation)}", "", "Validation episode paths:"]
-    Path(path).write_text("\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n")
+    Path(path).write_text("\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n", encoding="utf-8")

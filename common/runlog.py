@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from common.checkpoint import atomic_path
 
 
 @dataclasses.dataclass
@@ -42,7 +45,8 @@ class RunLog:
         """Keep the rows up to the step that is resumed from: what came after it will be done again."""
         path = self.folder / "metrics.jsonl"
         rows = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step] if path.exists() and start_step else []
-        path.write_text("".join(row + "\n" for row in rows))
+        with atomic_path(path) as temporary:  # a kill here must not cost the history
+            temporary.write_text("".join(row + "\n" for row in rows))
         return path.open("a", buffering=1)
 
     def _start_wandb(self, project, cfg, config):
@@ -52,9 +56,11 @@ class RunLog:
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
             self.print("W&B: not logged in, recording offline; upload later with: wandb sync " + str(self.folder / "wandb"))
             mode = "offline"
-        run_id = self.folder.resolve().name
-        self._wandb = wandb.init(project=project, entity=cfg.entity, name=cfg.name or run_id, tags=cfg.tags, mode=mode, dir=str(self.folder), config=config,
-                                 resume="allow" if self.start else None)
+        known = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
+        run_id = known.read_text().strip() if self.start and known.exists() else secrets.token_hex(4)
+        known.write_text(run_id + "\n")
+        self._wandb = wandb.init(project=project, entity=cfg.entity, name=cfg.name or self.folder.resolve().name, tags=cfg.tags, mode=mode, dir=str(self.folder), config=config,
+                                 id=run_id, resume="allow" if self.start else None)
 
     def _wandb_call(self, call):
         try:
@@ -139,7 +145,8 @@ def plot_loss(folder, train="loss", validation="val_loss"):
             axis.plot(*zip(*points), style, label=key, markersize=4)
     axis.set(xlabel="optimizer step", ylabel="loss")
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     path = Path(folder) / "loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -150,5 +157,5 @@ def _step_of(line):
     """Step of a metrics row; a half-written last row (the process was killed) counts as beyond every step."""
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")

@@ -45,22 +45,27 @@ def load_stats(path, keys=("action",), definition=None, held_out=()):
         raise FileNotFoundError(f"{path.name} not found: '{path}' does not exist. Make it with: python compute_stats.py --dataset.root_dir DATA --output {path}")
     again = f"Make it again: python compute_stats.py --dataset.root_dir DATA --output {path}"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         stats = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not JSON, or not text
         raise ValueError(f"{path} is not a statistics file ({error}). {again}") from error
+    if not isinstance(stats, dict):
+        raise ValueError(f"{path} is not a statistics file (it holds a {type(stats).__name__}). {again}")
     for key in keys:
-        entry = (stats or {}).get(key)
+        entry = stats.get(key)
         if not isinstance(entry, dict) or any(name not in entry for name in LISTS):
-            raise ValueError(f"{path} has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats or {})}. {again}")
-        lengths = {len(entry[name]) for name in LISTS}
-        if len(lengths) != 1 or not np.isfinite([entry[name] for name in LISTS]).all():
-            raise ValueError(f"{path}: '{key}' has lists of {sorted(lengths)} numbers or numbers that are not finite. {again}")
+            raise ValueError(f"{path} has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}. {again}")
+        try:
+            values, mask = np.array([entry[name] for name in LISTS], np.float64), np.array(entry.get("mask", entry["mean"]))
+        except (TypeError, ValueError):  # a list is shorter than the others, or holds something else
+            values = mask = np.zeros(0)
+        if values.ndim != 2 or not np.isfinite(values).all() or mask.shape != values[0].shape:
+            raise ValueError(f"{path}: '{key}' must have {', '.join(LISTS)} and mask as lists of the same length, of finite numbers. {again}")
     if stats.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {stats.get('format_version')}, this code reads {FORMAT_VERSION}. {again}")
     if definition is not None and stats.get("action_definition") != definition:
         raise ValueError(f"{path} was computed for actions {stats.get('action_definition')}, this run trains on {definition}. {again}")
-    seen = sorted(set(held_out) - set(stats.get("excluded_episodes", [])))
+    seen = sorted(set(held_out) - set(stats.get("excluded_episodes") or ()))
     if seen:
         raise ValueError(f"{path} was computed over {len(seen)} episode(s) that this run validates on, e.g. {seen[0]}. Use the same num_val_episodes: {again}")
     return stats

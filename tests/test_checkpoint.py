@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import types
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -103,42 +104,34 @@ def test_everything_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     assert sorted(events[:at]) == sorted([temporary.name, "state.pt", "model", "config.json"]) and events[at + 1:] == [tmp_path.name]
 
 
-def test_a_full_disk_keeps_the_old_and_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error,free", [
+    (OSError(errno.ENOSPC, "No space left on device"), 10**9), (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**9),
+    (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), 10**9),  # what safetensors makes of it (and it deletes the file at once)
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), 0)])         # what torch.save makes of it
+def test_a_full_disk_keeps_the_old_and_says_so(tmp_path, monkeypatch, error, free):
     save_state(tmp_path / "last.pt", {"number": 1})
-    for number in (errno.ENOSPC, errno.EDQUOT):
-        def full(*args):
-            raise OSError(number, os.strerror(number))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            with pytest.raises(DiskFull, match="no room left while writing .*last.pt.*untouched. Free space and resume"):
-                with atomic_path(tmp_path / "last.pt") as temporary:
-                    save_state(temporary, {"number": 2})
-        assert load_state(tmp_path / "last.pt") == {"number": 1} and len(tree(tmp_path)) == 1
-    assert issubclass(DiskFull, OSError)
+    monkeypatch.setattr(ckpt.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+    with pytest.raises(DiskFull, match="no room left while writing .*last.pt.*untouched. Free space and resume"):
+        with atomic_path(tmp_path / "last.pt") as temporary:
+            temporary.write_text("half")
+            raise error
+    assert load_state(tmp_path / "last.pt") == {"number": 1} and len(tree(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("writer", ["torch", "safetensors", "write"])
-def test_a_disk_that_is_really_full(tmp_path, writer):
-    """/dev/full gives ENOSPC on every write. torch.save and safetensors report it as RuntimeError or an error of their own."""
-    from safetensors.torch import save_file
-
-    (tmp_path / "last.pt").write_text("old")
+def test_torch_save_to_a_full_disk(tmp_path, monkeypatch):
+    """/dev/full refuses every write; only the free space cannot be had from it."""
+    monkeypatch.setattr(ckpt.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=0))
     with pytest.raises(DiskFull, match="no room left"):
         with atomic_path(tmp_path / "last.pt") as temporary:
             temporary.symlink_to("/dev/full")
-            tensors = {"a": torch.zeros(300_000)}
-            if writer == "torch":
-                save_state(temporary, tensors)
-            elif writer == "safetensors":
-                temporary.unlink()
-                temporary.mkdir()
-                (temporary / "model.safetensors").symlink_to("/dev/full")
-                save_file(tensors, temporary / "model.safetensors")
-            else:
-                with open(temporary, "w") as f:
-                    f.write("x" * 100_000)
-    assert (tmp_path / "last.pt").read_text() == "old" and len(tree(tmp_path)) == 1
+            save_state(temporary, {"a": torch.zeros(300_000)})
+    assert tree(tmp_path) == {}
+
+
+def test_another_error_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="shape"):
+        with atomic_path(tmp_path / "last.pt"):
+            raise RuntimeError("shape mismatch")
 
 
 def test_room_is_checked_before_writing(tmp_path, monkeypatch):
@@ -163,6 +156,8 @@ def save_forever(folder, report, keep=2):
 
 def check_after_kill(folder, acknowledged):
     """The newest checkpoint loads and is not older than the last one reported; after the repair nothing temporary is left."""
+    ckpt.find_resume("auto", folder)  # finds a checkpoint also in the moment between two renames
+    assert (folder / "best").is_dir()
     for path in steps_in(folder).values():
         assert read_pair(path) == int(path.name.removeprefix("steps_")), "a name without .tmp- is a complete checkpoint"
     ckpt.remove_temporaries(folder)
@@ -195,7 +190,7 @@ def last_report(read):
     return int.from_bytes(content[-4:], "little")
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_kill_at_a_random_time(tmp_path, seed):
     for name in ("steps_0", "best"):
         with atomic_path(tmp_path / name) as temporary:
@@ -276,7 +271,7 @@ def test_a_rotation_that_is_interrupted_leaves_no_half_checkpoint(tmp_path, monk
     for step in (1, 2):
         write_pair(tmp_path / f"steps_{step}", step)
 
-    def dies_half_way(path):
+    def dies_half_way(path, **options):
         (Path(path) / "state.pt").unlink()
         raise KeyboardInterrupt
 
@@ -313,17 +308,6 @@ def test_whatever_is_accepted_is_read_back_equal(tmp_path_factory, state):
     assert got == state and type(got) is type(state)
 
 
-@pytest.mark.parametrize("value", [b"", b"abc", bytes(range(256)), bytes(1000)], ids=["empty", "short", "every byte", "long"])
-def test_bytes_are_refused_or_read_back(tmp_path, value):
-    """Never accepted by the save and refused by the load: that loses a training."""
-    try:
-        save_state(tmp_path / "s.pt", {"value": value})
-    except TypeError:
-        assert not (tmp_path / "s.pt").exists()
-    else:
-        assert load_state(tmp_path / "s.pt") == {"value": value}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
 def test_tensors_keep_dtype_and_bits(tmp_path, dtype):
     tensor = torch.arange(12).reshape(3, 4).to(dtype).t()
@@ -332,9 +316,13 @@ def test_tensors_keep_dtype_and_bits(tmp_path, dtype):
     assert got["t"].dtype == dtype and torch.equal(got["t"], tensor) and got["empty"].shape == (0, 3) and torch.equal(got["rng"], torch.get_rng_state())
 
 
+Point = namedtuple("Point", "x y")
+
+
 @pytest.mark.parametrize("value,name", [
     (np.float64(1), "float64"), (np.arange(3), "ndarray"), (np.int64(3), "int64"), (Path("x"), "PosixPath"), ({1, 2}, "set"), (torch.nn.Parameter(torch.zeros(1)), "Parameter"),
-    (torch.device("cpu"), "device"), (torch.float32, "dtype"), (Boom(), "Boom"), (len, "builtin_function_or_method")])
+    (torch.device("cpu"), "device"), (torch.float32, "dtype"), (Boom(), "Boom"), (len, "builtin_function_or_method"),
+    (b"", "bytes"), (Point(1, 2), "Point"), (torch.zeros(2).size(), "Size"), (defaultdict(list), "defaultdict")])
 def test_anything_else_is_refused_before_writing(tmp_path, value, name):
     with pytest.raises(TypeError, match=rf"state.a\[1\].b is a {name}; only tensors and plain values"):
         save_state(tmp_path / "s.pt", {"a": [1, {"b": value}]})
@@ -358,9 +346,10 @@ def test_a_malicious_pickle_is_refused_and_never_run(tmp_path, form):
         path.write_bytes(pickle.dumps({"tensor": Malicious(marker)}))
     else:
         torch.save({"tensor": torch.zeros(2), "x": Malicious(marker)}, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match="state.pt .*refused"):
+    with pytest.raises(ValueError, match="state.pt is refused: .*tensors and plain values only") as error:
         load_state(path)
-    assert not marker.exists()
+    assert form == "pickle" or "posix.system" in str(error.value)
+    assert not marker.exists() and "weights_only" not in str(error.value), "torch's advice to load it nevertheless is not passed on"
     pickle.loads(pickle.dumps(Malicious(marker)))
     assert marker.exists(), "the weapon was loaded"
 
@@ -374,7 +363,7 @@ def test_a_damaged_file_is_named(tmp_path):
         with pytest.raises(ValueError, match="state.pt"):
             load_state(path)
     rng = random.Random(0)
-    for length in (1, 2, 5, 20, 500) * 8:
+    for length in (1, 2, 5, 20, 500) * 4:
         path.write_bytes(rng.randbytes(length))
         with pytest.raises(ValueError, match="state.pt"):
             load_state(path)
@@ -390,6 +379,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_a_flag_and_a_second_one_acts_as_usual(number):
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & makes its children ignore SIGINT
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     stop = ckpt.StopSignal()
     try:
@@ -400,9 +390,10 @@ def test_a_signal_sets_a_flag_and_a_second_one_acts_as_usual(number):
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
-                time.sleep(1)
+                time.sleep(10)
     finally:
         stop.restore()
+        signal.signal(signal.SIGINT, outer)
 
 
 def test_find_resume(tmp_path):
@@ -417,6 +408,8 @@ def test_find_resume(tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             ckpt.find_resume(str(wrong), tmp_path)
         assert f"'{wrong}' has no state.pt" in str(error.value) and "steps_20, steps_100" in str(error.value)
+    os.replace(tmp_path / "steps_100", tmp_path / ".tmp-1-old-steps_100")  # killed between the two renames of a replacement
+    assert ckpt.find_resume("auto", tmp_path) == tmp_path / "steps_100" and read_pair(tmp_path / "steps_100") == 100
 
 
 def test_check_resume_refuses_what_would_silently_differ():
@@ -427,6 +420,8 @@ def test_check_resume_refuses_what_would_silently_differ():
     assert check(dict(max_train_steps=20, output_dir="b", check=True), {}) == ["max_train_steps 10 -> 20"]
     with pytest.raises(ValueError, match="runs/steps_5 has data abc, this run xyz.*--load_model_weights runs/steps_5"):
         check({}, dict(data="xyz"))
+    with pytest.raises(ValueError, match="has format_version 1, this run 2: another version of this code wrote it"):
+        check({}, dict(format_version=2))
     with pytest.raises(ValueError, match="trained with train full, now it is lora.*--load_model_weights runs/steps_5"):
         check(dict(train="lora"), {})
 
@@ -462,8 +457,6 @@ def test_resume_is_bitwise(tmp_path, stop):
     other, other_optimizer = make_training(1)
     train_steps(other, other_optimizer, 100, 103)  # it has its own moments, which must go
     other[2].load_state_dict(model[2].state_dict())
-    if stop == 0:
-        other_optimizer.state.clear()
     ckpt.restore_training_state(other, other_optimizer, load_state(tmp_path / "state.pt"))
     train_steps(other, other_optimizer, stop, 15)
     for (name, a), b in zip(model.named_parameters(), other.parameters()):
@@ -472,18 +465,12 @@ def test_resume_is_bitwise(tmp_path, stop):
         assert all(torch.equal(a[k], b[k]) for k in a) and float(b["step"]) == 15
 
 
-def test_restoring_without_all_trained_tensors_is_refused():
+@pytest.mark.parametrize("bias", [None, torch.zeros(1)], ids=["missing", "another shape"])  # (1,) would broadcast silently into (8,)
+def test_restoring_other_tensors_is_refused(bias):
     model, optimizer = make_training(0)
     trained, moments = ckpt.training_state(model, optimizer)
-    del trained["4.bias"]
-    with pytest.raises(ValueError, match="lacks 1 trained tensors, e.g. 4.bias"):
-        ckpt.restore_training_state(model, optimizer, dict(trained=trained, moments=moments))
-
-
-def test_restoring_a_tensor_of_another_shape_is_refused():
-    """(1,) would broadcast silently into (8,)."""
-    model, optimizer = make_training(0)
-    trained, moments = ckpt.training_state(model, optimizer)
-    trained["0.bias"] = torch.zeros(1)
-    with pytest.raises((ValueError, RuntimeError)):
+    del trained["0.bias"]
+    if bias is not None:
+        trained["0.bias"] = bias
+    with pytest.raises(ValueError, match="lacks 1 trained tensors or has them in another shape, e.g. 0.bias"):
         ckpt.restore_training_state(model, optimizer, dict(trained=trained, moments=moments))

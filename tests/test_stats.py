@@ -47,7 +47,7 @@ def test_sums_are_taken_in_double_precision():
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=6, max_size=6))
 def test_round_trip_is_exact(tmp_path_factory, suffix, values):
     path = tmp_path_factory.mktemp("stats") / ("s" + suffix)
@@ -79,19 +79,16 @@ def without(name, key="action"):
 @pytest.mark.parametrize("changes,arguments,words", [
     (dict(action=None), {}, ["has no complete 'action'"]), (without("q01"), {}, ["has no complete 'action'", "q01"]), (without("std"), {}, ["has no complete 'action'"]),
     ({}, dict(keys=["action", "observation.state"]), ["has no complete 'observation.state'", "it has", "action_definition"]),
-    (dict(action=file_of()["action"] | dict(mean=[0.0])), {}, ["lists of [1, 2] numbers"]),
-    (dict(action=file_of()["action"] | dict(q99=[1.0, float("nan")])), {}, ["not finite"]), (dict(action=file_of()["action"] | dict(max=[1.0, float("inf")])), {}, ["not finite"]),
-    (dict(action=file_of()["action"] | dict(mean=[None, 0.0])), {}, ["'action'"]), (dict(action=file_of()["action"] | dict(mean=0.5)), {}, ["'action'"]),
-    (dict(action=file_of()["action"] | dict(mask=[True])), {}, ["mask"]),
+    *[(dict(action=file_of()["action"] | change), {}, ["'action' must have", "lists of the same length, of finite numbers"])
+      for change in (dict(mean=[0.0]), dict(q99=[1.0, float("nan")]), dict(max=[1.0, float("inf")]), dict(mean=[None, 0.0]), dict(mean=0.5), dict(mask=[True]))],
     (dict(format_version=0), {}, ["format_version 0", "this code reads"]), (dict(format_version=None), {}, ["format_version None"]),
     ({}, dict(definition=DEFINITION | dict(source="action")), ["computed for actions", "'ee_pose_delta'", "this run trains on", "'action'"]),
     ({}, dict(definition=DEFINITION | dict(rotation_unit="deg")), ["'rad'", "'deg'"]),
     ({}, dict(held_out=["c.h5", "d.h5", "e.h5"]), ["2 episode(s) that this run validates on", "d.h5", "num_val_episodes"])],
     ids=["no action", "no q01", "no std", "no state", "lengths", "nan", "inf", "null", "scalar", "mask", "version", "no version", "source", "unit", "validation inside"])
-@pytest.mark.parametrize("suffix", [".yaml", ".json"])
-def test_refusals(tmp_path, changes, arguments, words, suffix):
+def test_refusals(tmp_path, changes, arguments, words):
     """Each names the file, what is wrong and the command that makes a right one."""
-    path = tmp_path / f"dataset_stats{suffix}"
+    path = tmp_path / "dataset_stats.yaml"
     save_stats(path, file_of(**changes))
     with pytest.raises(ValueError) as error:
         load_stats(path, **(dict(keys=["action"]) | arguments))
@@ -117,8 +114,8 @@ def test_a_file_that_holds_something_else(tmp_path, name, content):
 
 def test_normalizer_known_answers():
     s = dict(mean=[1.0], std=[2.0], min=[-10.0], max=[30.0], q01=[-1.0], q99=[3.0])
-    x = np.array([[-1.0], [1.0], [2.0], [3.0], [30.0], [-10.0]])
-    for mode, expected in (("q01_q99", [-1, 0, 0.5, 1, 1, -1]), ("min_max", [-0.55, -0.45, -0.4, -0.35, 1, -1]), ("mean_std", [-1, 0, 0.5, 1, 14.5, -5.5])):
+    x = np.array([[-1.0], [1.0], [2.0], [3.0], [30.0], [-10.0], [50.0]])
+    for mode, expected in (("q01_q99", [-1, 0, 0.5, 1, 1, -1, 1]), ("min_max", [-0.55, -0.45, -0.4, -0.35, 1, -1, 1]), ("mean_std", [-1, 0, 0.5, 1, 14.5, -5.5, 24.5])):
         y = Normalizer(s, mode).normalize(x)
         assert y.dtype == np.float32 and y.shape == x.shape
         np.testing.assert_allclose(y[:, 0], expected, atol=1e-6)
@@ -143,12 +140,6 @@ def test_round_trip(mode, dims, seed, magnitude):
     if mode != "mean_std":
         assert np.abs(y).max() <= 1 and np.abs(y).max() > 0.99
     np.testing.assert_allclose(n.unnormalize(y).reshape(200, dims), inside, atol=3e-6 * np.abs(x).max())
-
-
-@pytest.mark.parametrize("mode", ["q01_q99", "min_max"])
-def test_outside_is_clipped(mode):
-    n = Normalizer(entry(np.arange(101)), mode)
-    np.testing.assert_array_equal(n.normalize(np.array([[1e9], [-1e9]])), [[1], [-1]])
 
 
 @pytest.mark.parametrize("mode", MODES)
