@@ -835,6 +835,19 @@ def test_the_guides_yaml_is_the_shipped_one(tmp_path):
     assert shipped.output_dir == "outputs/train/smolvla_needle_insertion_sim" and shipped.normalization.stats_file == "dataset_stats_sim.yaml"
 
 
+def test_compute_stats_and_the_training_hold_the_same_episodes_out(make, tmp_path):
+    """bash shells/compute_dataset_stats_sim.sh, then a training on what it wrote."""
+    import compute_stats
+
+    if not hasattr(compute_stats.Config, "validation"):
+        pytest.skip("compute_stats.py does not know validation.num_episodes yet")
+    cfg = make(validation__num_episodes=2)
+    smolvla.save_config(cfg, tmp_path / "train.yaml")
+    compute_stats.main(parse_config(compute_stats.Config, ["--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "stats.yaml")], partial=True))
+    read = smolvla.load_data(make(validation__num_episodes=2, normalization__stats_file=tmp_path / "stats.yaml"))
+    assert read.stats == smolvla.load_data(cfg).stats and len(read.stats["excluded_episodes"]) == 2
+
+
 def test_the_guides_commands_on_the_simulators_recordings(shared, vlm_dir, tmp_path, capsys):
     """train, resume, resume --reset_scheduler on six real episodes, with a tiny backbone."""
     (tmp_path / "guide.yaml").write_text(GUIDE.replace("ROOT", str(shared / "data/insertion_sim")).replace("enable: true, project", "enable: false, project"))
