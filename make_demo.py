@@ -266,7 +266,7 @@ def write_qwen2_5_vl(folder, seed=0, text=(128, 2), vision=(96, 2), action_token
 SMOLVLM_SPECIALS = ["<pad>", "<unk>", "<bos>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 
 
-def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 3), image_size=64, patch=8, shuffle=2):
+def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 2), image_size=64, patch=16, shuffle=1, init=0.06):
     """A tiny random SmolVLM2 directory that AutoConfig, AutoTokenizer and from_pretrained open like the real one.
 
     `text`, `vision` = (width, layers); a picture of image_size pixels becomes (image_size / patch / shuffle)^2 tokens.
@@ -285,8 +285,8 @@ def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 3), image_size=64, 
     (folder / "processor_config.json").write_text(json.dumps(dict(processor_class="SmolVLMProcessor", image_seq_len=(image_size // patch // shuffle) ** 2), indent=2))
     config = SmolVLMConfig(
         text_config=dict(model_type="llama", hidden_size=text[0], intermediate_size=2 * text[0], num_hidden_layers=text[1], num_attention_heads=6, num_key_value_heads=2, head_dim=text[0] // 6 // 2 * 2,
-                         vocab_size=raw.get_vocab_size(), rms_norm_eps=1e-5, pad_token_id=ids["<pad>"], bos_token_id=ids["<bos>"], eos_token_id=ids["<eos>"], tie_word_embeddings=False),
-        vision_config=dict(hidden_size=vision[0], intermediate_size=2 * vision[0], num_hidden_layers=vision[1], num_attention_heads=4, image_size=image_size, patch_size=patch),
+                         vocab_size=raw.get_vocab_size(), rms_norm_eps=1e-5, initializer_range=init, pad_token_id=ids["<pad>"], bos_token_id=ids["<bos>"], eos_token_id=ids["<eos>"], tie_word_embeddings=False),
+        vision_config=dict(hidden_size=vision[0], intermediate_size=2 * vision[0], num_hidden_layers=vision[1], num_attention_heads=4, image_size=image_size, patch_size=patch, initializer_range=init),
         scale_factor=shuffle, image_token_id=ids["<image>"], pad_token_id=ids["<pad>"], tie_word_embeddings=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -194,20 +194,16 @@ ALIASES = {"max_steps": "training.steps", "resume_from_checkpoint": "resume"}
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    t, p = cfg.training, cfg.policy
-    for key in ("training.batch_size", "training.gradient_accumulation_steps", "training.steps", "training.save_freq", "training.log_freq", "validation.val_freq", "validation.num_samples",
-                "policy.num_steps", "policy.chunk_size"):
-        if (value := flat(dataclasses.asdict(cfg))[key]) < 1:
-            raise ValueError(f"{key} is {value}: expected 1 or more")
+    t, p, given = cfg.training, cfg.policy, flat(dataclasses.asdict(cfg))
+    ones = ("training.steps", "training.batch_size", "training.gradient_accumulation_steps", "training.log_freq", "training.save_freq", "validation.val_freq", "validation.num_samples", "policy.num_steps")
     for wrong, message in (
+        *((given[key] < 1, f"{key} is {given[key]}: expected 1 or more") for key in ones),
         (t.use_amp, "training.use_amp is true: fp16 is not offered. Use training.use_bfloat16: true, the same speed without loss scaling"),
         (p.n_obs_steps != 1, f"policy.n_obs_steps is {p.n_obs_steps}: SmolVLA sees 1 frame"),
         (cfg.dataset.horizon != p.chunk_size, f"dataset.horizon is {cfg.dataset.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"),
         (not 1 <= p.n_action_steps <= p.chunk_size, f"policy.n_action_steps is {p.n_action_steps}: expected 1..{p.chunk_size} (policy.chunk_size)"),
         (not 0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1"),
         (t.lambda_temporal < 0, f"training.lambda_temporal is {t.lambda_temporal}: expected 0 or more"),
-        (t.loss_spike_threshold <= 0, f"training.loss_spike_threshold is {t.loss_spike_threshold}: expected a factor above 0, e.g. 10"),
-        (len(cfg.optimizer.betas) != 2, f"optimizer.betas is {cfg.optimizer.betas}: expected two numbers"),
         (t.feature_cache and (cfg.dataset.augment or not p.train_expert_only), "training.feature_cache keeps the image features of a frozen VLM: set policy.train_expert_only: true and dataset.augment: false"),
         (cfg.resume and cfg.init_from, f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"),
         (cfg.reset_scheduler and not cfg.resume, "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"),
@@ -700,11 +696,8 @@ class Policy:
         device, p = next(self.model.parameters()).device, self.collate.policy
         if noise is None:
             noise = torch.randn(1, p.chunk_size, p.max_action_dim, generator=torch.Generator().manual_seed(0)).expand(len(batch["tokens"]), -1, -1)
-        training = self.model.training
-        self.model.eval()
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             actions = self.model.sample(to_device(batch, device), torch.as_tensor(noise).to(device))
-        self.model.train(training)
         return self.collate.action.unnormalize(actions.float().cpu().numpy())
 
     def open_episodes(self, root, names=None):
@@ -1179,7 +1172,7 @@ def plan_resume(cfg, state, path, data):
         raise ValueError(f"--resume {path}: not a checkpoint of this version (format_version {state.get('format_version')}, expected {FORMAT}). To use its weights, {new_run}")
     if state["fingerprint"] != data.fingerprint:
         if Path(cfg.output_dir).resolve() in path.resolve().parents:
-            raise ValueError(f"--resume {path}: the training episodes changed since then ({state['num_episodes']} then, {len(data.train)} now, or other names, lengths or split), "
+            raise ValueError(f"--resume {path}: the training episodes changed since then ({state['normalization_stats']['num_episodes']} then, {len(data.train)} now, or other names, lengths or split), "
                              f"so this would not be the same run. Put the data back, or {new_run}")
         if cfg.reset_scheduler:
             raise ValueError(f"--reset_scheduler keeps the optimizer of the same run, but {path} was trained on other data. Drop it (a new run starts a new schedule anyway)")
@@ -1277,13 +1270,13 @@ def main(cfg):
     print0(f"batch     {t.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {len(dataset) / global_batch:.1f} steps per epoch")
     print0(f"steps     {start} -> {t.steps}; lr {lr_at(start - schedule_start, cfg):.2e} -> {lr_at(t.steps - 1 - schedule_start, cfg):.2e}; a checkpoint is about {size / 1e9:.2f} GB, "
            f"{'all are' if not t.keep_checkpoints else f'the newest {t.keep_checkpoints} are'} kept in {folder}")
-    validation_names = [data.episodes[i].name for i in data.validation]
     if rank == 0:
         save_config(cfg, out / "config.yaml")
         shutil.copy(__file__, out / Path(__file__).name)
         save_stats(out / "dataset_stats.yaml", data.stats)
         ep.write_validation_list(out / "validation_episodes.txt", data.episodes, data.validation)
-        (folder / "meta.json").write_text(json.dumps(dict(script=Path(__file__).stem, validation=validation_names)))   # evaluate.py finds the script and the held-out episodes here
+        # evaluate.py finds the script and the held-out episodes here
+        (folder / "meta.json").write_text(json.dumps(dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])))
     w = cfg.wandb
     wandb = runlog.WandbConfig(mode=w.mode if w.enable else "disabled", entity=w.entity, name=w.name or time.strftime("smolvla_sim_%Y%m%d_%H%M%S"), tags=w.tags)
     log = runlog.RunLog(out, t.steps, start, rank, w.project, wandb, dataclasses.asdict(cfg))
@@ -1301,10 +1294,10 @@ def main(cfg):
         if rank == 0:
             raw, exported = weights()                                        # tensors that are the same in both are stored once
             content = dict(
-                format_version=FORMAT, script=Path(__file__).stem, step=step, epoch=position // len(dataset), position=position, policy_state_dict=exported, model_state_dict=raw,
+                format_version=FORMAT, step=step, epoch=position // len(dataset), position=position, policy_state_dict=exported, model_state_dict=raw,
                 ema_state_dict={k: v.cpu() for k, v in ema.average.items()}, optimizer_state_dict=ckpt.training_state(core, optimizer)[1], schedule_start=schedule_start,
-                config=dataclasses.asdict(cfg), spec=dataclasses.asdict(data.spec), normalization_stats=data.stats, fingerprint=data.fingerprint, num_episodes=len(data.train),
-                validation=validation_names, vlm_files=files, spike_history=spikes.history, best_val_loss=best, best_step=best_step,
+                config=dataclasses.asdict(cfg), spec=dataclasses.asdict(data.spec), normalization_stats=data.stats, fingerprint=data.fingerprint, vlm_files=files,
+                spike_history=spikes.history, best_val_loss=best, best_step=best_step,
                 **{f"action_{k}": torch.tensor(data.stats["action"][k]) for k in ("min", "max", "mean", "std")})
             try:
                 ckpt.require_space(folder, int(1.1 * size))
@@ -1407,7 +1400,7 @@ def main(cfg):
         with ckpt.atomic_path(folder / "final_hf") as temporary:
             save_model(temporary, weights()[1], cfg, policy.collate, files, device.type)
         print(f"loss plot: {runlog.plot_loss(out, 'train/loss', 'val/loss')}")
-        print(f"model: {folder / 'final_hf'} (LeRobot format)\nevaluate: python evaluate.py --checkpoint {folder / f'checkpoint_step_{step}.pt'} --data {cfg.dataset.root_dir}")
+        print(f"model: {folder / 'final_hf'} (LeRobot format)\nevaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

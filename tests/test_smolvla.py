@@ -128,7 +128,7 @@ def sim_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vlm_dir(tmp_path_factory):
-    return make_demo.write_smolvlm2(tmp_path_factory.mktemp("smolvlm2"), text=(48, 3), vision=(32, 2), image_size=64)
+    return make_demo.write_smolvlm2(tmp_path_factory.mktemp("smolvlm2"), text=(48, 3), vision=(32, 2), image_size=64, patch=8, shuffle=2)
 
 
 @pytest.fixture
@@ -861,3 +861,22 @@ def test_the_guides_commands_on_the_simulators_recordings(shared, vlm_dir, tmp_p
     lrs = [r["train/learning_rate"] for r in rows if "train/loss" in r]
     assert state["step"] == 4 and lrs == pytest.approx([1e-7, 2e-7, 3e-7, 1e-7])
     assert [name for name, _ in smolvla.load_policy(tmp_path / "run", "cpu").action_names()] == [f"q{i}" for i in range(1, 7)]
+
+
+def test_bf16_autocast_with_frozen_bf16_weights_is_close_to_fp32(make, monkeypatch):
+    """The path of a GPU, on the CPU: fp32 trained weights, bf16 frozen ones, bf16 autocast."""
+    for flags in (dict(), dict(train="lora"), dict(policy__train_expert_only=False)):
+        core, _, batch = batch_of(make(**flags), count=4)
+        cfg = make(**flags)
+        data = smolvla.load_data(cfg)
+        vlm_config, tokenizer = smolvla.open_vlm_files(smolvla.read_vlm_files(cfg.policy.vlm_model_name))
+        half, _ = smolvla.build_model(cfg, vlm_config, data.spec, torch.device("cpu"), torch.bfloat16)
+        assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32} and {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = half(batch)
+        out["flow_sum"].backward()
+        assert out["flow_sum"].dtype == torch.float32 and out["flow_sum"].item() == pytest.approx(core(batch)["flow_sum"].item(), rel=0.03)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+        policy = smolvla.Policy(half.eval(), smolvla.Collate(tokenizer, cfg.policy, data.spec, data.stats), torch.bfloat16)
+        exact = smolvla.Policy(core.eval(), policy.collate)
+        np.testing.assert_allclose(policy.decode(batch), exact.decode(batch), atol=0.05)
