@@ -489,12 +489,12 @@ class Collate:
 class Nora(nn.Module):
     """Qwen2.5-VL seen from a batch of this script. forward(batch) is the loss, forward(batch, generate=(fast, count)) decodes."""
 
-    def __init__(self, vlm, prompt, image_mean, image_std, train_vision=True):
+    def __init__(self, vlm, prompt, image_processor, train_vision=True):
         super().__init__()
-        self.vlm, self.prompt, self.train_vision = vlm, prompt, train_vision
+        self.vlm, self.prompt, self.image_processor, self.train_vision = vlm, prompt, image_processor, train_vision
         self.patch = vlm.config.vision_config.patch_size
-        self.register_buffer("mean", torch.tensor(image_mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(image_processor.image_mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(image_processor.image_std).view(3, 1, 1) * 255, persistent=False)
 
     def embed(self, batch):
         """-> (B, L, D) input embeddings with the image features in their places."""
@@ -681,9 +681,7 @@ def build_model(cfg, source, prompt, device, dtype, attention):
             p.data = p.data.float()
     if cfg.gradient_checkpointing:
         vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    processor = AutoImageProcessor.from_pretrained(source)
-    model = Nora(vlm, prompt, processor.image_mean, processor.image_std, train_vision=cfg.train == "full")
-    return model.to(device), peft_model
+    return Nora(vlm, prompt, AutoImageProcessor.from_pretrained(source), train_vision=cfg.train == "full").to(device), peft_model
 
 
 def load_weights(vlm, path):
@@ -720,10 +718,8 @@ def load_weights(vlm, path):
     vlm.load_state_dict(renamed, strict=False)
 
 
-def save_model(folder, model, peft_model, fast, spec, stats, source, state_dict=None, dtype=torch.float32):
+def save_model(folder, model, peft_model, fast, spec, stats, backbone, state_dict=None, dtype=torch.float32):
     """Write the exported model: transformers layout (or the peft adapter), tokenizer, image processor, statistics, FAST files, policy.json."""
-    from transformers import AutoImageProcessor
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if peft_model is not None:
@@ -738,10 +734,10 @@ def save_model(folder, model, peft_model, fast, spec, stats, source, state_dict=
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     model.prompt.tokenizer.save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
+    model.image_processor.save_pretrained(folder)
     fast.save(folder / "fast")
     save_stats(folder / "dataset_stats.json", stats)
-    (folder / "policy.json").write_text(json.dumps(dict(format_version=FORMAT, script=Path(__file__).stem, backbone=str(source), **dataclasses.asdict(spec)), indent=2))
+    (folder / "policy.json").write_text(json.dumps(dict(format_version=FORMAT, script=Path(__file__).stem, backbone=str(backbone), **dataclasses.asdict(spec)), indent=2))
 
 
 def read_exported(folder):
@@ -759,7 +755,9 @@ def read_exported(folder):
 def load_policy(path, device=None):
     """Open a checkpoint for inference: a steps_N directory, its model/ or merged/ folder, or an output_dir (its newest checkpoint)."""
     from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path = Path(path)
     if newest := list(ckpt.steps_in(path).values()):
         path = newest[-1]
@@ -778,8 +776,7 @@ def load_policy(path, device=None):
         if len(prompt.tokenizer) > vlm.config.text_config.vocab_size:
             vlm.resize_token_embeddings(len(prompt.tokenizer), pad_to_multiple_of=64)
         vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
-    processor = AutoImageProcessor.from_pretrained(folder)
-    return Policy(Nora(vlm, prompt, processor.image_mean, processor.image_std, train_vision=False).to(device).eval(), fast, spec, stats)
+    return Policy(Nora(vlm, prompt, AutoImageProcessor.from_pretrained(folder), train_vision=False).to(device).eval(), fast, spec, stats)
 
 
 def merge_adapter(step_dir):
@@ -788,8 +785,9 @@ def merge_adapter(step_dir):
     if not (step_dir / "model" / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--merge {step_dir}: no model/adapter_config.json there; expected a steps_N directory of a --train lora run")
     policy = load_policy(step_dir, "cpu")
+    backbone = read_exported(step_dir / "model")[3]["backbone"]
     with ckpt.atomic_path(step_dir / "merged") as temporary:
-        save_model(temporary, policy.model, None, policy.fast, policy.spec, policy.stats, step_dir / "model", dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        save_model(temporary, policy.model, None, policy.fast, policy.spec, policy.stats, backbone, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     return step_dir / "merged"
 
 
@@ -1012,7 +1010,7 @@ def main(cfg):
             try:
                 ckpt.require_space(out, int(1.1 * size))
                 with ckpt.atomic_path(out / f"steps_{step}") as folder:
-                    save_model(folder / "model", core, peft_model, fast, data.spec, data.stats, source, trained if cfg.fsdp else None, torch.bfloat16 if bf16 else torch.float32)
+                    save_model(folder / "model", core, peft_model, fast, data.spec, data.stats, cfg.model, trained if cfg.fsdp else None, torch.bfloat16 if bf16 else torch.float32)
                     ckpt.save_state(folder / "state.pt", dict(format_version=FORMAT, trained=trained, moments=moments))
                     about = dict(format_version=FORMAT, script=Path(__file__).stem, step=step, position=position, seed=cfg.seed, fingerprint=data.fingerprint(), best_val_loss=best,
                                  best_step=best_step, validation=[e.name for e in data.validation], world_size=world, config=dataclasses.asdict(cfg))
