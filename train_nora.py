@@ -973,7 +973,7 @@ def main(cfg):
     order = GlobalOrder(len(dataset), cfg.seed)
     batches = RankBatches(order, cfg.per_device_batch_size, cfg.gradient_accumulation_steps, rank, world, position, max(0, cfg.max_train_steps - start))
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=cfg.num_workers, pin_memory=cuda,
-                        prefetch_factor=4 if cfg.num_workers else None)
+                        prefetch_factor=4 if cfg.num_workers else None, worker_init_fn=ckpt.ignore_stop_signals)
 
     # ---- model, optimizer
     core, peft_model = build_model(cfg if not resume else dataclasses.replace(cfg, load_model_weights=None), source, prompt, device, torch.bfloat16 if bf16 else torch.float32, attention)

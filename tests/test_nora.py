@@ -451,6 +451,17 @@ def test_sigterm_finishes_the_step_saves_and_exits_zero(tmp_path, base):
     assert json.loads((folder / "meta.json").read_text())["step"] == step
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_spares_the_loader(tmp_path, base, number):
+    """Ctrl-C reaches the loader's workers as well; the step must still get its data and be saved."""
+    process = subprocess.Popen(command(base, "--output_dir", tmp_path, "--max_steps", 500, "--num_workers", 2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 3, process)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(ckpt.steps_in(tmp_path)) == 1, output[-2000:]
+
+
 def wait_for(condition, process, timeout=120):
     end = time.time() + timeout
     while not condition():
