@@ -680,7 +680,8 @@ def build_model(cfg, source, prompt, device, dtype, attention):
         if p.requires_grad:
             p.data = p.data.float()
     if cfg.gradient_checkpointing:
-        vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(vlm, "activation_checkpointing_enable", None) or vlm.gradient_checkpointing_enable   # the old name warns
+        enable({"use_reentrant": False})
     return Nora(vlm, prompt, AutoImageProcessor.from_pretrained(source), train_vision=cfg.train == "full").to(device), peft_model
 
 
@@ -822,7 +823,8 @@ def describe(cfg, data, prompt, fast, print0):
         ids = [fast.encode(c) for c in chunks]
         error = np.mean([np.abs(fast.decode(i, *c.shape)[0] - c).mean() for i, c in zip(ids, chunks)])
         print0(f"FAST      {fast.vocab_size} ids; {np.mean([len(i) for i in ids]):.1f} tokens per chunk (max {max(len(i) for i in ids)}), "
-               f"round trip {error:.4f} in [-1, 1] units, {fast.clipped - before} of {sum(c.size for c in chunks)} coefficients clipped")
+               f"round trip {error:.4f} in [-1, 1] units, {fast.clipped - before} of {sum(c.size for c in chunks)} coefficients clipped"
+               + (" (this tokenizer has no symbol for them; --fast fit has)" if fast.clipped > before else ""))
 
 
 def sample_chunks(data, most):
@@ -853,7 +855,7 @@ def check_data(cfg):
     if prompt is not None:
         batch = Collate(prompt, fast, data.normalizer)(items)
         for key, value in batch.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and key != "images":
                 print(f"          {key:<14} {str(tuple(value.shape)):<24} {str(value.dtype).removeprefix('torch.'):<8} {value.min().item():.4g} .. {value.max().item():.4g}")
         print(f"prompt    {prompt.text(items[0]['instruction'], items[0]['state'])!r}")
         print(f"answer    {prompt.tokenizer.decode(Collate(prompt, fast, data.normalizer).answer(items[0]['action']))}")
@@ -1072,12 +1074,12 @@ def main(cfg):
         if step % cfg.logging_frequency == 0 or step == cfg.max_train_steps:
             loss_sum, correct, tokens = accelerator.reduce(totals.clone(), "sum").tolist()
             elapsed = time.perf_counter() - t_log
-            values = dict(loss=loss_sum / max(tokens, 1), token_accuracy=correct / max(tokens, 1), grad_norm=float(np.mean(grad_norms)) if grad_norms else None, learning_rate=lr,
+            values = dict(train_loss=loss_sum / max(tokens, 1), token_accuracy=correct / max(tokens, 1), grad_norm=float(np.mean(grad_norms)) if grad_norms else None, learning_rate=lr,
                           samples_per_s=(step - logged_at) * global_batch / elapsed,
                           data_wait=wait / elapsed, memory_gb=memory_gb(), skipped_steps=skipped)
-            log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | loss {values['loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm'] or float('nan'):.2f} | "
+            log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | loss {values['train_loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm'] or float('nan'):.2f} | "
                                   f"lr {lr:.2e} | {values['samples_per_s']:.1f} samples/s | wait {values['data_wait']:.1%} | {values['memory_gb']:.1f} GB")
-            log.step(step, values["loss"], lr, values["samples_per_s"], values["data_wait"])
+            log.step(step, values["train_loss"], lr, values["samples_per_s"], values["data_wait"])
             totals.zero_()
             grad_norms, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
@@ -1112,7 +1114,7 @@ def main(cfg):
         if peft_model is not None:
             print(f"merged model: {merge_adapter(final)}")
         log.close()
-        print(f"loss plot: {plot_loss(out)}")
+        print(f"loss plot: {plot_loss(out, 'train_loss')}")
         print(f"model: {final / 'model'}\nevaluate: python evaluate.py --checkpoint {final} --data {cfg.dataset.root_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

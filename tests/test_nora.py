@@ -60,7 +60,7 @@ def shell(flags, *more, processes=1, ok=True):
 
 
 def losses(rows):
-    return [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    return [(r["step"], r["train_loss"]) for r in rows if "train_loss" in r]
 
 
 def state(folder):
@@ -435,7 +435,7 @@ def test_resume_equals_uninterrupted(tmp_path, uninterrupted, stop_at, workers):
     resumed = run(flags, *out, "--resume", "auto")
 
     def values(all_rows):
-        return [{k: v for k, v in r.items() if k in ("step", "loss", "token_accuracy", "grad_norm", "learning_rate") or k.startswith("val_")} for r in all_rows]
+        return [{k: v for k, v in r.items() if k in ("step", "train_loss", "token_accuracy", "grad_norm", "learning_rate") or k.startswith("val_")} for r in all_rows]
     assert values(resumed) == values(rows)
     assert same(state(tmp_path / "steps_6"), weights)
 
@@ -535,7 +535,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, base):
     shell(flags, "--output_dir", tmp_path / "two", processes=2)
     one = run(flags, "--output_dir", tmp_path / "one", "--batch_size", 8)
     two = read_metrics(tmp_path / "two")
-    for key in ("loss", "val_loss", "token_accuracy", "grad_norm"):
+    for key in ("train_loss", "val_loss", "token_accuracy", "grad_norm"):
         np.testing.assert_allclose([r[key] for r in two if key in r], [r[key] for r in one if key in r], rtol=1e-4)
     for (k, x), y in zip(state(tmp_path / "one/steps_4").items(), state(tmp_path / "two/steps_4").values()):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=5e-4, msg=k)
@@ -801,8 +801,8 @@ def test_the_run_directory_tells_how_it_was_made(tmp_path, base):
     assert again == config(base, "--output_dir", tmp_path, "--max_steps", 1)
     meta = json.loads((tmp_path / "steps_1/meta.json").read_text())
     assert meta["script"] == "train_nora" and meta["step"] == 1 and meta["position"] == 4 and len(meta["validation"]) == 1
-    row = next(r for r in read_metrics(tmp_path) if "loss" in r)
-    assert {"loss", "token_accuracy", "grad_norm", "learning_rate", "samples_per_s", "data_wait", "memory_gb"} <= row.keys()
+    row = next(r for r in read_metrics(tmp_path) if "train_loss" in r)
+    assert {"train_loss", "token_accuracy", "grad_norm", "learning_rate", "samples_per_s", "data_wait", "memory_gb"} <= row.keys()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/nora.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
