@@ -96,17 +96,18 @@ def summarise(records, names):
 
 def print_table(report, names, records):
     """Mean absolute error per dimension, the relative error, and the policy's error by phase and by step."""
-    width = max(9, *(len(n) for n, _ in names)) + 1
+    width = max(10, *(len(n) for n, _ in names)) + 1
     print(f"\nmean absolute error over {len(records)} frames of {len({r['episode'] for r in records})} episode(s)")
     print(f"{'':14}" + "".join(f"{name:>{width}}" for name, _ in names) + f"{'relative':>11}")
     print(f"{'':14}" + "".join(f"{unit:>{width}}" for _, unit in names) + f"{'1=baseline':>11}")
     for who, r in report.items():
-        print(f"{who:14}" + "".join(f"{r['per_dim'][name]:>{width}.4f}" for name, _ in names) + f"{r['relative']:>11.3f}")
+        print(f"{who:14}" + "".join(f"{r['per_dim'][name]:>{width}.3g}" for name, _ in names) + f"{r['relative']:>11.3f}")
+    print("policy, by phase and by step of the chunk")
     for phase, values in report["policy"]["per_phase"].items():
-        print(f"  phase {phase:<6}" + "".join(f"{v:>{width}.4f}" for v in values))
+        print(f"  phase {phase:<6}" + "".join(f"{v:>{width}.3g}" for v in values))
     steps = report["policy"]["per_step"]
     for h in sorted({0, len(steps) // 2, len(steps) - 1}):
-        print(f"  step {h + 1:<7}" + "".join(f"{v:>{width}.4f}" for v in steps[h]))
+        print(f"  step {h + 1:<7}" + "".join(f"{v:>{width}.3g}" for v in steps[h]))
 
 
 def draw(tracks, report, names, folder):
@@ -181,7 +182,9 @@ def main(argv=None):
     (folder / "report.json").write_text(json.dumps(dict(checkpoint=str(args.checkpoint), data=str(args.data), script=script.__name__, frames=len(records),
                                                         episodes=sorted({r["episode"] for r in records}), units=dict(columns), mean_absolute_error=report), indent=2))
     paths = draw(tracks, report, columns, folder)
-    print(f"\nreport: {folder / 'report.json'}\nplots: {len(paths)} in {folder}\npicture: {folder / 'summary.png'}")
+    relative, best = report["policy"]["relative"], min(r["relative"] for who, r in report.items() if who != "policy")
+    print(f"\nthe policy's error is {relative:.2f} x that of the better baseline per dimension" + ("" if relative < best else ": no better than doing nothing, train longer or check the data"))
+    print(f"report: {folder / 'report.json'}\nplots: {len(paths)} in {folder}\npicture: {folder / 'summary.png'}")
     return report
 
 

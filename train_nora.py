@@ -489,12 +489,12 @@ class Collate:
 class Nora(nn.Module):
     """Qwen2.5-VL seen from a batch of this script. forward(batch) is the loss, forward(batch, generate=(fast, count)) decodes."""
 
-    def __init__(self, vlm, prompt, image_mean, image_std, train_vision=True):
+    def __init__(self, vlm, prompt, image_processor, train_vision=True):
         super().__init__()
-        self.vlm, self.prompt, self.train_vision = vlm, prompt, train_vision
+        self.vlm, self.prompt, self.image_processor, self.train_vision = vlm, prompt, image_processor, train_vision
         self.patch = vlm.config.vision_config.patch_size
-        self.register_buffer("mean", torch.tensor(image_mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(image_processor.image_mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(image_processor.image_std).view(3, 1, 1) * 255, persistent=False)
 
     def embed(self, batch):
         """-> (B, L, D) input embeddings with the image features in their places."""
@@ -680,10 +680,9 @@ def build_model(cfg, source, prompt, device, dtype, attention):
         if p.requires_grad:
             p.data = p.data.float()
     if cfg.gradient_checkpointing:
-        vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    processor = AutoImageProcessor.from_pretrained(source)
-    model = Nora(vlm, prompt, processor.image_mean, processor.image_std, train_vision=cfg.train == "full")
-    return model.to(device), peft_model
+        enable = getattr(vlm, "activation_checkpointing_enable", None) or vlm.gradient_checkpointing_enable   # the old name warns
+        enable({"use_reentrant": False})
+    return Nora(vlm, prompt, AutoImageProcessor.from_pretrained(source), train_vision=cfg.train == "full").to(device), peft_model
 
 
 def load_weights(vlm, path):
@@ -720,10 +719,8 @@ def load_weights(vlm, path):
     vlm.load_state_dict(renamed, strict=False)
 
 
-def save_model(folder, model, peft_model, fast, spec, stats, source, state_dict=None, dtype=torch.float32):
+def save_model(folder, model, peft_model, fast, spec, stats, backbone, state_dict=None, dtype=torch.float32):
     """Write the exported model: transformers layout (or the peft adapter), tokenizer, image processor, statistics, FAST files, policy.json."""
-    from transformers import AutoImageProcessor
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if peft_model is not None:
@@ -738,10 +735,10 @@ def save_model(folder, model, peft_model, fast, spec, stats, source, state_dict=
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     model.prompt.tokenizer.save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
+    model.image_processor.save_pretrained(folder)
     fast.save(folder / "fast")
     save_stats(folder / "dataset_stats.json", stats)
-    (folder / "policy.json").write_text(json.dumps(dict(format_version=FORMAT, script=Path(__file__).stem, backbone=str(source), **dataclasses.asdict(spec)), indent=2))
+    (folder / "policy.json").write_text(json.dumps(dict(format_version=FORMAT, script=Path(__file__).stem, backbone=str(backbone), **dataclasses.asdict(spec)), indent=2))
 
 
 def read_exported(folder):
@@ -759,7 +756,9 @@ def read_exported(folder):
 def load_policy(path, device=None):
     """Open a checkpoint for inference: a steps_N directory, its model/ or merged/ folder, or an output_dir (its newest checkpoint)."""
     from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path = Path(path)
     if newest := list(ckpt.steps_in(path).values()):
         path = newest[-1]
@@ -778,8 +777,7 @@ def load_policy(path, device=None):
         if len(prompt.tokenizer) > vlm.config.text_config.vocab_size:
             vlm.resize_token_embeddings(len(prompt.tokenizer), pad_to_multiple_of=64)
         vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
-    processor = AutoImageProcessor.from_pretrained(folder)
-    return Policy(Nora(vlm, prompt, processor.image_mean, processor.image_std, train_vision=False).to(device).eval(), fast, spec, stats)
+    return Policy(Nora(vlm, prompt, AutoImageProcessor.from_pretrained(folder), train_vision=False).to(device).eval(), fast, spec, stats)
 
 
 def merge_adapter(step_dir):
@@ -788,8 +786,9 @@ def merge_adapter(step_dir):
     if not (step_dir / "model" / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--merge {step_dir}: no model/adapter_config.json there; expected a steps_N directory of a --train lora run")
     policy = load_policy(step_dir, "cpu")
+    backbone = read_exported(step_dir / "model")[3]["backbone"]
     with ckpt.atomic_path(step_dir / "merged") as temporary:
-        save_model(temporary, policy.model, None, policy.fast, policy.spec, policy.stats, step_dir / "model", dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        save_model(temporary, policy.model, None, policy.fast, policy.spec, policy.stats, backbone, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     return step_dir / "merged"
 
 
@@ -824,7 +823,8 @@ def describe(cfg, data, prompt, fast, print0):
         ids = [fast.encode(c) for c in chunks]
         error = np.mean([np.abs(fast.decode(i, *c.shape)[0] - c).mean() for i, c in zip(ids, chunks)])
         print0(f"FAST      {fast.vocab_size} ids; {np.mean([len(i) for i in ids]):.1f} tokens per chunk (max {max(len(i) for i in ids)}), "
-               f"round trip {error:.4f} in [-1, 1] units, {fast.clipped - before} of {sum(c.size for c in chunks)} coefficients clipped")
+               f"round trip {error:.4f} in [-1, 1] units, {fast.clipped - before} of {sum(c.size for c in chunks)} coefficients clipped"
+               + (" (this tokenizer has no symbol for them; --fast fit has)" if fast.clipped > before else ""))
 
 
 def sample_chunks(data, most):
@@ -855,7 +855,7 @@ def check_data(cfg):
     if prompt is not None:
         batch = Collate(prompt, fast, data.normalizer)(items)
         for key, value in batch.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and key != "images":
                 print(f"          {key:<14} {str(tuple(value.shape)):<24} {str(value.dtype).removeprefix('torch.'):<8} {value.min().item():.4g} .. {value.max().item():.4g}")
         print(f"prompt    {prompt.text(items[0]['instruction'], items[0]['state'])!r}")
         print(f"answer    {prompt.tokenizer.decode(Collate(prompt, fast, data.normalizer).answer(items[0]['action']))}")
@@ -975,7 +975,7 @@ def main(cfg):
     order = GlobalOrder(len(dataset), cfg.seed)
     batches = RankBatches(order, cfg.per_device_batch_size, cfg.gradient_accumulation_steps, rank, world, position, max(0, cfg.max_train_steps - start))
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=cfg.num_workers, pin_memory=cuda,
-                        prefetch_factor=4 if cfg.num_workers else None)
+                        prefetch_factor=4 if cfg.num_workers else None, worker_init_fn=ckpt.ignore_stop_signals)
 
     # ---- model, optimizer
     core, peft_model = build_model(cfg if not resume else dataclasses.replace(cfg, load_model_weights=None), source, prompt, device, torch.bfloat16 if bf16 else torch.float32, attention)
@@ -1012,7 +1012,7 @@ def main(cfg):
             try:
                 ckpt.require_space(out, int(1.1 * size))
                 with ckpt.atomic_path(out / f"steps_{step}") as folder:
-                    save_model(folder / "model", core, peft_model, fast, data.spec, data.stats, source, trained if cfg.fsdp else None, torch.bfloat16 if bf16 else torch.float32)
+                    save_model(folder / "model", core, peft_model, fast, data.spec, data.stats, cfg.model, trained if cfg.fsdp else None, torch.bfloat16 if bf16 else torch.float32)
                     ckpt.save_state(folder / "state.pt", dict(format_version=FORMAT, trained=trained, moments=moments))
                     about = dict(format_version=FORMAT, script=Path(__file__).stem, step=step, position=position, seed=cfg.seed, fingerprint=data.fingerprint(), best_val_loss=best,
                                  best_step=best_step, validation=[e.name for e in data.validation], world_size=world, config=dataclasses.asdict(cfg))
@@ -1074,12 +1074,12 @@ def main(cfg):
         if step % cfg.logging_frequency == 0 or step == cfg.max_train_steps:
             loss_sum, correct, tokens = accelerator.reduce(totals.clone(), "sum").tolist()
             elapsed = time.perf_counter() - t_log
-            values = dict(loss=loss_sum / max(tokens, 1), token_accuracy=correct / max(tokens, 1), grad_norm=float(np.mean(grad_norms)) if grad_norms else None, learning_rate=lr,
+            values = dict(train_loss=loss_sum / max(tokens, 1), token_accuracy=correct / max(tokens, 1), grad_norm=float(np.mean(grad_norms)) if grad_norms else None, learning_rate=lr,
                           samples_per_s=(step - logged_at) * global_batch / elapsed,
                           data_wait=wait / elapsed, memory_gb=memory_gb(), skipped_steps=skipped)
-            log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | loss {values['loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm'] or float('nan'):.2f} | "
+            log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | loss {values['train_loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm'] or float('nan'):.2f} | "
                                   f"lr {lr:.2e} | {values['samples_per_s']:.1f} samples/s | wait {values['data_wait']:.1%} | {values['memory_gb']:.1f} GB")
-            log.step(step, values["loss"], lr, values["samples_per_s"], values["data_wait"])
+            log.step(step, values["train_loss"], lr, values["samples_per_s"], values["data_wait"])
             totals.zero_()
             grad_norms, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
@@ -1114,7 +1114,7 @@ def main(cfg):
         if peft_model is not None:
             print(f"merged model: {merge_adapter(final)}")
         log.close()
-        print(f"loss plot: {plot_loss(out)}")
+        print(f"loss plot: {plot_loss(out, 'train_loss')}")
         print(f"model: {final / 'model'}\nevaluate: python evaluate.py --checkpoint {final} --data {cfg.dataset.root_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -132,6 +132,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def ignore_stop_signals(worker):
+    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step being finished needs its data."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _check_plain(value, where):
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():

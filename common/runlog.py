@@ -53,7 +53,7 @@ class RunLog:
         import wandb  # optional at run time, and slow to import
 
         mode = cfg.mode
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode == "online" and not self._logged_in(wandb):
             self.print("W&B: not logged in, recording offline; upload later with: wandb sync " + str(self.folder / "wandb"))
             mode = "offline"
         known = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
@@ -61,6 +61,13 @@ class RunLog:
         known.write_text(run_id + "\n")
         self._wandb = wandb.init(project=project, entity=cfg.entity, name=cfg.name or self.folder.resolve().name, tags=cfg.tags, mode=mode, dir=str(self.folder), config=config,
                                  id=run_id, resume="allow" if self.start else None)
+
+    @staticmethod
+    def _logged_in(wandb):
+        try:
+            return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
+        except TypeError:  # an older wandb: its login has no `prompt` and would wait for a key
+            return bool(wandb.api.api_key)
 
     def _wandb_call(self, call):
         try:
