@@ -173,6 +173,23 @@ def _write_insertion_episode(folder, i, seed, layout, size, position_unit, rotat
     return path
 
 
+def write_insertion_sim(folder, episodes=4, seed=0, **form):
+    """write_insertion as guide 2's simulator records: joint targets, metres, no instruction. The wrist also turns home while it aligns, so that all six
+    joints have something to do; yaw cannot be seen, so the pictures stay true."""
+    paths = write_insertion(folder, episodes, seed, position_unit="m", action="joints", instruction=False, **form)
+    for path in paths:
+        with h5py.File(path, "r+") as f:
+            yaw = f["observations/ee_pose"][:, 5]
+            home = yaw.copy()
+            for t in range(1, len(home)):
+                home[t] = home[t - 1] - np.clip(0.3 * home[t - 1], -ALIGN_RAD, ALIGN_RAD)
+            turn = home - yaw                                       # of joint 6, see joint_angles
+            f["observations/ee_pose"][:, 5] = home
+            f["observations/qpos"][:, 5] += turn
+            f["action"][:, 5] += np.append(turn[1:], turn[-1])      # the target is the next frame's joint
+    return paths
+
+
 def joint_angles(pose):
     """A smooth, invertible stand-in for the arm's inverse kinematics: (N, 6) pose in mm/rad -> (N, 6) joint angles in rad."""
     x, y, z = pose[:, 0] / 100, pose[:, 1] / 100, pose[:, 2] / 100
@@ -326,7 +343,7 @@ def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024, scale=10):
 PARTS = {
     "insertion": lambda folder, args: write_insertion(folder / "insertion", args.episodes, args.seed),
     "qwen2_5_vl": lambda folder, args: write_qwen2_5_vl(folder / "qwen2_5_vl", args.seed),
-    "insertion_sim": lambda folder, args: write_insertion(folder / "insertion_sim", args.episodes, args.seed, position_unit="m", action="joints", instruction=False),
+    "insertion_sim": lambda folder, args: write_insertion_sim(folder / "insertion_sim", args.episodes, args.seed),
     "smolvlm2": lambda folder, args: write_smolvlm2(folder / "smolvlm2", args.seed),
     "fast": lambda folder, args: write_fast(folder / "fast", args.seed),
 }

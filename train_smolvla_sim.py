@@ -195,7 +195,8 @@ ALIASES = {"max_steps": "training.steps", "resume_from_checkpoint": "resume"}
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     t, p, given = cfg.training, cfg.policy, flat(dataclasses.asdict(cfg))
-    ones = ("training.steps", "training.batch_size", "training.gradient_accumulation_steps", "training.log_freq", "training.save_freq", "validation.val_freq", "validation.num_samples", "policy.num_steps")
+    ones = ("training.steps", "training.batch_size", "training.gradient_accumulation_steps", "training.log_freq", "training.save_freq", "validation.val_freq",
+            "validation.num_samples", "policy.num_steps")
     for wrong, message in (
         *((given[key] < 1, f"{key} is {given[key]}: expected 1 or more") for key in ones),
         (t.use_amp, "training.use_amp is true: fp16 is not offered. Use training.use_bfloat16: true, the same speed without loss scaling"),
@@ -204,7 +205,7 @@ def check_config(cfg):
         (not 1 <= p.n_action_steps <= p.chunk_size, f"policy.n_action_steps is {p.n_action_steps}: expected 1..{p.chunk_size} (policy.chunk_size)"),
         (not 0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1"),
         (t.lambda_temporal < 0, f"training.lambda_temporal is {t.lambda_temporal}: expected 0 or more"),
-        (t.feature_cache and (cfg.dataset.augment or not p.train_expert_only), "training.feature_cache keeps the image features of a frozen VLM: set policy.train_expert_only: true and dataset.augment: false"),
+        (t.feature_cache and (cfg.dataset.augment or not p.train_expert_only), "training.feature_cache needs policy.train_expert_only: true (a frozen VLM) and dataset.augment: false"),
         (cfg.resume and cfg.init_from, f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"),
         (cfg.reset_scheduler and not cfg.resume, "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"),
     ):
@@ -554,11 +555,13 @@ class FlowModel(nn.Module):
         self.last_used = (len(self.joint) - 1) * self.stride                 # of this VLM layer only keys and values are needed
         D, W = t.hidden_size, int(t.hidden_size * p.expert_width_multiplier)
         vision = nn.Module()
-        vision.embeddings = nn.ModuleDict(dict(patch_embedding=nn.Conv2d(3, v.hidden_size, v.patch_size, v.patch_size), position_embedding=nn.Embedding((v.image_size // v.patch_size) ** 2, v.hidden_size)))
+        positions = nn.Embedding((v.image_size // v.patch_size) ** 2, v.hidden_size)
+        vision.embeddings = nn.ModuleDict(dict(patch_embedding=nn.Conv2d(3, v.hidden_size, v.patch_size, v.patch_size), position_embedding=positions))
         vision.encoder = nn.ModuleDict(dict(layers=nn.ModuleList(VisionLayer(v) for _ in range(v.num_hidden_layers))))
         vision.post_layernorm = nn.LayerNorm(v.hidden_size, eps=v.layer_norm_eps)
         connector = nn.ModuleDict(dict(modality_projection=nn.ModuleDict(dict(proj=nn.Linear(v.hidden_size * vlm_config.scale_factor ** 2, D, bias=False)))))
-        text = nn.ModuleDict(dict(embed_tokens=nn.Embedding(t.vocab_size, D), norm=RMSNorm(D, t.rms_norm_eps), layers=nn.ModuleList(Layer(D, t.intermediate_size, t) for _ in range(p.num_vlm_layers))))
+        layers = nn.ModuleList(Layer(D, t.intermediate_size, t) for _ in range(p.num_vlm_layers))
+        text = nn.ModuleDict(dict(embed_tokens=nn.Embedding(t.vocab_size, D), norm=RMSNorm(D, t.rms_norm_eps), layers=layers))
         vlm = nn.ModuleDict(dict(model=nn.ModuleDict(dict(vision_model=vision, connector=connector, text_model=text)), lm_head=nn.Linear(D, t.vocab_size, bias=False)))
         mlp, kv = -(-4 * int(2 * W / 3) // 256) * 256, t.num_key_value_heads * t.head_dim   # Llama's rule: 8/3 of the width, rounded up to 256
         expert = nn.ModuleDict(dict(layers=nn.ModuleList(Layer(W, mlp, t, None if joint else kv) for joint in self.joint), norm=RMSNorm(W, t.rms_norm_eps)))
@@ -817,7 +820,8 @@ def load_exact(model, tensors, source):
 
 def load_vlm(vlm, source, num_layers):
     """SmolVLM2's own file into FlowModel's VLM: the text layers that are not used are left out, everything else must match."""
-    tensors = {k: v for k, v in read_safetensors(local_folder(source, weights=True)).items() if not ((m := re.match(r"model\.text_model\.layers\.(\d+)\.", k)) and int(m[1]) >= num_layers)}
+    unused = lambda key: (m := re.match(r"model\.text_model\.layers\.(\d+)\.", key)) and int(m[1]) >= num_layers
+    tensors = {k: v for k, v in read_safetensors(local_folder(source, weights=True)).items() if not unused(k)}
     if "lm_head.weight" not in tensors and "model.text_model.embed_tokens.weight" in tensors:  # tied
         tensors["lm_head.weight"] = tensors["model.text_model.embed_tokens.weight"].clone()
     return load_exact(vlm, tensors, source)
@@ -898,15 +902,16 @@ def save_model(folder, tensors, cfg, collate, vlm_files, device="cpu"):
         (folder / "vlm" / name).write_text(text)
     write_json = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2))
     feature = lambda kind, shape: dict(type=kind, shape=list(shape))
-    inputs = {f"observation.images.camera{k + 1}": feature("VISUAL", [3, *shape]) for k, shape in enumerate(spec.image_shapes)} | {"observation.state": feature("STATE", [spec.state_dim])}
+    inputs = {f"observation.images.camera{k + 1}": feature("VISUAL", [3, *shape]) for k, shape in enumerate(spec.image_shapes)}
+    inputs["observation.state"] = feature("STATE", [spec.state_dim])
     output, norm_map = dict(action=feature("ACTION", [spec.action_dim])), dict(VISUAL="IDENTITY", STATE=spec.normalization, ACTION=spec.normalization)
     # an unknown field is an error in LeRobot, a missing one takes its default: exactly the fields that 0.3.4 to 0.6.2 know
     shared = {k: v for k, v in dataclasses.asdict(p).items() if k not in ("pretrained_model_id", "allow_random_frozen_vlm")} | dict(load_vlm_weights=False)   # all are in our file
     write_json("config.json", dict(
-        type="smolvla", input_features=inputs, output_features=output, normalization_mapping=norm_map, device=device, use_amp=False, push_to_hub=False, repo_id=None, private=None, tags=None,
-        license=None, pretrained_path=None, empty_cameras=0, adapt_to_pi_aloha=False, use_delta_joint_actions_aloha=False, use_cache=True, add_image_special_tokens=False, prefix_length=-1,
-        pad_language_to="max_length", optimizer_lr=o.lr, optimizer_betas=o.betas, optimizer_eps=o.eps, optimizer_weight_decay=o.weight_decay, optimizer_grad_clip_norm=o.grad_clip_norm,
-        scheduler_warmup_steps=s.num_warmup_steps, scheduler_decay_steps=s.num_decay_steps, scheduler_decay_lr=s.decay_lr, **shared))
+        type="smolvla", input_features=inputs, output_features=output, normalization_mapping=norm_map, device=device, use_amp=False, push_to_hub=False, repo_id=None, private=None,
+        tags=None, license=None, pretrained_path=None, empty_cameras=0, adapt_to_pi_aloha=False, use_delta_joint_actions_aloha=False, use_cache=True, add_image_special_tokens=False,
+        prefix_length=-1, pad_language_to="max_length", optimizer_lr=o.lr, optimizer_betas=o.betas, optimizer_eps=o.eps, optimizer_weight_decay=o.weight_decay,
+        optimizer_grad_clip_norm=o.grad_clip_norm, scheduler_warmup_steps=s.num_warmup_steps, scheduler_decay_steps=s.num_decay_steps, scheduler_decay_lr=s.decay_lr, **shared))
     step = lambda name, state=None, **settings: dict(registry_name=name, config=settings) | (dict(state_file=state) if state else {})
     write_json("policy_preprocessor.json", dict(name="policy_preprocessor", steps=[
         step("rename_observations_processor", rename_map={}), step("to_batch_processor"), step("smolvla_new_line_processor"),
@@ -932,8 +937,8 @@ def read_lerobot(folder):
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    if config.get("type") != "smolvla" or config.get("add_image_special_tokens"):
-        raise ValueError(f"{folder}/config.json has type {config.get('type')}, add_image_special_tokens {config.get('add_image_special_tokens')}; expected smolvla and false, as in lerobot/smolvla_base")
+    if (found := (config.get("type"), config.get("add_image_special_tokens", False))) != ("smolvla", False):
+        raise ValueError(f"{folder}/config.json has type, add_image_special_tokens = {found}; expected ('smolvla', False), as in lerobot/smolvla_base")
     policy = PolicyConfig(**{f.name: config[f.name] for f in dataclasses.fields(PolicyConfig) if f.name in config})
     if (folder / "policy.json").is_file():
         about = json.loads((folder / "policy.json").read_text())
@@ -946,9 +951,9 @@ def read_lerobot(folder):
                          f"Fine-tune from it instead: --init_from {folder}")
     for key, value in load_file(folder / NORMALIZER).items():
         stats.setdefault(key.rsplit(".", 1)[0], {})[key.rsplit(".", 1)[1]] = value.tolist()
-    cameras, dim = {k: v["shape"][1:] for k, v in config["input_features"].items() if v["type"] == "VISUAL"}, config["output_features"]["action"]["shape"][0]
-    return policy, DataSpec(list(cameras), list(cameras.values()), [], config["input_features"]["observation.state"]["shape"][0], dict(source="action", dim=dim, rotation_unit="rad"), None, None,
-                            mapping["STATE"], "", "all"), stats
+    cameras = {k: v["shape"][1:] for k, v in config["input_features"].items() if v["type"] == "VISUAL"}
+    action = dict(source="action", dim=config["output_features"]["action"]["shape"][0], rotation_unit="rad")
+    return policy, DataSpec(list(cameras), list(cameras.values()), [], config["input_features"]["observation.state"]["shape"][0], action, None, None, mapping["STATE"], "", "all"), stats
 
 
 def load_policy(path, device=None):
@@ -966,7 +971,8 @@ def load_policy(path, device=None):
         state = ckpt.load_state(path)
         if state.get("format_version") != FORMAT:
             raise ValueError(f"{path} has format_version {state.get('format_version')}, this code reads {FORMAT}. Use its weights for a new run: --init_from {path}")
-        policy, spec, stats, files, tensors = PolicyConfig(**state["config"]["policy"]), DataSpec(**state["spec"]), state["normalization_stats"], state["vlm_files"], state["policy_state_dict"]
+        policy, spec, stats = PolicyConfig(**state["config"]["policy"]), DataSpec(**state["spec"]), state["normalization_stats"]
+        files, tensors = state["vlm_files"], state["policy_state_dict"]
     vlm_config, tokenizer = open_vlm_files(files)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
@@ -1066,7 +1072,8 @@ class Spikes:
             table.writeheader()
             table.writerows(self.rows)
         (self.folder / "loss_spikes.txt").write_text(f"Loss spikes\n{'=' * 80}\nThreshold: {self.threshold}x moving average\n" + "".join(
-            f"\nLOSS SPIKE at Step {r['step']}\n  Loss: {r['loss']} (moving avg: {r['moving_avg']}, ratio: {r['ratio']}x)\n  Action Loss: {r['action_loss']}\n  Temporal Loss: {r['temporal_loss']}\n"
+            f"\nLOSS SPIKE at Step {r['step']}\n  Loss: {r['loss']} (moving avg: {r['moving_avg']}, ratio: {r['ratio']}x)\n"
+            f"  Action Loss: {r['action_loss']}\n  Temporal Loss: {r['temporal_loss']}\n"
             f"  Batch Information (worst sample first):\n    Episode indices: {r['episode_indices']}\n    Frame indices: {r['frame_indices']}\n    Sample losses: {r['sample_losses']}\n"
             "  Episode Paths:\n" + "".join(f"    {path}\n" for path in r["episode_paths"].split("; ")) for r in self.rows))
 
@@ -1104,7 +1111,8 @@ def describe(cfg, data, print0):
         print0(f"excluded  {message}")
     print0("cameras   " + ", ".join(f"{c} -> camera{k + 1} {h}x{w}" for k, (c, (h, w)) in enumerate(zip(s.cameras, s.image_shapes))))
     print0(f"state     {' + '.join(s.state_keys)}, {s.state_dim} dims (padded to {cfg.policy.max_state_dim})")
-    print0(f"action    {'joint targets' if s.joint_unit else s.definition.source}, {s.action_dim} dims (padded to {cfg.policy.max_action_dim}), chunk {cfg.policy.chunk_size}; normalisation {s.normalization}")
+    print0(f"action    {'joint targets' if s.joint_unit else s.definition.source}, {s.action_dim} dims (padded to {cfg.policy.max_action_dim}), chunk {cfg.policy.chunk_size}; "
+           f"normalisation {s.normalization}")
     if s.definition.source == "action" and ep.records_past_motion(train):
         print0("warning   the recorded 'action' is the motion already made (pose[t] - pose[t-1]), so this trains on yesterday's action; "
                "set dataset.use_ee_pose_delta_as_action: true for the motion that follows")
@@ -1172,8 +1180,8 @@ def plan_resume(cfg, state, path, data):
         raise ValueError(f"--resume {path}: not a checkpoint of this version (format_version {state.get('format_version')}, expected {FORMAT}). To use its weights, {new_run}")
     if state["fingerprint"] != data.fingerprint:
         if Path(cfg.output_dir).resolve() in path.resolve().parents:
-            raise ValueError(f"--resume {path}: the training episodes changed since then ({state['normalization_stats']['num_episodes']} then, {len(data.train)} now, or other names, lengths or split), "
-                             f"so this would not be the same run. Put the data back, or {new_run}")
+            raise ValueError(f"--resume {path}: the training episodes changed since then ({state['normalization_stats']['num_episodes']} then, {len(data.train)} now, or other "
+                             f"names, lengths or split), so this would not be the same run. Put the data back, or {new_run}")
         if cfg.reset_scheduler:
             raise ValueError(f"--reset_scheduler keeps the optimizer of the same run, but {path} was trained on other data. Drop it (a new run starts a new schedule anyway)")
         return None
@@ -1212,10 +1220,11 @@ def main(cfg):
     if state:
         changed = plan_resume(cfg, state, path, data)
         if changed is None:
-            print0(f"resume    {path} was trained on other data: this is a NEW RUN from its weights (as --init_from): {t.steps} steps from 0, peak lr {cfg.optimizer.lr:g}, statistics of the new data")
+            print0(f"resume    {path} was trained on other data: this is a NEW RUN from its weights (as --init_from): {t.steps} steps from 0, peak lr {cfg.optimizer.lr:g}, "
+                   "statistics of the new data")
             cfg, state = dataclasses.replace(cfg, resume=None, init_from=str(path)), None
         else:
-            print0(f"resume    {path}, step {state['step']} of {t.steps}" + ("; the schedule starts again" if cfg.reset_scheduler else "") + (f"; changed: {'; '.join(changed)}" if changed else ""))
+            print0("; ".join([f"resume    {path}, step {state['step']} of {t.steps}", *(["the schedule starts again"] if cfg.reset_scheduler else []), *changed]))
     elif cfg.resume == "auto":
         print0(f"resume    auto: no checkpoint in {folder}, starting a new run")
     if state is None and (there or (out / "metrics.jsonl").exists() and cfg.resume != "auto"):
@@ -1236,15 +1245,17 @@ def main(cfg):
     describe(cfg, data, print0)
     files = state["vlm_files"] if state else read_vlm_files(local_folder(cfg.policy.vlm_model_name, weights=False))
     vlm_config, tokenizer = open_vlm_files(files)
-    core, said = build_model(cfg, vlm_config, data.spec, device, autocast or torch.float32, {k: v for k, v in state["model_state_dict"].items() if ".lora_" not in k} if state else None)
+    tensors = {k: v for k, v in state["model_state_dict"].items() if ".lora_" not in k} if state else None
+    core, said = build_model(cfg, vlm_config, data.spec, device, autocast or torch.float32, tensors)
     policy = Policy(core, Collate(tokenizer, cfg.policy, data.spec, data.stats), autocast)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.optimizer.lr, betas=tuple(cfg.optimizer.betas), eps=cfg.optimizer.eps, weight_decay=cfg.optimizer.weight_decay, fused=cuda or None)
-    start, position, schedule_start, best, best_step, history, saved_ema = (state[k] for k in ("step", "position", "schedule_start", "best_val_loss", "best_step", "spike_history", "ema_state_dict")) \
-        if state else (0, 0, 0, None, None, [], None)
+    o = cfg.optimizer
+    optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=cuda or None)
+    begin = dict(step=0, position=0, schedule_start=0, best_val_loss=None, best_step=None, spike_history=[], ema_state_dict=None)
+    start, position, schedule_start, best, best_step, history, saved_ema = ((state or begin)[k] for k in begin)
     if state:
         ckpt.restore_training_state(core, optimizer, dict(trained=state["model_state_dict"], moments=state["optimizer_state_dict"]))
-        schedule_start, state = start if cfg.reset_scheduler else schedule_start, None
+        schedule_start, state, tensors = start if cfg.reset_scheduler else schedule_start, None, None
     ema = Ema(trained, t.ema_decay, saved_ema)
     if t.use_torch_compile:
         core.compile()
@@ -1260,16 +1271,18 @@ def main(cfg):
     accumulation, global_batch = t.gradient_accumulation_steps, t.batch_size * world * t.gradient_accumulation_steps
     order = GlobalOrder(len(dataset), cfg.seed, dataset.sample_weights())
     batches = RankBatches(order, t.batch_size, accumulation, rank, world, position, t.steps - start)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=policy.collate, num_workers=t.num_workers, pin_memory=cuda and t.pin_memory, prefetch_factor=4 if t.num_workers else None)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=policy.collate, num_workers=t.num_workers, pin_memory=cuda and t.pin_memory,
+                        prefetch_factor=4 if t.num_workers else None, worker_init_fn=ckpt.ignore_stop_signals)
     model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else core
     count, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in core.parameters())
     size = sum(p.numel() * p.element_size() for p in core.parameters()) + count * (8 + 8 * bool(t.ema_decay))   # weights, two moments; with EMA the average, and its export
     for line in said:
         print0(f"weights   {line}")
     print0(f"model     {cfg.policy.vlm_model_name}, train {cfg.train}: {count:,} of {total:,} parameters trainable; {'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
-    print0(f"batch     {t.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {len(dataset) / global_batch:.1f} steps per epoch")
-    print0(f"steps     {start} -> {t.steps}; lr {lr_at(start - schedule_start, cfg):.2e} -> {lr_at(t.steps - 1 - schedule_start, cfg):.2e}; a checkpoint is about {size / 1e9:.2f} GB, "
-           f"{'all are' if not t.keep_checkpoints else f'the newest {t.keep_checkpoints} are'} kept in {folder}")
+    print0(f"batch     {t.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {len(dataset) / global_batch:.1f} "
+           "steps per epoch")
+    print0(f"steps     {start} -> {t.steps}; lr {lr_at(start - schedule_start, cfg):.2e} -> {lr_at(t.steps - 1 - schedule_start, cfg):.2e}; "
+           f"a checkpoint is about {size / 1e9:.2f} GB, {'all are' if not t.keep_checkpoints else f'the newest {t.keep_checkpoints} are'} kept in {folder}")
     if rank == 0:
         save_config(cfg, out / "config.yaml")
         shutil.copy(__file__, out / Path(__file__).name)
@@ -1364,13 +1377,14 @@ def main(cfg):
             vram, reserved = (torch.cuda.max_memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9) if cuda else (0.0, 0.0)
             ram = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in Path("/proc/meminfo").read_text().splitlines()}   # GB
             used = ram["MemTotal"] - ram["MemAvailable"]
-            values = {"train/loss": loss, "train/action_loss": action, "train/temporal_loss": temporal, "train/grad_norm": norm, "train/learning_rate": lr, "train/steps_per_sec": done / elapsed,
-                      "train/samples_per_sec": done * global_batch / elapsed, "train/data_wait": wait / elapsed, "train/skipped_steps": skipped, "system/ram_gb": used,
-                      "system/ram_percent": 100 * used / ram["MemTotal"], "system/vram_allocated_gb": vram, "system/vram_reserved_gb": reserved}
+            speed, waited, percent = done / elapsed, wait / elapsed, 100 * used / ram["MemTotal"]
+            values = {"train/loss": loss, "train/action_loss": action, "train/temporal_loss": temporal, "train/grad_norm": norm, "train/learning_rate": lr, "train/steps_per_sec": speed,
+                      "train/samples_per_sec": speed * global_batch, "train/data_wait": waited, "train/skipped_steps": skipped, "system/ram_gb": used, "system/ram_percent": percent,
+                      "system/vram_allocated_gb": vram, "system/vram_reserved_gb": reserved}
             log.log(step, {k: v for k, v in values.items() if math.isfinite(v)},
                     f"[{100 * step / t.steps:5.1f}%] Step {step}/{t.steps} | Loss: {loss:.4f} (Action: {action:.4f}, Temporal: {temporal:.4f}) | GradNorm: {norm:.3f} | LR: {lr:.2e} | "
-                    f"{done / elapsed:.2f} steps/sec | {done * global_batch / elapsed:.1f} samples/s | wait {wait / elapsed:.1%} | VRAM: {vram:.1f}GB | RAM: {used:.1f} GB ({100 * used / ram['MemTotal']:.0f}%)")
-            log.step(step, loss, lr, done * global_batch / elapsed, wait / elapsed)
+                    f"{speed:.2f} steps/sec | {speed * global_batch:.1f} samples/s | wait {waited:.1%} | VRAM: {vram:.1f}GB | RAM: {used:.1f} GB ({percent:.0f}%)")
+            log.step(step, loss, lr, speed * global_batch, waited)
             window, wait, t_log = [], 0.0, time.perf_counter()
         else:
             log.step(step)
@@ -1380,14 +1394,16 @@ def main(cfg):
                 values = validate(core, policy, held_out, cfg, device, rank, world, reduce)
             if best is None or values["val/loss"] < best:
                 best, best_step = values["val/loss"], step
-            log.log(step, values, f"[VAL] Step {step} | Loss: {values['val/loss']:.4f} | Action Loss: {values['val/action_loss']:.4f} | Action MAE: {values['val/action_mae']:.4g} {policy.action_names()[0][1]}")
+            log.log(step, values, f"[VAL] Step {step} | Loss: {values['val/loss']:.4f} | Action Loss: {values['val/action_loss']:.4f} | Action MAE: {values['val/action_mae']:.4g} "
+                                  + policy.action_names()[0][1])
             t_log += time.perf_counter() - t_val                             # validation is not training time
         if step % t.save_freq == 0 or step == t.steps or told_to_stop:
             t_save = time.perf_counter()
             if save(step, position):
                 saved_at = step
             elif step == t.steps or told_to_stop:
-                raise ckpt.DiskFull(28, f"the last checkpoint could not be written; the newest complete one is checkpoint_step_{saved_at}.pt. Free space and run again with --resume auto")
+                raise ckpt.DiskFull(28, f"the last checkpoint could not be written; the newest complete one is checkpoint_step_{saved_at}.pt. "
+                                        "Free space and run again with --resume auto")
             t_log += time.perf_counter() - t_save
         if told_to_stop and step < t.steps:
             log.print(f"stopped by signal after step {step}; saved {folder / f'checkpoint_step_{step}.pt'}. Continue with the same command and --resume auto")

@@ -122,7 +122,7 @@ def test_sampled_actions_equal_lerobots(lerobot, lerobot_policy):
 def sim_root(tmp_path_factory):
     """5 episodes of 12 frames in the simulator's form: joint targets, metres, no instruction."""
     folder = tmp_path_factory.mktemp("sim")
-    make_demo.write_insertion(folder, episodes=5, size=(60, 80), max_frames=12, position_unit="m", action="joints", instruction=False)
+    make_demo.write_insertion_sim(folder, episodes=5, size=(60, 80), max_frames=12)
     return folder
 
 
@@ -226,7 +226,7 @@ def test_keep_checkpoints_deletes_the_oldest(make):
 def test_resume_of_another_data_set_is_a_new_run_from_the_weights(make, tmp_path, capsys):
     """Guide 2, stage 3: --resume X --steps N --lr L with another config."""
     old, _ = train(make("sim"))
-    make_demo.write_insertion(tmp_path / "real", episodes=4, seed=7, size=(60, 80), max_frames=10, position_unit="m", action="joints", instruction=False)
+    make_demo.write_insertion_sim(tmp_path / "real", episodes=4, seed=7, size=(60, 80), max_frames=10)
     latest = tmp_path / "sim/checkpoints/checkpoint_latest.pt"
     new, rows = train(make("real_run", dataset__root_dir=tmp_path / "real", resume=latest, steps=3, lr=1e-5))
     said = capsys.readouterr().out
@@ -360,7 +360,7 @@ def test_noise_and_time_belong_to_the_position(make):
 
 def test_weighted_shares(make, tmp_path):
     for k, name in enumerate(("a", "b")):
-        make_demo.write_insertion(tmp_path / "mix" / name, episodes=1 + 2 * k, seed=k, size=(60, 80), max_frames=10, position_unit="m", action="joints")
+        make_demo.write_insertion_sim(tmp_path / "mix" / name, episodes=1 + 2 * k, seed=k, size=(60, 80), max_frames=10)
     cfg = make(dataset__root_dir=tmp_path / "mix", dataset__weights="{a: 0.3, b: 0.7}", validation__enable=False)
     data = smolvla.load_data(cfg)
     dataset = smolvla.SmolVLADataset(data, data.train, cfg)
