@@ -951,7 +951,7 @@ def read_lerobot(folder):
                          f"Fine-tune from it instead: --init_from {folder}")
     for key, value in load_file(folder / NORMALIZER).items():
         stats.setdefault(key.rsplit(".", 1)[0], {})[key.rsplit(".", 1)[1]] = value.tolist()
-    cameras = {k: v["shape"][1:] for k, v in config["input_features"].items() if v["type"] == "VISUAL"}
+    cameras = {k: v["shape"][1:] for k, v in config["input_features"].items() if v["type"] == "VISUAL" and "empty_camera" not in k}
     action = dict(source="action", dim=config["output_features"]["action"]["shape"][0], rotation_unit="rad")
     return policy, DataSpec(list(cameras), list(cameras.values()), [], config["input_features"]["observation.state"]["shape"][0], action, None, None, mapping["STATE"], "", "all"), stats
 

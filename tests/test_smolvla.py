@@ -880,3 +880,18 @@ def test_bf16_autocast_with_frozen_bf16_weights_is_close_to_fp32(make, monkeypat
         policy = smolvla.Policy(half.eval(), smolvla.Collate(tokenizer, cfg.policy, data.spec, data.stats), torch.bfloat16)
         exact = smolvla.Policy(core.eval(), policy.collate)
         np.testing.assert_allclose(policy.decode(batch), exact.decode(batch), atol=0.05)
+
+
+def test_compiled_forward_gives_the_same_loss_and_gradients(make):
+    """use_torch_compile calls core.compile(); here without the code generator, which takes minutes on a CPU."""
+    core, _, batch = batch_of(make(), count=2)
+    plain = core(batch)
+    plain["flow_sum"].backward()
+    grads = {n: p.grad.clone() for n, p in core.named_parameters() if p.grad is not None}
+    core.zero_grad()
+    core.compile(backend="aot_eager")
+    out = core(batch)
+    out["flow_sum"].backward()
+    assert out["flow_sum"].item() == pytest.approx(plain["flow_sum"].item(), rel=1e-5)
+    close({n: p.grad for n, p in core.named_parameters() if p.grad is not None}, grads, 1e-4)
+    assert set(core.state_dict()) == set(batch_of(make())[0].state_dict())   # the names in a checkpoint stay
