@@ -1191,7 +1191,7 @@ def plan_resume(cfg, state, path, data):
     if state["step"] >= cfg.training.steps:
         raise ValueError(f"--resume {path} is at step {state['step']} of the same data, training.steps is {cfg.training.steps}: nothing is left to do. "
                          f"For {cfg.training.steps} more steps of the same run: --steps {state['step'] + cfg.training.steps}; for {cfg.training.steps} new steps, {new_run}")
-    return [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in ("resume", "reset_scheduler", "init_from", "output_dir", "check")]
+    return [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in ("normalization.stats_file", "resume", "reset_scheduler", "init_from", "output_dir", "check")]
 
 
 def main(cfg):
@@ -1224,7 +1224,8 @@ def main(cfg):
                    "statistics of the new data")
             cfg, state = dataclasses.replace(cfg, resume=None, init_from=str(path)), None
         else:
-            print0("; ".join([f"resume    {path}, step {state['step']} of {t.steps}", *(["the schedule starts again"] if cfg.reset_scheduler else []), *changed]))
+            cfg = dataclasses.replace(cfg, resume=str(path))
+            print0("; ".join([f"resume    {path}, step {state['step']} of {t.steps}, its statistics", *(["the schedule starts again"] if cfg.reset_scheduler else []), *changed]))
     elif cfg.resume == "auto":
         print0(f"resume    auto: no checkpoint in {folder}, starting a new run")
     if state is None and (there or (out / "metrics.jsonl").exists() and cfg.resume != "auto"):
