@@ -312,6 +312,8 @@ class Normalizer:
         if missing := [name for name in self.USED[mode] if name not in entry]:
             raise ValueError(f"the statistics lack '{missing[0]}', which normalization.mode {mode} needs; they have {sorted(entry)}")
         a, b = (np.asarray(entry[name], np.float64) for name in self.USED[mode])
+        if mode == "QUANTILES" and "min" in entry:                           # where only a rare jump moves, min and max keep it alive
+            a, b = np.where(a == b, entry["min"], a), np.where(a == b, entry["max"], b)
         self.mode, self.center, self.half = mode, a if mode == "MEAN_STD" else (a + b) / 2, b if mode == "MEAN_STD" else (b - a) / 2
         untouched = ~np.asarray(entry.get("mask", np.ones(len(a))), bool) | (mode == "IDENTITY")
         self.center, self.half = np.where(untouched, 0.0, self.center), np.where(untouched, 1.0, self.half)

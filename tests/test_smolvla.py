@@ -19,6 +19,7 @@ import make_demo
 import train_smolvla_sim as smolvla
 from common.config import parse_config
 from common.runlog import read_metrics
+from common.stats import compute_stats as compute_stats_of
 
 
 # ---- parity with LeRobot ---------------------------------------------------------------------------------------------
@@ -750,6 +751,18 @@ def test_normalisation_modes_by_hand(mode, low, high):
         np.testing.assert_allclose(n.unnormalize(np.array([[low, 3.0]])), [[0.0, 7.0]])   # comes back whatever was sampled
         with pytest.raises(ValueError, match="lack"):
             smolvla.Normalizer({"mask": [True]}, mode)
+
+
+def test_a_rare_jump_survives_quantiles():
+    n = smolvla.Normalizer(dict(q01=[0.0], q99=[0.0], min=[0.0], max=[4.0]), "QUANTILES")
+    np.testing.assert_allclose(n.normalize(np.array([[0.0], [4.0]])), [[-1.0], [1.0]])
+
+
+@hypothesis.given(x=st.lists(st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 2), min_size=2, max_size=30), mode=st.sampled_from(["MEAN_STD", "MIN_MAX", "QUANTILES", "IDENTITY"]))
+def test_normalisation_comes_back(x, mode):
+    x = np.array(x, np.float32)
+    n = smolvla.Normalizer(compute_stats_of({"action": [x]})["action"], mode)
+    np.testing.assert_allclose(n.unnormalize(n.normalize(x)), x, rtol=1e-4, atol=1e-3)
 
 
 @hypothesis.given(h=st.integers(20, 900), w=st.integers(20, 900), side=st.sampled_from([64, 512]))
