@@ -682,6 +682,12 @@ def build_model(cfg, source, prompt, device, dtype, attention):
         vlm.resize_token_embeddings(len(prompt.tokenizer), pad_to_multiple_of=64)
     if cfg.load_model_weights:
         load_weights(vlm, cfg.load_model_weights)
+    peft_model = choose_trained(cfg, vlm, prompt.first_action)
+    return Nora(vlm, prompt, read_preprocessor(source), train_vision=cfg.train == "full").to(device), peft_model
+
+
+def choose_trained(cfg, vlm, first_action):
+    """Set requires_grad for cfg.train, add the LoRA adapter, make what is trained fp32 -> peft model or None."""
     peft_model = None
     if cfg.train == "full":
         vlm.requires_grad_(True)
@@ -692,7 +698,7 @@ def build_model(cfg, source, prompt, device, dtype, attention):
     else:
         from peft import LoraConfig, get_peft_model
 
-        rows = {"embed_tokens": list(range(prompt.first_action, prompt.first_action + NUM_ACTION_TOKENS))}
+        rows = {"embed_tokens": list(range(first_action, first_action + NUM_ACTION_TOKENS))}
         peft_model = get_peft_model(vlm, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=LORA_TARGETS, trainable_token_indices=rows))
     for p in vlm.parameters():
         if p.requires_grad:
@@ -700,7 +706,7 @@ def build_model(cfg, source, prompt, device, dtype, attention):
     if cfg.gradient_checkpointing:
         enable = getattr(vlm, "activation_checkpointing_enable", None) or vlm.gradient_checkpointing_enable   # the old name warns
         enable({"use_reentrant": False})
-    return Nora(vlm, prompt, read_preprocessor(source), train_vision=cfg.train == "full").to(device), peft_model
+    return peft_model
 
 
 def load_weights(vlm, path):
@@ -964,7 +970,10 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # ---- data
-    state, meta = (ckpt.load_state(resume / "state.pt"), json.loads((resume / "meta.json").read_text())) if resume else (None, None)
+    meta = json.loads((resume / "meta.json").read_text()) if resume else None
+    if resume and meta["step"] >= cfg.max_train_steps:
+        print0(f"nothing to do: {resume} is at step {meta['step']}, max_train_steps is {cfg.max_train_steps}. Raise it to train on")
+        return
     exported = read_exported(resume / "model") if resume else None
     data = load_data(cfg, rank, stats=exported[1] if resume else None)
     if resume:
@@ -1002,8 +1011,7 @@ def main(cfg):
     parameters = [p for p in core.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay, fused=cuda or None)
     if resume:
-        ckpt.restore_training_state(core, optimizer, state, cfg.fsdp)
-        state = None                                                     # the moments of a 3B model are 30 GB
+        ckpt.restore_training_state(core, optimizer, ckpt.load_state(resume / "state.pt"), cfg.fsdp)
     model = core if cfg.fsdp else accelerator.prepare(core)
     policy = Policy(core, fast, data.spec, data.stats)
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in core.parameters())
