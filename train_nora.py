@@ -152,19 +152,11 @@ class FastTokenizer:
         """From a directory in the public layout (processor_config.json + tokenizer.json) or a hub id. No remote code."""
         from tokenizers import Tokenizer
 
-        files = {}
-        for name in ("processor_config.json", "tokenizer.json"):
-            files[name] = Path(source) / name
-            if not Path(source).is_dir():
-                from huggingface_hub import hf_hub_download
-
-                try:
-                    files[name] = Path(hf_hub_download(source, name))
-                except Exception as error:  # the hub client raises a dozen types; all mean that the file cannot be had
-                    raise FileNotFoundError(f"FAST tokenizer '{source}': {name} is neither in a directory of that name nor on the hub ({type(error).__name__}). "
-                                            "Give a local directory (--fast DIR), or train one on your actions (--fast fit)") from error
-            elif not files[name].is_file():
-                raise FileNotFoundError(f"FAST tokenizer '{source}' has no {name}; expected the public layout: processor_config.json + tokenizer.json")
+        try:
+            files = {name: hub_file(source, name) for name in ("processor_config.json", "tokenizer.json")}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"FAST tokenizer '{source}': {error}. Expected the public layout, processor_config.json + tokenizer.json: "
+                                    "give a local directory (--fast DIR), or train one on your actions (--fast fit)") from error
         again = "expected the public layout; download it again, or train one on your actions (--fast fit)"
         try:
             meta = json.loads(files["processor_config.json"].read_text())
@@ -228,6 +220,20 @@ class FastTokenizer:
         bound = math.ceil(self.scale * math.sqrt(horizon))
         c = np.clip(q, -bound, bound).reshape(horizon, dim) / self.scale
         return (dct_matrix(horizon).T @ c).astype(np.float32), status
+
+
+def hub_file(source, name):
+    """Path of a file of a local directory or a hub repository; FileNotFoundError where there is none."""
+    if Path(source).is_dir():
+        if not (Path(source) / name).is_file():
+            raise FileNotFoundError(f"the directory has no {name}")
+        return Path(source) / name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except Exception as error:  # the hub client raises a dozen types; all mean that the file cannot be had
+        raise FileNotFoundError(f"{name} is neither in a directory of that name nor on the hub ({type(error).__name__})") from error
 
 
 def dct_matrix(n):
@@ -489,12 +495,12 @@ class Collate:
 class Nora(nn.Module):
     """Qwen2.5-VL seen from a batch of this script. forward(batch) is the loss, forward(batch, generate=(fast, count)) decodes."""
 
-    def __init__(self, vlm, prompt, image_processor, train_vision=True):
+    def __init__(self, vlm, prompt, preprocessor, train_vision=True):
         super().__init__()
-        self.vlm, self.prompt, self.image_processor, self.train_vision = vlm, prompt, image_processor, train_vision
+        self.vlm, self.prompt, self.preprocessor, self.train_vision = vlm, prompt, preprocessor, train_vision
         self.patch = vlm.config.vision_config.patch_size
-        self.register_buffer("mean", torch.tensor(image_processor.image_mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(image_processor.image_std).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(preprocessor["image_mean"]).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessor["image_std"]).view(3, 1, 1) * 255, persistent=False)
 
     def embed(self, batch):
         """-> (B, L, D) input embeddings with the image features in their places."""
@@ -647,6 +653,18 @@ def load_tokenizer(source):
     return tokenizer, config.image_token_id, config.vision_config.patch_size * config.vision_config.spatial_merge_size, len(missing)
 
 
+def read_preprocessor(source):
+    """The checkpoint's preprocessor_config.json (image mean and std) as a dict. Read as a file: the image processor classes of some transformers
+    releases cannot be imported without torchvision."""
+    try:
+        about = json.loads(hub_file(source, "preprocessor_config.json").read_text())
+    except FileNotFoundError:                                            # transformers 5 writes one file for the whole processor
+        about = json.loads(hub_file(source, "processor_config.json").read_text())["image_processor"]
+    if "image_mean" not in about or "image_std" not in about:
+        raise ValueError(f"preprocessor_config.json of '{source}' has no image_mean and image_std; it has {sorted(about)}")
+    return about
+
+
 def make_prompt(source, spec):
     tokenizer, image_token_id, side, added = load_tokenizer(source)
     return Prompt(tokenizer, image_token_id, spec, (spec.image_size[0] // side, spec.image_size[1] // side)), added
@@ -654,7 +672,7 @@ def make_prompt(source, spec):
 
 def build_model(cfg, source, prompt, device, dtype, attention):
     """Load the backbone from `source`, choose what is trained -> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`."""
-    from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()                                               # its bars break ours; what is loaded is said below
@@ -664,6 +682,12 @@ def build_model(cfg, source, prompt, device, dtype, attention):
         vlm.resize_token_embeddings(len(prompt.tokenizer), pad_to_multiple_of=64)
     if cfg.load_model_weights:
         load_weights(vlm, cfg.load_model_weights)
+    peft_model = choose_trained(cfg, vlm, prompt.first_action)
+    return Nora(vlm, prompt, read_preprocessor(source), train_vision=cfg.train == "full").to(device), peft_model
+
+
+def choose_trained(cfg, vlm, first_action):
+    """Set requires_grad for cfg.train, add the LoRA adapter, make what is trained fp32 -> peft model or None."""
     peft_model = None
     if cfg.train == "full":
         vlm.requires_grad_(True)
@@ -674,7 +698,7 @@ def build_model(cfg, source, prompt, device, dtype, attention):
     else:
         from peft import LoraConfig, get_peft_model
 
-        rows = {"embed_tokens": list(range(prompt.first_action, prompt.first_action + NUM_ACTION_TOKENS))}
+        rows = {"embed_tokens": list(range(first_action, first_action + NUM_ACTION_TOKENS))}
         peft_model = get_peft_model(vlm, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=LORA_TARGETS, trainable_token_indices=rows))
     for p in vlm.parameters():
         if p.requires_grad:
@@ -682,7 +706,7 @@ def build_model(cfg, source, prompt, device, dtype, attention):
     if cfg.gradient_checkpointing:
         enable = getattr(vlm, "activation_checkpointing_enable", None) or vlm.gradient_checkpointing_enable   # the old name warns
         enable({"use_reentrant": False})
-    return Nora(vlm, prompt, AutoImageProcessor.from_pretrained(source), train_vision=cfg.train == "full").to(device), peft_model
+    return peft_model
 
 
 def load_weights(vlm, path):
@@ -735,7 +759,7 @@ def save_model(folder, model, peft_model, fast, spec, stats, backbone, state_dic
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     model.prompt.tokenizer.save_pretrained(folder)
-    model.image_processor.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(model.preprocessor, indent=2))
     fast.save(folder / "fast")
     save_stats(folder / "dataset_stats.json", stats)
     (folder / "policy.json").write_text(json.dumps(dict(format_version=FORMAT, script=Path(__file__).stem, backbone=str(backbone), **dataclasses.asdict(spec)), indent=2))
@@ -755,7 +779,7 @@ def read_exported(folder):
 
 def load_policy(path, device=None):
     """Open a checkpoint for inference: a steps_N directory, its model/ or merged/ folder, or an output_dir (its newest checkpoint)."""
-    from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -777,7 +801,7 @@ def load_policy(path, device=None):
         if len(prompt.tokenizer) > vlm.config.text_config.vocab_size:
             vlm.resize_token_embeddings(len(prompt.tokenizer), pad_to_multiple_of=64)
         vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
-    return Policy(Nora(vlm, prompt, AutoImageProcessor.from_pretrained(folder), train_vision=False).to(device).eval(), fast, spec, stats)
+    return Policy(Nora(vlm, prompt, read_preprocessor(folder), train_vision=False).to(device).eval(), fast, spec, stats)
 
 
 def merge_adapter(step_dir):
@@ -946,7 +970,10 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # ---- data
-    state, meta = (ckpt.load_state(resume / "state.pt"), json.loads((resume / "meta.json").read_text())) if resume else (None, None)
+    meta = json.loads((resume / "meta.json").read_text()) if resume else None
+    if resume and meta["step"] >= cfg.max_train_steps:
+        print0(f"nothing to do: {resume} is at step {meta['step']}, max_train_steps is {cfg.max_train_steps}. Raise it to train on")
+        return
     exported = read_exported(resume / "model") if resume else None
     data = load_data(cfg, rank, stats=exported[1] if resume else None)
     if resume:
@@ -984,8 +1011,7 @@ def main(cfg):
     parameters = [p for p in core.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay, fused=cuda or None)
     if resume:
-        ckpt.restore_training_state(core, optimizer, state, cfg.fsdp)
-        state = None                                                     # the moments of a 3B model are 30 GB
+        ckpt.restore_training_state(core, optimizer, ckpt.load_state(resume / "state.pt"), cfg.fsdp)
     model = core if cfg.fsdp else accelerator.prepare(core)
     policy = Policy(core, fast, data.spec, data.stats)
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in core.parameters())

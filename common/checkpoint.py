@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import signal
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -73,11 +74,14 @@ def save_state(path, state):
 
 
 def load_state(path):
-    """Read what save_state wrote, on the CPU. A pickle with other contents is refused, never executed."""
+    """Read what save_state wrote, on the CPU. A pickle with other contents is refused, never executed.
+
+    The tensors are mapped from the file, so that the ranks of a machine share one copy of them: clone what must outlive the file.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text explains how to load it nevertheless
         raise ValueError(f"{path} is refused: {f'it refers to {found[1]}' if found else 'not a checkpoint'}; a checkpoint holds tensors and plain values only") from error
@@ -201,7 +205,7 @@ def restore_training_state(model, optimizer, state, fsdp=False):
     for name, moments in state["moments"].items():
         p = names[name]
         # the step counter of an unfused AdamW stays on the CPU
-        optimizer.state[p] = {k: v if k == "step" and not optimizer.param_groups[0].get("fused") else v.to(p.device) for k, v in moments.items()}
+        optimizer.state[p] = {k: v.to("cpu" if k == "step" and not optimizer.param_groups[0].get("fused") else p.device, copy=True) for k, v in moments.items()}
 
 
 def find_resume(wanted, folder, pattern=r"steps_(\d+)"):

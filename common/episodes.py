@@ -21,7 +21,7 @@ from PIL import Image
 
 from common.stats import FORMAT_VERSION, compute_stats
 
-MAX_OPEN_FILES = 32  # per process; `ulimit -n` is 1024 on most machines and a training has many workers
+MAX_OPEN_FILES = 64  # per process; `ulimit -n` is 1024 on most machines and a training has many workers
 
 
 class BadEpisode(ValueError):

@@ -8,11 +8,8 @@ echo "== demo data"
 [[ -e demo/.complete ]] || { "$python" make_demo.py && touch demo/.complete; }
 
 echo "== training NORA"
-if [[ -e outputs/demo_nora/steps_900/meta.json ]]; then
-  echo "outputs/demo_nora/steps_900 is there"
-else
-  "$python" train_nora.py --config configs/demo/nora.yaml --resume auto
-fi
+"$python" train_nora.py --config configs/demo/nora.yaml --resume auto
 
 echo "== evaluation on episodes the training has not seen"
-"$python" evaluate.py --checkpoint outputs/demo_nora/steps_900 --data demo/insertion
+[[ -e outputs/demo_nora/evaluation/summary.png ]] || "$python" evaluate.py --checkpoint outputs/demo_nora --data demo/insertion
+echo "picture: $PWD/outputs/demo_nora/evaluation/summary.png"

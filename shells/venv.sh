@@ -7,6 +7,6 @@ if [[ ! -e "$stamp" ]]; then
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $base is $("$base" --version 2>&1): PYTHON=/path/to/python3 bash ${0}" >&2; exit 1; }
   echo "== installing requirements.txt into .venv"
   "$base" -m venv .venv
-  "$python" -m pip install --disable-pip-version-check -r requirements.txt 2> >(grep -v "is ignored" >&2) | sed -un 's/^Collecting /  /p; /^Installing/p; /^Successfully/p'
+  "$python" -m pip install --disable-pip-version-check -r requirements.txt 2> >(grep -v "is ignored" >&2) | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/installing/p'
   touch "$stamp"
 fi

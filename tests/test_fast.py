@@ -271,7 +271,7 @@ def test_transformers_reads_the_same_tokenizer(fast_dir):
 def test_a_directory_without_a_file_names_it(tmp_path, fast, name):
     fast.save(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}' has no {name}; expected the public layout"):
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}'.*has no {name}.*public layout"):
         FastTokenizer.load(tmp_path)
 
 

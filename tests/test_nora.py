@@ -190,12 +190,17 @@ def test_augmentation_off_is_the_identity_and_each_knob_acts():
 
 # ---- prompt, images and model against transformers ---------------------------------------------------------------------
 
-def test_patches_equal_the_image_processor(qwen_dir):
-    from transformers import AutoImageProcessor
+def official_processor(folder):
+    """transformers' own image processor; AutoImageProcessor cannot be imported without torchvision before 5.20 or so."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+
+def test_patches_equal_the_image_processor(qwen_dir):
     from common.qwen_vl import image_patches
 
-    processor = AutoImageProcessor.from_pretrained(qwen_dir)
+    processor = official_processor(qwen_dir)
     images = np.random.default_rng(0).integers(0, 256, (3, 84, 56, 3), dtype=np.uint8)
     theirs = processor(images=[nora.Image.fromarray(i) for i in images], return_tensors="pt")
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (processor.image_mean, processor.image_std))
@@ -206,9 +211,7 @@ def test_patches_equal_the_image_processor(qwen_dir):
 
 def official_inputs(parts, item, answer):
     """One row made the way transformers documents it: processor output, mm_token_type_ids, labels."""
-    from transformers import AutoImageProcessor
-
-    prompt, processor = parts["prompt"], AutoImageProcessor.from_pretrained(parts["cfg"].model)
+    prompt, processor = parts["prompt"], official_processor(parts["cfg"].model)
     pixels = processor(images=[nora.Image.fromarray(i) for i in item["images"]], return_tensors="pt")
     text = prompt.tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}] * len(item["images"]) + [{"type": "text", "text": item["instruction"]}]}],
                                                 tokenize=False, add_generation_prompt=True)
@@ -387,14 +390,14 @@ def test_the_checkpoint_holds_the_weights_after_the_step_and_predicts_the_same(t
 
 
 def test_transformers_opens_the_exported_model(tmp_path, base):
-    from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     run(base, "--output_dir", tmp_path, "--max_steps", 1)
     folder = tmp_path / "steps_1" / "model"
     vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and vlm.lm_head.weight.data_ptr() == vlm.get_input_embeddings().weight.data_ptr()
     assert torch.equal(vlm.lm_head.weight, state(tmp_path / "steps_1")["vlm.model.language_model.embed_tokens.weight"])
-    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<robot_action_2047>") and AutoImageProcessor.from_pretrained(folder).patch_size == 14
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<robot_action_2047>") and official_processor(folder).patch_size == 14
     assert {"dataset_stats.json", "policy.json", "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "fast"} <= {p.name for p in folder.iterdir()}
 
 
