@@ -816,7 +816,7 @@ def load_exact(model, tensors, source):
     if missing or unknown or wrong:
         raise ValueError(f"{source} covers {len(own) - len(missing)} of {len(own)} tensors; missing {missing[:2]}, unknown {unknown[:2]}, other shape "
                          f"{[(k, tuple(tensors[k].shape), tuple(own[k].shape)) for k in wrong[:2]]}. Nothing was loaded; compare the policy.* keys (layers, widths, dims) with that model's config")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)   # a checkpoint is mapped from its file, which may be rotated away
     return f"{len(own)} of {len(own)} tensors of {source}"
 
 
