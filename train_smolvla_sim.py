@@ -1208,7 +1208,7 @@ def main(cfg):
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")    # counts and flags go over gloo: the GPU need not be waited for
     autocast = torch.bfloat16 if cuda and t.use_bfloat16 else None
     print0 = print if rank == 0 else lambda *_: None
     out = Path(cfg.output_dir)
@@ -1241,7 +1241,7 @@ def main(cfg):
     def reduce(tensor):
         """Sum over the ranks, in float64."""
         if world > 1:
-            dist.all_reduce(tensor := tensor.to(device, torch.float64))
+            dist.all_reduce(tensor := tensor.double())
         return tensor
 
     # ---- model, optimizer
@@ -1333,7 +1333,7 @@ def main(cfg):
     # ---- loop
     core.train()
     batch_iterator, saved_at, skipped, skipped_in_row, step = iter(loader), start, 0, 0, start
-    window, wait, t_log = [], 0.0, time.perf_counter()                       # (loss, action, temporal, gradient norm) since the last log line
+    window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), start     # (loss, action, temporal, gradient norm) since the last log line
     while step < t.steps:
         lr = lr_at(step - schedule_start, cfg)
         for group in optimizer.param_groups:
@@ -1356,7 +1356,7 @@ def main(cfg):
             sample_losses.append(result["sample_loss"])
             sums += torch.stack([loss, result["real_sum"] / (steps * core.action_dim), temporal]).detach()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.optimizer.grad_clip_norm or math.inf)
-        values = torch.cat([reduce(sums), norm.detach().double()[None]]).tolist()   # loss, action, temporal, norm: the one synchronisation of a step
+        values = torch.cat([reduce(sums), norm.detach().double()[None]]).tolist()   # loss, action, temporal, norm: the one wait for the GPU in a step
         names = [name for b in micro for name in b["names"]]
         if all(math.isfinite(value) for value in values):
             optimizer.step()
@@ -1375,12 +1375,12 @@ def main(cfg):
         step, position = step + 1, position + global_batch
 
         if step % t.log_freq == 0 or step == t.steps:
-            elapsed, done = time.perf_counter() - t_log, (step - start) % t.log_freq or t.log_freq
+            elapsed = time.perf_counter() - t_log
             loss, action, temporal, norm = np.mean(window, axis=0).tolist() if window else [math.nan] * 4
             vram, reserved = (torch.cuda.max_memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9) if cuda else (0.0, 0.0)
             ram = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in Path("/proc/meminfo").read_text().splitlines()}   # GB
             used = ram["MemTotal"] - ram["MemAvailable"]
-            speed, waited, percent = done / elapsed, wait / elapsed, 100 * used / ram["MemTotal"]
+            speed, waited, percent = (step - logged_at) / elapsed, wait / elapsed, 100 * used / ram["MemTotal"]
             values = {"train/loss": loss, "train/action_loss": action, "train/temporal_loss": temporal, "train/grad_norm": norm, "train/learning_rate": lr, "train/steps_per_sec": speed,
                       "train/samples_per_sec": speed * global_batch, "train/data_wait": waited, "train/skipped_steps": skipped, "system/ram_gb": used, "system/ram_percent": percent,
                       "system/vram_allocated_gb": vram, "system/vram_reserved_gb": reserved}
@@ -1388,7 +1388,7 @@ def main(cfg):
                     f"[{100 * step / t.steps:5.1f}%] Step {step}/{t.steps} | Loss: {loss:.4f} (Action: {action:.4f}, Temporal: {temporal:.4f}) | GradNorm: {norm:.3f} | LR: {lr:.2e} | "
                     f"{speed:.2f} steps/sec | {speed * global_batch:.1f} samples/s | wait {waited:.1%} | VRAM: {vram:.1f}GB | RAM: {used:.1f} GB ({percent:.0f}%)")
             log.step(step, loss, lr, speed * global_batch, waited)
-            window, wait, t_log = [], 0.0, time.perf_counter()
+            window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
             log.step(step)
         if data.validation and (step % cfg.validation.val_freq == 0 or step == t.steps):
