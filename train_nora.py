@@ -72,7 +72,7 @@ class DatasetConfig:
     augment_brightness: float = 0.2                # +- this share of full scale
     augment_contrast: float = 0.2                  # factor 1 +- this
     augment_saturation: float = 0.2                # factor 1 +- this
-    augment_hue: float = 0.05                      # +- this share of the hue circle's half
+    augment_hue: float = 0.05                      # +- this share of the hue circle
     augment_noise: float = 0.02                    # std of Gaussian noise, share of full scale
     camera_dropout_prob: float = 0.0               # with this probability only min_cameras..K views stay, the others go black
     min_cameras: int = 1                           # views that always stay
@@ -349,12 +349,12 @@ def resize_image(image, size):
 
 
 def augment_image(image, cfg, rng):
-    """Contrast and brightness, hue and saturation, noise, on the resized uint8 image. The same draw for every view of a frame needs the same `rng` state."""
+    """Contrast and brightness, hue and saturation, noise, on the resized (h, w, 3) uint8 image; every view draws its own."""
     alpha, beta = 1 + rng.uniform(-cfg.augment_contrast, cfg.augment_contrast), rng.uniform(-cfg.augment_brightness, cfg.augment_brightness) * 255
-    image = np.clip(np.abs(image * alpha + beta), 0, 255).astype(np.uint8)
+    image = np.clip(image * alpha + beta, 0, 255).astype(np.uint8)
     hue, saturation = rng.uniform(-cfg.augment_hue, cfg.augment_hue), 1 + rng.uniform(-cfg.augment_saturation, cfg.augment_saturation)
     hsv = np.asarray(Image.fromarray(image).convert("HSV")).astype(np.float32)
-    hsv[..., 0] = (hsv[..., 0] + hue * 128) % 256
+    hsv[..., 0] = (hsv[..., 0] + hue * 256) % 256
     hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
     image = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
     if cfg.augment_noise:
@@ -487,7 +487,7 @@ class Collate:
         prompts = [self.prompt.ids(item["instruction"], item["state"]) for item in items]
         batch = self.prompt.batch(prompts, [self.answer(item["action"]) for item in items])
         batch["images"] = torch.from_numpy(np.stack([item["images"] for item in items]))
-        return batch | dict(names=[(item["episode"], item["frame"]) for item in items], items=[{k: v for k, v in item.items() if k != "images"} for item in items])
+        return batch | dict(names=[(item["episode"], item["frame"]) for item in items])
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -586,14 +586,14 @@ class Policy:
         prompts = [self.model.prompt.ids(o.get("instruction") or self.spec.task_instruction, s) for o, s in zip(observations, states)]
         return self.decode(images, prompts)[0]
 
-    def decode(self, images, prompts, call=None, fixed_steps=False):
-        """images (B, K, h, w, 3) uint8 at the model's size, prompt ids -> ((B, H, A) in data units, malformed (B,) bool). `call`: the wrapped model."""
+    def decode(self, images, prompts, fixed_steps=False):
+        """images (B, K, h, w, 3) uint8 at the model's size, prompt ids -> ((B, H, A) in data units, malformed (B,) bool)."""
         device = next(self.model.parameters()).device
         batch = {k: v.to(device) for k, v in (self.model.prompt.batch(prompts) | {"images": torch.from_numpy(images)}).items()}
         horizon, dim = self.spec.horizon, self.normalizer.dim
         training = self.model.training
         self.model.eval()
-        ids, malformed = (call or self.model)(batch, generate=(self.fast, horizon * dim), fixed_steps=fixed_steps)
+        ids, malformed = self.model(batch, generate=(self.fast, horizon * dim), fixed_steps=fixed_steps)
         self.model.train(training)
         return self.normalizer.unnormalize(np.stack([self.fast.decode(row, horizon, dim)[0] for row in ids])), malformed.cpu().numpy()
 
@@ -615,8 +615,12 @@ class Policy:
                 images = {c: reader.read(e, recorded[int(c[6:]) - 1], t, at_least=self.spec.image_size) for c in self.spec.cameras}
                 return dict(images=images, instruction=e.instruction, state=ep.robot_state(e, self.spec.state_keys)[t] if self.spec.state_keys else None)
 
-            # standing still: no motion for deltas, the joints where they are for joint targets, else the previous command
-            still = np.zeros_like(target) if definition.source == "ee_pose_delta" else e.qpos if e.qpos is not None and e.qpos.shape == target.shape else target[[0, *range(len(target) - 1)]]
+            # standing still: the joints or the pose where they are, if the recorded action is a target near them, else no motion
+            still = np.zeros_like(target)
+            for where in (e.qpos, e.ee_pose) if definition.source == "action" else ():
+                if where is not None and where.shape == target.shape and np.abs(target - where).mean() < np.abs(target).mean():
+                    still = where
+                    break
             yield dict(name=e.name, sample=sample, target=target, hold=still, phase=None if e.phase is None else e.phase[:len(target)])
 
     def action_names(self):
@@ -893,7 +897,7 @@ def check_data(cfg):
     print("check passed")
 
 
-def validate(model, policy, data, collate, cfg, accelerator):
+def validate(policy, data, collate, cfg, accelerator):
     """-> {val_loss: per supervised token, val_token_accuracy, val_action_mae: mean over dims in data units, val_mae_<dim>, val_malformed_rate},
     sums over all ranks, on frames spread evenly over the held-out episodes; padded steps do not count."""
     dataset = NoraDataset(data.validation, data)
@@ -903,6 +907,7 @@ def validate(model, policy, data, collate, cfg, accelerator):
     rounds = math.ceil(len(pick) / (size * world))                       # the same number on every rank: FSDP gathers weights in step
     dims, names = data.normalizer.dim, policy.action_names()
     sums = torch.zeros(3 + 2 + 2 * dims, dtype=torch.float64)            # loss, correct, tokens | malformed, decoded | error per dim, count per dim
+    model = policy.model                                                 # without DDP around it: ranks decode different numbers of rows
     model.eval()
     for k in range(rounds):
         mine = pick[(k * world + rank) * size:(k * world + rank + 1) * size]
@@ -916,7 +921,7 @@ def validate(model, policy, data, collate, cfg, accelerator):
         if wanted or cfg.fsdp:
             chosen = wanted or [0]
             prompts = [policy.model.prompt.ids(items[j]["instruction"], items[j]["state"]) for j in chosen]
-            predicted, malformed = policy.decode(np.stack([items[j]["images"] for j in chosen]), prompts, call=model, fixed_steps=cfg.fsdp)
+            predicted, malformed = policy.decode(np.stack([items[j]["images"] for j in chosen]), prompts, fixed_steps=cfg.fsdp)
             for row, j in enumerate(wanted):
                 real = ~items[j]["is_pad"]
                 error = np.abs(predicted[row] - items[j]["action"])[real]
@@ -953,7 +958,7 @@ def main(cfg):
 
     cuda = torch.cuda.is_available()
     bf16 = cfg.mixed_precision == "bf16" or (cfg.mixed_precision == "auto" and cuda)
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not cuda, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not cuda, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)])
     device, rank, world, main_process = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if cfg.fsdp and world == 1:
         raise ValueError("fsdp needs several processes: bash shells/train_nora.sh --multi-gpu --num-gpus 4 --fsdp")
@@ -1068,7 +1073,7 @@ def main(cfg):
         wait += time.perf_counter() - t_wait
         # tokens of the whole step over all ranks: what the loss is divided by; and whether any rank was told to stop
         counts = accelerator.reduce(torch.tensor([float(sum(len(b["targets"]) for b in micro)), float(stop.received is not None)], device=device), "sum")
-        sample_losses = []
+        sample_losses, step_totals = [], torch.zeros_like(totals)
         for m, batch in enumerate(micro):
             torch.manual_seed(torch_seed_at(cfg.seed, position + (m * world + rank) * cfg.per_device_batch_size, "dropout"))
             last = m == cfg.gradient_accumulation_steps - 1
@@ -1082,16 +1087,16 @@ def main(cfg):
                     raise torch.OutOfMemoryError(f"CUDA out of memory with per_device_batch_size {cfg.per_device_batch_size}: lower it and raise gradient_accumulation_steps "
                                                  f"({cfg.gradient_accumulation_steps}) by the same factor, or set --gradient_checkpointing, --train lora, or --fsdp. {error}") from error
             sample_losses.append(result["sample_loss"])
-            totals += torch.stack([result["loss_sum"].detach().float(), result["correct"].float(), torch.tensor(float(len(batch["targets"])), device=device)])
+            step_totals += torch.stack([result["loss_sum"].detach().float(), result["correct"].float(), torch.tensor(float(len(batch["targets"])), device=device)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.gradient_clipping or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         told_to_stop, norm = torch.stack([counts[1], norm.float()]).tolist()           # the one synchronisation of a step
         if math.isfinite(norm):
             optimizer.step()
+            totals += step_totals
             grad_norms.append(norm)
             skipped_in_row = 0
         else:                                                            # the same on every rank: gradients are averaged
-            totals.zero_()
             skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
             report_nonfinite(log, step + 1, [b["names"] for b in micro], sample_losses, skipped_in_row)
         optimizer.zero_grad(set_to_none=True)
@@ -1100,19 +1105,20 @@ def main(cfg):
         if step % cfg.logging_frequency == 0 or step == cfg.max_train_steps:
             loss_sum, correct, tokens = accelerator.reduce(totals.clone(), "sum").tolist()
             elapsed = time.perf_counter() - t_log
-            values = dict(train_loss=loss_sum / max(tokens, 1), token_accuracy=correct / max(tokens, 1), grad_norm=float(np.mean(grad_norms)) if grad_norms else None, learning_rate=lr,
-                          samples_per_s=(step - logged_at) * global_batch / elapsed,
-                          data_wait=wait / elapsed, memory_gb=memory_gb(), skipped_steps=skipped)
-            log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | loss {values['train_loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm'] or float('nan'):.2f} | "
-                                  f"lr {lr:.2e} | {values['samples_per_s']:.1f} samples/s | wait {values['data_wait']:.1%} | {values['memory_gb']:.1f} GB")
-            log.step(step, values["train_loss"], lr, values["samples_per_s"], values["data_wait"])
+            values = dict(learning_rate=lr, samples_per_s=(step - logged_at) * global_batch / elapsed, data_wait=wait / elapsed, memory_gb=memory_gb(), skipped_steps=skipped)
+            line = f"lr {lr:.2e} | {values['samples_per_s']:.1f} samples/s | wait {values['data_wait']:.1%} | {values['memory_gb']:.1f} GB"
+            if tokens:                                                   # else every step since the last line was skipped
+                values |= dict(train_loss=loss_sum / tokens, token_accuracy=correct / tokens, grad_norm=float(np.mean(grad_norms)))
+                line = f"loss {values['train_loss']:.4f} | acc {values['token_accuracy']:.3f} | grad {values['grad_norm']:.2f} | " + line
+            log.log(step, values, f"step {step:>7}/{cfg.max_train_steps} | {line}")
+            log.step(step, values.get("train_loss"), lr, values["samples_per_s"], values["data_wait"])
             totals.zero_()
             grad_norms, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
             log.step(step)
         if data.validation and (step % cfg.val_frequency == 0 or step == cfg.max_train_steps):
             t_val = time.perf_counter()
-            values = validate(model, policy, data, collate, cfg, accelerator)
+            values = validate(policy, data, collate, cfg, accelerator)
             if best is None or values["val_loss"] < best:
                 best, best_step = values["val_loss"], step
             log.log(step, values, f"validation {step} | loss {values['val_loss']:.4f} | acc {values['val_token_accuracy']:.3f} | action MAE {values['val_action_mae']:.4g} "

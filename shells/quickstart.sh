@@ -11,5 +11,8 @@ echo "== training NORA"
 "$python" train_nora.py --config configs/demo/nora.yaml --resume auto
 
 echo "== evaluation on episodes the training has not seen"
-[[ -e outputs/demo_nora/evaluation/summary.png ]] || "$python" evaluate.py --checkpoint outputs/demo_nora --data demo/insertion
-echo "picture: $PWD/outputs/demo_nora/evaluation/summary.png"
+if [[ -e outputs/demo_nora/evaluation/summary.png ]]; then
+  echo "picture: $PWD/outputs/demo_nora/evaluation/summary.png"
+else
+  "$python" evaluate.py --checkpoint outputs/demo_nora --data demo/insertion --output "$PWD/outputs/demo_nora/evaluation"
+fi

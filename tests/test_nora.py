@@ -689,6 +689,22 @@ def test_a_non_finite_step_changes_no_weight_and_names_the_sample(tmp_path, base
     assert rows[-1].get("skipped_steps", 1) == 1
 
 
+def test_a_skipped_step_costs_the_log_nothing_else(tmp_path, base, monkeypatch):
+    """The mean over an interval is over the steps that counted."""
+    real, seen = nora.Nora.compute_loss, []
+
+    def poisoned(self, batch):
+        seen.append(1)
+        out = real(self, batch)
+        return out | {"loss_sum": out["loss_sum"] * math.nan} if len(seen) == 3 else out
+    clean = run(base, "--output_dir", tmp_path / "clean", "--max_steps", 2)
+    monkeypatch.setattr(nora.Nora, "compute_loss", poisoned)
+    rows = run(base, "--output_dir", tmp_path / "run", "--max_steps", 3, "--logging_frequency", 3, "--num_val_episodes", 1)
+    (_, mean), = losses(rows)
+    first, second = (l for _, l in losses(clean))
+    assert min(first, second) < mean < max(first, second) and rows[-1].get("skipped_steps", 1) == 1
+
+
 def test_ten_non_finite_steps_in_a_row_stop_the_run(tmp_path, base, monkeypatch):
     real = nora.Nora.compute_loss
     monkeypatch.setattr(nora.Nora, "compute_loss", lambda self, batch: {k: v * math.inf if k == "loss_sum" else v for k, v in real(self, batch).items()})
@@ -760,6 +776,16 @@ def test_a_truncated_file_stops_unless_it_may_be_left_out(tmp_path, base, broken
 def test_what_a_user_can_get_wrong(tmp_path, base, flags, error, message):
     with pytest.raises(error, match=message):
         run(base, "--output_dir", tmp_path / "run", "--max_steps", 1, *flags)
+
+
+@pytest.mark.parametrize("action, still", [("joints", "qpos"), ("past_delta", None)])
+def test_holding_still_means_no_motion_for_every_kind_of_action(tmp_path, parts, action, still):
+    """The baseline of evaluate.py: joint targets stay where the joints are, recorded deltas become zero."""
+    make_demo.write_insertion(tmp_path, episodes=1, size=(60, 80), max_frames=14, action=action)
+    spec = dataclasses.replace(parts["data"].spec, action_definition=dict(source="action", dim=6, rotation_unit="rad"))
+    episode, = nora.Policy(parts["core"], parts["fast"], spec, parts["data"].stats).open_episodes(tmp_path)
+    expected = ep.load_episodes(tmp_path)[0][0].qpos if still else np.zeros((14, 6))
+    np.testing.assert_array_equal(episode["hold"], expected)
 
 
 # ---- check, statistics, command line ---------------------------------------------------------------------------------
