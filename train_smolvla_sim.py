@@ -74,7 +74,7 @@ class DatasetConfig:
     augment_brightness: float = 0.2                # +- this share of full scale
     augment_contrast: float = 0.2                  # factor 1 +- this
     augment_saturation: float = 0.2                # factor 1 +- this
-    augment_hue: float = 0.05                      # +- this share of the hue circle's half
+    augment_hue: float = 0.05                      # +- this share of the hue circle
     augment_noise: float = 0.02                    # std of Gaussian noise, share of full scale
 
 
@@ -350,7 +350,7 @@ def augment_image(image, cfg, rng):
     """(h, w, 3) uint8 -> the same: contrast and brightness, hue and saturation, noise."""
     alpha, beta = 1 + rng.uniform(-cfg.augment_contrast, cfg.augment_contrast), rng.uniform(-cfg.augment_brightness, cfg.augment_brightness) * 255
     hsv = np.asarray(Image.fromarray(np.clip(image * alpha + beta, 0, 255).astype(np.uint8)).convert("HSV")).astype(np.float32)
-    hsv[..., 0] = (hsv[..., 0] + rng.uniform(-cfg.augment_hue, cfg.augment_hue) * 128) % 256
+    hsv[..., 0] = (hsv[..., 0] + rng.uniform(-cfg.augment_hue, cfg.augment_hue) * 256) % 256
     hsv[..., 1] = np.clip(hsv[..., 1] * (1 + rng.uniform(-cfg.augment_saturation, cfg.augment_saturation)), 0, 255)
     image = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
     return np.clip(image + rng.standard_normal(image.shape, dtype=np.float32) * (cfg.augment_noise * 255), 0, 255).astype(np.uint8)
@@ -723,8 +723,12 @@ class Policy:
                 images = read_images(reader, e, self.spec, t, self.collate.policy.resize_imgs_with_padding[0])
                 return dict(images={f"camera{k + 1}": image for k, image in enumerate(images)}, instruction=e.instruction, state=states[t])
 
-            # standing still: no motion for deltas, the joints where they are for joint targets, else the previous command
-            still = np.zeros_like(target) if definition.source == "ee_pose_delta" else e.qpos if self.spec.joint_unit else target[[0, *range(len(target) - 1)]]
+            # standing still: the joints or the pose where they are, if the recorded action is a target near them, else no motion
+            still = np.zeros_like(target)
+            for where in (e.qpos, e.ee_pose) if definition.source == "action" else ():
+                if where is not None and where.shape == target.shape and np.abs(target - where).mean() < np.abs(target).mean():
+                    still = where
+                    break
             yield dict(name=e.name, sample=sample, target=target, hold=still, phase=None if e.phase is None else e.phase[:len(target)])
 
     def action_names(self):
