@@ -11,6 +11,7 @@ bounded number of open files per process. Nothing is ever replaced by zeros: wha
 """
 import io
 import os
+import random
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -293,6 +294,14 @@ def hold_out_last(episodes, count):
     if not 0 <= count < len(episodes):
         raise ValueError(f"num_val_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer")
     return episodes[:len(episodes) - count], episodes[len(episodes) - count:]
+
+
+def hold_out_random(episodes, count, seed):
+    """(training, validation) as sorted lists of indices: `count` episodes drawn with `seed`, as guide 2 splits."""
+    if not 0 <= count < len(episodes):
+        raise ValueError(f"validation.num_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer (--validation.num_episodes N, or --validation.enable false)")
+    validation = sorted(random.Random(seed).sample(range(len(episodes)), count))
+    return sorted(set(range(len(episodes))) - set(validation)), validation
 
 
 def write_validation_list(path, episodes, validation):
