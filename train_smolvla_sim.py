@@ -26,7 +26,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import random
 import re
 import shutil
 import tempfile
@@ -263,11 +262,7 @@ def load_data(cfg, rank=0, saved=None):
     d, p, n = cfg.dataset, cfg.policy, cfg.normalization
     progress = None if rank else lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None, leave=False)
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, progress)
-    count = cfg.validation.num_episodes if cfg.validation.enable else 0
-    if not 0 <= count < len(found):
-        raise ValueError(f"validation.num_episodes is {count}, but there are {len(found)} usable episodes: hold out fewer (--validation.num_episodes N, or --validation.enable false)")
-    validation = sorted(random.Random(cfg.seed).sample(range(len(found)), count))
-    train = sorted(set(range(len(found))) - set(validation))
+    train, validation = ep.hold_out_random(found, cfg.validation.num_episodes if cfg.validation.enable else 0, cfg.seed)
     known, first = list(found[0].cameras), found[0]
     cameras = [known[int(c[6:]) - 1] if c not in known and re.fullmatch(r"camera[1-9]\d*", c) and int(c[6:]) <= len(known) else c for c in d.cameras]
     if not cameras or len(set(cameras)) != len(cameras) or set(cameras) - set(known):
