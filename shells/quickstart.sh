@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 echo "== demo data"
-[[ -e demo/.complete ]] || { "$python" make_demo.py && touch demo/.complete; }
+[[ -e demo/.complete ]] || { "$python" make_demo.py insertion qwen2_5_vl && touch demo/.complete; }
 
 echo "== training NORA"
 "$python" train_nora.py --config configs/demo/nora.yaml --resume auto
