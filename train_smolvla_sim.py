@@ -1338,7 +1338,12 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = lr
         t_wait = time.perf_counter()
-        micro = [next(batch_iterator) for _ in range(accumulation)]
+        try:
+            micro = [next(batch_iterator) for _ in range(accumulation)]
+        except RuntimeError as error:                                        # torch's word for a worker that was killed, mostly for memory
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(f"DataLoader worker crashed (training.num_workers is {t.num_workers}): {error}. Lower it, or load in the main process: --num_workers 0") from error
         wait += time.perf_counter() - t_wait
         # unpadded steps and pairs of the whole optimizer step over all ranks: what the losses are divided by; and whether any rank was told to stop
         real = [~b["is_pad"] for b in micro]

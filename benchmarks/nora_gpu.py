@@ -58,7 +58,7 @@ def measure(args, folder, train, checkpointing, windows="batched"):
     torch.manual_seed(0)
     ids = dict(image_token_id=prompt.image_token_id, vision_start_token_id=prompt.tokenizer.convert_tokens_to_ids("<|vision_start|>"), video_token_id=prompt.tokenizer.convert_tokens_to_ids("<|video_pad|>"))
     vlm = real_size(len(prompt.tokenizer), ids, args.layers, args.width)
-    vlm = vlm if train == "full" else vlm.bfloat16()
+    vlm = vlm.bfloat16() if CUDA and train != "full" else vlm
     nora.choose_trained(cfg, vlm, prompt.first_action)
     model = nora.Nora(vlm, prompt, nora.read_preprocessor(cfg.model), train_vision=train == "full").to(DEVICE).train()
     trained = [p for p in model.parameters() if p.requires_grad]

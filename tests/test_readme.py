@@ -1,4 +1,5 @@
 """README.md and README.ko.md: the same headings, commands and tables; every command names files and flags that exist."""
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -7,11 +8,12 @@ import pytest
 
 import compute_stats
 import train_nora
+import train_smolvla_sim
 from common.config import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, KOREAN = (ROOT / name for name in ("README.md", "README.ko.md"))
-CONFIGS = {"train_nora": (train_nora.Config, train_nora.ALIASES), "compute_stats": (compute_stats.Config, {})}
+CONFIGS = {"train_nora": (train_nora.Config, train_nora.ALIASES), "compute_stats": (compute_stats.Config, {}), "train_smolvla_sim": (train_smolvla_sim.Config, train_smolvla_sim.ALIASES)}
 
 
 def blocks(path):
@@ -56,7 +58,7 @@ def test_commands_name_scripts_and_flags_that_exist(path):
             assert (ROOT / name).is_file(), line
             seen += 1
             words = [w for w in shlex.split(line.split(name, 1)[1].rstrip(" &")) if w.startswith("--")]
-            kind = Path(name).stem
+            kind = {"compute_dataset_stats_sim": "compute_stats"}.get(Path(name).stem, Path(name).stem)
             if kind in CONFIGS:
                 cls, aliases = CONFIGS[kind]
                 known = {k for key in fields_of(cls) for k in (key, key.rsplit(".", 1)[-1])} | set(aliases) | {"config", "help", "multi_gpu", "num_gpus", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
@@ -68,6 +70,7 @@ def test_commands_name_scripts_and_flags_that_exist(path):
 
 
 def test_the_python_in_the_readme_uses_names_that_exist():
-    (_, code), = [b for b in blocks(ENGLISH) if b[0] == "python"]
-    compile(code, "README.md", "exec")
-    assert hasattr(train_nora, re.search(r"from train_nora import (\w+)", code)[1]) and hasattr(train_nora.Policy, "predict")
+    for code in [text for language, text in blocks(ENGLISH) if language == "python"]:
+        compile(code, "README.md", "exec")
+        module, name = re.search(r"from (\w+) import (\w+)", code).groups()
+        assert callable(getattr(importlib.import_module(module), name)) and hasattr(importlib.import_module(module).Policy, "predict")

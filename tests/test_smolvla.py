@@ -530,6 +530,12 @@ def test_a_non_finite_step_changes_nothing_and_is_named(make, monkeypatch):
     assert row["step"] == "2" and row["ratio"] == "N/A" and json.loads(row["episode_indices"])[0] == name[0] and json.loads(row["frame_indices"])[0] == name[2]
 
 
+def test_a_killed_worker_is_explained(make, monkeypatch):
+    monkeypatch.setattr(smolvla.SmolVLADataset, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="DataLoader worker crashed .training.num_workers is 1.*--num_workers 0"):
+        train(make(training__num_workers=1))
+
+
 def test_ten_non_finite_steps_stop_the_run(make, monkeypatch):
     monkeypatch.setattr(smolvla.SmolVLA, "forward", lambda self, batch, f=smolvla.SmolVLA.forward: {k: v * torch.nan if k.endswith("_sum") else v for k, v in f(self, batch).items()})
     with pytest.raises(FloatingPointError, match="10 steps in a row"):
