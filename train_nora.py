@@ -16,7 +16,10 @@ import os
 import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
-sys.modules.setdefault("torchvision", None)  # unused; a torchvision that does not fit this torch would break `import transformers`
+try:
+    import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
+except Exception:
+    sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
 
 import contextlib
 import dataclasses

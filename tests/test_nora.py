@@ -578,6 +578,14 @@ def test_fsdp_equals_one_process(tmp_path, base):
     assert resumed[:2] == losses(two)[:2] and resumed[2][1] == pytest.approx(losses(two)[2][1], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "head"])
+def test_two_processes_equal_one_where_parts_are_frozen(tmp_path, base, kind):
+    flags = [*base, "--max_steps", 2, "--train", kind, "--gradient_checkpointing"]
+    shell(flags, "--output_dir", tmp_path / "two", processes=2)
+    one = run(flags, "--output_dir", tmp_path / "one", "--batch_size", 8)
+    np.testing.assert_allclose([l for _, l in losses(read_metrics(tmp_path / "two"))], [l for _, l in losses(one)], rtol=1e-4)
+
+
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 def changed_names(before, after):
