@@ -295,6 +295,10 @@ def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 2), image_size=64, 
     folder.mkdir(parents=True, exist_ok=True)
     raw = byte_level_tokenizer(SMOLVLM_SPECIALS, merges_from=[INSTRUCTION + "\n", "Insert needle into eye trocar in simulation\n"] * 3)
     PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", model_max_length=8192).save_pretrained(folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text())     # the class and the named specials that LeRobot's transformers 4 looks for
+    about |= dict(tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=dict(image_token="<image>", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>",
+                                                                                       end_of_utterance_token="<end_of_utterance>"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
     ids = {s: raw.token_to_id(s) for s in SMOLVLM_SPECIALS}
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(
         image_processor_type="SmolVLMImageProcessor", processor_class="SmolVLMProcessor", do_convert_rgb=True, do_image_splitting=True, do_normalize=True, do_pad=True, do_rescale=True, do_resize=True,
