@@ -18,7 +18,7 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
 try:
     import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
-except Exception:
+except (ImportError, OSError, RuntimeError, AttributeError):
     sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
 
 import contextlib
@@ -51,7 +51,6 @@ from common.stats import Normalizer, load_stats, save_stats
 FORMAT = 1                    # of steps_N/state.pt and model/policy.json
 ACTION_TOKEN = "<robot_action_{}>"
 NUM_ACTION_TOKENS = 2048      # nora's vocabulary: <robot_action_0> .. <robot_action_2047>
-IGNORE = -100                 # label of a position without loss
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------

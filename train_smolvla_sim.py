@@ -20,7 +20,7 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
 try:
     import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
-except Exception:
+except (ImportError, OSError, RuntimeError, AttributeError):
     sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
 
 import contextlib

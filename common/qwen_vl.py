@@ -6,7 +6,6 @@ patch 14, merge 2, two frames) come from the checkpoint; tests compare with tran
 import importlib.util
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
 
