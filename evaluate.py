@@ -12,7 +12,7 @@ The checkpoint names its script; that script provides
     policy.predict(list of observations) -> (B, H, A)
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target (M, A), hold (M, A), phase (M,) or None}
     policy.action_names() -> [(name, unit)] * A          policy.stats["action"]["mean"]
-Writes report.json, summary.png and one plot per episode into --output (default: CHECKPOINT/evaluation).
+Writes report.json, summary.png and one plot per episode (of the first --plots) into --output (default: CHECKPOINT/evaluation, beside a checkpoint that is a file).
 """
 import argparse
 import importlib
@@ -23,22 +23,28 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.checkpoint import load_state
+
 
 def find_script(path):
-    """Checkpoint -> name of the training script that made it."""
+    """Checkpoint (a folder or a .pt file) -> name of the training script that made it."""
     path = Path(path)
+    if path.is_file() and "script" in (meta := load_state(path).get("meta", {})):
+        return meta["script"]
     for candidate in (path / "meta.json", path / "policy.json", path / "model" / "policy.json", path.parent / "meta.json"):
         if candidate.is_file():
             return json.loads(candidate.read_text())["script"]
     newest = sorted(path.glob("steps_*/meta.json"), key=lambda p: int(p.parent.name.split("_")[1]))
     if newest:
         return json.loads(newest[-1].read_text())["script"]
-    raise FileNotFoundError(f"--checkpoint {path}: no meta.json or policy.json there; expected a checkpoint of a train_*.py, e.g. outputs/nora/steps_20000")
+    raise FileNotFoundError(f"--checkpoint {path}: no meta.json or policy.json there and no meta inside; expected a checkpoint of a train_*.py, e.g. outputs/nora/steps_20000")
 
 
 def held_out(path):
     """Names of the validation episodes stored with the checkpoint, [] if there are none."""
     path = Path(path)
+    if path.is_file() and "validation" in (meta := load_state(path).get("meta", {})):
+        return meta["validation"]
     metas = [p for p in (path / "meta.json", path.parent / "meta.json", *sorted(path.glob("steps_*/meta.json"))) if p.is_file()]
     return json.loads(metas[-1].read_text()).get("validation", []) if metas else []
 
@@ -161,13 +167,14 @@ def main(argv=None):
     parser.add_argument("--checkpoint", required=True, help="checkpoint of a train_*.py (a directory or file it wrote)")
     parser.add_argument("--data", required=True, help="root folder of the recordings")
     parser.add_argument("--episodes", nargs="*", help="names relative to --data (default: the checkpoint's validation episodes)")
-    parser.add_argument("--output", help="folder for the report (default: CHECKPOINT/evaluation)")
+    parser.add_argument("--output", help="folder for the report (default: CHECKPOINT/evaluation, of a file CHECKPOINT_evaluation)")
     parser.add_argument("--stride", type=int, default=1, help="evaluate every n-th frame")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=16)
+    parser.add_argument("--plots", type=int, default=20, help="draw at most this many episodes; the errors are over all")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
-    if args.stride < 1 or args.batch_size < 1:
-        parser.error(f"--stride {args.stride} and --batch_size {args.batch_size} must be 1 or more")
+    if min(args.stride, args.batch_size) < 1 or args.plots < 0:
+        parser.error(f"--stride {args.stride} and --batch_size {args.batch_size} must be 1 or more, --plots {args.plots} 0 or more")
     script = importlib.import_module(find_script(args.checkpoint))
     names = args.episodes or held_out(args.checkpoint) or None
     if not args.episodes:
@@ -176,12 +183,12 @@ def main(argv=None):
     records, tracks = evaluate(policy, args.data, names, args.stride, args.batch_size)
     columns = policy.action_names()
     report = summarise(records, columns)
-    folder = Path(args.output or Path(args.checkpoint) / "evaluation")
+    folder = Path(args.output or (Path(args.checkpoint) / "evaluation" if Path(args.checkpoint).is_dir() else f"{Path(args.checkpoint).with_suffix('')}_evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
     print_table(report, columns, records)
     (folder / "report.json").write_text(json.dumps(dict(checkpoint=str(args.checkpoint), data=str(args.data), script=script.__name__, frames=len(records),
                                                         episodes=sorted({r["episode"] for r in records}), units=dict(columns), mean_absolute_error=report), indent=2))
-    paths = draw(tracks, report, columns, folder)
+    paths = draw(tracks[:args.plots], report, columns, folder)
     relative, best = report["policy"]["relative"], min(r["relative"] for who, r in report.items() if who != "policy")
     print(f"\nthe policy's error is {relative:.2f} x that of the better baseline per dimension" + ("" if relative < best else ": no better than doing nothing, train longer or check the data"))
     print(f"report: {folder / 'report.json'}\nplots: {len(paths)} in {folder}\npicture: {folder / 'summary.png'}")

@@ -3,9 +3,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 
@@ -116,3 +118,24 @@ def test_a_policy_file_that_another_script_made_is_found_by_its_name(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "policy.json").write_text('{"script": "train_mine"}')
     assert evaluate.find_script(tmp_path) == "train_mine"
+
+
+def test_a_checkpoint_that_is_one_file_names_its_script_and_episodes(tmp_path):
+    (tmp_path / "meta.json").write_text('{"script": "train_other", "validation": ["x"]}')  # of another script that saves into the same folder
+    torch.save({"meta": {"script": "train_mine", "validation": ["a", "b"]}, "weights": torch.zeros(3)}, tmp_path / "mine_best.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint_step_2.pt")
+    assert evaluate.find_script(tmp_path / "mine_best.pt") == "train_mine" and evaluate.held_out(tmp_path / "mine_best.pt") == ["a", "b"]
+    assert evaluate.find_script(tmp_path / "checkpoint_step_2.pt") == "train_other"
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="broken.pt"):
+        evaluate.find_script(tmp_path / "broken.pt")
+
+
+def test_plots_are_limited_and_errors_are_not(tmp_path, monkeypatch):
+    """The report covers all episodes although one is drawn, and a checkpoint file gets its report beside it."""
+    torch.save({"meta": {"script": "scripted", "validation": []}}, tmp_path / "mine_best.pt")
+    monkeypatch.setitem(sys.modules, "scripted", SimpleNamespace(load_policy=lambda path, device: Scripted(0.5), __name__="scripted"))
+    report = evaluate.main(["--checkpoint", str(tmp_path / "mine_best.pt"), "--data", str(tmp_path), "--plots", "1"])
+    folder = tmp_path / "mine_best_evaluation"
+    assert sorted(p.name for p in folder.glob("*.png")) == ["a.png", "summary.png"] and report["policy"]["per_dim"]["x"] == 0.5
+    assert json.loads((folder / "report.json").read_text())["episodes"] == ["a.h5", "sub/b.h5"]
