@@ -136,9 +136,9 @@ class PrismaticProcessor(ProcessorMixin):
 
 def load_tokenizer(path, **kwargs):
     """The Llama tokenizer as its tokenizer.json says."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(path, **kwargs)
+    return PreTrainedTokenizerFast.from_pretrained(path, **kwargs)
 
 
 def pad_right(rows, value):
