@@ -345,7 +345,7 @@ def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024, scale=10):
 # ---- VAMOS (parquet) and OpenVLA -------------------------------------------------------------------------------------
 
 POSTS = {"red": (225, 40, 35), "blue": (40, 70, 230), "yellow": (240, 215, 40)}
-POST_MM_HIGH = 900             # of a post
+POST_M = (0.5, 1.1)            # width, height of a post
 VAMOS_CAMERA = dict(height_m=0.5, focal=0.9)     # focal length in image widths; looks straight ahead, x forward, y left
 
 
@@ -365,7 +365,7 @@ def vamos_row(rng, size, other_instruction=0.7):
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][0]):   # the far one first
-        (left, top), (right, bottom) = project(x, y + 0.22, POST_MM_HIGH / 1000), project(x, y - 0.22, 0)
+        (left, top), (right, bottom) = project(x, y + POST_M[0] / 2, POST_M[1]), project(x, y - POST_M[0] / 2, 0)
         draw.rectangle([left, top, right, bottom], fill=tuple(int(v) for v in np.clip(np.array(POSTS[name]) + rng.uniform(-15, 15, 3), 0, 255)))
     encoded, rows = jpeg(np.asarray(picture), 90), []
     for name in names[:2 if rng.random() < other_instruction else 1]:
@@ -424,7 +424,7 @@ def llama_tokenizer(words):
     return raw
 
 
-def write_openvla(folder, seed=0, text=(96, 3), dino=(64, 3), siglip=(64, 3), image_size=112, shards=2):
+def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), image_size=84, shards=2):
     """A tiny random OpenVLA directory in the file layout of openvla/openvla-7b: config, image processor, Llama tokenizer, `shards` safetensors with their index.
 
     `text`, `dino`, `siglip` = (width, layers); of a tower's layers the last one is never run. No Python files: ours belong to modeling_openvla.py.
@@ -470,6 +470,11 @@ def write_openvla(folder, seed=0, text=(96, 3), dino=(64, 3), siglip=(64, 3), im
             for name, p in model.named_parameters():                     # a random tower that tells places and colours apart; 0.02 would be nearly blind at this width
                 if p.ndim > 1 and "norm" not in name:
                     p.normal_(0, 0.3 if p.ndim == 3 or "embed_tokens" in name else p[0].numel() ** -0.5)
+            # what a pretrained model knows and 2,000 pictures cannot teach: that neighbouring action tokens mean neighbouring actions
+            u, wave = torch.linspace(-1, 1, 256)[:, None], torch.rand(2, text[0]) * torch.tensor([[4.0], [2.0]])
+            curve = torch.cos(torch.pi * (u * wave[0] + wave[1]))
+            for weight, norm in ((model.get_input_embeddings().weight, 0.4), (model.get_output_embeddings().weight, 2 * text[0] ** -0.5)):
+                weight[model.action_begin:model.action_end] = norm * curve
     tensors, split, index = model.state_dict(), {}, {}
     for i, name in enumerate(tensors):
         index[name] = f"model-{i * shards // len(tensors) + 1:05d}-of-{shards:05d}.safetensors"
