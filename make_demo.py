@@ -344,8 +344,8 @@ def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024, scale=10):
 
 # ---- VAMOS (parquet) and OpenVLA -------------------------------------------------------------------------------------
 
-POSTS = {"red": (225, 40, 35), "blue": (40, 70, 230), "yellow": (240, 215, 40)}
-POST_M = (0.5, 1.1)            # width, height of a post
+POSTS = {"red": (230, 40, 35), "blue": (40, 60, 235)}
+POST_M = (0.7, 1.2)            # width, height of a post
 VAMOS_CAMERA = dict(height_m=0.5, focal=0.9)     # focal length in image widths; looks straight ahead, x forward, y left
 
 
@@ -353,15 +353,15 @@ def vamos_row(rng, size, other_instruction=0.7):
     """One outdoor picture with two coloured posts -> list of one or two rows (dicts in VAMOS' columns): the same picture, another post in the instruction, another path.
     A path is 6 to 24 equal steps, so the velocity of a step is the way to the post / 15 and can only be known from picture and instruction together."""
     height, width = size
-    names = list(rng.permutation(list(POSTS))[:2])
+    names = list(rng.permutation(list(POSTS)))
     places = {}
     for side, name in zip(rng.permutation([-1, 1]), names):               # one on either side, so that one never hides the other
         x = rng.uniform(2.5, 6.0)
-        places[name] = (x, side * rng.uniform(0.08, 0.42) * x)
+        places[name] = (x, side * rng.uniform(0.1, 0.42) * x)
     focal, horizon = VAMOS_CAMERA["focal"] * width, 0.42 * height
     project = lambda x, y, z: (width / 2 - focal * y / x, horizon + focal * (VAMOS_CAMERA["height_m"] - z) / x)  # noqa: E731
-    sky, grass = np.array([150, 180, 215]) + rng.uniform(-20, 20, 3), np.array([95, 125, 75]) + rng.uniform(-20, 20, 3)
-    pixels = np.where((np.arange(height) < horizon)[:, None, None], sky, grass) + rng.normal(0, 6, (height, width, 3))
+    sky, grass = np.array([150, 180, 215]) + rng.uniform(-15, 15, 3), np.array([95, 125, 75]) + rng.uniform(-15, 15, 3)
+    pixels = np.where((np.arange(height) < horizon)[:, None, None], sky, grass) + rng.normal(0, 4, (height, width, 3))
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][0]):   # the far one first
@@ -437,7 +437,7 @@ def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), im
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2))  # noqa: E731
-    llama_tokenizer((prompt_of("") + " go to the red blue yellow post").replace("?\nOut:", "").split()).save(str(folder / "tokenizer.json"))
+    llama_tokenizer((prompt_of("") + " go to the red blue post").replace("?\nOut:", "").split()).save(str(folder / "tokenizer.json"))
     special = {k: dict(content=v, lstrip=False, normalized=False, rstrip=False, single_word=False) for k, v in
                dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<PAD>").items()}
     write_json("special_tokens_map.json", special)

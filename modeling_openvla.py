@@ -294,7 +294,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def enable_checkpointing(self):
         """Recompute activations in the backward pass, block by block, in both towers and the Llama."""
         self.vision_backbone.featurizer.gradient_checkpointing = self.vision_backbone.fused_featurizer.gradient_checkpointing = True
-        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(self.language_model, "activation_checkpointing_enable", None) or self.language_model.gradient_checkpointing_enable   # the old name warns
+        enable({"use_reentrant": False})
 
     def embed(self, input_ids, pixel_values):
         """(B, T) ids, (B, 6, h, w) -> (B, P + T, D): BOS, the image, the text."""

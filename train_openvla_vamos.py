@@ -32,6 +32,7 @@ import math
 import re
 import shutil
 import time
+import warnings
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Config:
     instruction_column: Literal["auto", "lang_goal", "text"] = "auto"  # auto: lang_goal, unless most of it is goal points (<point ...>), then text; empty cells use the other one
     trajectory_hz: float | None = None             # points per second of the paths: actions in m/s; null: metres per step
     image_aug: bool = False                        # brightness, contrast, saturation, hue; never a crop, which would move the goal
-    shuffle_rows: int = 1024                       # rows shuffled together: whole row groups in random order, then their samples; a loader worker holds this many pictures
+    shuffle_rows: int = 1024                       # rows shuffled together: whole row groups in random order, then their samples; a loader worker holds this many pictures (0.2 to 0.4 MB each)
     skip_bad_episodes: bool = False                # leave unreadable parquet files out, listed and counted, instead of stopping
     # LoRA
     lora_rank: int = 32                            # r; scale = min(r, 16) / r
@@ -263,7 +264,7 @@ def has_picture(file, g, rows):
         return np.ones(rows, bool)
     column = file.read_row_group(g, columns=["image"])["image"].combine_chunks()
     column = column.field("bytes") if column.type.num_fields else column
-    return np.array([value.is_valid for value in column])
+    return column.is_valid().to_numpy(zero_copy_only=False)
 
 
 GOAL_POINT = re.compile(r"<point|<loc\d")
@@ -638,7 +639,9 @@ def load_4bit(config, folder, device):
         raise ValueError("use_quantization is True: 4-bit weights need the bitsandbytes package, which is not installed. pip install bitsandbytes, or save memory with "
                          "--gradient_checkpointing and a smaller --batch_size") from error
     from transformers import BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()                                               # its bars break ours
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"])
     vla = OpenVLAForActionPrediction.from_pretrained(folder, config=config, quantization_config=how, dtype=torch.bfloat16, device_map={"": device})
     return vla.requires_grad_(False)
@@ -651,12 +654,18 @@ def build_model(cfg, folder, device, dtype):
     config = read_config(folder)
     vla = load_4bit(config, folder, device) if cfg.use_quantization else load_weights(config, folder, device, dtype)
     torch.manual_seed(cfg.seed)
-    peft_model = get_peft_model(vla, LoraConfig(r=cfg.lora_rank, lora_alpha=min(cfg.lora_rank, 16), lora_dropout=cfg.lora_dropout, target_modules=lora_layers(vla, cfg.lora_targets),
-                                                init_lora_weights="gaussian"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                       # peft asks transformers by an old name
+        peft_model = get_peft_model(vla, LoraConfig(r=cfg.lora_rank, lora_alpha=min(cfg.lora_rank, 16), lora_dropout=cfg.lora_dropout, target_modules=lora_layers(vla, cfg.lora_targets),
+                                                    init_lora_weights="gaussian"))
     peft_model.peft_config["default"].base_model_name_or_path = cfg.vla_path
     for p in vla.parameters():
         if p.requires_grad:
             p.data = p.data.float()
+    if dtype == torch.bfloat16 and not cfg.use_quantization:
+        for module in vla.modules():                                         # autocast runs the adapters in bf16; peft would first copy the input of each of them to fp32
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
     if cfg.gradient_checkpointing or cfg.use_quantization:
         vla.enable_checkpointing()
     return vla, peft_model
@@ -802,6 +811,8 @@ def describe(cfg, data, print0):
         apart = np.sqrt(np.maximum(np.add.reduceat(t.actions.astype(np.float64) ** 2, t.ends - per_row) / per_row[:, None] - (np.add.reduceat(t.actions.astype(np.float64), t.ends - per_row) / per_row[:, None]) ** 2, 0))
         print0(f"targets   {per_row.mean():.1f} per picture and instruction (at most {per_row.max()}), std within one {apart.mean(0)[0]:.3g}, {apart.mean(0)[1]:.3g} {data.spec.unit}: "
                "token accuracy cannot reach 1; --samples first has one target per input")
+    if (largest := int(t.groups()[2].max())) > cfg.shuffle_rows:
+        print0(f"note      a row group has {largest} rows, more than shuffle_rows ({cfg.shuffle_rows}), and every loader worker holds a whole one: files with row groups of about 100 rows need less memory")
     if not len(v.actions):
         print0("note      no validation-*.parquet with usable rows: nothing tells when to stop")
 
@@ -921,7 +932,7 @@ def main(cfg):
         moments = ckpt.load_state(resume / "state.pt")["moments"] if resume else {}
         ckpt.restore_training_state(vla, optimizer, dict(trained=trained_state(read_adapter(checkpoint_folder(source))[0]), moments=moments))
     start, position, best, best_step = (meta[k] for k in ("step", "position", "best_val_loss", "best_step")) if resume else (0, 0, None, None)
-    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True,
+    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True, broadcast_buffers=False,
                                                 find_unused_parameters=cfg.lora_targets == "all-linear") if world > 1 else core
 
     # ---- data

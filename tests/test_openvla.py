@@ -466,10 +466,14 @@ def test_only_the_adapter_trains_in_fp32_beside_a_bf16_base(make, base_dir):
     a = torch.cat([p.flatten() for n, p in trained.items() if "lora_A" in n])
     assert a.std().item() == pytest.approx(1 / 4, rel=0.02)                  # N(0, 1 / r^2)
     core = openvla.LossModel(vla, openvla.PrismaticProcessor.from_pretrained(base_dir).image_processor)
-    _, _, _, batch = batch_of(make())
+    reference, _, _, batch = batch_of(make())
+    for name, p in reference.named_parameters():                             # the same adapter on both, fp32 everywhere in the reference
+        if name in (ours := dict(core.named_parameters())) and "lora_" in name:
+            ours[name].data.copy_(p.data)
     with torch.autocast("cpu", torch.bfloat16):
         loss = core(batch)["loss"]
     loss.backward()
+    assert loss.item() == pytest.approx(reference(batch)["loss"].item(), rel=0.02)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained.values())   # "used" means: every one gets a gradient
 
 
