@@ -437,7 +437,9 @@ def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), im
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2))  # noqa: E731
-    llama_tokenizer((prompt_of("") + " go to the red blue post").replace("?\nOut:", "").split()).save(str(folder / "tokenizer.json"))
+    tokenizer = json.loads(llama_tokenizer((prompt_of("") + " go to the red blue post").replace("?\nOut:", "").split()).to_str())
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]   # the older of two spellings, as in openvla-7b: transformers 4.40 reads no other
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     special = {k: dict(content=v, lstrip=False, normalized=False, rstrip=False, single_word=False) for k, v in
                dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<PAD>").items()}
     write_json("special_tokens_map.json", special)

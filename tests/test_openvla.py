@@ -308,6 +308,17 @@ def test_statistics_by_hand_and_only_from_training_files(tmp_path, make):
     np.testing.assert_allclose(policy.vla.unnormalize(coded, data.stats["action"]), [[1, 7], [50, 7], [99, 7], [99, 7]], atol=98 / 255)
 
 
+def test_the_later_path_changes_nothing_at_a_step(tmp_path, make):
+    """Inputs are picture and instruction, the target of step t is p[t+1] - p[t]: another future is invisible."""
+    seen = []
+    for name, tail in (("a", [9.0, 9, 0]), ("b", [2.0, -4, 0])):
+        write(tmp_path / name / "train-0.parquet", [row([[0, 0, 0], [1, 2, 0], [2, 3, 0], tail], "Go")] * 3, **TEXT)
+        _, _, dataset, batch = batch_of(make(data_root_dir=tmp_path / name), [0, 1])
+        seen.append((dataset[(0, 0)]["action"], dataset[(1, 1)]["action"], batch["images"], batch["input_ids"][:, :-3]))
+        assert dataset[(2, 2)]["action"].tolist() == [tail[0] - 2, tail[1] - 3]
+    assert all(np.array_equal(a, b) for a, b in zip(*seen))
+
+
 def test_a_rare_jump_keeps_its_range(tmp_path, make):
     write(tmp_path / "train-0.parquet", [row([[0, 0], [1, 5.0 * (i == 0)]], "Go") for i in range(400)], group=200, **TEXT)
     data = openvla.load_data(make(data_root_dir=tmp_path))
