@@ -47,7 +47,7 @@ class OpenVLAConfig(PretrainedConfig):
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else LlamaConfig(**text | {k: v for k, v in (text_config or {}).items() if k != "model_type"})
         self.timm_model_ids, self.image_sizes, self.use_fused_vision_backbone = list(timm_model_ids), list(image_sizes), use_fused_vision_backbone
         self.n_action_bins, self.norm_stats, self.pad_to_multiple_of, self.vision_sizes = n_action_bins, norm_stats, pad_to_multiple_of, vision_sizes
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(pad_token_id=pad_token_id, **kwargs | dict(tie_word_embeddings=False))
 
     def towers(self):
         """-> sizes {embed_dim, depth, num_heads, mlp_ratio} of the two towers"""
@@ -113,17 +113,10 @@ class PrismaticProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, path, **kwargs):
         """The same in every version of transformers: both halves from files of a directory (or hub id), no Auto class in between."""
-        from transformers.utils import cached_file
-
         hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if kwargs.get(k) is not None}
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
-            settings = json.loads(Path(file).read_text()) if file else {}
-            settings = settings.get("image_processor", settings)
-            if "input_sizes" in settings:
-                drop = ("image_processor_type", "processor_class", "auto_map")
-                return cls(PrismaticImageProcessor(**{k: v for k, v in settings.items() if k not in drop}), load_tokenizer(path, **hub))
-        raise FileNotFoundError(f"{path} has neither preprocessor_config.json nor processor_config.json with OpenVLA's input_sizes")
+        settings = read_image_settings(path, **hub)
+        drop = ("image_processor_type", "processor_class", "auto_map")
+        return cls(PrismaticImageProcessor(**{k: v for k, v in settings.items() if k not in drop}), load_tokenizer(path, **hub))
 
     def __call__(self, text, images, return_tensors="pt", **kwargs):
         text, images = ([text], [images]) if isinstance(text, str) else (text, images)
@@ -132,6 +125,18 @@ class PrismaticProcessor(ProcessorMixin):
         rows = [self.tokenizer(t)["input_ids"] for t in text]
         ids, mask = pad_right(rows, self.tokenizer.pad_token_id)
         return BatchFeature({"input_ids": ids, "attention_mask": mask, **self.image_processor(images)})
+
+
+def read_image_settings(path, **kwargs):
+    """The image processor's part of preprocessor_config.json, or of the processor_config.json of transformers 5."""
+    from transformers.utils import cached_file
+
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **kwargs)
+        settings = json.loads(Path(file).read_text()) if file else {}
+        if "input_sizes" in (settings := settings.get("image_processor", settings)):
+            return settings
+    raise FileNotFoundError(f"{path} has neither preprocessor_config.json nor processor_config.json with OpenVLA's input_sizes")
 
 
 def load_tokenizer(path, **kwargs):

@@ -179,6 +179,8 @@ class Rows:
 
 def find_files(root):
     """-> (train files, validation files), sorted"""
+    if not str(root):
+        raise ValueError("data_root_dir is not set: expected the folder with data/train-*.parquet. Set --data_root_dir; make_demo.py vamos writes a small set")
     for folder in (Path(root) / "data", Path(root)):
         if train := sorted(folder.glob("train-*.parquet")):
             return train, sorted(folder.glob("validation-*.parquet"))
@@ -714,9 +716,9 @@ def save_model(folder, base, stats, spec, adapter=None, scale=1.0):
             shutil.copyfile(base / name, folder / name)
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     write_json("tokenizer_config.json", {k: v for k, v in tokenizer.items() if k != "auto_map"} | dict(processor_class="PrismaticProcessor", tokenizer_class="LlamaTokenizer"))
-    processor = next(p for p in (json.loads((base / n).read_text()) for n in ("preprocessor_config.json", "processor_config.json") if (base / n).is_file()) if "input_sizes" in p.get("image_processor", p))
+    processor = modeling_openvla.read_image_settings(base)
     auto = dict(AutoProcessor=f"{module}.PrismaticProcessor", AutoImageProcessor=f"{module}.PrismaticImageProcessor")
-    write_json("preprocessor_config.json", processor.get("image_processor", processor) | dict(image_processor_type="PrismaticImageProcessor", processor_class="PrismaticProcessor", auto_map=auto))
+    write_json("preprocessor_config.json", processor | dict(image_processor_type="PrismaticImageProcessor", processor_class="PrismaticProcessor", auto_map=auto))
     write_json("processor_config.json", dict(processor_class="PrismaticProcessor", auto_map=dict(AutoProcessor=auto["AutoProcessor"])))
     shutil.copyfile(modeling_openvla.__file__, folder / f"{module}.py")
     write_json("dataset_statistics.json", {spec.key: stats})
@@ -801,8 +803,8 @@ def describe(cfg, data, print0):
            f"{len(v.actions)} samples; {cfg.data_root_dir}")
     for message in data.excluded:
         print0(f"excluded  {message}")
-    left_out = [f"{n} {what}" for n, what in ((t.counts["short"], "rows with fewer than 2 points"), (t.counts["unpictured"], "rows without a picture"), (t.counts["nonfinite"], "steps that are not finite")) if n]
-    if left_out:
+    kinds = dict(short="rows with fewer than 2 points", unpictured="rows without a picture", nonfinite="steps that are not finite")
+    if left_out := [f"{t.counts[kind]} {what}" for kind, what in kinds.items() if t.counts[kind]]:
         print0(f"left out  {', '.join(left_out)}")
     print0(f"action    v_x forward, v_y left, {data.spec.unit}; tokens cover q01 .. q99 of the training samples")
     for name in ("q01", "q99", "mean", "std", "min", "max"):
@@ -815,11 +817,13 @@ def describe(cfg, data, print0):
         print0(f"          {t.counts['other_column']} rows without one use the other column, {t.counts['no_instruction']} have none at all ('navigate')")
     per_row = np.diff(t.ends, prepend=0)
     if per_row.max() > 1:
-        apart = np.sqrt(np.maximum(np.add.reduceat(t.actions.astype(np.float64) ** 2, t.ends - per_row) / per_row[:, None] - (np.add.reduceat(t.actions.astype(np.float64), t.ends - per_row) / per_row[:, None]) ** 2, 0))
-        print0(f"targets   {per_row.mean():.1f} per picture and instruction (at most {per_row.max()}), std within one {apart.mean(0)[0]:.3g}, {apart.mean(0)[1]:.3g} {data.spec.unit}: "
+        center, square = (np.add.reduceat(x, t.ends - per_row) / per_row[:, None] for x in (t.actions.astype(np.float64), t.actions.astype(np.float64) ** 2))
+        apart = np.sqrt(np.maximum(square - center**2, 0)).mean(0)
+        print0(f"targets   {per_row.mean():.1f} per picture and instruction (at most {per_row.max()}), std within one {apart[0]:.3g}, {apart[1]:.3g} {data.spec.unit}: "
                "token accuracy cannot reach 1; --samples first has one target per input")
     if (largest := int(t.groups()[2].max())) > cfg.shuffle_rows:
-        print0(f"note      a row group has {largest} rows, more than shuffle_rows ({cfg.shuffle_rows}), and every loader worker holds a whole one: files with row groups of about 100 rows need less memory")
+        print0(f"note      a row group has {largest} rows, more than shuffle_rows ({cfg.shuffle_rows}), and every loader worker holds a whole one: files with row groups of about 100 rows "
+               "need less memory")
     if not len(v.actions):
         print0("note      no validation-*.parquet with usable rows: nothing tells when to stop")
 
@@ -887,7 +891,9 @@ def main(cfg):
         if not (step_dir / "adapter_config.json").is_file():
             raise FileNotFoundError(f"--merge {cfg.merge}: no adapter_config.json there; expected adapter_tmp_dir/EXP_ID/steps_N")
         meta = json.loads((step_dir / "meta.json").read_text())
-        return print(f"merged model: {merge_adapter(step_dir, Path(meta['config']['run_root_dir']) / (exp_id(Config(**meta['config'])) + '--' + str(meta['step']) + '_chkpt'))}")
+        then = Config(**meta["config"])
+        target = Path(then.run_root_dir) / f"{exp_id(then)}--{meta['step']}_chkpt"
+        return print(f"merged model: {merge_adapter(step_dir, target)}")
 
     # ---- inputs: everything that can be wrong is found before weights are loaded
     cuda = torch.cuda.is_available()
@@ -906,6 +912,8 @@ def main(cfg):
         raise FileExistsError(f"'{run_dir}' or '{adapter_dir}' already holds a run of this name. Continue it with --resume auto, or name another: --run_id_note NOTE")
     meta = json.loads((resume / "meta.json").read_text()) if resume else None
     if resume and meta["step"] >= cfg.max_steps:
+        if rank == 0 and not (run_dir / "config.json").is_file():            # the training ended, its merge did not
+            print(f"merged model: {merge_adapter(resume, run_dir)}")
         return print0(f"nothing to do: {resume} is at step {meta['step']}, max_steps is {cfg.max_steps}. Raise it to train on")
     data = load_data(cfg, rank)
     if resume:
@@ -1010,7 +1018,8 @@ def main(cfg):
         except RuntimeError as error:                                        # torch's word for a worker that was killed, mostly for memory
             if "DataLoader worker" not in str(error):
                 raise
-            raise RuntimeError(f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it or shuffle_rows ({cfg.shuffle_rows}), or load in the main process: --num_workers 0") from error
+            raise RuntimeError(f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it or shuffle_rows ({cfg.shuffle_rows}), or load in the main process: "
+                               "--num_workers 0") from error
         wait += time.perf_counter() - t_wait
         told_to_stop = reduce(torch.tensor([float(stop.received is not None)])).item()
         sums, sample_losses = torch.zeros(3, dtype=torch.float64, device=device), []
@@ -1074,8 +1083,7 @@ def main(cfg):
         try:
             print(f"merged model: {merge_adapter(adapter_dir / f'steps_{step}', run_dir)}")
         except ckpt.DiskFull as error:
-            raise ckpt.DiskFull(28, f"the training is saved in {adapter_dir / f'steps_{step}'}, but there is no room for the merged model ({error}). Then: "
-                                    f"python train_openvla_vamos.py --merge {adapter_dir / f'steps_{step}'}") from error
+            raise ckpt.DiskFull(28, f"the training is saved in {adapter_dir / f'steps_{step}'}, but not merged: {error}. Run again with --resume auto, which only merges") from error
         print(f"adapter: {adapter_dir}\nevaluate: python evaluate.py --checkpoint {run_dir} --data {cfg.data_root_dir}")
     if world > 1:
         dist.barrier()

@@ -501,7 +501,8 @@ def test_gradient_checkpointing_changes_no_gradient(make):
 
 # ---- run, stop, resume -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", [dict(), dict(num_workers=2, grad_accumulation_steps=2, batch_size=3, lora_dropout=0.2, image_aug=True)], ids=["0-workers", "2-workers-accumulation-dropout-augmentation"])
+@pytest.mark.parametrize("flags", [dict(), dict(num_workers=2, grad_accumulation_steps=2, batch_size=3, lora_dropout=0.2, image_aug=True, lora_targets="all-linear")],
+                         ids=["0-workers", "2-workers-accumulation-dropout-augmentation-all-linear"])
 def test_a_stopped_and_resumed_run_equals_one_that_never_stopped(make, flags, monkeypatch, tmp_path):
     straight, rows_straight = train(make(run_root_dir=tmp_path / "a", adapter_tmp_dir=tmp_path / "aa", **flags))
     step = openvla.runlog.RunLog.step
@@ -773,9 +774,12 @@ def test_a_full_disk_costs_the_new_checkpoint_only(make, monkeypatch, capsys):
     assert list(openvla.ckpt.steps_in(folders(cfg)[1])) == [2] and "CHECKPOINT NOT SAVED at step 4" in capsys.readouterr().out
     calls.clear()
     monkeypatch.setattr(openvla.ckpt, "require_space", lambda folder, needed: full(folder, needed))
-    with pytest.raises(openvla.ckpt.DiskFull, match="the training is saved in .*--merge"):
+    with pytest.raises(openvla.ckpt.DiskFull, match="the training is saved in .*steps_4, but not merged.*--resume auto"):
         openvla.main(dataclasses.replace(cfg, resume_from_checkpoint="auto"))   # the second call is that of the merge
-    assert list(openvla.ckpt.steps_in(folders(cfg)[1])) == [2, 4]
+    run, adapter = folders(cfg)
+    assert list(openvla.ckpt.steps_in(adapter)) == [2, 4] and not (run / "config.json").exists()
+    openvla.main(dataclasses.replace(cfg, resume_from_checkpoint="auto"))    # only merges
+    close(openvla.load_policy(run, "cpu").vla.state_dict(), openvla.load_policy(adapter, "cpu").vla.state_dict())
 
 
 def test_an_interrupted_merge_leaves_no_model_that_loads(trained, monkeypatch, tmp_path):
@@ -802,8 +806,17 @@ def test_an_interrupted_merge_leaves_no_model_that_loads(trained, monkeypatch, t
     close(openvla.load_policy(tmp_path / "run", "cpu").vla.state_dict(), openvla.load_policy(adapter / "steps_2", "cpu").vla.state_dict())
 
 
+def test_a_run_without_validation_files(make, vamos_root, tmp_path):
+    for file in (vamos_root / "data").glob("train-*"):                       # and with the files directly in the root
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    cfg = make(data_root_dir=tmp_path, max_steps=2, val_steps=1)
+    state, rows = train(cfg)
+    assert len(rows) == 2 and not any("val_loss" in r for r in rows)
+    assert json.loads((folders(cfg)[0] / "meta.json").read_text())["validation"] == []
+
+
 @pytest.mark.parametrize("flags, message", [
-    (dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"), (dict(batch_size=0), "batch_size is 0"), (dict(trajectory_hz=0), "trajectory_hz is 0"), (dict(lora_dropout=1.0), "lora_dropout"),
+    (dict(data_root_dir=""), "data_root_dir is not set"), (dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"), (dict(batch_size=0), "batch_size is 0"), (dict(trajectory_hz=0), "trajectory_hz is 0"), (dict(lora_dropout=1.0), "lora_dropout"),
     (dict(resume="auto", load_model_weights="x"), "give one of them"), (dict(vla_path="nobody/nothing"), "neither a directory nor reachable.*--vla_path DIR")])
 def test_wrong_settings_are_named_before_weights_load(make, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
