@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BatchFeature, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import BatchFeature, ImageProcessingMixin, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import CausalLMOutput
 
 PATCH = 14

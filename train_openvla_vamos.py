@@ -80,9 +80,9 @@ class Config:
     skip_bad_episodes: bool = False                # leave unreadable parquet files out, listed and counted, instead of stopping
     # LoRA
     lora_rank: int = 32                            # r; scale = min(r, 16) / r
-    lora_dropout: float = 0.0
+    lora_dropout: float = 0.0                      # of what enters the adapters
     lora_targets: Literal["used", "all-linear"] = "used"  # used: the layers that influence the output; all-linear: also the 13 that never do, as upstream
-    use_quantization: bool = False                 # frozen weights in 4 bits (nf4, needs bitsandbytes and CUDA); implies gradient_checkpointing
+    use_quantization: bool = False                 # frozen weights in 4 bits (nf4, needs bitsandbytes); implies gradient_checkpointing
     gradient_checkpointing: bool = False           # recompute activations in the backward pass: less memory, about a third more time
     # training
     batch_size: int = 16                           # samples per GPU and micro-batch
@@ -104,7 +104,7 @@ class Config:
     # logging
     wandb_project: str | None = None               # W&B project; null: no W&B
     wandb_entity: str | None = None                # W&B team or user
-    wandb_mode: Literal["online", "offline"] = "online"  # online falls back to offline when nobody is logged in
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # online falls back to offline when nobody is logged in
     # what to do
     resume_from_checkpoint: str | None = None      # a steps_N directory, or "auto" for the newest one of this EXP_ID
     load_model_weights: str | None = None          # new run from the adapter in this steps_N directory
