@@ -947,7 +947,7 @@ def main(cfg):
         moments = ckpt.load_state(resume / "state.pt")["moments"] if resume else {}
         ckpt.restore_training_state(vla, optimizer, dict(trained=trained_state(read_adapter(checkpoint_folder(source))[0]), moments=moments))
     start, position, best, best_step = (meta[k] for k in ("step", "position", "best_val_loss", "best_step")) if resume else (0, 0, None, None)
-    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True, broadcast_buffers=False,
+    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True,
                                                 find_unused_parameters=cfg.lora_targets == "all-linear") if world > 1 else core
 
     # ---- data
