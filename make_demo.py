@@ -342,6 +342,151 @@ def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024, scale=10):
     return folder
 
 
+# ---- VAMOS (parquet) and OpenVLA -------------------------------------------------------------------------------------
+
+POSTS = {"red": (230, 40, 35), "blue": (40, 60, 235)}
+POST_M = (0.7, 1.2)            # width, height of a post
+VAMOS_CAMERA = dict(height_m=0.5, focal=0.9)     # focal length in image widths; looks straight ahead, x forward, y left
+
+
+def vamos_row(rng, size, other_instruction=0.7):
+    """One outdoor picture with two coloured posts -> list of one or two rows (dicts in VAMOS' columns): the same picture, another post in the instruction, another path.
+    A path is 6 to 24 equal steps, so the velocity of a step is the way to the post / 15 and can only be known from picture and instruction together."""
+    height, width = size
+    names = list(rng.permutation(list(POSTS)))
+    places = {}
+    for side, name in zip(rng.permutation([-1, 1]), names):               # one on either side, so that one never hides the other
+        x = rng.uniform(2.5, 6.0)
+        places[name] = (x, side * rng.uniform(0.1, 0.42) * x)
+    focal, horizon = VAMOS_CAMERA["focal"] * width, 0.42 * height
+    project = lambda x, y, z: (width / 2 - focal * y / x, horizon + focal * (VAMOS_CAMERA["height_m"] - z) / x)  # noqa: E731
+    sky, grass = np.array([150, 180, 215]) + rng.uniform(-15, 15, 3), np.array([95, 125, 75]) + rng.uniform(-15, 15, 3)
+    pixels = np.where((np.arange(height) < horizon)[:, None, None], sky, grass) + rng.normal(0, 4, (height, width, 3))
+    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][0]):   # the far one first
+        (left, top), (right, bottom) = project(x, y + POST_M[0] / 2, POST_M[1]), project(x, y - POST_M[0] / 2, 0)
+        draw.rectangle([left, top, right, bottom], fill=tuple(int(v) for v in np.clip(np.array(POSTS[name]) + rng.uniform(-15, 15, 3), 0, 255)))
+    encoded, rows = jpeg(np.asarray(picture), 90), []
+    for name in names[:2 if rng.random() < other_instruction else 1]:
+        (x, y), steps = places[name], int(rng.integers(6, 25))
+        path = np.arange(steps + 1)[:, None] * (np.array([[x, y]]) / 15) + np.pad(rng.normal(0, 0.004, (steps, 2)).cumsum(0), ((1, 0), (0, 0)))
+        path = np.concatenate([path, np.full((steps + 1, 1), 0.01)], axis=1)
+        u, v = project(x, y, 0)
+        rows.append(dict(image=dict(bytes=encoded, path=None), trajectory_3d=path.tolist(), trajectory_2d=[[int(c) for c in project(max(p[0], 0.3), p[1], 0)] for p in path], horizon=len(path),
+                         text=f"Navigate to x=<loc{int(u / width * 1023):04d}>, y=<loc{int(min(v / height, 1) * 1023):04d}>", lang_goal=f"Go to the {name} post"))
+    return rows
+
+
+def write_vamos(folder, images=1500, validation_images=60, seed=0, size=(112, 160), files=4, rows_per_group=100):
+    """A VAMOS-format data set: `images` pictures in `files` train-*.parquet, `validation_images` in one validation-*.parquet. A few rows are as broken as in real
+    recordings: a path of one point, a missing instruction."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    point = pa.list_(pa.list_(pa.float64()))
+    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("trajectory_2d", pa.list_(pa.list_(pa.int64()))), ("trajectory_3d", point),
+                        ("horizon", pa.int64()), ("text", pa.string()), ("lang_goal", pa.string())])
+    (Path(folder) / "data").mkdir(parents=True, exist_ok=True)
+    paths = []
+    for part, count, number in (("train", images, files), ("validation", validation_images, 1)):
+        for f in range(number):
+            rng = np.random.default_rng([seed, part == "train", f])
+            rows = [row for _ in range(count * (f + 1) // number - count * f // number) for row in vamos_row(rng, size)]
+            rows = [rows[i] for i in rng.permutation(len(rows))]
+            if part == "train" and f == 0:
+                rows[1]["trajectory_3d"], rows[2]["lang_goal"] = rows[1]["trajectory_3d"][:1], None
+            paths.append(Path(folder) / "data" / f"{part}-{f:05d}-of-{number:05d}.parquet")
+            pq.write_table(pa.Table.from_pylist(rows, schema), paths[-1], row_group_size=rows_per_group)
+    return paths
+
+
+def llama_tokenizer(words):
+    """A `tokenizers.Tokenizer` in the form of Llama 2's: 32,000 pieces, bytes as <0x..>, 29871 = "▁", 31744 .. 31999 single characters. Every word of `words` is one piece,
+    all else falls apart into characters or bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    merges = []
+    for word in dict.fromkeys(words):
+        for n in range(2, len(word) + 2):
+            if (merge := (("▁" + word)[:n - 1], ("▁" + word)[n - 1])) not in merges:
+                merges.append(merge)
+    pieces += ["".join(m) for m in merges]
+    letters = ["▁", *(chr(c) for c in range(33, 127))]
+    pieces += [f"<filler_{i}>" for i in range(29871 - len(pieces))] + letters
+    pieces += [chr(0x4E00 + i) for i in range(32000 - len(pieces))]
+    raw = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    raw.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in ("<unk>", "<s>", "</s>", "<PAD>")])
+    return raw
+
+
+def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), image_size=84, shards=2):
+    """A tiny random OpenVLA directory in the file layout of openvla/openvla-7b: config, image processor, Llama tokenizer, `shards` safetensors with their index.
+
+    `text`, `dino`, `siglip` = (width, layers); of a tower's layers the last one is never run. No Python files: ours belong to modeling_openvla.py.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from modeling_openvla import OpenVLAConfig, OpenVLAForActionPrediction, prompt_of
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2))  # noqa: E731
+    tokenizer = json.loads(llama_tokenizer((prompt_of("") + " go to the red blue post").replace("?\nOut:", "").split()).to_str())
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]   # the older of two spellings, as in openvla-7b: transformers 4.40 reads no other
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    special = {k: dict(content=v, lstrip=False, normalized=False, rstrip=False, single_word=False) for k, v in
+               dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<PAD>").items()}
+    write_json("special_tokens_map.json", special)
+    write_json("added_tokens.json", {"<PAD>": 32000})
+    write_json("tokenizer_config.json", dict(
+        add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<PAD>", clean_up_tokenization_spaces=False, legacy=False, model_max_length=2048,
+        padding_side="right", processor_class="PrismaticProcessor", sp_model_kwargs={}, tokenizer_class="LlamaTokenizer", use_default_system_prompt=False,
+        added_tokens_decoder={str(i): special[k] | dict(special=True) for k, i in dict(unk_token=0, bos_token=1, eos_token=2, pad_token=32000).items()}))
+    sizes = [[3, image_size, image_size]] * 2
+    means, stds = [[0.484375, 0.455078125, 0.40625], [0.5] * 3], [[0.228515625, 0.2236328125, 0.224609375], [0.5] * 3]
+    write_json("preprocessor_config.json", dict(
+        image_processor_type="PrismaticImageProcessor", processor_class="PrismaticProcessor", image_resize_strategy="resize-naive", input_sizes=sizes, interpolations=["bicubic"] * 2,
+        means=[[0.485, 0.456, 0.406], [0.5] * 3], stds=[[0.229, 0.224, 0.225], [0.5] * 3], tvf_crop_params=[dict(output_size=s[1:]) for s in sizes], tvf_do_letterbox=False, tvf_letterbox_fill=None,
+        tvf_normalize_params=[dict(mean=m, std=s, inplace=False) for m, s in zip(means, stds)],
+        tvf_resize_params=[dict(size=s[1:], interpolation=3, max_size=None, antialias=True) for s in sizes], use_fused_vision_backbone=True))
+    config = dict(
+        architectures=["OpenVLAForActionPrediction"], model_type="openvla", arch_specifier="no-align+fused-gelu-mlp", vision_backbone_id="dinosiglip-vit-so-224px", llm_backbone_id="llama2-7b-pure",
+        hf_llm_id="meta-llama/Llama-2-7b-hf", image_resize_strategy="resize-naive", image_sizes=[image_size] * 2, timm_override_act_layers=[None, None],
+        timm_model_ids=["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"], use_fused_vision_backbone=True, n_action_bins=256, llm_max_length=2048, pad_token_id=32000,
+        pad_to_multiple_of=64, output_projector_states=False, norm_stats={"demo_arm": {"action": dict(q01=[-1.0] * 7, q99=[1.0] * 7, mask=[True] * 6 + [False])}}, torch_dtype="float32",
+        text_config=dict(model_type="llama", vocab_size=32064, pad_token_id=32000, torch_dtype="float32", hidden_size=text[0], intermediate_size=2 * text[0], num_hidden_layers=text[1],
+                         num_attention_heads=4, num_key_value_heads=4),
+        vision_sizes=dict(featurizer=dict(embed_dim=dino[0], depth=dino[1], num_heads=4, mlp_ratio=2.0), fused_featurizer=dict(embed_dim=siglip[0], depth=siglip[1], num_heads=4, mlp_ratio=2.0)))
+    write_json("config.json", config)
+    write_json("generation_config.json", dict(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=32000))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = OpenVLAForActionPrediction(OpenVLAConfig(**config))
+        with torch.no_grad():
+            for name, p in model.named_parameters():                     # a random tower that tells places and colours apart; 0.02 would be nearly blind at this width
+                if p.ndim > 1 and "norm" not in name:
+                    p.normal_(0, 0.3 if p.ndim == 3 or "embed_tokens" in name else p[0].numel() ** -0.5)
+            # what a pretrained model knows and 2,000 pictures cannot teach: that neighbouring action tokens mean neighbouring actions
+            u, wave = torch.linspace(-1, 1, 256)[:, None], torch.rand(2, text[0]) * torch.tensor([[4.0], [2.0]])
+            curve = torch.cos(torch.pi * (u * wave[0] + wave[1]))
+            for weight, norm in ((model.get_input_embeddings().weight, 0.4), (model.get_output_embeddings().weight, 2 * text[0] ** -0.5)):
+                weight[model.action_begin:model.action_end] = norm * curve
+    tensors, split, index = model.state_dict(), {}, {}
+    for i, name in enumerate(tensors):
+        index[name] = f"model-{i * shards // len(tensors) + 1:05d}-of-{shards:05d}.safetensors"
+        split.setdefault(index[name], {})[name] = tensors[name].contiguous()
+    for name, shard in split.items():
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    write_json("model.safetensors.index.json", dict(metadata=dict(total_size=sum(t.numel() * 4 for t in tensors.values())), weight_map=index))
+    return folder
+
+
 # ---- what can be made: name -> function(folder, args). A new format is one function and one line here ------------------
 
 PARTS = {
@@ -350,6 +495,8 @@ PARTS = {
     "insertion_sim": lambda folder, args: write_insertion_sim(folder / "insertion_sim", args.episodes, args.seed),
     "smolvlm2": lambda folder, args: write_smolvlm2(folder / "smolvlm2", args.seed),
     "fast": lambda folder, args: write_fast(folder / "fast", args.seed),
+    "vamos": lambda folder, args: write_vamos(folder / "vamos", seed=args.seed),
+    "openvla": lambda folder, args: write_openvla(folder / "openvla", args.seed),
 }
 
 
