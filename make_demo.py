@@ -401,17 +401,17 @@ def render_mobile(at, bottles, look, size, rng):
         else:
             upright(where, 0.3, 0.12, np.array([0.1, 0.65, 0.2]) + look["bottle"])
             upright(where, 0.12, 0.12, np.array([0.85, 0.1, 0.1]) + look["bottle"])
-    return np.clip(np.asarray(picture, np.float32) + rng.normal(0, 4, (height, width, 3)), 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(picture, np.float32) + rng.normal(0, 2, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
 KOSMOS_TAGS = ["</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>"]
 
 
-def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, patch=8, queries=16):
+def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, patch=14, queries=24):
     """A tiny random Kosmos-2 directory that AutoTokenizer and Kosmos2Model.from_pretrained open like the real one. `text`, `vision` = (width, layers).
 
     The tokenizer has the real one's form (unigram pieces, <s> 0, <pad> 1, </s> 2, <unk> 3, the tags behind all pieces) without the 1024 patch tokens. Nothing of a random tower is
-    trained, so its weights are larger than usual: the image tokens have to differ where the pictures do.
+    trained, so its weights are drawn such that the image tokens keep what the pictures show: with the usual ones they are all alike.
     """
     import torch
     from tokenizers import AddedToken
@@ -430,15 +430,21 @@ def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, p
         image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]), indent=2))
     config = Kosmos2Config(
         text_config=dict(vocab_size=len(tokenizer), embed_dim=text[0], layers=text[1], ffn_dim=2 * text[0], attention_heads=4, max_position_embeddings=512, init_std=0.1),
-        vision_config=dict(hidden_size=vision[0], intermediate_size=2 * vision[0], num_hidden_layers=vision[1], num_attention_heads=4, image_size=image_size, patch_size=patch, initializer_factor=3.0),
+        vision_config=dict(hidden_size=vision[0], intermediate_size=2 * vision[0], num_hidden_layers=vision[1], num_attention_heads=4, image_size=image_size, patch_size=patch),
         latent_query_num=queries)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Kosmos2ForConditionalGeneration(config)
-        projection = model.image_to_text_projection
-        torch.nn.init.normal_(projection.dense.weight, std=1.0)         # what comes in is L2-normalised, and almost the same for every patch
-        for name in ("q_proj", "k_proj"):
-            torch.nn.init.normal_(getattr(projection.x_attn, name).weight, std=0.3)
+        vision_tower, projection, normal = model.vision_model.model, model.image_to_text_projection, torch.nn.init.normal_
+        normal(model.text_model.model.embed_tokens.weight, std=1.0)     # as loud as the image tokens
+        normal(vision_tower.embeddings.position_embedding.weight, std=1.0)
+        normal(vision_tower.embeddings.patch_embedding.weight, std=1 / patch / 3 ** 0.5)
+        for layer in vision_tower.encoder.layers:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.out_proj, layer.mlp.fc1, layer.mlp.fc2):
+                normal(linear.weight, std=0.5 / vision[0] ** 0.5)       # the patches stay what they are, with a little of the others
+        normal(projection.dense.weight, std=3.0)                        # what comes in is L2-normalised
+        for name, std in (("q_proj", 0.3), ("k_proj", 0.3), ("v_proj", text[0] ** -0.5), ("out_proj", text[0] ** -0.5)):
+            normal(getattr(projection.x_attn, name).weight, std=std)    # sharp: every query looks at a few patches
         model.save_pretrained(folder)
     return folder
 

@@ -124,7 +124,7 @@ class Config:
     seed: int = 123                                # of the sample order, dropout and new weights
     window_size: int = 8                           # W, observed frames
     fwd_pred_next_n: int = 10                      # N, predicted velocities
-    label_offset: Literal[0, 1] = 0                # first label of a step: 0 the action recorded with its newest image, 1 the one after it
+    label_offset: int = 0                          # first label of a step: 0 the action recorded with its newest image, 1 the one after it
     batch_size: int = 1                            # windows per GPU and micro-batch
     num_workers: int = 2                           # loader processes per rank; 0: in the main process
     learning_rate: float = 1e-4                    # AdamW
@@ -157,6 +157,7 @@ def check_config(cfg):
             raise ValueError(f"{key} is {value}: expected 1 or more")
     for wrong, message in (
         (not 0 < d.train_split <= 1, f"dataset.train_split is {d.train_split}: expected a share above 0, up to 1 (no validation)"),
+        (cfg.label_offset not in (0, 1), f"label_offset is {cfg.label_offset}: expected 0 or 1"),
         (len(d.action_scale) != 2 or min(d.action_scale) <= 0, f"dataset.action_scale is {d.action_scale}: expected two speeds above 0, of linear_x and linear_y"),
         (d.feature_cache and s.lora_enable and s.lora_scope == "all", "dataset.feature_cache needs a frozen vision tower: train_setup.lora_scope text or text_attention, not all"),
         (d.feature_cache and d.future_images, "dataset.future_images needs the images, dataset.feature_cache replaces them: leave one out"),
