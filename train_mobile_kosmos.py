@@ -31,6 +31,7 @@ try:
 except (ImportError, OSError, RuntimeError, AttributeError):
     sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
 
+import atexit
 import contextlib
 import dataclasses
 import fnmatch
@@ -302,14 +303,16 @@ def resize(image, side):
 def read_images(episode, spec):
     """All images of a file -> (T, 3, side, side) uint8 RGB."""
     with h5py.File(episode.path, "r", locking=False) as f:
-        images, t = f["images"], 0
+        images = f["images"]
         try:
-            try:
-                stored = images[:]                                           # at once: a compressed chunk spans frames
-            except (OSError, RuntimeError):
-                stored = [images[t] for t in range(episode.num_frames)]      # one by one, to name the frame
-        except (OSError, RuntimeError) as error:
-            raise ep.BadEpisode(f"{episode.path}: dataset 'images' cannot be read ({error}). Re-copy the file, or move it away and start again") from error
+            stored = images[:]                                               # at once: a compressed chunk spans frames
+        except (OSError, RuntimeError):
+            stored = []
+            for t in range(episode.num_frames):                              # one by one, to name the frame
+                try:
+                    stored.append(images[t])
+                except (OSError, RuntimeError) as error:
+                    raise ep.BadEpisode(f"{episode.path}: dataset 'images' frame {t} cannot be read ({error}). Re-copy the file, or move it away and start again") from error
     order = slice(None, None, -1) if spec.colour_order == "bgr" else slice(None)
     return np.stack([resize(image[..., order], spec.image_size).transpose(2, 0, 1) for image in stored])
 
@@ -561,7 +564,8 @@ class MobileVLA(nn.Module):
         embeds = self.image_embeds(frames) if vision_x.ndim == 5 else frames
         action_hs = self.encode(embeds, lang_x[row], text_mask[row]).float()
         tok_seq = action_hs.new_zeros(B, W, action_hs.shape[-1]).masked_scatter(exists[..., None], action_hs)
-        return self.act_head(tok_seq[:, :, None])                            # padding is at the end: the LSTM never carries it into a real step
+        with torch.autocast(vision_x.device.type, enabled=False):            # the head is small: fp32, whatever the backbone runs in
+            return self.act_head(tok_seq[:, :, None])                        # padding is at the end: the LSTM never carries it into a real step
 
     forward = forward_continuous
 
@@ -611,8 +615,7 @@ class Policy:
     @torch.no_grad()
     def head(self, tok_seq, stream=False):
         """(B, S, D) -> (B, S, N, 2) float32 in [-1, 1]"""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.model.act_head(tok_seq[:, :, None], stream=stream)[0].float().cpu().numpy()
+        return self.model.act_head(tok_seq[:, :, None], stream=stream)[0].cpu().numpy()
 
     def predict(self, images, instruction=None):
         """On the robot: predict(images, instruction) with the newest image (h, w, 3) uint8 RGB, or several, oldest first -> (N, 2) float32 m/s, linear_x and linear_y of the next steps.
@@ -1159,6 +1162,8 @@ def main(cfg):
     # ---- loop
     core.train()
     batch_iterator, saved_at, skipped_in_row, step = iter(loader), start, 0, start
+    end_workers = getattr(batch_iterator, "_shutdown_workers", lambda: None)  # what its __del__ does. After an error a traceback keeps it alive, and because the workers
+    atexit.register(end_workers)                                             # ignore signals Python would wait for them forever
     window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), start     # (loss, gradient norm) since the last log line
     while step < steps:
         lr = lr_at(step, cfg, steps_per_epoch)
@@ -1233,6 +1238,8 @@ def main(cfg):
             break
 
     # ---- end
+    end_workers()
+    atexit.unregister(end_workers)
     stop.restore()
     log.close()
     if rank == 0 and step == steps:

@@ -262,8 +262,8 @@ def test_bad_recordings_are_named(make, tmp_path):
         mobile.load_episodes(make(dataset__data_dir=tmp_path / "nowhere").dataset)
 
 
-def test_images_that_cannot_be_read_are_named(tmp_path):
-    path = tmp_path / "episode_1.h5"
+def write_damaged(path):
+    """4 frames, of which frame 2 is damaged on disk."""
     with h5py.File(path, "w") as f:
         f.create_dataset("images", data=np.random.default_rng(0).integers(0, 255, (4, 28, 28, 3), dtype=np.uint8), chunks=(1, 28, 28, 3), compression="gzip")
         f["actions"] = np.zeros((4, 3), np.float32)
@@ -271,6 +271,11 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     with open(path, "r+b") as f:
         f.seek(chunk.byte_offset)
         f.write(b"\0" * chunk.size)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "episode_1.h5"
+    write_damaged(path)
     episode = mobile.read_episode(path, tmp_path, "x", {})
     with pytest.raises(mobile.ep.BadEpisode, match="episode_1.h5: dataset 'images' frame 2 cannot be read"):
         mobile.read_images(episode, spec_of())
@@ -464,10 +469,10 @@ def test_two_instructions_on_one_image_can_be_told_apart(make):
     tokens = [prompt.tokens(t) for t in (LEFT, RIGHT)]
     text, mask = torch.stack([t for t, _ in tokens]), torch.stack([m for _, m in tokens])
     embeds = model.image_embeds(torch.randint(0, 255, (1, 3, 28, 28), dtype=torch.uint8))[None].expand(2, 3, -1, -1)
-    labels = torch.tensor([0.8, -0.8])[:, None, None, None].expand(2, 3, 4, 2)
+    labels = torch.tensor([0.5, -0.5])[:, None, None, None].expand(2, 3, 4, 2)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=3e-3)
-    for _ in range(120):
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    for _ in range(80):
         loss = model.act_head.loss(model(embeds, text, mask), (labels, None), torch.ones(2, 3, 4, dtype=torch.bool))["loss_velocity"]
         optimizer.zero_grad()
         loss.backward()
@@ -524,7 +529,7 @@ def test_the_swap_test_tells_a_reader_from_a_deaf_policy(make, deaf):
     dataset = mobile.MobileVLAH5Dataset(data, range(6), make())
     v = mobile.validate(TwoSided(data.spec, deaf), dataset, mobile.Blind(dataset.episodes, data.spec), [LEFT, RIGHT], 0, 1, lambda x: x)
     assert v["swap_change"] == pytest.approx(0.0 if deaf else 1.15) and v["swap_flip"] == (0.0 if deaf else 1.0)
-    assert v["val_direction_accuracy"] == pytest.approx(0.5 if deaf else 1.0, abs=0.2 if deaf else 0) and v["val_left_direction"] == 1.0
+    assert v["val_direction_accuracy"] == pytest.approx(0.5 if deaf else 1.0, abs=0.2 if deaf else 0) and v["val_left_direction_accuracy"] == 1.0
     halves = [mobile.validate(TwoSided(data.spec, deaf), dataset, mobile.Blind(dataset.episodes, data.spec), [LEFT, RIGHT], 0, 1, lambda x: x)["val_loss"]]
     assert halves[0] == v["val_loss"] and v["val_loss"] == v["val_loss_velocity_act"] == v["val_loss_arm_act"]
 
@@ -587,7 +592,7 @@ def test_a_checkpoint_holds_only_what_was_trained(make, tmp_path):
     size = (tmp_path / "run/checkpoints/last.ckpt").stat().st_size
     assert 12 * numbers < size < 12 * numbers + 300_000
     validation = next(r for r in rows if "val_loss" in r)
-    assert {"val_mae_linear_x", "val_direction_accuracy", "val_left_mae_y", "blind_zeros_loss", "blind_mean_loss", "blind_per_time_loss", "swap_change", "val_mae_step_4"} <= set(validation)
+    assert {"val_mae_linear_x", "val_direction_accuracy", "val_left_mae_linear_y", "blind_zeros_loss", "blind_mean_loss", "blind_per_time_loss", "swap_change", "val_mae_step_4"} <= set(validation)
     assert (tmp_path / "run/validation_episodes.txt").read_text().count("[") == 3
 
 
@@ -596,6 +601,7 @@ def test_a_loaded_policy_predicts_what_was_trained(make, tmp_path, mobile_root, 
     original = mobile.validate
 
     def spy(policy, dataset, *rest):
+        policy.model.eval()
         seen["rollout"] = policy.rollout(torch.from_numpy(dataset.frames.of(dataset.episodes[0])), dataset.episodes[0].instruction)
         return original(policy, dataset, *rest)
 
@@ -637,7 +643,7 @@ def test_accumulation_equals_one_big_batch(make):
 
 def test_two_ranks_equal_one_with_twice_the_batch(make, tmp_path):
     """The real launcher (gloo, CPU)."""
-    flags = dict(train_setup__lora_dropout=0, trainer__max_epochs=1, learning_rate=1e-4, trainer__accumulate_grad_batches=2, trainer__max_steps=3)
+    flags = dict(train_setup__lora_dropout=0, trainer__max_epochs=1, learning_rate=1e-4, trainer__accumulate_grad_batches=2, trainer__max_steps=2)
     one, rows = train(make("one", batch_size=4, **flags))
     cfg = make("two", batch_size=2, **flags)
     mobile.save_config(cfg, tmp_path / "two.yaml")
@@ -704,7 +710,9 @@ def test_a_non_finite_step_is_skipped_and_named(make, monkeypatch, capsys):
 def test_fp16_overflow_lowers_the_scale_and_costs_a_step_not_the_weights(make, monkeypatch, capsys):
     """16-mixed is for CUDA; here the CPU is told to do it. The first scale is absurdly high, so that gradients overflow until it fits."""
     monkeypatch.setattr(mobile, "pick_precision", lambda wanted, device: torch.float16)
-    scaler = torch.amp.GradScaler
+    layer_norm, scaler = torch.nn.functional.layer_norm, torch.amp.GradScaler
+    floats = lambda x: None if x is None else x.float()
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, shape, weight=None, bias=None, eps=1e-5: layer_norm(floats(x), shape, floats(weight), floats(bias), eps))   # as CUDA's autocast does
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0 ** 60, enabled=enabled))
     straight, rows = train(make("straight", trainer__max_epochs=4))
     assert "fp16 gradients overflowed" in capsys.readouterr().out
@@ -803,14 +811,25 @@ def test_without_validation_episodes_only_the_last_is_kept(make, tmp_path):
     assert [p.name for p in (tmp_path / "run/checkpoints").glob("*.ckpt")] == ["last.ckpt"]
 
 
+def test_an_error_in_a_loader_worker_ends_the_program(make, tmp_path):
+    """The workers ignore SIGTERM; a program that dies of an error must not wait for them."""
+    for i in range(3):
+        write_damaged(tmp_path / f"episode_2025111{i}_080000.h5")
+    cfg = make(dataset__data_dir=tmp_path, num_workers=2)
+    mobile.save_config(cfg, tmp_path / "run.yaml")
+    out = subprocess.run([sys.executable, "train_mobile_kosmos.py", "--config", str(tmp_path / "run.yaml")], cwd=Path(mobile.__file__).parent, capture_output=True, text=True, timeout=90,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert out.returncode == 1 and "dataset 'images' frame 2 cannot be read" in out.stderr
+
+
 # ---- the recorder's own files ----------------------------------------------------------------------------------------
 
 def test_the_guides_configuration_reads_the_recorders_files(shared, make, kosmos_dir, capsys):
     cfg = parse_config(mobile.Config, ["--config", str(Path(mobile.__file__).parent / "configs/mobile_kosmos.yaml"), "--data_dir", str(shared / "data/mobile"), "--model", str(kosmos_dir), "--check"], mobile.ALIASES)
     mobile.main(cfg)
     said = capsys.readouterr().out
-    for text in ("8 training episodes, 144 frames; 2 validation episodes", "from the file 9, from its name 1, from the config 0", "(1, 8, 3, 28, 28)", "action_chunck         (1, 8, 10, 2)"):
-        assert text in said, text
+    for text in ("8 training episodes, 144 frames; 2 validation episodes", "from the file 9, from its name 1, from the config 0", "(1, 8, 3, 28, 28)", "action_chunck (1, 8, 10, 2)"):
+        assert text in " ".join(said.split()), text
     data = mobile.load_data(cfg, 28)
     assert {e.side for e in (data.episodes[i] for i in data.validation)} == {"left", "right"}
 
@@ -818,6 +837,6 @@ def test_the_guides_configuration_reads_the_recorders_files(shared, make, kosmos
 def test_the_command_trains_on_the_recorders_files(shared, tmp_path, kosmos_dir):
     """The command line with the guide's YAML: batch 1, accumulation 8, LoRA 32/16/0.1, the four-layer LSTM. Two steps."""
     out = subprocess.run([sys.executable, "train_mobile_kosmos.py", "--config", "configs/mobile_kosmos.yaml", "--data-dir", str(shared / "data/mobile"), "--model", str(kosmos_dir), "--output-dir", str(tmp_path / "run"),
-                          "--max_steps", "2"], cwd=Path(mobile.__file__).parent, capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
+                          "--max_steps", "2", "--wandb.mode", "disabled"], cwd=Path(mobile.__file__).parent, capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stderr
     assert "1 x 1 ranks x 8 accumulation = 8 windows per step" in out.stdout and "[VAL]" in out.stdout and (tmp_path / "run/checkpoints/last.ckpt").is_file()
