@@ -65,7 +65,8 @@ from common.stats import compute_stats
 
 FORMAT = 1                    # of a .ckpt
 EPOCH_FILE = r"epoch_(\d+)-val_loss=.*\.ckpt"
-TAGS = ("<image>", "</image>", "<grounding>")  # Kosmos-2's own: begin and end of the image tokens, start of a grounded text
+TAGS = ("</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>")  # Kosmos-2's, in the order of their ids
+REAL_VOCABULARY, REAL_IMAGE_IDS = 65037, [64003, 64004]  # of the published Kosmos-2: its ids of <image> and </image>
 DEAD_BAND = 0.3               # of the action scale: a smaller velocity has no direction
 IMAGE_SIZE = 224              # Kosmos-2's; only for --check without its config.json
 
@@ -355,7 +356,7 @@ class MobileVLAH5Dataset(Dataset):
 
     def __init__(self, data, which, cfg, prompt=None, cache=None):
         self.spec, self.episodes, self.prompt, self.cache = data.spec, [data.episodes[i] for i in which], prompt, cache
-        self.frames = Frames(data.spec, cfg.dataset.image_cache_gb)
+        self.frames, self.future_images = Frames(data.spec, cfg.dataset.image_cache_gb), cfg.dataset.future_images
         # a window needs a label at its first step, so with label_offset 1 the last frame starts none
         self.windows = [(e, s) for e, episode in enumerate(self.episodes) for s in range(episode.num_frames - data.spec.label_offset if cfg.dataset.windows == "all" else 1)
                         if s + data.spec.label_offset < episode.num_frames]
@@ -378,8 +379,6 @@ class MobileVLAH5Dataset(Dataset):
 
     def collater(self, samples):
         return collater(samples, self.spec, self.future_images)
-
-    future_images = False
 
 
 def collater(samples, spec, future_images=False):
@@ -428,14 +427,15 @@ class Prompt:
     def __init__(self, tokenizer, max_text_len):
         from tokenizers import AddedToken
 
-        tokenizer.add_tokens([AddedToken(t, lstrip=True, rstrip=False, normalized=False) for t in TAGS if t not in tokenizer.get_vocab()])
+        tokenizer.add_tokens([AddedToken(t, lstrip=True, rstrip=False, normalized=False) for t in TAGS])   # nothing happens where it has them
         self.tokenizer, self.max_text_len, self._known = tokenizer, max_text_len, {}
-        self.image_ids = tokenizer.convert_tokens_to_ids(list(TAGS[:2]))     # <image>, </image>
+        self.image_ids = tokenizer.convert_tokens_to_ids(["<image>", "</image>"])
 
     def tokens(self, instruction):
         """-> (ids (max_text_len,) int64, mask (max_text_len,) bool), padding at the end."""
         if instruction not in self._known:
             ids = self.tokenizer(f"<grounding>{instruction}")["input_ids"]
+            assert ids[0] == self.tokenizer.bos_token_id, f"the tokenizer starts '{instruction}' with id {ids[0]}, not with <s>"
             if len(ids) > self.max_text_len:
                 raise ValueError(f"the instruction '{instruction[:60]}...' has {len(ids)} tokens, dataset.max_text_len is {self.max_text_len}: shorten it, or raise the key")
             text = torch.full((self.max_text_len,), self.tokenizer.pad_token_id)
@@ -530,8 +530,10 @@ class MobileVLA(nn.Module):
     def train(self, mode=True):
         """The backbone is frozen: its own dropout stays off, the adapters' follows `mode`."""
         super().train(mode)
+        self.backbone.eval()
         for module in self.backbone.modules():
-            module.train(mode and isinstance(module, LoraLinear)) if isinstance(module, LoraLinear) else setattr(module, "training", False)
+            if isinstance(module, LoraLinear):
+                module.training = mode
         return self
 
     def image_embeds(self, rgb):
@@ -606,8 +608,8 @@ class Policy:
     @torch.no_grad()
     def action_states(self, vision_x, instruction):
         """n frames, uint8 (n, 3, side, side) or image embeddings (n, Q, D), under one instruction -> (n, D)"""
-        text, mask = (x[None, :int(m.sum())].to(self.device) for m in [self.prompt.tokens(instruction)[1]] for x in self.prompt.tokens(instruction))
-        vision_x = vision_x.to(self.device)
+        ids, valid = self.prompt.tokens(instruction)
+        text, mask, vision_x = ids[valid][None].to(self.device), valid[valid][None].to(self.device), vision_x.to(self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             embeds = self.model.image_embeds(vision_x) if vision_x.ndim == 4 else vision_x
             return self.model.encode(embeds, text.expand(len(embeds), -1), mask.expand(len(embeds), -1)).float()
@@ -697,6 +699,8 @@ class Backbone:
         from transformers import AutoConfig, AutoTokenizer
 
         folder = local_folder(source, weights)
+        if missing := [f for f in ("config.json", "preprocessor_config.json", "tokenizer_config.json") if not (folder / f).is_file()]:
+            raise FileNotFoundError(f"model '{source}' has no {missing[0]}; expected a Kosmos-2 directory with config.json, preprocessor_config.json, tokenizer files and model.safetensors")
         config, about = AutoConfig.from_pretrained(folder), json.loads((folder / "preprocessor_config.json").read_text())
         if config.model_type != "kosmos-2":
             raise ValueError(f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. microsoft/kosmos-2-patch14-224")
@@ -729,9 +733,10 @@ def build_model(cfg, backbone, prompt, device, dtype, vlm=None):
         vlm, report = Kosmos2Model.from_pretrained(backbone.folder, dtype=dtype, output_loading_info=True)
         if missing := sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"]):
             raise ValueError(f"{backbone.folder} lacks {len(missing)} tensors of a Kosmos-2 or has them in another shape, e.g. {missing[0]}: they would stay random")
-    top = max(prompt.image_ids)
-    if top >= vlm.config.text_config.vocab_size:
-        raise ValueError(f"the tokenizer of '{cfg.model}' gives <image> the ids {prompt.image_ids}, its model knows ids below {vlm.config.text_config.vocab_size}: tokenizer and weights do not belong together")
+    known = vlm.config.text_config.vocab_size
+    if max(prompt.image_ids) >= known or backbone.config.text_config.vocab_size == REAL_VOCABULARY and prompt.image_ids != REAL_IMAGE_IDS:
+        raise ValueError(f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {prompt.image_ids}; its model has {known} ids, the published one means {REAL_IMAGE_IDS}: tokenizer and "
+                         "weights do not belong together")
     vlm.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -943,6 +948,11 @@ def lr_at(step, cfg, steps_per_epoch):
     return cfg.learning_rate * scale * min(1.0, (step + 1) / warmup if warmup > 0 else 1.0)
 
 
+def epoch_after(before, position, n):
+    """Number, from 0, of the epoch that a step from position `before` to `position` finished, else of the one it is in. Steps may cross the end of an epoch."""
+    return position // n - 1 if position // n > before // n else position // n
+
+
 def top_files(folder):
     """{path: (epoch, val_loss)} of the epoch checkpoints in `folder`, from the files themselves: a resumed run, or one that was killed while saving, knows all of them."""
     out = {}
@@ -1046,13 +1056,13 @@ def main(cfg):
     print0 = print if rank == 0 else lambda *_: None
     out = Path(cfg.output_dir)
     folder = out / "checkpoints"
-    path = folder / "last.ckpt" if cfg.resume == "auto" else Path(cfg.resume) if cfg.resume else None
+    there = [p for p in (folder / "last.ckpt", *sorted(folder.glob("epoch_*.ckpt"), reverse=True)) if p.is_file()]
+    path = next(iter(there), None) if cfg.resume == "auto" else Path(cfg.resume) if cfg.resume else None
     if path and not path.is_file():
-        if cfg.resume != "auto":
-            raise FileNotFoundError(f"--resume {path}: no such checkpoint; '{folder}' has {', '.join(sorted(p.name for p in folder.glob('*.ckpt'))) or 'none'}")
+        raise FileNotFoundError(f"--resume {path}: no such checkpoint; '{folder}' has {', '.join(p.name for p in there) or 'none'}")
+    if cfg.resume == "auto" and not path:
         print0(f"resume    auto: no checkpoint in {folder}, starting a new run")
-        path = None
-    if path is None and (list(folder.glob("*.ckpt")) or (out / "metrics.jsonl").exists() and cfg.resume != "auto"):
+    if path is None and (there or (out / "metrics.jsonl").exists() and cfg.resume != "auto"):
         raise FileExistsError(f"output_dir '{out}' already holds a run. Continue it with --resume auto, or choose another --output_dir")
     backbone = Backbone.open(cfg.model)
     digest, prompt = backbone.digest(), Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
@@ -1082,7 +1092,7 @@ def main(cfg):
     policy = Policy(core, prompt, data.spec, data.stats, autocast)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    scaler = torch.amp.GradScaler("cuda" if cuda else "cpu", enabled=autocast == torch.float16)
     start = position = skipped = rescaled = 0
     if state:
         ckpt.restore_training_state(core, optimizer, state)
@@ -1100,7 +1110,6 @@ def main(cfg):
         if world > 1:
             dist.barrier()
     dataset, held_out = (MobileVLAH5Dataset(data, which, cfg, prompt, cache) for which in (data.train, data.validation))
-    dataset.future_images = cfg.dataset.future_images
     blind, known = Blind(dataset.episodes, data.spec), sorted({e.instruction for e in dataset.episodes})
     n, accumulation, global_batch = len(dataset), t.accumulate_grad_batches, cfg.batch_size * world * t.accumulate_grad_batches
     steps_per_epoch = n / global_batch
@@ -1111,7 +1120,7 @@ def main(cfg):
     batches = RankBatches(GlobalOrder(n, cfg.seed), cfg.batch_size, accumulation, rank, world, position, steps - start)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collater, num_workers=cfg.num_workers, pin_memory=cuda, prefetch_factor=4 if cfg.num_workers else None,
                         worker_init_fn=ckpt.ignore_stop_signals)
-    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else core
+    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else core
     count, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in core.parameters())
     size = 12 * count                                                        # fp32 weights and two moments
     lora = f"LoRA r {cfg.train_setup.lora_r} on {cfg.train_setup.lora_scope}" if cfg.train_setup.lora_enable else "no LoRA"
@@ -1130,11 +1139,10 @@ def main(cfg):
     log = runlog.RunLog(out, steps, start, rank, cfg.wandb_project, cfg.wandb, dataclasses.asdict(cfg))
     stop = ckpt.StopSignal()
 
-    def save(step, position, val_loss=None):
+    def save(step, position, epoch, val_loss=None):
         """Write last.ckpt, and the epoch's own file if it is among the best, on rank 0; True if they are in place. A full disk costs the new checkpoint, never an old one."""
         ok = True
         if rank == 0:
-            epoch = max(0, math.ceil(position / n) - 1)                      # from 0: the epoch that step ended in
             name = folder / f"epoch_{epoch:02d}-val_loss={math.nan if val_loss is None else val_loss:.3f}.ckpt"
             about = dict(epoch=epoch, step=step, position=position, val_loss=val_loss, skipped=skipped, rescaled=rescaled, scaler=scaler.state_dict())
             try:
@@ -1222,13 +1230,14 @@ def main(cfg):
             window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
             log.step(step)
-        t_pause, val_loss, due = time.perf_counter(), None, position // (n * t.every_n_epochs) > before // (n * t.every_n_epochs) or step == steps
+        t_pause, val_loss, epoch = time.perf_counter(), None, epoch_after(before, position, n)
+        due = position // (n * t.every_n_epochs) > before // (n * t.every_n_epochs) or step == steps
         if due and held_out.episodes:
             values = validate(policy, held_out, blind, known, rank, world, reduce)
             val_loss = values["val_loss"]
-            log.log(step, values, say_validation(max(0, math.ceil(position / n) - 1), step, values))
+            log.log(step, values, say_validation(epoch, step, values))
         if due or told_to_stop:
-            if save(step, position, val_loss):
+            if save(step, position, epoch, val_loss):
                 saved_at = step
             elif step == steps or told_to_stop:
                 raise ckpt.DiskFull(28, f"the last checkpoint could not be written; the newest complete one is of step {saved_at}. Free space and run again with --resume auto")

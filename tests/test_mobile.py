@@ -128,6 +128,7 @@ def test_every_key_has_the_guides_shape_and_value(make, tmp_path, offset):
             assert (batch["fwd_rgb_chunck"][0, i, j] == i + 1 + j).all()
     assert all(batch[k].all() for k in ("chunck_mask", "fwd_mask", "attention_mask")) and not batch["hand_rgb"].any() and not batch["fwd_hand_rgb_chunck"].any()
     lean = dataset.collater([item])
+    assert dataset.future_images is False
     assert lean["fwd_rgb_chunck"] is None and lean["fwd_hand_rgb_chunck"] is None
 
 
@@ -574,6 +575,20 @@ def test_the_best_three_and_the_last_are_kept_over_a_resume(make, monkeypatch, t
     assert not list(folder.glob(".tmp*"))
 
 
+def test_epochs_are_counted_by_what_a_step_finished(make, tmp_path):
+    assert [mobile.epoch_after(*k, 24) for k in ((0, 5), (20, 25), (25, 30), (45, 50), (0, 48))] == [0, 0, 1, 1, 1]
+    state, rows = train(make(batch_size=5, trainer__max_epochs=2, trainer__save_top_k=2))     # 24 windows: steps of 5 cross the end of the epoch
+    assert [p.name[:8] for p in sorted((tmp_path / "run/checkpoints").glob("epoch*"))] == ["epoch_00", "epoch_01"] and state["position"] == 50
+    assert [r["step"] for r in rows if "val_loss" in r] == [5, 10]
+
+
+def test_resume_auto_takes_the_newest_epoch_where_the_last_is_gone(make, tmp_path):
+    train(make())
+    (tmp_path / "run/checkpoints/last.ckpt").unlink()
+    state, rows = train(make(trainer__max_epochs=3, resume="auto"))
+    assert state["epoch"] == 2 and [r["step"] for r in rows if "train_loss" in r] == list(range(1, 37))
+
+
 def test_an_epoch_that_is_done_again_replaces_its_file(make, monkeypatch, tmp_path):
     losses = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(mobile, "validate", lambda *_: dict(val_loss=next(losses)))
@@ -801,6 +816,13 @@ def test_another_architecture_or_missing_tensors_are_refused(make, tmp_path, kos
     broken = shutil.copytree(kosmos_dir, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors.pop("image_to_text_projection.latent_query")
+    backbone = mobile.Backbone.open(kosmos_dir)
+    backbone.config.text_config.vocab_size = mobile.REAL_VOCABULARY
+    with pytest.raises(ValueError, match="do not belong together"):
+        mobile.build_model(make(), backbone, mobile.Prompt(backbone.tokenizer, 64), torch.device("cpu"), torch.float32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no config.json; expected a Kosmos-2"):
+        mobile.main(make(model=tmp_path / "empty"))
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 tensors.*latent_query"):
         mobile.main(make(model=broken))
