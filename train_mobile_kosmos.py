@@ -932,6 +932,7 @@ def validate(policy, dataset, blind, known, rank, world, reduce):
 def say_validation(epoch, step, v):
     percent = lambda key: f"{v[key]:.1%}" if key in v else "-"
     swap = f"swapped text: {v['swap_change']:.3f} m/s, {percent('swap_flip')} of turns flip" if "swap_change" in v else "one instruction only: no swap test"
+    swap += " (it does not listen to the text)" if v.get("swap_change", 1) < 0.01 else ""
     return (f"[VAL] epoch {epoch} step {step} | val_loss {v['val_loss']:.4f} | MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s | direction {percent('val_direction_accuracy')} | {swap} | "
             f"blind loss: zeros {v['blind_zeros_loss']:.4f}, mean {v['blind_mean_loss']:.4f}, per time {v['blind_per_time_loss']:.4f} ({percent('blind_per_time_direction_accuracy')})")
 
