@@ -484,6 +484,112 @@ def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), im
     for name, shard in split.items():
         save_file(shard, folder / name, metadata={"format": "pt"})
     write_json("model.safetensors.index.json", dict(metadata=dict(total_size=sum(t.numel() * 4 for t in tensors.values())), weight_map=index))
+
+
+# ---- mobile base (HDF5) and Kosmos-2 ---------------------------------------------------------------------------------
+# A base that drives without turning sees two bottles, one on its left and one on its right, and a box between them. The instruction says which one to
+# drive to, and nothing else does: every scene is recorded twice, with opposite motion. How far, and when to stop, is in the pictures.
+
+MOBILE_SPEED = 1.15            # what a key sends per axis; one key is one frame and moves the base by MOBILE_STEP
+MOBILE_STEP = 0.13             # m
+MOBILE_FRAMES = 18             # the recorder's length
+MOBILE_GOAL = "Navigate around obstacles and reach the front of the beverage bottle on the"
+
+
+def write_mobile(folder, episodes=200, seed=0, size=(72, 128), colour_order="bgr", frames=MOBILE_FRAMES):
+    """`episodes` recordings (even ones left, odd ones right, two of a scene in a row) in the file form of the mobile recorder: images gzip in OpenCV's order, the action of
+    a key beside the picture taken after it was sent, a motionless frame 0. Every fifth file lacks its language_instruction: its name tells the side."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in tqdm(range(episodes), desc="mobile episodes", unit="episode", disable=None):
+        rng, side = np.random.default_rng([seed, 7, i // 2]), ("left", "right")[i % 2]
+        bottles = np.array([[rng.uniform(1.6, 2.4), rng.uniform(0.4, 0.95)], [rng.uniform(1.6, 2.4), -rng.uniform(0.4, 0.95)]])   # m forward, m to the left
+        look = dict(box=np.array([rng.uniform(1.1, 1.5), rng.uniform(-0.12, 0.12)]), floor=rng.uniform(0.25, 0.6, 3), wall=rng.uniform(0.5, 0.8, 3), bottle=rng.uniform(-0.1, 0.1, 3))
+        at, goal, actions, images = np.zeros(2), bottles[i % 2] - [0.45, 0.0], [], []
+        for t in range(frames):
+            gap = goal - at
+            key = np.where(np.abs(gap) > MOBILE_STEP / 2, np.sign(gap), 0.0) if t else np.zeros(2)
+            at = at + MOBILE_STEP / 2 * key                             # the picture is taken while the base moves: after the command
+            images.append(render_mobile(at, bottles, look, size, rng))
+            at = at + MOBILE_STEP / 2 * key
+            actions.append([*(MOBILE_SPEED * key), 0.0])
+        if colour_order == "bgr":
+            images = [image[..., ::-1] for image in images]
+        paths.append(folder / f"episode_20251115_{i // 3600:02d}{i // 60 % 60:02d}{i % 60:02d}_1box_hori_{side}_core_medium.h5")
+        with h5py.File(paths[-1], "w") as f:
+            f.create_dataset("images", data=np.stack(images), compression="gzip", chunks=(1, *size, 3))
+            f.create_dataset("actions", data=np.array(actions, np.float32), compression="gzip")
+            f.create_dataset("action_event_types", data=["episode_start"] + ["start_action"] * (frames - 1), dtype=h5py.string_dtype())
+            if i % 5:
+                f.create_dataset("language_instruction", data=np.array([f"{MOBILE_GOAL} {side}".encode()], "S256"))
+            f.attrs.update(episode_name=paths[-1].stem, num_frames=frames, total_duration=float(frames), action_chunk_size=8)
+    return paths
+
+
+def render_mobile(at, bottles, look, size, rng):
+    """-> (H, W, 3) uint8 RGB: what the camera of a base at `at` (m forward, m to the left) sees, looking forward."""
+    height, width = size
+    picture = Image.new("RGB", (width, height), tuple((look["wall"] * 255).astype(int)))
+    draw, horizon = ImageDraw.Draw(picture), 0.35 * height
+    draw.rectangle([0, horizon, width, height], fill=tuple((look["floor"] * 255).astype(int)))
+
+    def upright(where, tall, wide, colour):
+        away, left = np.maximum(where[0] - at[0], 0.15), where[1] - at[1]
+        k, x, foot = 0.55 * width / away, width / 2 - 0.55 * width * left / away, horizon + 0.22 * width / away     # pixels per m
+        draw.rectangle([x - wide / 2 * k, foot - tall * k, x + wide / 2 * k, foot], fill=tuple((np.clip(colour, 0, 1) * 255).astype(int)))
+
+    for where, thing in sorted([(tuple(b), "bottle") for b in bottles] + [(tuple(look["box"]), "box")], reverse=True):   # far ones first
+        if thing == "box":
+            upright(where, 0.18, 0.3, np.array([0.55, 0.35, 0.15]))
+        else:
+            upright(where, 0.3, 0.12, np.array([0.1, 0.65, 0.2]) + look["bottle"])
+            upright(where, 0.12, 0.12, np.array([0.85, 0.1, 0.1]) + look["bottle"])
+    return np.clip(np.asarray(picture, np.float32) + rng.normal(0, 2, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+KOSMOS_TAGS = ["</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>"]
+
+
+def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, patch=14, queries=24):
+    """A tiny random Kosmos-2 directory that AutoTokenizer and Kosmos2Model.from_pretrained open like the real one. `text`, `vision` = (width, layers).
+
+    The tokenizer has the real one's form (unigram pieces, <s> 0, <pad> 1, </s> 2, <unk> 3, the tags behind all pieces) without the 1024 patch tokens. Nothing of a random tower is
+    trained, so its weights are drawn such that the image tokens keep what the pictures show: with the usual ones they are all alike.
+    """
+    import torch
+    from tokenizers import AddedToken
+    from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration, XLMRobertaTokenizer
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = sorted({w for t in (f"{MOBILE_GOAL} left right", "Navigate to the target location") for w in t.split()})
+    pieces = [f"▁{w}" for w in words] + ["▁"] + [chr(c) for c in range(33, 127) if chr(c) not in "<>"]
+    tokenizer = XLMRobertaTokenizer(vocab=[(s, 0.0) for s in ("<s>", "<pad>", "</s>", "<unk>")] + [(p, -1.0 if len(p) > 1 else -9.0) for p in pieces])
+    tokenizer.add_tokens([AddedToken(t, lstrip=True, rstrip=False, normalized=False) for t in KOSMOS_TAGS])
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="CLIPImageProcessor", processor_class="Kosmos2Processor", do_center_crop=True, do_convert_rgb=True, do_normalize=True, do_rescale=True, do_resize=True,
+        rescale_factor=1 / 255, resample=3, crop_size=dict(height=image_size, width=image_size), size=dict(height=image_size, width=image_size),
+        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]), indent=2))
+    config = Kosmos2Config(
+        text_config=dict(vocab_size=len(tokenizer), embed_dim=text[0], layers=text[1], ffn_dim=2 * text[0], attention_heads=4, max_position_embeddings=512, init_std=0.1),
+        vision_config=dict(hidden_size=vision[0], intermediate_size=2 * vision[0], num_hidden_layers=vision[1], num_attention_heads=4, image_size=image_size, patch_size=patch),
+        latent_query_num=queries)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Kosmos2ForConditionalGeneration(config)
+        vision_tower, projection, normal = model.vision_model.model, model.image_to_text_projection, torch.nn.init.normal_
+        normal(model.text_model.model.embed_tokens.weight, std=1.0)     # as loud as the image tokens
+        normal(vision_tower.embeddings.position_embedding.weight, std=1.0)
+        normal(vision_tower.embeddings.patch_embedding.weight, std=1 / patch / 3 ** 0.5)
+        for layer in vision_tower.encoder.layers:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.out_proj, layer.mlp.fc1, layer.mlp.fc2):
+                normal(linear.weight, std=0.5 / vision[0] ** 0.5)       # the patches stay what they are, with a little of the others
+        normal(projection.dense.weight, std=3.0)                        # what comes in is L2-normalised
+        for name, std in (("q_proj", 0.3), ("k_proj", 0.3), ("v_proj", text[0] ** -0.5), ("out_proj", text[0] ** -0.5)):
+            normal(getattr(projection.x_attn, name).weight, std=std)    # sharp: every query looks at a few patches
+        model.save_pretrained(folder)
     return folder
 
 
@@ -497,6 +603,8 @@ PARTS = {
     "fast": lambda folder, args: write_fast(folder / "fast", args.seed),
     "vamos": lambda folder, args: write_vamos(folder / "vamos", seed=args.seed),
     "openvla": lambda folder, args: write_openvla(folder / "openvla", args.seed),
+    "mobile": lambda folder, args: write_mobile(folder / "mobile", args.episodes, args.seed),
+    "kosmos2": lambda folder, args: write_kosmos2(folder / "kosmos2", args.seed),
 }
 
 
