@@ -167,7 +167,7 @@ class Features:
         self.views = self.recipe["views"] if self.files else list(expected["views"] or ss.common_views(part)[0])
         if not self.views:
             raise ValueError(f"no view is in all of the {len(part)} sessions: choose some with --views, or leave sessions out; missing: {ss.common_views(part)[1]}")
-        self.about = f"{expected.get('model') or self.recipe['model']}, views {', '.join(self.views)} at {expected['height']}x{expected['width']}, computed while training"
+        self.about = f"{cfg.model}, views {', '.join(self.views)} at {expected['height']}x{expected['width']}, computed in every step"
         if self.files:
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
@@ -850,8 +850,8 @@ def main(cfg):
     size = 4 * (4 if cfg.ema_decay else 3) * count                           # fp32 weights, their average, and two moments
     print0(f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); {'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
     print0(f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {per_epoch} steps per epoch")
-    print0(f"steps     {start} -> {total} ({total / per_epoch:.1f} epochs); lr {cfg.lr:.2e}; {LATEST} is about {size / 1e9:.2f} GB, "
-           f"{BEST} {4 * count / 1e9:.2f} GB, in {folder}")
+    print0(f"steps     {start} -> {total} ({total / per_epoch:.1f} epochs); lr {cfg.lr:.2e}; {LATEST} is about {size / 1e9:.2g} GB, "
+           f"{BEST} {4 * count / 1e9:.2g} GB, in {folder}")
     if rank == 0:
         save_config(cfg, out / "config.yaml")
         shutil.copy(__file__, out / Path(__file__).name)
@@ -939,7 +939,7 @@ def main(cfg):
             if data.validation:
                 with ema.swapped():
                     values = validate(core, policy, held_out, cfg, device, rank, world, reduce)
-                if best is None or values["val/loss_epoch"] < best:
+                if math.isfinite(values["val/loss_epoch"]) and (best is None or values["val/loss_epoch"] < best):
                     best, best_step = values["val/loss_epoch"], step
                     save(BEST, step)
                 text = " | ".join(f"{unit} {values[f'val/mae_{unit}']:.4g} (no motion {values[f'val/mae_{unit}_zero']:.4g}, last action {values[f'val/mae_{unit}_last']:.4g})"

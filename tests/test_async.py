@@ -365,3 +365,343 @@ def same_training(a, b):
     for key in [k for k in a if k.endswith("_state_dict") and k != "optimizer_state_dict"]:
         assert all(torch.equal(v, b[key][k]) for k, v in a[key].items()), key
     assert all(torch.equal(v, b["optimizer_state_dict"][k][m]) for k, moments in a["optimizer_state_dict"].items() for m, v in moments.items())
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def open_data(root, model, out="unused", script=train_async, **more):
+    cfg = parse_config(script.Config, flags(root, model, out, **more), script.ALIASES)
+    data = script.load_data(cfg)
+    return cfg, data, script.SessionDataset(data.train + data.validation, data.features, cfg)
+
+
+def items_of(dataset, name):
+    """{step: item} of one session."""
+    e = [s.name for s in dataset.sessions].index(name)
+    return {int(k): dataset.read(e, row) for row, k in enumerate(dataset.steps[e])}
+
+
+def test_a_sample_by_hand(sessions_root, qwen_dir):
+    """Session with a gap before step 11: what step 10, the last of its segment, and step 11, the first of the next one, consist of."""
+    cfg, _, dataset = open_data(sessions_root, qwen_dir, sensor_loss_weight=3)
+    s = next(s for s in dataset.sessions if s.name == "New_dataset/Red_point/episode_20260101_000001")
+    items = items_of(dataset, s.name)
+    last, first = items[10], items[11]
+    assert s.segment[10] == 0 and s.segment[11] == 1
+    assert last["action_mask"].tolist() == [True] + [False] * 7 and np.array_equal(last["actions"], np.repeat(s.action[10:11], 8, 0)) and np.array_equal(last["previous"], s.action[9])
+    assert first["action_mask"].all() and np.array_equal(first["actions"], s.action[11:19]) and not first["previous"].any()
+    assert [items[k]["reuse_step"] for k in (0, 1, 2, 3, 10, 11, 12)] == [0, 1, 2, 0, 1, 0, 1]
+    features = dataset.features.files[s.name].features
+    assert all(torch.equal(items[k]["vl_features"], features[tick].float()) for k, tick in ((0, 0), (2, 0), (3, 1), (10, 3), (11, 4), (14, 5)))
+    rows = np.load(s.path / "sensor_stream.npy")
+    newest = np.flatnonzero(s.sensor_stamps <= s.starts[10])[-65:]
+    assert last["sensor"].shape == (65, 1026) and np.array_equal(last["sensor"], rows[newest]) and last["weight"] == 3
+    without = items_of(dataset, "OCT_insertion/-/Captures_0")[5]
+    assert without["sensor"] is None and without["weight"] == 1
+    batch = train_async.Collate(cfg, train_async.load_data(cfg).stats)([last, without])
+    assert batch["sensor"].shape == (2, 65, 1026) and batch["sensor_length"].tolist() == [65, 0] and batch["has_sensor"].tolist() == [True, False] and batch["actions"].abs().max() <= 1
+
+
+def test_a_slow_vlm_is_trained_as_it_will_be(sessions_root, qwen_dir):
+    """With 381 ms of latency and a look every 6 steps the feature is 4 to 9 steps old; at the start the robot waits for the first."""
+    _, _, dataset = open_data(sessions_root, qwen_dir, vlm_latency_ms=381, vlm_reuse_count=6)
+    ages = [item["reuse_step"] for item in items_of(dataset, "White_silicone_white_circle/-/recv_all_20260101_000000").values()]
+    assert ages[:16] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 4, 5, 6, 7, 8, 9]
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(k=st.integers(3, 26))
+def test_what_comes_later_is_not_seen(sessions_root, qwen_dir, tmp_path_factory, k):
+    """All images, sensor rows and robot rows after t_k replaced: step k's inputs stay the same, bit by bit."""
+    original = ss.Session(sessions_root / "New_dataset" / "Red_point" / "episode_20260101_000000")
+    folder = tmp_path_factory.mktemp("later") / "New_dataset" / "Red_point" / original.path.name
+    shutil.copytree(original.path, folder)
+    data, t = pickle.loads((folder / "data.pkl").read_bytes()), original.starts[k]
+    data["action"][k + 1:] = 7.0
+    (folder / "data.pkl").write_bytes(pickle.dumps(data))
+    rows = np.load(folder / "sensor_stream.npy")
+    rows[original.sensor_stamps > t] = 1e6
+    np.save(folder / "sensor_stream.npy", rows)
+    changed = 0
+    for view in original.view_names:
+        for i in np.flatnonzero(original.view(view)[1] > t):
+            Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(folder / original.view(view)[0][i])
+            changed += 1
+    assert changed
+
+    def inputs(session):
+        cfg = parse_config(train_async.Config, flags(session.path, qwen_dir, "unused", cache="online"), train_async.ALIASES)
+        item = items_of(train_async.SessionDataset([session], train_async.Features(cfg, [session]), cfg), session.name)[k]
+        return item["images"], item["sensor"], item["previous"]
+    (images, sensor, previous), (images2, sensor2, previous2) = inputs(original), inputs(ss.Session(folder))
+    assert all(np.array_equal(images[v], images2[v]) for v in images) and np.array_equal(sensor, sensor2) and np.array_equal(previous, previous2)
+
+
+def test_shares_follow_the_table(sessions_root, qwen_dir):
+    """Per sample 3 : 2 : 1; in an epoch every data set's share is that of weight x steps, within 1 %."""
+    cfg, data, _ = open_data(sessions_root, qwen_dir, val_split=0)
+    dataset = train_async.SessionDataset(data.train, data.features, cfg)
+    weights = dataset.sample_weights(data.weights)
+    order = train_async.GlobalOrder(len(dataset), 0, weights)
+    drawn = np.array([dataset.locate(order.index(p))[0] for p in range(20 * len(dataset))])
+    counts = {name: np.isin(drawn, [e for e, s in enumerate(dataset.sessions) if s.dataset == name]).mean() for name in dataset.datasets}
+    steps = {name: sum(len(k) for s, k in zip(dataset.sessions, dataset.steps) if s.dataset == name) for name in dataset.datasets}
+    table = {"New_dataset": 3, "White_silicone_white_circle": 2, "OCT_insertion": 1}
+    for name, count in counts.items():
+        assert count == pytest.approx(table[name] * steps[name] / sum(table[n] * steps[n] for n in table), abs=0.01)
+    assert open_data(sessions_root, qwen_dir, dataset_weight=["OCT_insertion=4"])[1].weights["OCT_insertion"] == 4
+
+
+@pytest.mark.parametrize("text", ["OCT=2", "OCT_insertion=0", "OCT_insertion=many", "OCT_insertion"])
+def test_a_wrong_weight_is_an_error(sessions_root, qwen_dir, text):
+    with pytest.raises(ValueError, match="dataset_weight"):
+        open_data(sessions_root, qwen_dir, dataset_weight=[text])
+
+
+def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
+    """Statistics, samples and their order stay the same whatever the held-out sessions hold; no session is on both sides."""
+    _, data, _ = open_data(sessions_root, qwen_dir)
+    assert data.validation and not {s.name for s in data.train} & {s.name for s in data.validation}
+    shutil.copytree(sessions_root, tmp_path / "s")
+    held_out = tmp_path / "s" / data.validation[0].path.relative_to(sessions_root)
+    changed = pickle.loads((held_out / "data.pkl").read_bytes())
+    changed["action"] *= 100
+    (held_out / "data.pkl").write_bytes(pickle.dumps(changed))
+    _, again, _ = open_data(tmp_path / "s", qwen_dir)
+    assert again.stats == data.stats and again.fingerprint == data.fingerprint
+
+
+def test_a_missing_cache_names_the_command(sessions_root, qwen_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python build_vl_cache\.py [^\n]*\n[^\n]*--cache online"):
+        open_data(sessions_root, qwen_dir, cache_root=tmp_path)
+
+
+@pytest.mark.parametrize("changed, message", [(dict(image_resize_height=84), "height was 56, now 84"), (dict(views=["View1"]), "views was"), (dict(vlm_reuse_count=4), "no multiple")])
+def test_features_of_other_settings_are_refused(sessions_root, qwen_dir, changed, message):
+    with pytest.raises(vl_cache.CacheMismatch, match=message):
+        open_data(sessions_root, qwen_dir, **changed)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def test_the_files_of_a_run(finished, sessions_root):
+    """The guide's names; everything loads with weights_only, nothing of the VLM is in it, metrics have the guide's names."""
+    latest, best, final = (load(finished / f"qwen_vla_async{end}.pt") for end in ("", "_best", "_final"))
+    assert latest["step"] == best["step"] == final["step"] == 6 and "optimizer_state_dict" in latest and "optimizer_state_dict" not in best
+    assert all(torch.equal(v, final["model_state_dict"][k]) for k, v in latest["model_state_dict"].items())
+    assert not any("vlm" in k or "language" in k for k in latest["model_state_dict"])
+    assert latest["meta"]["script"] == "train_async" and latest["meta"]["validation"] == (finished / "qwen_vla_async" / "validation_episodes.txt").read_text().split("\n")[:-1]
+    rows = read_metrics(finished / "qwen_vla_async")
+    steps = [r for r in rows if "train/loss_step" in r]
+    assert [r["step"] for r in steps] == [2, 4, 6] and all(r["train/sensor_samples"] + r["train/nonsensor_samples"] == 8 and 0 <= r["train/vl_reuse_counter"] <= 2 for r in steps)
+    assert {"train/lr", "train/grad_norm", "train/loss_epoch", "val/loss_epoch"} <= set().union(*rows)
+    assert not list(finished.glob(".tmp-*")) and (finished / "qwen_vla_async" / "loss.png").stat().st_size > 1000
+
+
+def test_the_baselines_by_hand(finished, sessions_root, qwen_dir):
+    """No motion and the last action again, mean absolute error in mm over x, y, z and all unpadded steps of the held-out chunks."""
+    row = next(r for r in read_metrics(finished / "qwen_vla_async") if "val/mae_mm" in r)
+    _, data, _ = open_data(sessions_root, qwen_dir)
+    zero, last = [], []
+    for s in data.validation:
+        for k in range(len(s)):
+            end = np.flatnonzero(s.segment == s.segment[k])[-1] + 1
+            chunk, begins = s.action[k:min(k + 8, end), :3], k == 0 or s.segment[k - 1] != s.segment[k]
+            zero.append(np.abs(chunk))
+            last.append(np.abs(chunk - (0 if begins else s.action[k - 1, :3])))
+    assert row["val/mae_mm_zero"] == pytest.approx(np.concatenate(zero).mean(), rel=1e-5) and row["val/mae_mm_last"] == pytest.approx(np.concatenate(last).mean(), rel=1e-5)
+
+
+def test_training_with_a_cache_opens_no_image_and_loads_no_vlm(sessions_root, qwen_dir, tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("opened")
+    monkeypatch.setattr(Image, "open", forbidden)
+    monkeypatch.setattr(vl_cache.VLEncoder, "__init__", forbidden)
+    run(sessions_root, qwen_dir, tmp_path, max_steps=2)
+
+
+def test_cached_and_online_training_are_the_same(finished, sessions_root, qwen_dir, tmp_path):
+    run(sessions_root, qwen_dir, tmp_path, cache="online", cache_root=tmp_path / "none", views=["View1", "View5"])
+    a, b = (read_metrics(folder / "qwen_vla_async") for folder in (finished, tmp_path))
+    losses = lambda rows: [r[k] for r in rows for k in ("train/loss_step", "val/loss_epoch") if k in r]  # noqa: E731
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4) and len(losses(a)) == 4
+    other = load(tmp_path / "qwen_vla_async.pt")["model_state_dict"]
+    assert all(torch.allclose(v.float(), other[k].float(), atol=1e-4) for k, v in load(finished / "qwen_vla_async.pt")["model_state_dict"].items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_and_resumed_equals_uninterrupted(finished, sessions_root, qwen_dir, tmp_path, monkeypatch, capsys, workers):
+    """SIGTERM within an epoch, at another number of workers: the step is finished and saved, and --resume auto ends in the same bits."""
+    def lr_at(step, *rest, original=train_async.lr_at):
+        if step == 2 and not (tmp_path / "qwen_vla_async.pt").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, *rest)
+    monkeypatch.setattr(train_async, "lr_at", lr_at)
+    run(sessions_root, qwen_dir, tmp_path, num_workers=workers)
+    assert "stopped by signal after step 3" in capsys.readouterr().out and load(tmp_path / "qwen_vla_async.pt")["step"] == 3
+    run(sessions_root, qwen_dir, tmp_path, num_workers=2 - workers, resume="auto")
+    same_training(load(tmp_path / "qwen_vla_async.pt"), load(finished / "qwen_vla_async.pt"))
+    assert [r["step"] for r in read_metrics(tmp_path / "qwen_vla_async") if "train/loss_step" in r] == [2, 4, 6]
+
+
+def test_two_ranks_equal_one_process(sessions_root, qwen_dir, tmp_path):
+    """torchrun with 2 x 2 x 4 samples per step, of which each rank sees its own, ends where one process with 1 x 4 x 4 ends."""
+    common = dict(dropout=0.0, max_steps=3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train_async.py")]
+    result = subprocess.run(command + flags(sessions_root, qwen_dir, tmp_path / "two", **common), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "4 x 2 ranks x 2 accumulation = 16" in result.stdout
+    run(sessions_root, qwen_dir, tmp_path / "one", grad_accum_steps=4, **common)
+    two, one = (load(tmp_path / n / "qwen_vla_async.pt") for n in ("two", "one"))
+    assert two["best_val_loss"] == pytest.approx(one["best_val_loss"], rel=1e-5)
+    for key, value in one["model_state_dict"].items():
+        # the key's bias, and all of query and key where there is one token to attend to, have no gradient but rounding, which Adam blows up; the loss above covers them
+        if "in_proj" not in key:
+            assert torch.allclose(value.float(), two["model_state_dict"][key].float(), atol=1e-5), key
+
+
+def test_an_existing_run_is_not_overwritten(finished, sessions_root, qwen_dir):
+    before = (finished / "qwen_vla_async.pt").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="--resume auto"):
+        run(sessions_root, qwen_dir, finished)
+    assert (finished / "qwen_vla_async.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("changed, message", [(dict(seed=1), "seed 42, now 1"), (dict(sensor_window_size=130), "sensor_window_size"), (dict(val_split=0), "sessions or their features changed"),
+                                              (dict(resume="qwen_vla_async_best.pt"), "no optimizer")])
+def test_a_resume_that_would_be_another_run_is_refused(finished, sessions_root, qwen_dir, changed, message):
+    changed = dict(resume="auto", max_steps=8) | changed
+    changed["resume"] = changed["resume"] if changed["resume"] == "auto" else finished / changed["resume"]
+    with pytest.raises(ValueError, match=message):
+        run(sessions_root, qwen_dir, finished, **changed)
+
+
+def test_a_finished_run_has_nothing_to_do(finished, sessions_root, qwen_dir, capsys):
+    run(sessions_root, qwen_dir, finished, resume="auto")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_non_finite_steps_are_skipped_named_and_end_the_run_after_ten(sessions_root, qwen_dir, tmp_path):
+    """NaN in one session's sensor file: steps that draw it change no weight and are named; where every sample is NaN the run stops."""
+    shutil.copytree(sessions_root, tmp_path / "s")
+    for folder in (tmp_path / "s").glob("*/recv_all_*"):
+        rows = np.load(folder / "sensor_stream.npy")
+        rows[3::10] = np.nan                                      # not among the rows of the statistics
+        np.save(folder / "sensor_stream.npy", rows)
+    run(tmp_path / "s", qwen_dir, tmp_path / "a", batch_size=1, grad_accum_steps=1, max_steps=8)
+    skipped = [name for r in read_metrics(tmp_path / "a" / "qwen_vla_async") for name in r.get("nonfinite", ())]
+    assert skipped and all("recv_all" in session for session, _ in skipped)
+    assert all(torch.isfinite(v).all() for v in load(tmp_path / "a" / "qwen_vla_async.pt")["model_state_dict"].values())
+    with pytest.raises(FloatingPointError, match="10 steps in a row"):
+        run(tmp_path / "s", qwen_dir, tmp_path / "b", batch_size=16, max_steps=20)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(sessions_root, qwen_dir, tmp_path, monkeypatch, capsys):
+    run(sessions_root, qwen_dir, tmp_path, max_steps=2)
+    before = load(tmp_path / "qwen_vla_async.pt")
+
+    def full(folder, needed):
+        raise train_async.ckpt.DiskFull(28, "no room")
+    monkeypatch.setattr(train_async.ckpt, "require_space", full)
+    with pytest.raises(train_async.ckpt.DiskFull, match="is of step 2"):
+        run(sessions_root, qwen_dir, tmp_path, max_steps=4, resume="auto")
+    assert "CHECKPOINT NOT SAVED at step 4" in capsys.readouterr().out
+    after = load(tmp_path / "qwen_vla_async.pt")
+    assert after["step"] == 2 and all(torch.equal(v, after["model_state_dict"][k]) for k, v in before["model_state_dict"].items())
+
+
+# ---- policy ----------------------------------------------------------------------------------------------------------
+
+def test_a_saved_policy_predicts_the_same(sessions_root, qwen_dir, tmp_path):
+    cfg, data, dataset = open_data(sessions_root, qwen_dir)
+    core = train_async.build_model(cfg, data.features.shape, data.stats, torch.device("cpu"))
+    policy = train_async.Policy(core.eval(), cfg, data.stats, data.features.recipe, ["go"], torch.device("cpu"))
+    train_async.fill_statistics(core, dataset, data.stats, policy)
+    content = dict(format_version=1, meta=dict(script="train_async"), config=dataclasses.asdict(cfg), stats=data.stats, recipe=data.features.recipe, vl_shape=list(data.features.shape),
+                   instructions=["go"])
+    train_async.save_model(tmp_path / "p.pt", content, core)
+    items = [dataset[(0, i)] for i in (3, 40, 200)]
+    predicted = policy.predict(items)
+    assert predicted.shape == (3, 8, 7) and (predicted[..., 6] == 1).all()
+    loaded = train_async.load_policy(tmp_path / "p.pt", "cpu")
+    assert np.array_equal(loaded.predict(items), predicted)
+    for b, item in enumerate(items):                              # the same alone as in a batch
+        np.testing.assert_allclose(loaded.predict([item])[0], predicted[b], atol=1e-5)
+
+
+def test_predict_from_images_equals_predict_from_the_cache(finished, sessions_root, qwen_dir):
+    """One preprocessing: raw images, rows and instruction give what the cached feature and the dataset's item give; another instruction gives something else."""
+    policy = train_async.load_policy(finished, "cpu")
+    _, _, dataset = open_data(sessions_root, qwen_dir)
+    e, row = 2, 7
+    s, item = dataset.sessions[e], dataset.read(e, row)
+    tick, ticks = int(dataset.ticks[e][row]), dataset.features._ticks[s.name]
+    images = {v: np.asarray(Image.open(s.frame_path(v, int(ticks.frame_index[v][tick])))) for v in ("View1", "View5")}
+    raw = dict(images=images, instruction=s.instruction, sensor=item["sensor"])
+    np.testing.assert_allclose(policy.predict([raw]), policy.predict([item]), atol=1e-5)
+    assert np.abs(policy.predict([raw | dict(instruction="Do something else")]) - policy.predict([raw])).max() > 1e-6
+    more = np.concatenate([np.full((50, 1026), 3.0, np.float32), item["sensor"]])
+    np.testing.assert_allclose(policy.predict([raw | dict(sensor=more)]), policy.predict([raw]), atol=1e-6)     # older rows than the window's are not used
+
+
+def test_wrong_observations_are_explained(finished):
+    policy = train_async.load_policy(finished, "cpu")
+    with pytest.raises(ValueError, match="View5 is missing"):
+        policy.predict([dict(images={"View1": np.zeros((56, 56, 3), np.uint8)}, instruction="go", sensor=None)])
+    with pytest.raises(ValueError, match=r"\(n, 1026\)"):
+        policy.predict([dict(vl_features=torch.zeros(1, 64), sensor=np.zeros((65, 3)))])
+
+
+def test_evaluation_reads_every_stretch(finished, sessions_root):
+    """evaluate.py's contract: a session with a gap is two episodes, held-out names are known, standing still keeps the gripper."""
+    policy, names = train_async.load_policy(finished, "cpu"), load(finished / "qwen_vla_async.pt")["meta"]["validation"]
+    episodes = list(policy.open_episodes(sessions_root, names))
+    lengths = {e["name"].rsplit("/", 1)[-1]: len(e["target"]) for e in episodes}
+    assert lengths["episode_20260101_000001#1"] == 11 and lengths["episode_20260101_000001#2"] == 18
+    assert {e["name"].split("#")[0] for e in episodes} == set(names) and all((e["hold"] == [0, 0, 0, 0, 0, 0, 1]).all() for e in episodes)
+    records, _ = evaluate.evaluate(policy, str(sessions_root), names, stride=10)
+    report = evaluate.summarise(records, policy.action_names())
+    assert report["hold still"]["per_dim"]["gripper"] == 0 and np.isfinite(report["policy"]["relative"])
+    with pytest.raises(ValueError, match="no session 'nobody'"):
+        next(policy.open_episodes(sessions_root, ["nobody"]))
+
+
+def test_evaluation_without_a_cache_runs_the_vlm(finished, sessions_root, tmp_path, capsys):
+    shutil.copytree(sessions_root / "OCT_insertion", tmp_path / "OCT_insertion")
+    policy = train_async.load_policy(finished, "cpu")
+    fresh, cached = (next(policy.open_episodes(root, ["OCT_insertion/-/Captures_0"])) for root in (tmp_path, sessions_root))
+    np.testing.assert_allclose(policy.predict([fresh["sample"](4)]), policy.predict([cached["sample"](4)]), atol=1e-5)
+    assert "computed now by" in capsys.readouterr().out
+
+
+def test_a_foreign_file_is_refused(tmp_path, finished):
+    torch.save(dict(model=torch.nn.Linear(2, 2)), tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="refused"):
+        train_async.load_policy(tmp_path / "bad.pt")
+    state = load(finished / "qwen_vla_async_best.pt")
+    torch.save(state | dict(meta=dict(script="train_other")), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="train_other"):
+        train_async.load_policy(tmp_path / "other.pt")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+def test_the_guides_command_parses():
+    cfg = parse_config(train_async.Config, "--batch-size 4 --grad-accum-steps 8 --lr 1e-4 --sensor-enabled --vlm-reuse-count 3 --sensor-window-size 65 --image-resize-height 360 "
+                       "--image-resize-width 640".split(), train_async.ALIASES)
+    assert cfg == train_async.Config()                            # the guide's numbers are the defaults
+    for text in ("--no-sensor-enabled", "--no-sensor", "--sensor_enabled False"):
+        assert not parse_config(train_async.Config, text.split(), train_async.ALIASES).sensor_enabled
+    assert parse_config(train_async.Config, "--wandb offline --max_steps 3 --sensor-loss-weight 3.0".split(), train_async.ALIASES).wandb.mode == "offline"
+
+
+def test_check_prints_a_batch_without_a_cache(sessions_root, qwen_dir, tmp_path, capsys):
+    train_async.main(parse_config(train_async.Config, flags(sessions_root, qwen_dir, tmp_path, check=True, cache_root=tmp_path), train_async.ALIASES))
+    shown = capsys.readouterr().out
+    assert "check passed" in shown and "not there yet" in shown and "build_vl_cache.py" in shown and "New_dataset" in shown and "(4, 65, 1026)" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_data_the_error_says_what_to_do():
+    with pytest.raises(ValueError, match="create_datapkl.py"):
+        train_async.main(train_async.Config())
