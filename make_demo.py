@@ -357,10 +357,10 @@ def simulate_session(rng, seconds, breathes=True):
     t = np.arange(int(seconds * 100)) / 100
     hz, start = TISSUE_HZ + rng.uniform(-0.04, 0.04), rng.uniform(0, 2 * np.pi)
     offset, jump = np.zeros((len(t), 2)), 0.0
-    here, trocar = np.zeros(2), rng.uniform(-22, 22, 2)
+    here, trocar = np.zeros(2), rng.uniform(-12, 12, 2)
     for i in range(len(t)):
         if t[i] >= jump + 2 and i:
-            jump, trocar = t[i], rng.uniform(-22, 22, 2)
+            jump, trocar = t[i], rng.uniform(-12, 12, 2)
         offset[i] = here - trocar
         velocity = -2.5 * offset[i]
         here = here + velocity * min(1.0, 18 / max(np.linalg.norm(velocity), 1e-9)) / 100
