@@ -32,7 +32,7 @@ class CacheMismatch(ValueError):
 # ---- the model's side ------------------------------------------------------------------------------------------------
 
 class VLEncoder:
-    """Images of all views and an instruction -> features. Loads Qwen2.5-VL once, frozen; without lm_head, and for layer >= 0 only the layers below.
+    """Images of all views and an instruction -> features. Qwen2.5-VL is loaded at the first encode, frozen, without lm_head, and for layer >= 0 only the layers below.
 
     One user turn: the images in the order of `views`, then the instruction, through the chat template, no generation prompt. Every image is squashed to
     height x width, rounded down to whole tokens (28 pixels): 360 x 640 gives 336 x 616, 264 tokens. `layer` -1: the last, normed state; k: the state after k layers.
@@ -40,14 +40,14 @@ class VLEncoder:
     """
 
     def __init__(self, model, views, height=360, width=640, layer=-1, pooling="mean", tokens=1, dtype="fp16", device="cpu", compute_dtype="auto", attention="auto"):
-        from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-        from transformers.utils.logging import disable_progress_bar
+        from transformers import AutoConfig, AutoTokenizer
 
         device = torch.device(device)
         if pooling != "mean" or tokens < 1 or dtype not in ("fp16", "fp32"):
             raise ValueError(f"pooling is {pooling}, tokens {tokens}, dtype {dtype}: expected mean, 1 or more, fp16 or fp32")
         if not views:
             raise ValueError("views is empty: name at least one, e.g. --views View1 View5")
+        download(model)
         try:
             config, self.tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
@@ -66,18 +66,27 @@ class VLEncoder:
         self.views, self.device, self.patch, self.merge, self.tokens = list(views), device, vision.patch_size, vision.spatial_merge_size, tokens
         self.size = (self.grid[0] * side, self.grid[1] * side)               # (height, width) in pixels
         compute_dtype = compute_dtype if compute_dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
-        disable_progress_bar()                                               # its bars break ours
-        batch_vision_attention()
-        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=DTYPES[compute_dtype], attn_implementation=pick_attention(attention, device)).model
-        if layer >= 0:
-            vlm.language_model.layers = vlm.language_model.layers[:layer]
-            vlm.language_model.norm = torch.nn.Identity()
-        self.vlm, self.image_token_id, self.width = vlm.requires_grad_(False).eval().to(device), config.image_token_id, config.text_config.hidden_size
+        self.model, self.layer, self.compute_dtype, self.attention = str(model), layer, DTYPES[compute_dtype], pick_attention(attention, device)
+        self.image_token_id, self.width, self._rows = config.image_token_id, config.text_config.hidden_size, {}
         self.mean, self.std = (torch.tensor(about[key]).view(3, 1, 1).to(device) * 255 for key in ("image_mean", "image_std"))
         self._recipe = dict(
-            format_version=FORMAT, model=str(model), weights=weight_fingerprint(model), views=self.views, height=height, width=width, pixels=list(self.size), resample="bicubic",
+            format_version=FORMAT, model=self.model, weights=weight_fingerprint(model), views=self.views, height=height, width=width, pixels=list(self.size), resample="bicubic",
             image_mean=[float(v) for v in about["image_mean"]], image_std=[float(v) for v in about["image_std"]], prompt=self.text(PLACE), layer=layer, pooling=pooling, tokens=tokens,
             dtype=dtype, compute_dtype=compute_dtype)
+
+    @functools.cached_property
+    def vlm(self):
+        """The backbone: vision tower and language model."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()                                               # its bars break ours
+        batch_vision_attention()
+        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.model, dtype=self.compute_dtype, attn_implementation=self.attention).model
+        if self.layer >= 0:
+            vlm.language_model.layers = vlm.language_model.layers[:self.layer]
+            vlm.language_model.norm = torch.nn.Identity()
+        return vlm.requires_grad_(False).eval().to(self.device)
 
     @classmethod
     def from_recipe(cls, recipe, device="cpu", model=None):
@@ -99,13 +108,15 @@ class VLEncoder:
         content = [{"type": "image"} for _ in self.views] + [{"type": "text", "text": instruction}]
         return self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False)
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019: one encoder per process
-    def _ids(self, instruction):
-        image, text = self.tokenizer.convert_ids_to_tokens(self.image_token_id), self.text(instruction)
-        if text.count(image) != len(self.views):
-            raise ValueError(f"the prompt has {text.count(image)} image places for {len(self.views)} views: {text!r}")
-        ids = self.tokenizer(text.replace(image, image * (self.grid[0] * self.grid[1])), add_special_tokens=False)["input_ids"]
-        return np.array(ids), rope_positions(ids, self.image_token_id, self.grid)
+    def _row(self, instruction):
+        """-> (ids (L,), rope positions (3, L)) of the prompt, every image place expanded to its tokens."""
+        if instruction not in self._rows:
+            image, text = self.tokenizer.convert_ids_to_tokens(self.image_token_id), self.text(instruction)
+            if text.count(image) != len(self.views):
+                raise ValueError(f"the prompt has {text.count(image)} image places for {len(self.views)} views: {text!r}")
+            ids = self.tokenizer(text.replace(image, image * (self.grid[0] * self.grid[1])), add_special_tokens=False)["input_ids"]
+            self._rows[instruction] = np.array(ids), rope_positions(ids, self.image_token_id, self.grid)
+        return self._rows[instruction]
 
     def load(self, image):
         """Path or (h, w, 3) uint8 RGB -> (height, width, 3) uint8, the size the model sees. The one image preprocessing of cache, training and predict."""
@@ -119,7 +130,7 @@ class VLEncoder:
     def encode(self, observations):
         """list of (images {view: path or (h, w, 3) uint8 RGB}, instruction) -> (B, tokens, D) float32 on the CPU, rounded to the stored dtype."""
         pictures = torch.from_numpy(np.stack([self.load(images[v]) for images, _ in observations for v in self.views]))
-        rows = [self._ids(instruction) for _, instruction in observations]
+        rows = [self._row(instruction) for _, instruction in observations]
         length = max(len(ids) for ids, _ in rows)
         ids, positions = np.full((len(rows), length), self.tokenizer.pad_token_id or 0), np.zeros((3, len(rows), length), np.int64)
         for b, (row, position) in enumerate(rows):                           # padded on the right: causal attention never looks there, so no mask is needed
@@ -152,16 +163,31 @@ def read_image(path):
 
 
 def model_folder(model):
-    """Local directory of a model: itself, or the hub's copy on this machine; None where there is none."""
+    """Local directory of a complete model: itself, or the hub's copy on this machine; None where there is none."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), local_files_only=True))
+        folder = Path(snapshot_download(str(model), local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return folder if all((folder / shard).is_file() for shard in shards) else None       # an interrupted download is none
+
+
+def download(model):
+    """Fetch a hub model that is not on this machine, so that its files can be fingerprinted."""
+    if model_folder(model) is None and "/" in str(model) and not str(model).startswith(("/", ".")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        except Exception as error:  # the hub client raises a dozen types; all mean that it cannot be had
+            raise FileNotFoundError(f"model '{model}' is neither a local directory nor reachable on the hub ({type(error).__name__}). "
+                                    "Set --model to a directory with the downloaded files; make_demo.py writes a tiny one") from error
 
 
 def read_preprocessor(model):
@@ -183,7 +209,6 @@ def read_preprocessor(model):
     raise FileNotFoundError(f"model '{model}' has no preprocessor_config.json with image_mean and image_std: expected a complete Qwen2.5-VL directory")
 
 
-@functools.cache
 def weight_fingerprint(model):
     """24 hex digits of a model's files: small ones whole, of each weight shard its name, size, header and 32 spots of 64 KiB. None if not on this machine."""
     folder = model_folder(model)
@@ -191,8 +216,6 @@ def weight_fingerprint(model):
         return None
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model") and p.is_file()):
-        if path.name in ("generation_config.json",):
-            continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as f:
@@ -225,19 +248,19 @@ def make_meta(recipe, session, ticks, hashed=False):
                 frame_index={view: np.where(ticks.complete, ticks.frame_index[view], -1).tolist() for view in recipe["views"]})
 
 
-def fingerprint(recipe, session, ticks, hashed=False, meta=None):
-    """24 hex digits that change with anything that changes a feature. Where the session lies on the disk does not."""
-    meta = meta or make_meta(recipe, session, ticks, hashed)
+def fingerprint(meta):
+    """24 hex digits that change with anything in make_meta's result. Where sessions and model lie on the disk changes nothing."""
     known = meta | dict(recipe={k: v for k, v in meta["recipe"].items() if k != "model" or meta["recipe"]["weights"] is None})   # its files identify a model, not its path
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _stem(session):
+def stem_of(session):
+    """How the names of a session's feature files begin."""
     return session.name.replace("/", "__")
 
 
 def cache_path(cache_root, session, fp):
-    return Path(cache_root) / FOLDER / f"{_stem(session)}__{fp}.pt"
+    return Path(cache_root) / FOLDER / f"{stem_of(session)}__{fp}.pt"
 
 
 def write_features(cache_root, session, ticks, features, meta):
@@ -246,7 +269,7 @@ def write_features(cache_root, session, ticks, features, meta):
     complete = torch.from_numpy(ticks.complete)
     if not torch.isfinite(stored[complete]).all():
         raise ValueError(f"{session.name}: a feature is not finite in {meta['recipe']['dtype']}. Build with --dtype fp32, or look at the images of this session")
-    path = cache_path(cache_root, session, fingerprint(None, session, ticks, meta=meta))
+    path = cache_path(cache_root, session, fingerprint(meta))
     content = dict(features=stored, tick_timestamps=torch.from_numpy(ticks.tick_time), frame_index={v: torch.tensor(i, dtype=torch.int32) for v, i in meta["frame_index"].items()}, meta=meta)
     with ckpt.atomic_path(path) as temporary:
         ckpt.save_state(temporary, content)
@@ -303,12 +326,12 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5):
     if "model" in expected:
         expected["weights"] = weight_fingerprint(expected["model"])
     available = {}
-    for path in folder.glob("*.pt"):
+    for path in folder.glob("*.pt"):                                         # <stem>__<24 digits>.pt
         if not path.name.startswith(ckpt.TEMPORARY):
-            available.setdefault(path.name[:-len("__.pt") - 24], []).append(path)
+            available.setdefault(path.name[:-29], []).append(path)
     choices, missing, refused = {}, [], []                                   # {recipe and stride as text: {session: file}}
     for session in sessions:
-        files = [FeatureFile(p) for p in sorted(available.get(_stem(session), ()), key=lambda p: p.stat().st_mtime, reverse=True)]
+        files = [FeatureFile(p) for p in sorted(available.get(stem_of(session), ()), key=lambda p: p.stat().st_mtime, reverse=True)]
         reasons = [_why_not(f, session, expected, reuse, max_image_age) for f in files]
         for f, reason in zip(files, reasons):
             if not reason:
