@@ -26,6 +26,8 @@ import pickle
 import re
 import sys
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.checkpoint import atomic_path, ignore_stop_signals, require_space
+from common.checkpoint import atomic_path, require_space
 from common.config import parse_config
 from common.sessions import CHANNELS, DATA_PKL, ROBOT_CSV, SCHEMA, SENSOR_FILE, SENSOR_HZ, BadSession, find_recordings, identity, load_data_pkl, source_facts
 
@@ -431,8 +433,11 @@ def main(cfg):
     bar = partial(tqdm, total=len(folders), desc="recordings", unit="recording", disable=None)
     one = partial(process, cfg=cfg)
     if cfg.workers and len(folders) > 1:
-        with multiprocessing.get_context("fork").Pool(min(cfg.workers, len(folders)), ignore_stop_signals, (0,)) as pool:
-            reports = list(bar(pool.imap(one, map(str, folders))))
+        try:
+            with ProcessPoolExecutor(min(cfg.workers, len(folders)), multiprocessing.get_context("fork")) as pool:
+                reports = list(bar(pool.map(one, map(str, folders))))
+        except BrokenProcessPool as error:
+            raise ValueError(f"a worker was killed (workers is {cfg.workers}), mostly for memory. Lower it; what is finished stays") from error
     else:
         reports = list(bar(map(one, map(str, folders))))
     print("\n".join(table(reports)))
