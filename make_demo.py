@@ -343,12 +343,12 @@ def write_fast(folder, seed=0, horizon=10, dim=6, vocab_size=1024, scale=10):
 
 
 # ---- robot sessions: CSV, npz and images, as guide 5's recorders write them ----------------------------------------------
-# The tip goes to a trocar that moves to another place every two seconds, and follows tissue that breathes. Where the trocar is can be seen: the
+# The phantom stands on a turntable: the tip chases a trocar that goes round, and follows tissue that breathes. Where the trocar is can be seen: the
 # tool camera looks at a mat, fixed to the trocar, whose red rises to the right and blue to the bottom. Where the tissue is in its cycle can only be
 # felt: force and the A-scan's peak follow it. Recordings without a sensor are of a stiff phantom, so they have nothing to feel.
 
 SESSION_INSTRUCTION = "Insert the needle into the target point"
-TISSUE_MM, TISSUE_HZ = 4.0, 0.9
+TISSUE_MM, TISSUE_HZ, TABLE_HZ = 4.0, 0.9, 0.35
 CSV_COLUMNS = "recv_timestamp,origin_timestamp,send_timestamp,{force},joint_1,joint_2,joint_3,joint_4,joint_5,joint_6,pose_x,pose_y,pose_z,pose_a,pose_b,pose_r"
 
 
@@ -356,17 +356,15 @@ def simulate_session(rng, seconds, breathes=True):
     """-> dict(t (n,) s at 100 Hz, pose (n, 6) mm and degrees, offset (n, 2) mm from the trocar to the tip, phase: function of seconds -> tissue's phase in rad)."""
     t = np.arange(int(seconds * 100)) / 100
     hz, start = TISSUE_HZ + rng.uniform(-0.04, 0.04), rng.uniform(0, 2 * np.pi)
-    offset, jump = np.zeros((len(t), 2)), 0.0
-    here, trocar = np.zeros(2), rng.uniform(-12, 12, 2)
+    angle = 2 * np.pi * TABLE_HZ * t + rng.uniform(0, 2 * np.pi)
+    trocar = rng.uniform(10, 15) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    xy, here = np.zeros((len(t), 2)), trocar[0] + rng.uniform(-10, 10, 2)
     for i in range(len(t)):
-        if t[i] >= jump + 2 and i:
-            jump, trocar = t[i], rng.uniform(-12, 12, 2)
-        offset[i] = here - trocar
-        velocity = -2.5 * offset[i]
-        here = here + velocity * min(1.0, 18 / max(np.linalg.norm(velocity), 1e-9)) / 100
-    xy = np.cumsum(np.r_[[[80.0, 118.0]], np.diff(offset, axis=0) * (np.abs(np.diff(offset, axis=0)).max(1, keepdims=True) < 1)], axis=0)   # a moving trocar does not move the tip
+        xy[i] = here
+        here = here + 2.5 * (trocar[i] - here) / 100                            # per second 2.5 times the way that is left
+    offset, xy = xy - trocar, xy + [80.0, 118.0]
     z = 245 + (TISSUE_MM * np.sin(2 * np.pi * hz * t + start) if breathes else 0 * t)
-    tilt = np.stack([-150 + 0.3 * (xy[:, 1] - 118), 43 - 0.3 * (xy[:, 0] - 80), 179 + 0.3 * (xy[:, 0] - 80)], axis=1)                       # the last one crosses 180
+    tilt = np.stack([-150 + 0.3 * (xy[:, 1] - 118), 43 - 0.3 * (xy[:, 0] - 80), 179 + 0.3 * (xy[:, 0] - 80)], axis=1)   # the last one crosses 180
     return dict(t=t, pose=np.concatenate([xy, z[:, None], (tilt + 180) % 360 - 180], axis=1), offset=offset, phase=lambda s: 2 * np.pi * hz * s + start)
 
 
@@ -385,7 +383,7 @@ def render_session(offset, view, size, rng):
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
     x, y = (xs - width / 2) / scale + offset[0], (ys - height / 2) / scale + offset[1]   # mm from the trocar
     if view == "View1":
-        mat = np.stack([0.5 + 0.02 * x, np.full_like(x, 0.4), 0.5 + 0.02 * y], axis=-1)
+        mat = np.stack([0.5 + 0.025 * x, np.full_like(x, 0.4), 0.5 + 0.025 * y], axis=-1)
     else:
         mat = np.full((height, width, 3), 0.5, np.float32)
         x, y = (xs - width / 2) / scale, (ys - height / 2) / scale
