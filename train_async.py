@@ -495,7 +495,8 @@ class TwoRateLoop:
             except Exception as error:  # whatever it is, a robot must not go on without eyes
                 self.error = error
 
-        threading.Thread(target=look, daemon=True).start()
+        eyes = threading.Thread(target=look, daemon=True)
+        eyes.start()
         begin, tick = self.clock.monotonic(), 0
         try:
             while tick < seconds * ACTION_HZ and self.error is None:
@@ -506,6 +507,7 @@ class TwoRateLoop:
         finally:
             self.stopped.set()
             execute(None)
+            eyes.join(timeout=10)                                            # at most the look that is under way: a thread inside the VLM would crash the end of the program
         if self.error is not None:
             raise RuntimeError(f"the VLM thread failed ({type(self.error).__name__}: {self.error}); the robot was told to hold") from self.error
 
