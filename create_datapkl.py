@@ -111,11 +111,11 @@ def wrap_degrees(d):
 
 def match_steps(stamps, period, tolerance):
     """Stamps (n,) in seconds -> (begin, end, segment), (N,) int each: chain of row pairs `period` apart. The end is the row nearest to begin + period, strictly
-    closer than `tolerance`; the next action begins there. Where there is none the segment ends, and the next begins at the first row that has one."""
+    closer than `tolerance` (epoch seconds are good to 0.3 us); the next action begins there. Where there is none the segment ends, and the next begins at the first row that has one."""
     wanted = stamps + period
     after = np.searchsorted(stamps, wanted).clip(1, len(stamps) - 1)
     nearest = np.where(wanted - stamps[after - 1] <= stamps[after] - wanted, after - 1, after)
-    good = (np.abs(stamps[nearest] - wanted) < tolerance) & (nearest > np.arange(len(stamps)))
+    good = (np.abs(stamps[nearest] - wanted) < tolerance - 1e-6) & (nearest > np.arange(len(stamps)))
     begin, end, segment, i, broken = [], [], [], 0, False
     while i < len(stamps):
         if good[i]:
