@@ -37,7 +37,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         from numpy import _core                                              # 1.x pickles say numpy.core, 2.x numpy._core
 
-        known = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1}
+        known = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1, ("__builtin__", "bytes"): _no_bytes}
         for core in ("numpy.core", "numpy._core"):
             known |= {(f"{core}.multiarray", n): getattr(_core.multiarray, n) for n in ("_reconstruct", "scalar")} | {(f"{core}.numeric", "_frombuffer"): _core.numeric._frombuffer}
         if (module, name) not in known:
@@ -50,6 +50,11 @@ def _latin1(text, encoding):
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it refers to _codecs.encode with {encoding!r}")
     return text.encode("latin1")
+
+
+def _no_bytes():
+    """How protocol 2 spells b''."""
+    return b""
 
 
 def load_data_pkl(path):

@@ -327,7 +327,7 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5):
         expected["weights"] = weight_fingerprint(expected["model"])
     available = {}
     for path in folder.glob("*.pt"):                                         # <stem>__<24 digits>.pt
-        if not path.name.startswith(ckpt.TEMPORARY):
+        if not path.name.startswith(ckpt.TEMPORARY):                         # glob finds these too
             available.setdefault(path.name[:-29], []).append(path)
     choices, missing, refused = {}, [], []                                   # {recipe and stride as text: {session: file}}
     for session in sessions:
