@@ -644,6 +644,25 @@ def test_predict_from_images_equals_predict_from_the_cache(finished, sessions_ro
     np.testing.assert_allclose(policy.predict([raw | dict(sensor=more)]), policy.predict([raw]), atol=1e-6)     # older rows than the window's are not used
 
 
+def test_the_loop_runs_a_real_policy(finished, sessions_root):
+    """What the loop sends is predict's first action on the feature of its last look and on the ring buffer's rows in order; too early or too late it holds."""
+    policy = train_async.load_policy(finished, "cpu")
+    clock = SimpleNamespace(now=10.0, monotonic=lambda: clock.now)
+    loop = train_async.TwoRateLoop(policy, "Touch the red point", max_age_s=0.5, clock=clock)
+    assert loop.act() is None
+    rng = np.random.default_rng(0)
+    images = {v: rng.integers(0, 255, (56, 56, 3), dtype=np.uint8) for v in ("View1", "View5")}
+    rows = rng.normal(50, 1, (100, 1026)).astype(np.float32)
+    loop.see(images, clock.now)
+    for part in (rows[:20], rows[20:90], rows[90:]):              # more than the ring holds, in uneven pieces
+        loop.push_sensor(part)
+    clock.now += 0.21
+    expected = policy.predict([dict(images=images, instruction="Touch the red point", sensor=rows[-65:])])[0, 0]
+    np.testing.assert_allclose(loop.act(), expected, atol=1e-6)
+    clock.now += 0.5
+    assert loop.act() is None and loop.ages == {2: 1} and loop.holds == 2
+
+
 def test_wrong_observations_are_explained(finished):
     policy = train_async.load_policy(finished, "cpu")
     with pytest.raises(ValueError, match="View5 is missing"):
@@ -705,3 +724,33 @@ def test_check_prints_a_batch_without_a_cache(sessions_root, qwen_dir, tmp_path,
 def test_without_data_the_error_says_what_to_do():
     with pytest.raises(ValueError, match="create_datapkl.py"):
         train_async.main(train_async.Config())
+
+
+# ---- the guide's three commands --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, file", [("train_async", "qwen_vla_async_final.pt"), ("train_diffusion", "diffusion_stage1_latest.pt")])
+def test_recordings_go_through_the_guides_commands(shared, recordings, qwen_dir, tmp_path, script, file):
+    """Real-format recordings of three data sets: preprocessed, cached, trained on, predicted with; and what was learned of a session opens for evaluation."""
+    module = __import__(script)
+    run(recordings, qwen_dir, tmp_path, module, sensor_window_size=65, max_steps=2, log_steps=2, batch_size=2)
+    policy = module.load_policy(tmp_path / file, "cpu")
+    rows = [r["train/sensor_samples"] for r in read_metrics(next(p for p in tmp_path.iterdir() if p.is_dir())) if "train/sensor_samples" in r]
+    assert rows and 0 < rows[0] < 4
+    episodes = list(policy.open_episodes(recordings))
+    assert {e["name"].split("/")[0] for e in episodes} == {"White_silicone_white_circle", "Needle_insertion_eye_trocar", "OCT_insertion"}
+    for e in episodes:
+        chunk = policy.predict([e["sample"](len(e["target"]) - 1)])
+        assert chunk.shape == (1, 8, 7) and np.isfinite(chunk).all() and (chunk[..., 6] == 1).all()
+
+
+@pytest.fixture(scope="module")
+def recordings(shared, qwen_dir, tmp_path_factory):
+    """A copy of ../shared/data/sessions after create_datapkl.py and build_vl_cache.py; the sensor files of these short recordings begin a second late."""
+    import build_vl_cache
+    import create_datapkl
+
+    root = tmp_path_factory.mktemp("recordings") / "sessions"
+    shutil.copytree(shared / "data" / "sessions", root)
+    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset-dirs", str(root), "--workers", "0", "--min-sensor-overlap", "0.3"]))
+    build_vl_cache.main(parse_config(build_vl_cache.Config, ["--dataset-dirs", str(root), "--model", str(qwen_dir), "--image-resize-height", "56", "--image-resize-width", "56"]))
+    return root
