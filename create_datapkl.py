@@ -351,6 +351,8 @@ def _process(folder, dataset, task, cfg):
         if not inside:
             warnings.append(f"{view}: none of {len(shots)} images is of the time of the robot log ({stamps[0]:.3f} .. {stamps[-1]:.3f}, images {shots[0][0]:.3f} .. {shots[-1][0]:.3f}): the clocks differ")
     span, overlap, sensor = stamps[-1] - stamps[0], None, open_sensor(sensor_files) if sensor_files else None
+    if sensor_files and not sensor:
+        warnings.append(f"{', '.join(p.name for p in sensor_files)} hold no rows: no sensor")
     if sensor:
         first, last, read = sensor[0] + cfg.sensor_clock_offset, sensor[1] + cfg.sensor_clock_offset, sensor[2]
         overlap = max(0.0, min(last, stamps[-1]) - max(first, stamps[0])) / span

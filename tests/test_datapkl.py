@@ -280,6 +280,22 @@ def test_workers_make_the_same_and_end(tmp_path):
     assert not [p for p in tmp_path.rglob(".tmp*")]
 
 
+def test_a_sensor_file_that_ends_early_or_is_empty(tmp_path, capsys):
+    folder = recording(tmp_path, np.arange(0, 2, 0.01))
+    np.savez(folder / "sensor_data_1.npz", timestamps=np.zeros(0), forces=np.zeros(0, np.float32), alines=np.zeros((0, 1025), np.float32))
+    assert cd.main(config("--dataset_dirs", str(tmp_path))) == 0 and "sensor_data_1.npz hold no rows: no sensor" in capsys.readouterr().out
+    stamps = EPOCH + np.arange(1300) / 650
+    np.savez(folder / "sensor_data_1.npz", timestamps=stamps, forces=np.zeros(1300, np.float32), alines=np.zeros((1200, 1025), np.float32))
+    assert cd.main(config("--dataset_dirs", str(tmp_path))) == 1
+    assert "have other lengths" in capsys.readouterr().err and not list(folder.glob(".tmp*")) and not (folder / "data.pkl").exists()
+
+
+def test_the_shipped_config_and_the_guides_flags_parse():
+    cfg = parse_config(cd.Config, ["--config", str(ROOT / "configs/datapkl.yaml"), "--dataset-dirs", "a", "b", "--new-dataset-dir", "c", "--action-hz", "10", "--tolerance-ms", "20", "--workers", "2",
+                                   "--force", "--dry-run"])
+    assert (cfg.dataset_dirs, cfg.new_dataset_dir, cfg.action_hz, cfg.tolerance_ms, cfg.workers, cfg.force, cfg.dry_run) == (["a", "b"], "c", 10.0, 20.0, 2, True, True)
+
+
 def test_wrong_calls(tmp_path):
     for argv, message in ((["--tolerance-ms", "80", "--dataset_dirs", "x"], "tolerance_ms is 80"), ([], "dataset_dirs is empty"), (["--dataset_dirs", str(tmp_path / "none")], "is not a folder"),
                           (["--dataset_dirs", str(tmp_path)], "no recordings below")):

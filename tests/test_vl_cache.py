@@ -376,6 +376,33 @@ def test_out_of_memory_halves_the_micro_batch(recordings, qwen_dir, encoder, mon
         builder.features(s, ticks)
 
 
+def test_a_stop_signal_keeps_what_is_finished(root, qwen_dir, capsys, monkeypatch):
+    whole, calls = build_vl_cache.Builder.features, []
+
+    def told_to_stop(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *arguments)
+    monkeypatch.setattr(build_vl_cache.Builder, "features", told_to_stop)
+    assert build_vl_cache.main(config(root, qwen_dir)) == 1
+    assert "stopped by signal; 2 of 4 sessions were finished and stay" in capsys.readouterr().out and len(list((root / "cache/qwen_vl_features").iterdir())) == 2
+    assert build_vl_cache.main(config(root, qwen_dir)) == 0 and "2 of 4 sessions are there, 2 to build" in capsys.readouterr().out
+
+
+def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch):
+    whole = vc.VLEncoder.encode
+    monkeypatch.setattr(vc.VLEncoder, "encode", lambda self, rows: whole(self, rows) * 1e9)
+    with pytest.raises(ValueError, match=r"\S+/-/\S+: a feature is not finite in fp16"):
+        build_vl_cache.main(config(root, qwen_dir))
+    assert not list((root / "cache/qwen_vl_features").iterdir())
+
+
+def test_the_shipped_config_parses():
+    cfg = parse_config(build_vl_cache.Config, ["--config", str(ROOT / "configs/vl_cache.yaml"), "--dataset_dirs", "a"])
+    assert cfg.dataset_dirs == ["a"] and (cfg.image_resize_height, cfg.image_resize_width, cfg.vlm_reuse_count) == (360, 640, 3)
+
+
 def test_shares_are_whole_and_even():
     sizes = [5, 9, 1, 7, 7, 3]
     shares = build_vl_cache.share_out(sizes, 3)
