@@ -453,6 +453,8 @@ def main(cfg):
           + ("; nothing written (--dry-run)" if cfg.dry_run else ""))
     for r in failed:
         print(f"FAILED {r['folder']}: {r['error']}", file=sys.stderr)
+    if failed:
+        print("A recording that cannot be repaired is left out by a dot before its name: mv FOLDER/recv_all_1 FOLDER/.recv_all_1", file=sys.stderr)
     return len(failed)
 
 

@@ -97,7 +97,8 @@ ROBOT_CSV = re.compile(r"robot_(state|states|rt)(_.*)?\.csv", re.I)
 
 
 def find_recordings(roots):
-    """Folders below `roots` (or these themselves) that hold a recording: by its name, its robot CSV or a data.pkl. Sorted, absolute, each once."""
+    """Folders below `roots` (or these themselves) that hold a recording: by its name, its robot CSV or a data.pkl. Sorted, absolute, each once. A folder whose
+    name begins with a dot is left out."""
     found = set()
     for root in roots:
         root = Path(root).absolute()

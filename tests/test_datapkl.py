@@ -255,6 +255,8 @@ def test_a_recording_that_fails_is_named_and_the_others_are_made(tmp_path, capsy
     assert cd.main(config("--dataset_dirs", str(tmp_path))) == 1
     out = capsys.readouterr()
     assert f"FAILED {bad}" in out.err and message in out.err and (good / "data.pkl").is_file() and not (bad / "data.pkl").exists() and "1 made, 1 failed" in out.out
+    bad.rename(bad.with_name(".recv_all_bad"))                               # as the message advises
+    assert "a dot before its name" in out.err and cd.main(config("--dataset_dirs", str(tmp_path))) == 0 and len(find_sessions([tmp_path])) == 1
 
 
 def test_a_log_that_ends_in_the_middle_of_a_row_is_read(tmp_path):
