@@ -62,7 +62,7 @@ class Config:
     # VLM features
     cache_root: str | None = None                  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
     cache: Literal["required", "online"] = "required"  # required: features of build_vl_cache.py; online: the VLM runs in every step, slow
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"     # the VLM: hub id or directory; with a cache only its name is compared
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"     # the VLM: hub id or directory; with a cache it is compared (its files, or where they are not on this machine its name), not loaded
     views: list[str] = field(default_factory=list)  # camera views; empty: those of the cache, or all that every session has
     image_resize_height: int = 360                 # pixels, of the images that the VLM sees
     image_resize_width: int = 640                  # pixels
@@ -109,7 +109,8 @@ def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     if not cfg.dataset_dir:
         raise ValueError("dataset_dir is empty: name the folders with the sessions, --dataset_dir DATA (preprocessed by: python create_datapkl.py --dataset-dirs DATA)")
-    ones = ("sensor_window_size", "vlm_reuse_count", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon", "epochs", "batch_size", "grad_accum_steps", "eval_epochs", "log_steps")
+    ones = ("sensor_window_size", "vlm_reuse_count", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon", "epochs", "batch_size", "grad_accum_steps",
+            "eval_epochs", "log_steps")
     for wrong, message in (
         *((getattr(cfg, key) < 1, f"{key} is {getattr(cfg, key)}: expected 1 or more") for key in ones),
         (cfg.max_steps is not None and cfg.max_steps < 1, f"max_steps is {cfg.max_steps}: expected 1 or more, or null for {cfg.epochs} epochs"),
@@ -117,7 +118,8 @@ def check_config(cfg):
         (cfg.hidden_dim % (2 * cfg.num_heads), f"hidden_dim is {cfg.hidden_dim}: expected a multiple of 2 * num_heads ({2 * cfg.num_heads})"),
         (cfg.vlm_latency_ms < 0 or cfg.save_steps < 0, f"vlm_latency_ms is {cfg.vlm_latency_ms}, save_steps is {cfg.save_steps}: expected 0 or more"),
         (cfg.sensor_loss_weight <= 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0"),
-        (min(cfg.warmup_ratio, cfg.hold_ratio) < 0 or cfg.warmup_ratio + cfg.hold_ratio >= 1, f"warmup_ratio + hold_ratio is {cfg.warmup_ratio} + {cfg.hold_ratio}: expected shares below 1"),
+        (min(cfg.warmup_ratio, cfg.hold_ratio) < 0 or cfg.warmup_ratio + cfg.hold_ratio >= 1,
+         f"warmup_ratio + hold_ratio is {cfg.warmup_ratio} + {cfg.hold_ratio}: expected shares below 1"),
     ):
         if wrong:
             raise ValueError(message)
@@ -160,7 +162,8 @@ class Features:
         if self.files:
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
-            self.about = f"{self.recipe['model']}, views {', '.join(self.views)} at {self.recipe['pixels'][0]}x{self.recipe['pixels'][1]}: {self.shape[0]} x {self.shape[1]} numbers every {self.stride} steps, {root}"
+            self.about = (f"{self.recipe['model']}, views {', '.join(self.views)} at {self.recipe['pixels'][0]}x{self.recipe['pixels'][1]}: "
+                          f"{self.shape[0]} x {self.shape[1]} numbers every {self.stride} steps, {root}")
 
     def key(self, session):
         """What changes when the features of this session would."""
@@ -195,7 +198,11 @@ def load_data(cfg, rank=0, saved=None, optional=()):
         if name not in present or not 0 < weights[name] < math.inf:
             raise ValueError(f"dataset_weight '{text}': expected one of {', '.join(present)}, and a weight above 0")
     features = Features(cfg, found, optional=optional)
-    fingerprint = hashlib.sha256(json.dumps([[s.name, len(s), s.has_sensor, features.key(s)] for s in train]).encode()).hexdigest()[:16]
+    if not any(len(features.usable(s)[0]) for s in train):
+        raise ValueError(f"no step of the {len(train)} training sessions has an image of {', '.join(features.views)} that is at most {cfg.max_image_age:g} s old: "
+                         "choose other --views, or raise --max-image-age")
+    content = lambda s: hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + (s.sensor_stamps.tobytes() if s.has_sensor else b"")).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([[s.name, content(s), features.key(s)] for s in train]).encode()).hexdigest()[:16]
     stats = [None]
     if saved and saved["fingerprint"] == fingerprint:
         stats = [saved["stats"]]
@@ -262,7 +269,8 @@ class Collate:
         self.window, self.sensor_enabled, self.action = cfg.sensor_window_size, cfg.sensor_enabled, Normalizer(stats["action"])
 
     def inputs(self, observations):
-        """vl_features (B, N, V) float32, or pictures: list of (images, instruction), see online_features | sensor (B, W, 1026) float32 raw, zeros on the left where rows are missing | sensor_length (B,), 0 without sensor."""
+        """vl_features (B, N, V) float32, or pictures: list of (images, instruction), see online_features | sensor (B, W, 1026) float32 raw, zeros on the left
+        where rows are missing | sensor_length (B,), 0 without sensor."""
         batch = {}
         if self.sensor_enabled:
             sensor, length = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32), []
@@ -280,7 +288,8 @@ class Collate:
         stack = lambda key: torch.from_numpy(np.stack([item[key] for item in items]))
         return self.inputs(items) | dict(
             actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))), action_mask=stack("action_mask"),
-            weight=stack("weight").float(), reuse_step=stack("reuse_step"), has_sensor=torch.tensor([item["sensor"] is not None for item in items]), names=[item["name"] for item in items])
+            weight=stack("weight").float(), reuse_step=stack("reuse_step"),
+            has_sensor=torch.tensor([item["sensor"] is not None for item in items]), names=[item["name"] for item in items])
 
 
 def to_device(batch, device):
@@ -523,7 +532,8 @@ class TwoRateLoop:
 def build_model(cfg, vl_shape, stats, device):
     """-> AsyncVLA on `device`, new weights in fp32; the statistics of sensor and actions go into its buffers."""
     torch.manual_seed(cfg.seed)
-    model = AsyncVLA(vl_shape, cfg.sensor_dim if cfg.sensor_enabled else 0, cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon, moving_dims(stats))
+    sensor_dim = cfg.sensor_dim if cfg.sensor_enabled else 0
+    model = AsyncVLA(vl_shape, sensor_dim, cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon, moving_dims(stats))
     return model.to(device)
 
 
@@ -546,7 +556,7 @@ def fill_statistics(core, dataset, stats, policy, samples=512):
     features = []
     for i in range(0, len(chosen), 16):
         reads = [dataset.features.read(*dataset.tick_at(k)) for k in chosen[i:i + 16]]
-        features.append(torch.stack([torch.as_tensor(r["vl_features"]) for r in reads]).float() if "vl_features" in reads[0] else policy.encode([(r["images"], r["instruction"]) for r in reads]))
+        features.append(torch.stack([r["vl_features"] for r in reads]) if "vl_features" in reads[0] else policy.encode([(r["images"], r["instruction"]) for r in reads]))
     features = torch.cat(features).flatten(0, 1).double()                    # (n, V)
     mean, std = features.mean(0), features.std(0, correction=0)
     c.vl_mean.copy_(mean)
@@ -587,8 +597,8 @@ def load_policy(path, device=None, vlm=None):
     cfg, device = config_of(state), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, state["vl_shape"], state["stats"], device)
     model.load_state_dict(state["model_state_dict"])
-    return Policy(model.requires_grad_(False).eval(), cfg, state["stats"], state["recipe"], state["instructions"], device, torch.bfloat16 if device.type == "cuda" and cfg.use_bfloat16 else None,
-                  vlm=vlm)
+    autocast = torch.bfloat16 if device.type == "cuda" and cfg.use_bfloat16 else None
+    return Policy(model.requires_grad_(False).eval(), cfg, state["stats"], state["recipe"], state["instructions"], device, autocast, vlm=vlm)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -603,19 +613,20 @@ def lr_at(step, total, cfg):
 
 
 def make_optimizer(core, cfg, fused=None):
-    """AdamW with four groups: sensor encoder and the rest, with and without weight decay (none on biases, norms and embeddings). Each keeps its own peak in `base_lr`."""
+    """AdamW with four groups: sensor encoder and the rest, with and without weight decay (none on biases, norms and embeddings). Each has its peak in `base_lr`."""
     groups = {}
     for name, p in core.named_parameters():
         sensor, decay = name.startswith("condition.sensor."), p.ndim > 1 and name != "queries"
         groups.setdefault((sensor, decay), []).append(p)
-    return torch.optim.AdamW([dict(params=g, base_lr=cfg.sensor_lr if sensor else cfg.lr, lr=cfg.lr, weight_decay=cfg.weight_decay if decay else 0.0) for (sensor, decay), g in groups.items()],
-                             betas=(0.9, 0.999), fused=fused)
+    groups = [dict(params=g, base_lr=cfg.sensor_lr if sensor else cfg.lr, weight_decay=cfg.weight_decay if decay else 0.0) for (sensor, decay), g in groups.items()]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=fused)
 
 
 def describe(cfg, data, dataset, held_out, print0):
     """Say what was found: sessions, steps and shares per data set, features, sensor, actions and ranges."""
     weights = dataset.sample_weights(data.weights)
-    print0(f"data      {len(data.train)} training sessions, {len(dataset)} steps; {len(data.validation)} validation sessions, {len(held_out)} steps; {', '.join(cfg.dataset_dir)}")
+    print0(f"data      {len(data.train)} training sessions, {len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image); "
+           f"{len(data.validation)} validation sessions, {len(held_out)} steps; {', '.join(cfg.dataset_dir)}")
     for name in dataset.datasets:
         mine = np.repeat([s.dataset == name for s in dataset.sessions], [len(k) for k in dataset.steps])
         print0(f"          {name:<30} weight {data.weights[name]:g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}, "
@@ -624,8 +635,8 @@ def describe(cfg, data, dataset, held_out, print0):
     if cfg.vlm_latency_ms > 1000 / ACTION_HZ * cfg.vlm_reuse_count:
         print0(f"warning   vlm_latency_ms is {cfg.vlm_latency_ms:g}: a VLM that slow cannot look every {cfg.vlm_reuse_count} steps ({100 * cfg.vlm_reuse_count} ms). "
                f"Use --vlm-reuse-count {math.ceil(cfg.vlm_latency_ms * ACTION_HZ / 1000)}, fewer than {len(data.features.views)} views, or smaller images")
-    print0(f"sensor    " + (f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
-                            if cfg.sensor_enabled else "not used"))
+    print0("sensor    " + (f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; "
+                           f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without" if cfg.sensor_enabled else "not used"))
     print0(f"action    {cfg.horizon} steps of {1000 // ACTION_HZ} ms; per step:" + "".join(f"{f'{n} {u}'.strip():>11}" for n, u in ACTIONS))
     for name in ("q01", "q99", "mean", "std"):
         print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in data.stats["action"][name]))
@@ -693,9 +704,9 @@ def check_resume(cfg, state, path, data):
     if "optimizer_state_dict" not in state:
         raise ValueError(f"--resume {path} holds weights only, no optimizer: continue from {LATEST} beside it")
     old, new = state["config"], dataclasses.asdict(cfg)
-    if wrong := [f"{k} {old[k]}, now {new[k]}" for k in FIXED if old[k] != new[k]]:
+    if wrong := [f"{k} {old.get(k)}, now {new[k]}" for k in FIXED if old.get(k) != new[k]]:
         raise ValueError(f"--resume {path} was trained with {'; '.join(wrong)}. Set it back, or start a new run in another --checkpoint-dir")
-    return [f"{k} {old[k]} -> {v}" for k, v in new.items() if old[k] != v and k not in ("resume", "checkpoint_dir", "check")]
+    return [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in ("resume", "checkpoint_dir", "check")]
 
 
 def main(cfg):
@@ -770,7 +781,8 @@ def main(cfg):
     model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else core
     count = sum(p.numel() for p in core.parameters())
     size = 4 * 3 * count                                                     # fp32 weights and two moments
-    print0(f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); {'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
+    print0(f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); "
+           f"{'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
     print0(f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {per_epoch} steps per epoch")
     print0(f"steps     {start} -> {total} ({total / per_epoch:.1f} epochs); lr {cfg.lr:.2e}, sensor {cfg.sensor_lr:.2e}; {LATEST} is about {size / 1e9:.2g} GB, "
            f"{BEST} and {FINAL} {size / 3e9:.2g} GB each, in {folder}")
@@ -845,9 +857,11 @@ def main(cfg):
             mean = np.mean(window, axis=0).tolist() if window else [math.nan] * 4
             speed, waited = (step - logged_at) * global_batch / elapsed, wait / elapsed
             values = {"train/loss_step": mean[0], "train/lr": factor * cfg.lr, "train/grad_norm": mean[1], "train/vl_reuse_counter": mean[2], "train/sensor_samples": mean[3],
-                      "train/nonsensor_samples": global_batch - mean[3], "train/samples_per_s": speed, "train/data_wait": waited, "train/memory_gb": runlog.memory_gb(), "train/skipped_steps": skipped}
+                      "train/nonsensor_samples": global_batch - mean[3], "train/samples_per_s": speed, "train/data_wait": waited,
+                      "train/memory_gb": runlog.memory_gb(), "train/skipped_steps": skipped}
             log.log(step, {k: v for k, v in values.items() if math.isfinite(v)},
-                    f"step {step:>7}/{total} | loss {mean[0]:.4f} | grad {mean[1]:.2f} | lr {factor * cfg.lr:.2e} | {speed:.1f} samples/s | wait {waited:.1%} | {values['train/memory_gb']:.1f} GB")
+                    f"step {step:>7}/{total} | loss {mean[0]:.4f} | grad {mean[1]:.2f} | lr {factor * cfg.lr:.2e} | {speed:.1f} samples/s | "
+                    f"wait {waited:.1%} | {values['train/memory_gb']:.1f} GB")
             log.step(step, mean[0], factor * cfg.lr, speed, waited)
             window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
@@ -883,7 +897,8 @@ def main(cfg):
     if rank == 0 and step == total:
         model_file = folder / (BEST if data.validation else FINAL)
         print(f"loss plot: {runlog.plot_loss(out, 'train/loss_step', 'val/loss_epoch')}")
-        print(f"model: {model_file}" + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "") + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}")
+        print(f"model: {model_file}" + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "")
+              + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ Output, in checkpoint_dir: diffusion_stage1_latest.pt (newest, resumes), diffusi
 diffusion_stage1/ config.yaml, metrics.jsonl, validation_episodes.txt, loss.png.
 
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), C sensor channels (1026: force, A-scan), H actions (the chunk),
-A action dims (7), D width of the expert, T diffusion timesteps.
+A action dims (7), D width of the expert, T diffusion timesteps, K draws of noise.
 """
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ class Config:
     # VLM features
     cache_root: str | None = None                  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
     cache: Literal["required", "online"] = "required"  # required: features of build_vl_cache.py; online: the VLM runs in every step, slow
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"     # the VLM: hub id or directory; with a cache only its name is compared
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"     # the VLM: hub id or directory; with a cache it is compared (its files, or where they are not on this machine its name), not loaded
     views: list[str] = field(default_factory=list)  # camera views; empty: those of the cache, or all that every session has
     image_resize_height: int = 360                 # pixels, of the images that the VLM sees
     image_resize_width: int = 640                  # pixels
@@ -82,6 +82,7 @@ class Config:
     horizon: int = 8                               # H, actions per prediction, 100 ms each
     diffusion_timesteps: int = 100                 # T, DDPM with a squared-cosine schedule
     ddim_steps: int = 10                           # network calls per prediction
+    noise_draws: int = 1                           # K, noises and timesteps per sample and step; more cost little beside a wide sensor window and learn faster
     # training
     epochs: int = 20                               # passes over as many samples as there are
     max_steps: int | None = None                   # optimizer steps instead of epochs
@@ -115,8 +116,8 @@ def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     if not cfg.dataset_dir:
         raise ValueError("dataset_dir is empty: name the folders with the sessions, --dataset_dir DATA (preprocessed by: python create_datapkl.py --dataset-dirs DATA)")
-    ones = ("sensor_window_size", "vlm_reuse_count", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon", "epochs", "batch_size", "grad_accum_steps", "eval_epochs", "log_steps",
-            "ddim_steps")
+    ones = ("sensor_window_size", "vlm_reuse_count", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon", "epochs", "batch_size", "grad_accum_steps",
+            "eval_epochs", "log_steps", "ddim_steps", "noise_draws")
     for wrong, message in (
         (cfg.training_stage != "stage1", f"training_stage is {cfg.training_stage}: not supported, only stage1 (VLM frozen) is; the guide advises against stage 2"),
         (not 2 <= cfg.diffusion_timesteps, f"diffusion_timesteps is {cfg.diffusion_timesteps}: expected 2 or more (100)"),
@@ -128,7 +129,8 @@ def check_config(cfg):
         (cfg.hidden_dim % (2 * cfg.num_heads), f"hidden_dim is {cfg.hidden_dim}: expected a multiple of 2 * num_heads ({2 * cfg.num_heads})"),
         (cfg.vlm_latency_ms < 0 or cfg.save_steps < 0, f"vlm_latency_ms is {cfg.vlm_latency_ms}, save_steps is {cfg.save_steps}: expected 0 or more"),
         (cfg.sensor_loss_weight <= 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0"),
-        (min(cfg.warmup_ratio, cfg.hold_ratio) < 0 or cfg.warmup_ratio + cfg.hold_ratio >= 1, f"warmup_ratio + hold_ratio is {cfg.warmup_ratio} + {cfg.hold_ratio}: expected shares below 1"),
+        (min(cfg.warmup_ratio, cfg.hold_ratio) < 0 or cfg.warmup_ratio + cfg.hold_ratio >= 1,
+         f"warmup_ratio + hold_ratio is {cfg.warmup_ratio} + {cfg.hold_ratio}: expected shares below 1"),
     ):
         if wrong:
             raise ValueError(message)
@@ -171,7 +173,8 @@ class Features:
         if self.files:
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
-            self.about = f"{self.recipe['model']}, views {', '.join(self.views)} at {self.recipe['pixels'][0]}x{self.recipe['pixels'][1]}: {self.shape[0]} x {self.shape[1]} numbers every {self.stride} steps, {root}"
+            self.about = (f"{self.recipe['model']}, views {', '.join(self.views)} at {self.recipe['pixels'][0]}x{self.recipe['pixels'][1]}: "
+                          f"{self.shape[0]} x {self.shape[1]} numbers every {self.stride} steps, {root}")
 
     def key(self, session):
         """What changes when the features of this session would."""
@@ -206,7 +209,11 @@ def load_data(cfg, rank=0, saved=None, optional=()):
         if name not in present or not 0 < weights[name] < math.inf:
             raise ValueError(f"dataset_weight '{text}': expected one of {', '.join(present)}, and a weight above 0")
     features = Features(cfg, found, optional=optional)
-    fingerprint = hashlib.sha256(json.dumps([[s.name, len(s), s.has_sensor, features.key(s)] for s in train]).encode()).hexdigest()[:16]
+    if not any(len(features.usable(s)[0]) for s in train):
+        raise ValueError(f"no step of the {len(train)} training sessions has an image of {', '.join(features.views)} that is at most {cfg.max_image_age:g} s old: "
+                         "choose other --views, or raise --max-image-age")
+    content = lambda s: hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + (s.sensor_stamps.tobytes() if s.has_sensor else b"")).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([[s.name, content(s), features.key(s)] for s in train]).encode()).hexdigest()[:16]
     stats = [None]
     if saved and saved["fingerprint"] == fingerprint:
         stats = [saved["stats"]]
@@ -222,7 +229,8 @@ class SessionDataset(Dataset):
 
     vl_features (N, V) float32, or with --cache online images {view: (h, w, 3) uint8} and instruction | sensor (n <= W, 1026) float32 raw rows, newest last, or None |
     actions (H, 7) float32 in mm and degrees, action_mask (H,) bool: False past the end of the segment | previous (7,) the action before, zeros at a
-    segment's start | noise (H, 7) float32 ~ N(0, 1), t int, the diffusion timestep | weight float, in the loss | reuse_step, steps since the feature's images: 0..R-1 without latency | name (session, k)
+    segment's start | noise (K, H, 7) float32 ~ N(0, 1), t (K,) int, diffusion timesteps |
+    weight float, in the loss | reuse_step, steps since the feature's images: 0..R-1 without latency | name (session, k)
     """
 
     def __init__(self, part, features, cfg):
@@ -251,7 +259,8 @@ class SessionDataset(Dataset):
     def __getitem__(self, key):
         position, i = key
         rng, cfg = generator_at(self.cfg.seed, position, "noise"), self.cfg
-        return self.read(*self.locate(i)) | dict(noise=rng.standard_normal((cfg.horizon, len(ACTIONS)), dtype=np.float32), t=int(rng.integers(cfg.diffusion_timesteps)))
+        return self.read(*self.locate(i)) | dict(noise=rng.standard_normal((cfg.noise_draws, cfg.horizon, len(ACTIONS)), dtype=np.float32),
+                                                  t=rng.integers(cfg.diffusion_timesteps, size=cfg.noise_draws))
 
     def read(self, e, row):
         """Step number `row` of session number `e`."""
@@ -274,7 +283,8 @@ class Collate:
         self.window, self.sensor_enabled, self.action = cfg.sensor_window_size, cfg.sensor_enabled, Normalizer(stats["action"])
 
     def inputs(self, observations):
-        """vl_features (B, N, V) float32, or pictures: list of (images, instruction), see online_features | sensor (B, W, 1026) float32 raw, zeros on the left where rows are missing | sensor_length (B,), 0 without sensor."""
+        """vl_features (B, N, V) float32, or pictures: list of (images, instruction), see online_features | sensor (B, W, 1026) float32 raw, zeros on the left
+        where rows are missing | sensor_length (B,), 0 without sensor."""
         batch = {}
         if self.sensor_enabled:
             sensor, length = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32), []
@@ -288,11 +298,12 @@ class Collate:
         return batch | dict(pictures=[(o["images"], o["instruction"]) for o in observations])
 
     def __call__(self, items):
-        """List of dataset items -> inputs() plus actions (B, H, 7) normalised, action_mask (B, H), noise (B, H, 7), t, weight, reuse_step, has_sensor (B,), and the items' names."""
+        """List of dataset items -> inputs() plus actions (B, H, 7) normalised, action_mask (B, H), noise (B, K, H, 7), t (B, K), weight, reuse_step, has_sensor (B,), and the items' names."""
         stack = lambda key: torch.from_numpy(np.stack([item[key] for item in items]))
         return self.inputs(items) | dict(
             actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))), action_mask=stack("action_mask"),
-            weight=stack("weight").float(), reuse_step=stack("reuse_step"), noise=stack("noise"), t=stack("t"), has_sensor=torch.tensor([item["sensor"] is not None for item in items]), names=[item["name"] for item in items])
+            weight=stack("weight").float(), reuse_step=stack("reuse_step"), noise=stack("noise"), t=stack("t"),
+            has_sensor=torch.tensor([item["sensor"] is not None for item in items]), names=[item["name"] for item in items])
 
 
 def to_device(batch, device):
@@ -408,14 +419,18 @@ class DiffusionVLA(nn.Module):
     def forward(self, batch):
         """-> loss_sum (): sum of weight * the sample's mean squared error of the noise over its unpadded steps and moving dims, to be divided by the caller's
         global sum of weights | sample_loss (B,)."""
-        return self.noise_loss(self.condition(batch), batch, batch["t"])
+        return self.noise_loss(batch, batch["noise"], batch["t"])
 
-    def noise_loss(self, condition, batch, t):
-        noise, mask = batch["noise"] * self.active, batch["action_mask"]
-        x_t = self.schedule.add_noise(batch["actions"].masked_fill(~mask[..., None], 0), noise, t)
-        error = (self.predict_noise(condition, x_t, t, mask) - noise).square() * self.active
+    def noise_loss(self, batch, noise, t):
+        """noise (B, K, H, 7), t (B, K): K draws of each sample, which share what is costly, the condition; a sample's loss is their mean."""
+        B, K = t.shape
+        each = lambda x: x.repeat_interleave(K, 0)
+        noise, t, mask = noise.flatten(0, 1) * self.active, t.flatten(), each(batch["action_mask"])
+        x_t = self.schedule.add_noise(each(batch["actions"]).masked_fill(~mask[..., None], 0), noise, t)
+        error = (self.predict_noise(each(self.condition(batch)), x_t, t, mask) - noise).square() * self.active
         mask = mask[..., None]                                               # a padded step teaches nothing
         loss = error.masked_fill(~mask, 0).sum((1, 2)) / (mask.sum((1, 2)) * self.active.sum())
+        loss = loss.view(B, K).mean(1)
         return dict(loss_sum=(loss * batch["weight"]).sum(), sample_loss=loss.detach())
 
     @torch.no_grad()
@@ -577,7 +592,8 @@ class TwoRateLoop:
 def build_model(cfg, vl_shape, stats, device):
     """-> DiffusionVLA on `device`, new weights in fp32; the statistics of sensor and actions go into its buffers."""
     torch.manual_seed(cfg.seed)
-    model = DiffusionVLA(vl_shape, cfg.sensor_dim if cfg.sensor_enabled else 0, cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon, moving_dims(stats),
+    sensor_dim = cfg.sensor_dim if cfg.sensor_enabled else 0
+    model = DiffusionVLA(vl_shape, sensor_dim, cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon, moving_dims(stats),
                          cfg.diffusion_timesteps)
     return model.to(device)
 
@@ -601,7 +617,7 @@ def fill_statistics(core, dataset, stats, policy, samples=512):
     features = []
     for i in range(0, len(chosen), 16):
         reads = [dataset.features.read(*dataset.tick_at(k)) for k in chosen[i:i + 16]]
-        features.append(torch.stack([torch.as_tensor(r["vl_features"]) for r in reads]).float() if "vl_features" in reads[0] else policy.encode([(r["images"], r["instruction"]) for r in reads]))
+        features.append(torch.stack([r["vl_features"] for r in reads]) if "vl_features" in reads[0] else policy.encode([(r["images"], r["instruction"]) for r in reads]))
     features = torch.cat(features).flatten(0, 1).double()                    # (n, V)
     mean, std = features.mean(0), features.std(0, correction=0)
     c.vl_mean.copy_(mean)
@@ -643,8 +659,8 @@ def load_policy(path, device=None, vlm=None):
     cfg, device = config_of(state), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, state["vl_shape"], state["stats"], device)
     model.load_state_dict(state["model_state_dict"])
-    return Policy(model.requires_grad_(False).eval(), cfg, state["stats"], state["recipe"], state["instructions"], device, torch.bfloat16 if device.type == "cuda" and cfg.use_bfloat16 else None,
-                  vlm=vlm)
+    autocast = torch.bfloat16 if device.type == "cuda" and cfg.use_bfloat16 else None
+    return Policy(model.requires_grad_(False).eval(), cfg, state["stats"], state["recipe"], state["instructions"], device, autocast, vlm=vlm)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -689,7 +705,8 @@ class Ema:
 def describe(cfg, data, dataset, held_out, print0):
     """Say what was found: sessions, steps and shares per data set, features, sensor, actions and ranges."""
     weights = dataset.sample_weights(data.weights)
-    print0(f"data      {len(data.train)} training sessions, {len(dataset)} steps; {len(data.validation)} validation sessions, {len(held_out)} steps; {', '.join(cfg.dataset_dir)}")
+    print0(f"data      {len(data.train)} training sessions, {len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image); "
+           f"{len(data.validation)} validation sessions, {len(held_out)} steps; {', '.join(cfg.dataset_dir)}")
     for name in dataset.datasets:
         mine = np.repeat([s.dataset == name for s in dataset.sessions], [len(k) for k in dataset.steps])
         print0(f"          {name:<30} weight {data.weights[name]:g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}, "
@@ -698,8 +715,8 @@ def describe(cfg, data, dataset, held_out, print0):
     if cfg.vlm_latency_ms > 1000 / ACTION_HZ * cfg.vlm_reuse_count:
         print0(f"warning   vlm_latency_ms is {cfg.vlm_latency_ms:g}: a VLM that slow cannot look every {cfg.vlm_reuse_count} steps ({100 * cfg.vlm_reuse_count} ms). "
                f"Use --vlm-reuse-count {math.ceil(cfg.vlm_latency_ms * ACTION_HZ / 1000)}, fewer than {len(data.features.views)} views, or smaller images")
-    print0(f"sensor    " + (f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
-                            if cfg.sensor_enabled else "not used"))
+    print0("sensor    " + (f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; "
+                           f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without" if cfg.sensor_enabled else "not used"))
     print0(f"action    {cfg.horizon} steps of {1000 // ACTION_HZ} ms; per step:" + "".join(f"{f'{n} {u}'.strip():>11}" for n, u in ACTIONS))
     for name in ("q01", "q99", "mean", "std"):
         print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in data.stats["action"][name]))
@@ -731,10 +748,11 @@ def check_data(cfg):
 
 def validate(core, policy, dataset, cfg, device, rank, world, reduce):
     """-> {val/loss_epoch, val/mae_mm, val/mae_deg, the same of two baselines (no motion; the last action again), val/mae_<dim>}: the noise loss at fixed
-    timesteps with noise that belongs to the step, and the error of a sampled chunk; every held-out step once, sums over all ranks; padded steps and dims that never move do not count."""
+    timesteps with noise that belongs to the step, and the error of a sampled chunk; every
+    held-out step once, sums over all ranks; padded steps and dims that never move do not count."""
     active = core.active.cpu().numpy()
     sums = torch.zeros(2 + 3 * len(ACTIONS) + 1, dtype=torch.float64)        # weighted loss, weights | absolute errors of policy, zero, last | steps
-    times = np.linspace(0, cfg.diffusion_timesteps - 1, min(VALIDATION_TIMES, cfg.diffusion_timesteps)).round().astype(int).tolist()
+    times = torch.linspace(0, cfg.diffusion_timesteps - 1, min(VALIDATION_TIMES, cfg.diffusion_timesteps)).round().long().to(device)
     core.eval()
     mine = range(rank, len(dataset), world)
     for i in range(0, len(mine), cfg.batch_size):
@@ -742,13 +760,12 @@ def validate(core, policy, dataset, cfg, device, rank, world, reduce):
         batch = online_features(policy.collate(items), policy)
         with torch.no_grad(), torch.autocast(device.type, policy.autocast, enabled=policy.autocast is not None):
             there = to_device(batch, device)
-            condition, ones = core.condition(there), torch.ones_like(there["t"])
-            losses = [core.noise_loss(condition, there, ones * t)["loss_sum"].item() for t in times]
+            out = core.noise_loss(there, there["noise"][:, :1].expand(-1, len(times), -1, -1), times.expand(len(items), -1))
         target, real = np.stack([item["actions"] for item in items]), np.stack([item["action_mask"] for item in items])
         still = np.where(active, 0.0, target)
         last = np.stack([item["previous"] for item in items])[:, None]
         errors = [np.abs(guess - target)[real].sum(0) for guess in (policy.decode(batch), still, last)]
-        sums += torch.tensor([np.mean(losses), batch["weight"].sum().item(), *np.concatenate(errors).tolist(), float(real.sum())], dtype=torch.float64)
+        sums += torch.tensor([out["loss_sum"].item(), batch["weight"].sum().item(), *np.concatenate(errors).tolist(), float(real.sum())], dtype=torch.float64)
     core.train()
     loss, weight, *errors, steps = reduce(sums).tolist()
     errors, values = np.reshape(errors, (3, -1)) / steps, {"val/loss_epoch": loss / weight}
@@ -760,7 +777,7 @@ def validate(core, policy, dataset, cfg, device, rank, world, reduce):
 
 # without these the moments or the order of the samples would belong to another run
 FIXED = ("seed", "dataset_weight", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon",
-         "diffusion_timesteps", "ema_decay")
+         "diffusion_timesteps", "noise_draws", "ema_decay")
 
 
 def check_resume(cfg, state, path, data):
@@ -771,9 +788,9 @@ def check_resume(cfg, state, path, data):
     if "optimizer_state_dict" not in state:
         raise ValueError(f"--resume {path} holds weights only, no optimizer: continue from {LATEST} beside it")
     old, new = state["config"], dataclasses.asdict(cfg)
-    if wrong := [f"{k} {old[k]}, now {new[k]}" for k in FIXED if old[k] != new[k]]:
+    if wrong := [f"{k} {old.get(k)}, now {new[k]}" for k in FIXED if old.get(k) != new[k]]:
         raise ValueError(f"--resume {path} was trained with {'; '.join(wrong)}. Set it back, or start a new run in another --checkpoint-dir")
-    return [f"{k} {old[k]} -> {v}" for k, v in new.items() if old[k] != v and k not in ("resume", "checkpoint_dir", "check")]
+    return [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in ("resume", "checkpoint_dir", "check")]
 
 
 def main(cfg):
@@ -850,7 +867,8 @@ def main(cfg):
     model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else core
     count = sum(p.numel() for p in core.parameters())
     size = 4 * (4 if cfg.ema_decay else 3) * count                           # fp32 weights, their average, and two moments
-    print0(f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); {'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
+    print0(f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); "
+           f"{'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
     print0(f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {per_epoch} steps per epoch")
     print0(f"steps     {start} -> {total} ({total / per_epoch:.1f} epochs); lr {cfg.lr:.2e}; {LATEST} is about {size / 1e9:.2g} GB, "
            f"{BEST} {4 * count / 1e9:.2g} GB, in {folder}")
@@ -912,7 +930,7 @@ def main(cfg):
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             ema.update(step)
-            window.append((loss, norm, reuse / global_batch, with_sensor, times / global_batch))
+            window.append((loss, norm, reuse / global_batch, with_sensor, times / global_batch / cfg.noise_draws))
             epoch_sums = [epoch_sums[0] + loss, epoch_sums[1] + 1]
             skipped_in_row = 0
         else:                                                                # the same on every rank: losses and gradients are averaged
@@ -925,10 +943,13 @@ def main(cfg):
             elapsed = time.perf_counter() - t_log
             mean = np.mean(window, axis=0).tolist() if window else [math.nan] * 5
             speed, waited = (step - logged_at) * global_batch / elapsed, wait / elapsed
-            values = {"train/loss_step": mean[0], "train/noise_loss": mean[0], "train/diffusion_t": mean[4], "train/lr": factor * cfg.lr, "train/grad_norm": mean[1], "train/vl_reuse_counter": mean[2], "train/sensor_samples": mean[3],
-                      "train/nonsensor_samples": global_batch - mean[3], "train/samples_per_s": speed, "train/data_wait": waited, "train/memory_gb": runlog.memory_gb(), "train/skipped_steps": skipped}
+            values = {"train/loss_step": mean[0], "train/noise_loss": mean[0], "train/diffusion_t": mean[4],
+                      "train/lr": factor * cfg.lr, "train/grad_norm": mean[1], "train/vl_reuse_counter": mean[2], "train/sensor_samples": mean[3],
+                      "train/nonsensor_samples": global_batch - mean[3], "train/samples_per_s": speed, "train/data_wait": waited,
+                      "train/memory_gb": runlog.memory_gb(), "train/skipped_steps": skipped}
             log.log(step, {k: v for k, v in values.items() if math.isfinite(v)},
-                    f"step {step:>7}/{total} | loss {mean[0]:.4f} | grad {mean[1]:.2f} | lr {factor * cfg.lr:.2e} | {speed:.1f} samples/s | wait {waited:.1%} | {values['train/memory_gb']:.1f} GB")
+                    f"step {step:>7}/{total} | loss {mean[0]:.4f} | grad {mean[1]:.2f} | lr {factor * cfg.lr:.2e} | {speed:.1f} samples/s | "
+                    f"wait {waited:.1%} | {values['train/memory_gb']:.1f} GB")
             log.step(step, mean[0], factor * cfg.lr, speed, waited)
             window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
@@ -963,7 +984,8 @@ def main(cfg):
     if rank == 0 and step == total:
         model_file = folder / (BEST if data.validation else LATEST)
         print(f"loss plot: {runlog.plot_loss(out, 'train/loss_step', 'val/loss_epoch')}")
-        print(f"model: {model_file}" + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "") + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}")
+        print(f"model: {model_file}" + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "")
+              + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -471,6 +471,11 @@ def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
     assert again.stats == data.stats and again.fingerprint == data.fingerprint
 
 
+def test_without_a_fresh_image_there_is_nothing_to_train_on(sessions_root, qwen_dir):
+    with pytest.raises(ValueError, match="no step of the 4 training sessions has an image of View1, View5 that is at most 0.01 s old"):
+        open_data(sessions_root, qwen_dir, max_image_age=0.01)
+
+
 def test_a_missing_cache_names_the_command(sessions_root, qwen_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python build_vl_cache\.py [^\n]*\n[^\n]*--cache online"):
         open_data(sessions_root, qwen_dir, cache_root=tmp_path)

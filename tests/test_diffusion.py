@@ -77,7 +77,7 @@ def small_batch(B=3, W=20, seed=0):
     g = torch.Generator().manual_seed(seed)
     return dict(vl_features=torch.randn(B, 1, 12, generator=g), sensor=torch.randn(B, W, 1026, generator=g), sensor_length=torch.tensor([W, 7, 0][:B]),
                 actions=torch.rand(B, 8, 7, generator=g) * 2 - 1, action_mask=torch.ones(B, 8, dtype=torch.bool), weight=torch.tensor([2.0, 2.0, 1.0][:B]),
-                noise=torch.randn(B, 8, 7, generator=g), t=torch.tensor([3, 50, 99][:B]))
+                noise=torch.randn(B, 2, 8, 7, generator=g), t=torch.tensor([[3, 80], [50, 1], [99, 20]][:B]))
 
 
 def test_real_size():
@@ -102,13 +102,19 @@ def test_padding_and_resting_dimensions_teach_nothing():
     batch["action_mask"][1, 3:] = False
     reference = model(batch)
     changed = {k: v.clone() for k, v in batch.items()}
-    changed["actions"][1, 3:], changed["noise"][1, 3:] = torch.nan, 7.0                # beyond the end of the segment
+    changed["actions"][1, 3:], changed["noise"][1, :, 3:] = torch.nan, 7.0                # beyond the end of the segment
     changed["noise"][..., 6] += 5                                                      # the gripper
     changed["sensor"][1, :-7], changed["sensor"][2] = torch.nan, torch.nan             # where there are no rows
     assert torch.allclose(model(changed)["sample_loss"], reference["sample_loss"], atol=1e-6)
     changed["actions"][1, 2] += 0.1
     assert not torch.allclose(model(changed)["sample_loss"], reference["sample_loss"], atol=1e-6)
-    assert (model.sample(batch, batch["noise"], 5)[..., 6] == 0).all()
+    assert (model.sample(batch, batch["noise"][:, 0], 5)[..., 6] == 0).all()
+
+
+def test_several_draws_are_a_mean_of_single_ones():
+    model, batch = small_model(), small_batch()
+    single = [model(batch | dict(noise=batch["noise"][:, k:k + 1], t=batch["t"][:, k:k + 1]))["sample_loss"] for k in (0, 1)]
+    assert torch.allclose(model(batch)["sample_loss"], (single[0] + single[1]) / 2, atol=1e-6)
 
 
 def test_the_loss_weighs_samples():
@@ -219,8 +225,9 @@ def test_each_sample_has_its_own_noise(sessions_root, qwen_dir):  # noqa: F811
     """By position: two positions of the same step differ, the same position is the same in every process; timesteps cover 0 .. T-1 evenly."""
     _, _, dataset = open_data(sessions_root, qwen_dir, script=diffusion)
     a, again, b = dataset[(5, 1)], dataset[(5, 1)], dataset[(6, 1)]
-    assert np.array_equal(a["noise"], again["noise"]) and a["t"] == again["t"] and not np.array_equal(a["noise"], b["noise"])
-    times = np.array([dataset[(p, 0)]["t"] for p in range(1000)])
+    assert np.array_equal(a["noise"], again["noise"]) and np.array_equal(a["t"], again["t"]) and not np.array_equal(a["noise"], b["noise"])
+    assert a["noise"].shape == (1, 8, 7)
+    times = np.array([dataset[(p, 0)]["t"][0] for p in range(1000)])
     assert times.min() >= 0 and times.max() <= 99 and np.histogram(times, 4, (0, 100))[0].min() > 200
 
 
