@@ -340,7 +340,7 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5):
             missing.append(session.name)
         elif all(reasons):
             refused.append(f"{session.name}: " + "; ".join(reasons[0]))
-    command = build_command(expected | dict(model=expected.get("model"), views=expected.get("views")), cache_root, reuse)
+    command = build_command(expected, cache_root, reuse)
     if refused:
         raise CacheMismatch(f"the features of {len(refused)} of {len(sessions)} sessions do not fit:\n  " + "\n  ".join(refused[:5]) + f"\nBuild them: {command}")
     if missing:
