@@ -1,10 +1,11 @@
 """Write small data sets in every recording format, and tiny random backbones in their real file formats.
 
-One seeded scene feeds all of them: a needle tip approaches a trocar on an eye phantom, lines up with it and enters. It is rendered by
+The insertion episodes show one seeded scene: a needle tip approaches a trocar on an eye phantom, lines up with it and enters. It is rendered by
 pinhole projection into side, tool and top cameras under domain randomisation (light, camera, colours, background, noise: guide 2). Where
-the trocar is, and therefore what to do next, can be seen in the images and in nothing else; the frame number tells nothing.
+the trocar is, and therefore what to do next, can be seen in the images and in nothing else; the frame number tells nothing. The other formats
+have small scenes of their own, each made so that what its policy must use (picture, instruction, force) is all that tells the action.
 
-    python make_demo.py                                   # everything below demo/
+    python make_demo.py                                   # everything, below demo/
     python make_demo.py insertion --episodes 12           # only the insertion episodes
     python make_demo.py --list                            # what can be made
 
@@ -590,6 +591,110 @@ def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, p
         for name, std in (("q_proj", 0.3), ("k_proj", 0.3), ("v_proj", text[0] ** -0.5), ("out_proj", text[0] ** -0.5)):
             normal(getattr(projection.x_attn, name).weight, std=std)    # sharp: every query looks at a few patches
         model.save_pretrained(folder)
+
+
+# ---- robot sessions: CSV, npz and images, as guide 5's recorders write them ----------------------------------------------
+# The phantom stands on a turntable: the tip chases a trocar that goes round, and follows tissue that breathes. Where the trocar is can be seen: the
+# tool camera looks at a mat, fixed to the trocar, whose red rises to the right and blue to the bottom. Where the tissue is in its cycle can only be
+# felt: force and the A-scan's peak follow it. Recordings without a sensor are of a stiff phantom, so they have nothing to feel.
+
+SESSION_INSTRUCTION = "Insert the needle into the target point"
+TISSUE_MM, TISSUE_HZ, TABLE_HZ = 4.0, 0.9, 0.35
+CSV_COLUMNS = "recv_timestamp,origin_timestamp,send_timestamp,{force},joint_1,joint_2,joint_3,joint_4,joint_5,joint_6,pose_x,pose_y,pose_z,pose_a,pose_b,pose_r"
+
+
+def simulate_session(rng, seconds, breathes=True):
+    """-> dict(t (n,) s at 100 Hz, pose (n, 6) mm and degrees, offset (n, 2) mm from the trocar to the tip, phase: function of seconds -> tissue's phase in rad)."""
+    t = np.arange(int(seconds * 100)) / 100
+    hz, start = TISSUE_HZ + rng.uniform(-0.04, 0.04), rng.uniform(0, 2 * np.pi)
+    angle = 2 * np.pi * TABLE_HZ * t + rng.uniform(0, 2 * np.pi)
+    trocar = rng.uniform(10, 15) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    xy, here = np.zeros((len(t), 2)), trocar[0] + rng.uniform(-10, 10, 2)
+    for i in range(len(t)):
+        xy[i] = here
+        here = here + 2.5 * (trocar[i] - here) / 100                            # per second 2.5 times the way that is left
+    offset, xy = xy - trocar, xy + [80.0, 118.0]
+    z = 245 + (TISSUE_MM * np.sin(2 * np.pi * hz * t + start) if breathes else 0 * t)
+    tilt = np.stack([-150 + 0.3 * (xy[:, 1] - 118), 43 - 0.3 * (xy[:, 0] - 80), 179 + 0.3 * (xy[:, 0] - 80)], axis=1)   # the last one crosses 180
+    return dict(t=t, pose=np.concatenate([xy, z[:, None], (tilt + 180) % 360 - 180], axis=1), offset=offset, phase=lambda s: 2 * np.pi * hz * s + start)
+
+
+def session_sensor(run, stamps, rng):
+    """Seconds (n,) -> force (n,) float32 and A-scan (n, 1025) float32 with a peak at the tissue."""
+    height = np.sin(run["phase"](stamps))
+    bins = np.arange(1025)
+    ascan = 45 + 60 * np.exp(-((bins - 500 - 120 * height[:, None]) / 25) ** 2) + rng.integers(0, 4, (len(stamps), 1025))
+    return (1 + 0.8 * height + rng.normal(0, 0.03, len(stamps))).astype(np.float32), np.rint(ascan).astype(np.float32)
+
+
+def render_session(offset, view, size, rng):
+    """-> (H, W, 3) uint8. View1: tool camera, 12 mm wide, over the tip. View5: the whole table, grey, with trocar and tip."""
+    height, width = size
+    scale = width / (12 if view == "View1" else 80)                             # pixels per mm
+    ys, xs = np.mgrid[:height, :width].astype(np.float32)
+    x, y = (xs - width / 2) / scale + offset[0], (ys - height / 2) / scale + offset[1]   # mm from the trocar
+    if view == "View1":
+        mat = np.stack([0.5 + 0.025 * x, np.full_like(x, 0.4), 0.5 + 0.025 * y], axis=-1)
+    else:
+        mat = np.full((height, width, 3), 0.5, np.float32)
+        x, y = (xs - width / 2) / scale, (ys - height / 2) / scale
+        mat[(x - offset[0]) ** 2 + (y - offset[1]) ** 2 < 9] = (1.0, 0.9, 0.1)           # the tip
+    mat[x**2 + y**2 < 4] = (0.1, 0.8, 0.9)                                      # the trocar
+    return np.clip(mat * 255 + rng.normal(0, 4, mat.shape), 0, 255).astype(np.uint8)
+
+
+def write_session(folder, layout, seed=0, seconds=6.0, sensor=True, size=(72, 128), image_hz=5.0, start=1761551500.0):
+    """One recording in `folder` (its name is the recording's) in layout "old", "new" or "legacy". Clock: `start`, epoch seconds."""
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = simulate_session(rng, seconds, breathes=sensor)
+    t, pose, stamp = run["t"], run["pose"], "20251027_" + f"{int(start) % 86400 // 3600:02d}{int(start) % 3600 // 60:02d}{int(start) % 60:02d}"
+    origin = start + np.rint(np.floor(t / 0.005) * 0.005 * 1000) / 1000
+    received = origin + 0.0004 + 0.002 * rng.random(len(t))
+    joints = np.degrees(joint_angles(np.concatenate([pose[:, :3], np.radians(pose[:, 3:])], axis=1)))
+    if layout == "legacy":
+        header, name = "timestamp,joint_angle_1,joint_angle_2,joint_angle_3,joint_angle_4,joint_angle_5,joint_angle_6,EE_x,EE_y,EE_z,EE_a,EE_b,EE_r", f"robot_rt_{stamp}.csv"
+        table = np.column_stack([origin, joints, pose])
+    else:
+        header, name = CSV_COLUMNS.format(force="force" if layout == "new" else "force_placeholder"), "robot_states.csv" if layout == "new" else f"robot_state_{stamp}.csv"
+        table = np.column_stack([received, origin, origin + 0.0003, 0 * t, joints, pose])
+    np.savetxt(folder / name, table, "%.17g", ",", header=header, comments="")
+    if sensor:
+        first = 0.02
+        rows = first + np.arange(int((seconds - first) * 650)) / 650
+        force, ascan = session_sensor(run, rows, rng)
+        if layout == "new":                                                     # a window of the newest 650 rows every 200 ms of the saver's clock
+            ends, end = [], 649
+            while end < len(rows):
+                ends.append(end)
+                end += int(rng.integers(126, 135))
+            data = np.stack([np.column_stack([force[e - 649:e + 1], ascan[e - 649:e + 1]]) for e in ends])
+            np.savez_compressed(folder / "sensor_data.npz", timestamps=start + rows[ends], data=data)
+        else:
+            np.savez(folder / f"sensor_data_{stamp}_{int(start)}.npz", timestamps=start + rows, send_timestamps=start + rows + 0.001, forces=force, alines=ascan)
+    for view in ("View1", "View5"):
+        place = {"old": f"{view}/left" if view == "View1" else view, "new": f"images/{view}", "legacy": "view1/left" if view == "View1" else "view5_oak"}[layout]
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for n in range(int(seconds * image_hz)):
+            taken = n / image_hz + 0.01 * rng.random()
+            shown = f"{start + taken:.6f}" if layout == "new" else f"{'zed_41182735_left' if view == 'View1' else 'oak_1844301'}_{start + taken:.3f}"
+            picture = render_session(run["offset"][min(int(taken * 100), len(t) - 1)], view, size, rng)
+            (folder / place / f"{shown}.jpg").write_bytes(jpeg(picture, 90))
+    if layout == "new":
+        (folder / "metadata.json").write_text(json.dumps(dict(episode_name=folder.name, start_time=start, end_time=start + seconds, camera_views=["View5", "View1"], sensor_hz=650, robot_hz=100,
+                                                              sensor_window_size=650, action_horizon=8, action_dim=7), indent=2))
+    return folder
+
+
+def write_sessions(folder, seed=0, white=16, needle=5, new=10, oct=4, seconds=6.0, size=(72, 128)):
+    """Data sets of all layouts below `folder`: `white` and `new` recordings with sensor, `needle` and `oct` without. 2.7 MB per second and sensor."""
+    folder, i = Path(folder), 0
+    plans = [("White_silicone_white_circle/recv_all_{}", "old", True, 4.0)] * white + [("Needle_insertion_eye_trocar/recv_all_{}", "old", False, 4.0)] * needle
+    plans += [(f"Make_dataset/New_dataset/{('Blue_point', 'Eye_trocar')[n % 2]}/episode_{{}}", "new", True, 5.0) for n in range(new)] + [("OCT_insertion/Captures{}", "legacy", False, 4.0)] * oct
+    for i, (name, layout, sensor, hz) in enumerate(tqdm(plans, desc="sessions", unit="recording", disable=None)):
+        clock = 1761551500 + 60 * i
+        when = f"20251027_{clock % 86400 // 3600:02d}{clock % 3600 // 60:02d}{clock % 60:02d}"
+        write_session(folder / name.format(i + 1 if layout == "legacy" else when), layout, seed * 10007 + i, seconds, sensor, size, hz, float(clock))
     return folder
 
 
@@ -605,6 +710,7 @@ PARTS = {
     "openvla": lambda folder, args: write_openvla(folder / "openvla", args.seed),
     "mobile": lambda folder, args: write_mobile(folder / "mobile", args.episodes, args.seed),
     "kosmos2": lambda folder, args: write_kosmos2(folder / "kosmos2", args.seed),
+    "sessions": lambda folder, args: write_sessions(folder / "sessions", args.seed),
 }
 
 
@@ -612,7 +718,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to write: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", default="demo", help="folder to write into (default: demo)")
-    parser.add_argument("--episodes", type=int, default=200, help="insertion episodes (default: 200)")
+    parser.add_argument("--episodes", type=int, default=200, help="insertion and mobile episodes (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     args = parser.parse_args()
