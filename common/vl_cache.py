@@ -9,7 +9,13 @@ A reader needs neither the VLM nor an image: it compares the file's meta with th
 import functools
 import hashlib
 import json
+import sys
 from pathlib import Path
+
+try:
+    import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
+except (ImportError, OSError, RuntimeError, AttributeError):
+    sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
 
 import numpy as np
 import torch

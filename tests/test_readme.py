@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
+import build_vl_cache
 import compute_stats
+import create_datapkl
+import train_async
+import train_diffusion
+import train_mobile_kosmos
 import train_nora
+import train_openvla_vamos
 import train_smolvla_sim
 from common.config import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, KOREAN = (ROOT / name for name in ("README.md", "README.ko.md"))
-CONFIGS = {"train_nora": (train_nora.Config, train_nora.ALIASES), "compute_stats": (compute_stats.Config, {}), "train_smolvla_sim": (train_smolvla_sim.Config, train_smolvla_sim.ALIASES)}
+CONFIGS = {m.__name__: (m.Config, getattr(m, "ALIASES", {})) for m in (
+    train_nora, train_smolvla_sim, train_openvla_vamos, train_mobile_kosmos, train_async, train_diffusion, create_datapkl, build_vl_cache, compute_stats)}
 
 
 def blocks(path):
@@ -36,7 +43,7 @@ def test_both_readmes_show_the_same_commands_and_output():
         return [(language, re.sub(r"\s*#.*", "", text) if language else text) for language, text in blocks(path) if language or "├" not in text]
     english, korean = without_comments(ENGLISH), without_comments(KOREAN)
     assert [b for b in english if b[0]] == [b for b in korean if b[0]], "commands differ"
-    numbers = lambda all_blocks: [re.findall(r"[\w./-]*\d[\w./-]*", text) for language, text in all_blocks if not language]  # noqa: E731
+    numbers = lambda all_blocks: [re.findall(r"[\w./-]*\d[\w./-]*", text, re.A) for language, text in all_blocks if not language]  # noqa: E731
     assert numbers(english) == numbers(korean), "shown output differs"
 
 

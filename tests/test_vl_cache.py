@@ -416,15 +416,18 @@ def test_check_needs_no_model(recordings, capsys):
     assert "seen as 84x56: 6 tokens per view, 12 per feature" in out and "check passed" in out and not (recordings / "cache").exists()
 
 
-def environment():
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"CUDA_VISIBLE_DEVICES": ""}
+def environment(tmp_path):
+    """Of a single process; with a torchvision that breaks whoever imports it."""
+    (tmp_path / "blocked/torchvision").mkdir(parents=True)
+    (tmp_path / "blocked/torchvision/__init__.py").write_text("raise RuntimeError('torchvision is broken')")
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path / "blocked")}
 
 
-def test_a_killed_build_goes_on_and_two_ranks_make_the_same(root, built, qwen_dir):
+def test_a_killed_build_goes_on_and_two_ranks_make_the_same(tmp_path, root, built, qwen_dir):
     """kill -9 in the middle: what has a final name is whole, nothing else counts. torchrun with two processes does the rest; bit for bit what one process makes."""
-    folder = root / "cache/qwen_vl_features"
+    folder, env = root / "cache/qwen_vl_features", environment(tmp_path)
     script = [str(ROOT / "build_vl_cache.py"), "--dataset-dirs", str(root), "--model", str(qwen_dir), *SMALL]
-    process = subprocess.Popen([sys.executable, *script], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *script], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not list(folder.glob("[!.]*.pt")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
@@ -434,7 +437,7 @@ def test_a_killed_build_goes_on_and_two_ranks_make_the_same(root, built, qwen_di
         assert {"features", "meta"} <= set(ckpt.load_state(path))
     first = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.pt")}
     assert first
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script], env=environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.pt") if p.name in first} == first
     one = {p.name: ckpt.load_state(p)["features"] for p in (built / "cache/qwen_vl_features").glob("*.pt")}
