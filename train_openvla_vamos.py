@@ -25,6 +25,7 @@ except (ImportError, OSError, RuntimeError, AttributeError):
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import io
 import json
@@ -1086,6 +1087,8 @@ def main(cfg):
             raise ckpt.DiskFull(28, f"the training is saved in {adapter_dir / f'steps_{step}'}, but not merged: {error}. Run again with --resume auto, which only merges") from error
         print(f"adapter: {adapter_dir}\nevaluate: python evaluate.py --checkpoint {run_dir} --data {cfg.data_root_dir}")
     if world > 1:
+        del model                                                            # the reducer of DDP must not outlive the process group: the last to let go of it joins gloo's threads,
+        gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()
 
