@@ -485,6 +485,7 @@ def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), im
     for name, shard in split.items():
         save_file(shard, folder / name, metadata={"format": "pt"})
     write_json("model.safetensors.index.json", dict(metadata=dict(total_size=sum(t.numel() * 4 for t in tensors.values())), weight_map=index))
+    return folder
 
 
 # ---- mobile base (HDF5) and Kosmos-2 ---------------------------------------------------------------------------------
@@ -591,6 +592,7 @@ def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, p
         for name, std in (("q_proj", 0.3), ("k_proj", 0.3), ("v_proj", text[0] ** -0.5), ("out_proj", text[0] ** -0.5)):
             normal(getattr(projection.x_attn, name).weight, std=std)    # sharp: every query looks at a few patches
         model.save_pretrained(folder)
+    return folder
 
 
 # ---- robot sessions: CSV, npz and images, as guide 5's recorders write them ----------------------------------------------

@@ -16,6 +16,7 @@ A action dims (7), D width of the expert, T diffusion timesteps, K draws of nois
 """
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -987,6 +988,8 @@ def main(cfg):
         print(f"model: {model_file}" + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "")
               + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}")
     if world > 1:
+        del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
+        gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()
 

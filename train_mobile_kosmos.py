@@ -35,6 +35,7 @@ import atexit
 import contextlib
 import dataclasses
 import fnmatch
+import gc
 import hashlib
 import json
 import math
@@ -1257,6 +1258,8 @@ def main(cfg):
         best = sorted((loss, p) for p, (_, loss) in top_files(folder).items())
         print(f"model: {best[0][1] if best else folder / 'last.ckpt'}\nevaluate: python evaluate.py --checkpoint {best[0][1] if best else folder / 'last.ckpt'} --data {cfg.dataset.data_dir}")
     if world > 1:
+        del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
+        gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()
 

@@ -23,6 +23,7 @@ except (ImportError, OSError, RuntimeError, AttributeError):
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -1150,6 +1151,9 @@ def main(cfg):
         log.close()
         print(f"loss plot: {plot_loss(out, 'train_loss')}")
         print(f"model: {final / 'model'}\nevaluate: python evaluate.py --checkpoint {final} --data {cfg.dataset.root_dir}")
+    accelerator.free_memory()                                                # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
+    del model                                                                # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
+    gc.collect()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

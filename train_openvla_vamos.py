@@ -679,12 +679,6 @@ def trained_state(adapter):
     return {f"{layer}.lora_{which}.default.weight": tensor for layer, pair in adapter.items() for which, tensor in zip("AB", pair)}
 
 
-def umask():
-    """The process's file mode mask, which can only be read by setting it."""
-    os.umask(mask := os.umask(0o077))
-    return mask
-
-
 CLASSES = dict(AutoConfig="OpenVLAConfig", AutoModelForImageTextToText="OpenVLAForActionPrediction", AutoModelForVision2Seq="OpenVLAForActionPrediction")   # the last for transformers 4
 
 
@@ -704,7 +698,6 @@ def save_model(folder, base, stats, spec, adapter=None, scale=1.0):
         with safe_open(file, "pt") as f:
             tensors = {name: merged(name, f.get_tensor(name), adapter or {}, scale).contiguous() for name in names}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
-        (folder / shard).chmod(0o666 & ~umask())                         # safetensors writes files that nobody else may read
         index |= dict.fromkeys(names, shard)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
         layers -= {name.removesuffix(".weight") for name in names}
@@ -986,7 +979,6 @@ def main(cfg):
                 with ckpt.atomic_path(final) as temporary:
                     peft_model.save_pretrained(temporary, save_embedding_layers=False)   # else peft adds the whole embedding, because lm_head is adapted
                     (temporary / "README.md").unlink(missing_ok=True)        # peft's empty model card
-                    (temporary / "adapter_model.safetensors").chmod(0o666 & ~umask())
                     ckpt.save_state(temporary / "state.pt", dict(format_version=FORMAT, moments=ckpt.training_state(vla, optimizer)[1]))
                     (temporary / "dataset_statistics.json").write_text(json.dumps({KEY: data.stats}, indent=2))
                     (temporary / "meta.json").write_text(json.dumps(about | dict(step=step, position=position, fingerprint=data.fingerprint, best_val_loss=best, best_step=best_step,
@@ -1087,7 +1079,7 @@ def main(cfg):
             raise ckpt.DiskFull(28, f"the training is saved in {adapter_dir / f'steps_{step}'}, but not merged: {error}. Run again with --resume auto, which only merges") from error
         print(f"adapter: {adapter_dir}\nevaluate: python evaluate.py --checkpoint {run_dir} --data {cfg.data_root_dir}")
     if world > 1:
-        del model                                                            # the reducer of DDP must not outlive the process group: the last to let go of it joins gloo's threads,
+        del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
         gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()

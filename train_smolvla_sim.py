@@ -26,6 +26,7 @@ except (ImportError, OSError, RuntimeError, AttributeError):
 import contextlib
 import csv
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -1428,6 +1429,8 @@ def main(cfg):
         print(f"loss plot: {runlog.plot_loss(out, 'train/loss', 'val/loss')}")
         print(f"model: {folder / 'final_hf'} (LeRobot format)\nevaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}")
     if world > 1:
+        del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
+        gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()
 

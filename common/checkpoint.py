@@ -37,6 +37,8 @@ def atomic_path(final):
     try:
         yield temporary
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read, and labs share a disk
             _fsync(path)
         if final.is_dir():  # a folder cannot be replaced in one call: move the old one aside first, delete it last
             _remove(aside)
@@ -52,6 +54,12 @@ def atomic_path(final):
             raise DiskFull(errno.ENOSPC, f"no room left while writing {final} ({error}); the checkpoints before it are untouched. Free space and resume") from error
         raise
     _remove(aside)
+
+
+def _umask():
+    """The process's file mode mask, which can only be read by setting it."""
+    os.umask(mask := os.umask(0o077))
+    return mask
 
 
 def _disk_is_full(error, folder):

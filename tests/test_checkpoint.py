@@ -104,6 +104,25 @@ def test_everything_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     assert sorted(events[:at]) == sorted([temporary.name, "state.pt", "model", "config.json"]) and events[at + 1:] == [tmp_path.name]
 
 
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    """safetensors makes files of mode 0600, which colleagues on the same disk cannot open."""
+    from safetensors.torch import save_file
+
+    before = os.umask(0o022)
+    try:
+        with atomic_path(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            save_file({"w": torch.zeros(2)}, temporary / "model.safetensors")
+            (temporary / "config.json").write_text("{}")
+        os.umask(0o027)
+        with atomic_path(tmp_path / "state.pt") as temporary:
+            save_file({"w": torch.zeros(2)}, temporary)
+        assert os.umask(0o027) == 0o027, "the mask itself is left alone"
+    finally:
+        os.umask(before)
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.rglob("*") if p.is_file()} == {"model.safetensors": "0o644", "config.json": "0o644", "state.pt": "0o640"}
+
+
 @pytest.mark.parametrize("error,free", [
     (OSError(errno.ENOSPC, "No space left on device"), 10**9), (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**9),
     (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), 10**9),  # what safetensors makes of it (and it deletes the file at once)
