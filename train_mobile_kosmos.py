@@ -66,7 +66,8 @@ from common.stats import compute_stats
 
 FORMAT = 1                    # of a .ckpt
 EPOCH_FILE = r"epoch_(\d+)-val_loss=.*\.ckpt"
-TAGS = ("</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>")  # Kosmos-2's, in the order of their ids
+TAGS = ("</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>",
+        "<grounding>")        # Kosmos-2's, in the order of their ids
 REAL_VOCABULARY, REAL_IMAGE_IDS = 65037, [64003, 64004]  # of the published Kosmos-2: its ids of <image> and </image>
 DEAD_BAND = 0.3               # of the action scale: a smaller velocity has no direction
 IMAGE_SIZE = 224              # Kosmos-2's; only for --check without its config.json
@@ -292,7 +293,8 @@ def load_data(cfg, image_size, rank=0):
     d = cfg.dataset
     episodes, excluded = load_episodes(d, iter if rank else lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None, leave=False))
     train, validation = split_episodes(episodes, d.train_split, d.split)
-    spec = DataSpec(cfg.window_size, cfg.fwd_pred_next_n, cfg.label_offset, image_size, d.colour_order, [float(v) for v in d.action_scale], d.instruction, d.name_instructions, d.max_text_len)
+    spec = DataSpec(cfg.window_size, cfg.fwd_pred_next_n, cfg.label_offset, image_size, d.colour_order, [float(v) for v in d.action_scale], d.instruction,
+                    d.name_instructions, d.max_text_len)
     about = [[episodes[i].name, episodes[i].num_frames, episodes[i].instruction, hashlib.sha256(episodes[i].actions.tobytes()).hexdigest()] for i in train] + [d.windows]
     return Data(episodes, train, validation, excluded, spec, compute_stats(dict(action=[episodes[i].actions for i in train])), hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16])
 
@@ -371,8 +373,8 @@ class MobileVLAH5Dataset(Dataset):
         index = np.minimum(np.arange(start, start + total), episode.num_frames - 1)
         mask = torch.from_numpy(np.arange(start, start + total) < episode.num_frames)
         text, text_mask = self.prompt.tokens(episode.instruction) if self.prompt else (None, None)
-        item = dict(actions=torch.from_numpy(scale_actions(episode.actions[index], self.spec)), action_mask=mask, image_mask=mask.clone(), attention_mask=mask.clone(), text=text, text_mask=text_mask,
-                    lang=episode.instruction, raw_text=episode.instruction, data_source="mobile_vla_action", name=(episode.name, start))
+        item = dict(actions=torch.from_numpy(scale_actions(episode.actions[index], self.spec)), action_mask=mask, image_mask=mask.clone(),
+                    attention_mask=mask.clone(), text=text, text_mask=text_mask, lang=episode.instruction, raw_text=episode.instruction, data_source="mobile_vla_action", name=(episode.name, start))
         if self.cache is not None:
             return item | dict(features=self.cache.read(episode)[index[:W]])
         rgb = torch.from_numpy(self.frames.of(episode)[index])
@@ -736,8 +738,8 @@ def build_model(cfg, backbone, prompt, device, dtype, vlm=None):
             raise ValueError(f"{backbone.folder} lacks {len(missing)} tensors of a Kosmos-2 or has them in another shape, e.g. {missing[0]}: they would stay random")
     known = vlm.config.text_config.vocab_size
     if max(prompt.image_ids) >= known or backbone.config.text_config.vocab_size == REAL_VOCABULARY and prompt.image_ids != REAL_IMAGE_IDS:
-        raise ValueError(f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {prompt.image_ids}; its model has {known} ids, the published one means {REAL_IMAGE_IDS}: tokenizer and "
-                         "weights do not belong together")
+        raise ValueError(f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {prompt.image_ids}; its model has {known} ids, the published one means "
+                         f"{REAL_IMAGE_IDS}: tokenizer and weights do not belong together")
     vlm.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -753,14 +755,15 @@ def save_model(path, model, optimizer, cfg, data, digest, **progress):
     trained, moments = ckpt.training_state(model, optimizer)
     meta = dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])
     with ckpt.atomic_path(path) as temporary:
-        ckpt.save_state(temporary, dict(format_version=FORMAT, meta=meta, trained=trained, moments=moments, config=dataclasses.asdict(cfg), spec=dataclasses.asdict(data.spec), stats=data.stats,
-                                        fingerprint=data.fingerprint, backbone=digest, **progress))
+        ckpt.save_state(temporary, dict(format_version=FORMAT, meta=meta, trained=trained, moments=moments, config=dataclasses.asdict(cfg),
+                                        spec=dataclasses.asdict(data.spec), stats=data.stats, fingerprint=data.fingerprint, backbone=digest, **progress))
 
 
 def read_checkpoint(path):
     state = ckpt.load_state(path)
     if not isinstance(state, dict) or state.get("format_version") != FORMAT or "trained" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_mobile_kosmos.py with format_version {FORMAT} (it has {state.get('format_version') if isinstance(state, dict) else type(state).__name__})")
+        found = state.get("format_version") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} is no checkpoint of train_mobile_kosmos.py with format_version {FORMAT} (it has {found})")
     return state
 
 
@@ -934,7 +937,8 @@ def say_validation(epoch, step, v):
     percent = lambda key: f"{v[key]:.1%}" if key in v else "-"
     swap = f"swapped text: {v['swap_change']:.3f} m/s, {percent('swap_flip')} of turns flip" if "swap_change" in v else "one instruction only: no swap test"
     swap += " (it does not listen to the text)" if v.get("swap_change", 1) < 0.01 else ""
-    return (f"[VAL] epoch {epoch} step {step} | val_loss {v['val_loss']:.4f} | MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s | direction {percent('val_direction_accuracy')} | {swap} | "
+    return (f"[VAL] epoch {epoch} step {step} | val_loss {v['val_loss']:.4f} | MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s | "
+            f"direction {percent('val_direction_accuracy')} | {swap} | "
             f"blind loss: zeros {v['blind_zeros_loss']:.4f}, mean {v['blind_mean_loss']:.4f}, per time {v['blind_per_time_loss']:.4f} ({percent('blind_per_time_direction_accuracy')})")
 
 
@@ -1017,7 +1021,8 @@ def check_data(cfg):
 
 
 # without these the order, the noise, the labels or the moments would belong to another run
-FIXED = ("seed", "train_setup.lora_enable", "train_setup.lora_r", "train_setup.lora_alpha", "train_setup.lora_dropout", "train_setup.lora_scope", "act_head.hidden_size", "act_head.num_layers")
+FIXED = ("seed", "train_setup.lora_enable", "train_setup.lora_r", "train_setup.lora_alpha", "train_setup.lora_dropout", "train_setup.lora_scope",
+         "act_head.hidden_size", "act_head.num_layers")
 
 
 def flat(tree, prefix=""):
@@ -1149,8 +1154,10 @@ def main(cfg):
             about = dict(epoch=epoch, step=step, position=position, val_loss=val_loss, skipped=skipped, rescaled=rescaled, scaler=scaler.state_dict())
             try:
                 ckpt.require_space(folder, int(1.1 * size))
-                best = {p: rest for p, rest in top_files(folder).items() if rest[0] != epoch} if val_loss is not None else {}
-                better = sorted([*((loss, e, p) for p, (e, loss) in best.items()), *([(val_loss if math.isfinite(val_loss) else math.inf, epoch, name)] if val_loss is not None else [])])[:t.save_top_k]
+                better = []                                                  # (val_loss, epoch, path) of those to keep
+                if val_loss is not None:
+                    others = [(loss, e, p) for p, (e, loss) in top_files(folder).items() if e != epoch]   # an epoch that is done again replaces its file
+                    better = sorted([*others, (val_loss if math.isfinite(val_loss) else math.inf, epoch, name)])[:t.save_top_k]
                 last = folder / "last.ckpt"
                 if any(p == name for *_, p in better):
                     save_model(name, core, optimizer, cfg, data, digest, **about)
@@ -1256,7 +1263,8 @@ def main(cfg):
     if rank == 0 and step == steps:
         print(f"loss plot: {runlog.plot_loss(out, 'train_loss', 'val_loss')}")
         best = sorted((loss, p) for p, (_, loss) in top_files(folder).items())
-        print(f"model: {best[0][1] if best else folder / 'last.ckpt'}\nevaluate: python evaluate.py --checkpoint {best[0][1] if best else folder / 'last.ckpt'} --data {cfg.dataset.data_dir}")
+        chosen = best[0][1] if best else folder / "last.ckpt"
+        print(f"model: {chosen}\nevaluate: python evaluate.py --checkpoint {chosen} --data {cfg.dataset.data_dir}")
     if world > 1:
         del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
         gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting

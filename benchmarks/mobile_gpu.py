@@ -33,7 +33,8 @@ def real_size(layers, width):
 
 
 def measure(args, folder, precision, cached):
-    cfg = parse_config(mobile.Config, ["--model", str(folder / "kosmos2"), "--data_dir", str(folder / "data"), "--episode_pattern", "*.h5", "--precision", precision, "--window_size", str(args.window)], mobile.ALIASES)
+    cfg = parse_config(mobile.Config, ["--model", str(folder / "kosmos2"), "--data_dir", str(folder / "data"), "--episode_pattern", "*.h5", "--precision", precision,
+                                       "--window_size", str(args.window)], mobile.ALIASES)
     autocast = mobile.pick_precision(precision, DEVICE.type)
     backbone = mobile.Backbone.open(cfg.model)
     prompt = mobile.Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
@@ -73,7 +74,8 @@ def measure(args, folder, precision, cached):
         loss = step()
     sync()
     seconds = (time.perf_counter() - start) / args.steps
-    print(f"{precision:<10} {'cached embeddings' if cached else 'images':<18} window {args.window}, batch 1 x {args.accumulation}: {args.accumulation / seconds:8.2f} windows/s, {seconds * 1e3:8.1f} ms per step, "
+    print(f"{precision:<10} {'cached embeddings' if cached else 'images':<18} window {args.window}, batch 1 x {args.accumulation}: "
+          f"{args.accumulation / seconds:8.2f} windows/s, {seconds * 1e3:8.1f} ms per step, "
           f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.2f} GB, {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} trained, "
           f"loss {loss.item():.3f}", flush=True)
     if not cached:
