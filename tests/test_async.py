@@ -601,6 +601,13 @@ def test_non_finite_steps_are_skipped_named_and_end_the_run_after_ten(sessions_r
         run(tmp_path / "s", qwen_dir, tmp_path / "b", batch_size=16, max_steps=20)
 
 
+def test_an_error_ends_the_program(sessions_root, qwen_dir, tmp_path):
+    """Also with loader workers, which ignore SIGTERM: the program must not wait for them."""
+    code = "import sys, train_async as t\ndef lr_at(*_): raise RuntimeError('broken')\nt.lr_at = lr_at\nt.main(t.parse_config(t.Config, sys.argv[1:], t.ALIASES))"
+    result = subprocess.run([sys.executable, "-c", code, *flags(sessions_root, qwen_dir, tmp_path, num_workers=1)], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 1 and "broken" in result.stderr
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(sessions_root, qwen_dir, tmp_path, monkeypatch, capsys):
     run(sessions_root, qwen_dir, tmp_path, max_steps=2)
     before = load(tmp_path / "qwen_vla_async.pt")
