@@ -134,6 +134,8 @@ def draw(tracks, report, names, folder):
             axis.axhline(track["mean"][i], color="tab:green", lw=0.8, ls=":", label="mean action")
             axis.set_title(f"{name} ({unit})" if unit else name, fontsize=10)
             axis.grid(alpha=0.3)
+        for axis in axes.ravel()[len(names):]:
+            axis.set_visible(False)
         for axis in axes[-1]:
             axis.set_xlabel("frame")
         axes[0, 0].legend(fontsize=8)
@@ -152,6 +154,7 @@ def draw(tracks, report, names, folder):
     axes[0].set_xticks(range(len(names)), [n for n, _ in names])
     axes[0].set(ylabel="error / better baseline", title="per dimension (below 1 is better than both baselines)")
     axes[1].set(xlabel="step of the chunk", title="per step of the horizon, mean over dimensions")
+    axes[1].set_visible(len(steps) > 1)
     for axis in axes:
         axis.axhline(1, color="gray", lw=0.7)
         axis.grid(alpha=0.3)

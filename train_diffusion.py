@@ -14,14 +14,12 @@ diffusion_stage1/ config.yaml, metrics.jsonl, validation_episodes.txt, loss.png.
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), C sensor channels (1026: force, A-scan), H actions (the chunk),
 A action dims (7), D width of the expert, T diffusion timesteps, K draws of noise.
 """
-import atexit
 import contextlib
 import dataclasses
 import gc
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
@@ -900,8 +898,6 @@ def main(cfg):
 
     # ---- loop
     core.train()
-    # after an error Python would wait for ever for loader workers, which ignore the SIGTERM that it sends them
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
     batch_iterator, saved_at, skipped, skipped_in_row, step = iter(loader), start, 0, 0, start
     window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), start     # per step (loss, gradient norm, reuse counter, samples with sensor, timestep) since the last log line
     while step < total:

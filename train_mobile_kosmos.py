@@ -31,7 +31,6 @@ try:
 except (ImportError, OSError, RuntimeError, AttributeError):
     sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
 
-import atexit
 import contextlib
 import dataclasses
 import fnmatch
@@ -1179,8 +1178,6 @@ def main(cfg):
     # ---- loop
     core.train()
     batch_iterator, saved_at, skipped_in_row, step = iter(loader), start, 0, start
-    end_workers = getattr(batch_iterator, "_shutdown_workers", lambda: None)  # what its __del__ does. After an error a traceback keeps it alive, and because the workers
-    atexit.register(end_workers)                                             # ignore signals Python would wait for them forever
     window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), start     # (loss, gradient norm) since the last log line
     while step < steps:
         lr = lr_at(step, cfg, steps_per_epoch)
@@ -1256,8 +1253,6 @@ def main(cfg):
             break
 
     # ---- end
-    end_workers()
-    atexit.unregister(end_workers)
     stop.restore()
     log.close()
     if rank == 0 and step == steps:

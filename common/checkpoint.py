@@ -3,8 +3,10 @@
 A checkpoint is written under a temporary name in the same folder, flushed to disk (files and folder), then renamed: a path
 without the `.tmp-` prefix is always complete. Only tensors and plain types go in, so everything loads with weights_only=True.
 """
+import atexit
 import contextlib
 import errno
+import multiprocessing.util  # whose own exit handler must be there before ours: the last one runs first
 import os
 import pickle
 import re
@@ -134,6 +136,7 @@ class StopSignal:
     def __init__(self):
         self.received = None
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        atexit.register(_end_workers)
 
     def _handle(self, number, frame):
         self.received = signal.Signals(number).name
@@ -144,8 +147,16 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def _end_workers():
+    """After an error Python would wait forever for loader workers: they ignore the SIGTERM with which it ends its daemons."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def ignore_stop_signals(worker):
-    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step being finished needs its data."""
+    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step being finished needs its data.
+    Goes with a StopSignal in the parent, which ends such workers at exit."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

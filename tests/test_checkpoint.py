@@ -4,6 +4,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import time
 import types
 from collections import defaultdict, namedtuple
@@ -493,3 +495,21 @@ def test_restoring_other_tensors_is_refused(bias):
         trained["0.bias"] = bias
     with pytest.raises(ValueError, match="lacks 1 trained tensors or has them in another shape, e.g. 0.bias"):
         ckpt.restore_training_state(model, optimizer, dict(trained=trained, moments=moments))
+
+
+def test_an_error_with_live_loader_workers_ends_the_program(tmp_path):
+    """The workers ignore SIGTERM, with which Python ends its daemons before it waits for them. The traceback keeps the loader's iterator alive."""
+    program = tmp_path / "program.py"
+    program.write_text("""import sys
+from torch.utils.data import DataLoader
+from common.checkpoint import StopSignal, ignore_stop_signals
+stop = StopSignal()
+def train():
+    batches = iter(DataLoader(range(10**6), batch_size=1, num_workers=2, worker_init_fn=ignore_stop_signals))
+    sys.kept = batches
+    next(batches)
+    raise RuntimeError("as a user's mistake would")
+train()
+""")
+    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    assert result.returncode == 1 and "as a user's mistake would" in result.stderr
