@@ -23,9 +23,7 @@ import math
 import os
 import shutil
 import sys
-import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,6 +41,7 @@ from common import sessions as ss
 from common.config import parse_config, save_config
 from common.sampler import GlobalOrder, RankBatches, generator_at, torch_seed_at
 from common.stats import Normalizer
+from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 
 FORMAT = 1                                         # of the checkpoints
 LATEST, BEST = "diffusion_stage1_latest.pt", "diffusion_stage1_best.pt"
@@ -50,7 +49,6 @@ VALIDATION_TIMES = 10                              # timesteps at which the vali
 EMA_POWER = 0.75                                   # of the averaging of weights, as in Diffusion Policy
 WEIGHTS = {"New_dataset": 3.0, "White_silicone_white_circle": 2.0, "Needle_insertion_eye_trocar": 2.0, "OCT_insertion": 1.0, "part1": 1.0}  # guide 5; others 1
 ACTIONS = [("dx", "mm"), ("dy", "mm"), ("dz", "mm"), ("da", "deg"), ("db", "deg"), ("dr", "deg"), ("gripper", "")]
-ACTION_HZ = 10                                     # of the sessions' actions
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -199,6 +197,8 @@ class Features:
 def load_data(cfg, rank=0, saved=None, optional=()):
     """Find, split and describe the sessions. `saved`: a checkpoint, whose statistics are kept where it was trained on these very sessions; `optional`: see Features."""
     found = ss.find_sessions(cfg.dataset_dir)
+    if other := [s for s in found if s.metadata["action_hz"] != ss.ACTION_HZ]:
+        raise ValueError(f"{other[0].name} has actions at {other[0].metadata['action_hz']:g} Hz, expected {ss.ACTION_HZ}: python create_datapkl.py --dataset-dirs {other[0].path} --force")
     train, validation = ss.split_sessions(found, cfg.val_split)
     present, weights = sorted({s.dataset for s in found}), dict(WEIGHTS)
     for text in cfg.dataset_weight:
@@ -510,84 +510,6 @@ class Policy:
         return ACTIONS
 
 
-class TwoRateLoop:
-    """Runs a policy on a robot at two rates. A thread turns the newest images into a feature and publishes it with the time at which they were taken; the
-    loop acts every 100 ms on the newest feature and the newest sensor rows, and never waits for the VLM. A feature older than `max_age_s`, or none yet, means
-    hold. `clock` has monotonic() and sleep(s), like the module time."""
-
-    def __init__(self, policy, instruction=None, max_age_s=1.0, clock=time):
-        if instruction is None and len(policy.instructions) != 1:
-            raise ValueError(f"say which instruction: the policy was trained on {len(policy.instructions)}, e.g. {policy.instructions[:3]}")
-        self.policy, self.instruction, self.max_age_s, self.clock = policy, instruction or policy.instructions[0], max_age_s, clock
-        if self.instruction not in policy.instructions:
-            print(f"warning: the policy has not been trained on {self.instruction!r}, but on {policy.instructions[:3]}")
-        self.lock, self.error, self.stopped = threading.Lock(), None, threading.Event()
-        self.stream = torch.cuda.Stream() if policy.device.type == "cuda" else None
-        self.newest = None                                                   # (feature (N, V), capture time), replaced as a whole
-        self.ring, self.rows_seen = np.zeros((policy.cfg.sensor_window_size, ss.CHANNELS), np.float32), 0
-        self.ages, self.holds, self.late = Counter(), 0, 0                   # actions per age of their feature in 100 ms, holds, ticks that came too late
-
-    def push_sensor(self, rows):
-        """Take (n, 1026) raw sensor rows, in the order of time; from any thread."""
-        with self.lock:
-            for row in rows[-len(self.ring):]:
-                self.ring[self.rows_seen % len(self.ring)] = row
-                self.rows_seen += 1
-
-    def see(self, images, captured):
-        """Encode {view: (h, w, 3)} taken at `captured` (the clock's time) and publish the feature; the slow part."""
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():  # on the default stream the next action would queue up behind the VLM
-            feature = self.policy.encode([(images, self.instruction)])[0]
-        with self.lock:
-            self.newest = (feature, captured)
-
-    def act(self):
-        """-> (7,) the next action, or None: hold."""
-        with self.lock:
-            newest, seen = self.newest, self.rows_seen
-            rows = np.roll(self.ring, -(seen % len(self.ring)), axis=0)[len(self.ring) - min(seen, len(self.ring)):]
-        age = math.inf if newest is None else self.clock.monotonic() - newest[1]
-        if age > self.max_age_s:
-            self.holds += 1
-            return None
-        self.ages[int(age * ACTION_HZ + 1e-6)] += 1
-        return self.policy.predict([dict(vl_features=newest[0], sensor=rows if len(rows) else None)])[0, 0]
-
-    def run(self, camera, execute, seconds):
-        """camera() -> ({view: (h, w, 3)}, capture time); execute(action (7,) or None: hold) sends one 100 ms motion. Ends with a hold; an error of the VLM
-        thread holds, ends the loop and is raised here."""
-        def look():
-            try:
-                while not self.stopped.is_set():
-                    began = self.clock.monotonic()
-                    self.see(*camera())
-                    self.clock.sleep(max(0.0, began + self.policy.cfg.vlm_reuse_count / ACTION_HZ - self.clock.monotonic()))
-            except Exception as error:  # whatever it is, a robot must not go on without eyes
-                self.error = error
-
-        eyes = threading.Thread(target=look, daemon=True)
-        eyes.start()
-        begin, tick = self.clock.monotonic(), 0
-        try:
-            while tick < seconds * ACTION_HZ and self.error is None:
-                execute(self.act())
-                missed = int((self.clock.monotonic() - begin) * ACTION_HZ + 1e-6) - tick
-                self.late, tick = self.late + max(0, missed), tick + 1 + max(0, missed)
-                self.clock.sleep(max(0.0, begin + tick / ACTION_HZ - self.clock.monotonic()))
-        finally:
-            self.stopped.set()
-            execute(None)
-            eyes.join(timeout=10)                                            # at most the look that is under way: a thread inside the VLM would crash the end of the program
-        if self.error is not None:
-            raise RuntimeError(f"the VLM thread failed ({type(self.error).__name__}: {self.error}); the robot was told to hold") from self.error
-
-    def report(self):
-        """-> lines that say how old the features were."""
-        total = sum(self.ages.values())
-        lines = [f"{total} actions, {self.holds} holds, {self.late} late ticks; age of the feature at the action:"]
-        return lines + [f"  {100 * b:4d}-{100 * (b + 1):4d} ms {n:5d} {n / total:6.1%}" for b, n in sorted(self.ages.items())]
-
-
 # ---- build, save, load -----------------------------------------------------------------------------------------------
 
 def build_model(cfg, vl_shape, stats, device):
@@ -712,13 +634,13 @@ def describe(cfg, data, dataset, held_out, print0):
         mine = np.repeat([s.dataset == name for s in dataset.sessions], [len(k) for k in dataset.steps])
         print0(f"          {name:<30} weight {data.weights[name]:g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}, "
                f"sensor in {sum(s.has_sensor for s in dataset.sessions if s.dataset == name)} of {sum(s.dataset == name for s in dataset.sessions)} sessions")
-    print0(f"features  {data.features.about}; {cfg.vlm_reuse_count} steps share one: a VLM at {ACTION_HZ / cfg.vlm_reuse_count:.2f} Hz")
-    if cfg.vlm_latency_ms > 1000 / ACTION_HZ * cfg.vlm_reuse_count:
+    print0(f"features  {data.features.about}; {cfg.vlm_reuse_count} steps share one: a VLM at {ss.ACTION_HZ / cfg.vlm_reuse_count:.2f} Hz")
+    if cfg.vlm_latency_ms > 1000 / ss.ACTION_HZ * cfg.vlm_reuse_count:
         print0(f"warning   vlm_latency_ms is {cfg.vlm_latency_ms:g}: a VLM that slow cannot look every {cfg.vlm_reuse_count} steps ({100 * cfg.vlm_reuse_count} ms). "
-               f"Use --vlm-reuse-count {math.ceil(cfg.vlm_latency_ms * ACTION_HZ / 1000)}, fewer than {len(data.features.views)} views, or smaller images")
+               f"Use --vlm-reuse-count {math.ceil(cfg.vlm_latency_ms * ss.ACTION_HZ / 1000)}, fewer than {len(data.features.views)} views, or smaller images")
     print0("sensor    " + (f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; "
                            f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without" if cfg.sensor_enabled else "not used"))
-    print0(f"action    {cfg.horizon} steps of {1000 // ACTION_HZ} ms; per step:" + "".join(f"{f'{n} {u}'.strip():>11}" for n, u in ACTIONS))
+    print0(f"action    {cfg.horizon} steps of {1000 // ss.ACTION_HZ} ms; per step:" + "".join(f"{f'{n} {u}'.strip():>11}" for n, u in ACTIONS))
     for name in ("q01", "q99", "mean", "std"):
         print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in data.stats["action"][name]))
     texts = instructions_of(data.train)

@@ -21,6 +21,7 @@ STATS_FORMAT = 1               # of session_stats
 DATA_PKL, SENSOR_FILE = "data.pkl", "sensor_stream.npy"
 CHANNELS = 1026                # of a sensor row: force, then 1025 A-scan values
 SENSOR_HZ = 650
+ACTION_HZ = 10                 # what the trainings expect of the sessions' actions
 ARRAYS = dict(action=("f4", 7), action_timestamps=("f8", None), action_end_timestamps=("f8", None), segment_id=("i4", None), robot_state=("f4", 12))
 REMAKE = "python create_datapkl.py --dataset-dirs {}"
 

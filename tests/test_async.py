@@ -20,6 +20,7 @@ from PIL import Image
 
 import evaluate
 import train_async
+import train_diffusion
 from common import sessions as ss
 from common import vl_cache
 from common.config import parse_config
@@ -303,7 +304,7 @@ def write_session(folder, seed, steps=30, sensor=True, views=("View1", "View5"),
     data = dict(schema_version=2, action=action[keep], action_timestamps=t[:-1][keep], action_end_timestamps=t[1:][keep],
                 segment_id=np.zeros(keep.sum(), np.int32) if gap is None else (np.arange(steps)[keep] >= gap).astype(np.int32), robot_state=np.zeros((keep.sum(), 12), np.float32),
                 image={v: [f"{v}/{stamp:.3f}.jpg" for stamp in frames] for v in views}, image_timestamps={v: frames.copy() for v in views}, instruction=instruction,
-                sensor_data=dict(file="sensor_stream.npy", timestamps=stamps, rate_hz=650.0, channels=1026, clock_offset_s=0.0) if sensor else None, metadata=dict(sources=[]))
+                sensor_data=dict(file="sensor_stream.npy", timestamps=stamps, rate_hz=650.0, channels=1026, clock_offset_s=0.0) if sensor else None, metadata=dict(sources=[], action_hz=10.0))
     (folder / "data.pkl").write_bytes(pickle.dumps(data))
     return folder
 
@@ -379,6 +380,16 @@ def items_of(dataset, name):
     """{step: item} of one session."""
     e = [s.name for s in dataset.sessions].index(name)
     return {int(k): dataset.read(e, row) for row, k in enumerate(dataset.steps[e])}
+
+
+@pytest.mark.parametrize("script", [train_async, train_diffusion], ids=lambda s: s.__name__)
+def test_actions_of_another_rate_are_refused(sessions_root, qwen_dir, monkeypatch, script):
+    """A step is 100 ms everywhere: in the reuse of features, in the sensor's window, on the robot."""
+    found = ss.find_sessions([sessions_root])
+    found[1].metadata["action_hz"] = 20.0
+    monkeypatch.setattr(ss, "find_sessions", lambda roots: found)
+    with pytest.raises(ValueError, match=f"{found[1].name} has actions at 20 Hz, expected 10: python create_datapkl.py"):
+        open_data(sessions_root, qwen_dir, script=script)
 
 
 def test_a_sample_by_hand(sessions_root, qwen_dir):
@@ -666,13 +677,18 @@ def test_the_loop_runs_a_real_policy(finished, sessions_root):
     images = {v: rng.integers(0, 255, (56, 56, 3), dtype=np.uint8) for v in ("View1", "View5")}
     rows = rng.normal(50, 1, (100, 1026)).astype(np.float32)
     loop.see(images, clock.now)
+    clock.now += 0.1
     for part in (rows[:20], rows[20:90], rows[90:]):              # more than the ring holds, in uneven pieces
         loop.push_sensor(part)
-    clock.now += 0.21
+    clock.now += 0.11
     expected = policy.predict([dict(images=images, instruction="Touch the red point", sensor=rows[-65:])])[0, 0]
     np.testing.assert_allclose(loop.act(), expected, atol=1e-6)
+    clock.now += 0.1                                              # 0.21 s after the last row: in training, too, such a step has no sensor
+    unfelt = policy.predict([dict(images=images, instruction="Touch the red point", sensor=None)])[0, 0]
+    np.testing.assert_allclose(loop.act(), unfelt, atol=1e-6)
+    assert np.abs(unfelt - expected).max() > 1e-6
     clock.now += 0.5
-    assert loop.act() is None and loop.ages == {2: 1} and loop.holds == 2
+    assert loop.act() is None and loop.ages == {2: 1, 3: 1} and loop.holds == 2
 
 
 def test_wrong_observations_are_explained(finished):

@@ -158,7 +158,7 @@ def test_ema_follows_its_power():
 
 # ---- what both scripts share is the same ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["Features", "load_data", "SensorEncoder", "sinusoid", "Condition", "TwoRateLoop", "online_features", "fill_statistics", "to_device", "lr_at", "moving_dims", "describe"])
+@pytest.mark.parametrize("name", ["Features", "load_data", "SensorEncoder", "sinusoid", "Condition", "online_features", "fill_statistics", "to_device", "lr_at", "moving_dims", "describe"])
 def test_the_two_scripts_do_not_drift_apart(name):
     """Scripts do not import each other; what travels between them is kept equal by this test instead."""
     assert inspect.getsource(getattr(diffusion, name)) == inspect.getsource(getattr(train_async, name))
