@@ -225,7 +225,7 @@ def read_episode(path, root, instruction, name_instructions):
         with h5py.File(path, "r", locking=False) as f:                       # NFS often refuses locks, and nothing here writes
             if missing := [k for k in ("images", "actions") if k not in f]:
                 raise ep.BadEpisode(f"{path}: no dataset '{missing[0]}'; the file has {sorted(f)}, expected images (T, H, W, 3) and actions (T, 3)")
-            images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep._text(f, path)
+            images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep.read_instruction(f, path)
             if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
                 raise ep.BadEpisode(f"{path}: dataset 'images' is {images.dtype} {images.shape}; expected uint8 (T, H, W, 3)")
             if actions.ndim != 2 or actions.shape[1] < 2 or len(actions) != len(images) or not len(actions):

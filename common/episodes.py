@@ -86,7 +86,7 @@ def read_episode(path, root=None):
             return Episode(
                 path=str(path), name=os.path.relpath(path, root) if root else Path(path).name, num_frames=n, cameras=cameras, action=action,
                 ee_pose=_lowdim(f, path, "observations/ee_pose", n), qpos=_lowdim(f, path, "observations/qpos", n),
-                phase=phase, instruction=_text(f, path),
+                phase=phase, instruction=read_instruction(f, path),
             )
     except BadEpisode:
         raise
@@ -146,7 +146,7 @@ def _layout(path, name, images):
     raise BadEpisode(f"{path}: dataset 'observations/images/{name}' is {images.dtype} {images.shape}; expected (N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8")
 
 
-def _text(f, path):
+def read_instruction(f, path):
     """language_instruction as scalar, (1,), bytes, S-type or str -> str; None without one."""
     if "language_instruction" not in f:
         return None
