@@ -88,7 +88,7 @@ def training_step(script, policy, batch_size, rng):
     optimizer = script.make_optimizer(core, cfg, CUDA or None)
     items = [dict(vl_features=torch.zeros(1, core.condition.vl_mean.numel()), sensor=rng.standard_normal((cfg.sensor_window_size, 1026), dtype=np.float32),
                   actions=rng.uniform(-1, 1, (cfg.horizon, 7)).astype(np.float32), action_mask=np.ones(cfg.horizon, bool), weight=1.0, reuse_step=0, name=("", 0),
-                  noise=rng.standard_normal((cfg.horizon, 7), dtype=np.float32), t=7) for _ in range(batch_size)]
+                  noise=rng.standard_normal((1, cfg.horizon, 7), dtype=np.float32), t=np.array([7])) for _ in range(batch_size)]
 
     def step(features=None):
         batch = policy.collate(items)
