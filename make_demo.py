@@ -600,7 +600,6 @@ def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, p
 # tool camera looks at a mat, fixed to the trocar, whose red rises to the right and blue to the bottom. Where the tissue is in its cycle can only be
 # felt: force and the A-scan's peak follow it. Recordings without a sensor are of a stiff phantom, so they have nothing to feel.
 
-SESSION_INSTRUCTION = "Insert the needle into the target point"
 TISSUE_MM, TISSUE_HZ, TABLE_HZ = 4.0, 0.9, 0.35
 CSV_COLUMNS = "recv_timestamp,origin_timestamp,send_timestamp,{force},joint_1,joint_2,joint_3,joint_4,joint_5,joint_6,pose_x,pose_y,pose_z,pose_a,pose_b,pose_r"
 

@@ -166,7 +166,7 @@ class WandbConfig:
     entity: str | None = None                      # W&B team or user
     name: str | None = None                        # run name; null: smolvla_sim_DATE_TIME
     tags: list[str] = field(default_factory=list)
-    notes: str = ""                                # free text, kept with the run's config
+    notes: str = ""                                # free text beside the run
     mode: Literal["online", "offline"] = "online"  # online falls back to offline when nobody is logged in
 
 
@@ -1297,7 +1297,7 @@ def main(cfg):
         # evaluate.py finds the script and the held-out episodes here
         (folder / "meta.json").write_text(json.dumps(dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])))
     w = cfg.wandb
-    wandb = runlog.WandbConfig(mode=w.mode if w.enable else "disabled", entity=w.entity, name=w.name or time.strftime("smolvla_sim_%Y%m%d_%H%M%S"), tags=w.tags)
+    wandb = runlog.WandbConfig(mode=w.mode if w.enable else "disabled", entity=w.entity, name=w.name or time.strftime("smolvla_sim_%Y%m%d_%H%M%S"), tags=w.tags, notes=w.notes)
     log = runlog.RunLog(out, t.steps, start, rank, w.project, wandb, dataclasses.asdict(cfg))
     spikes = Spikes(out, t.loss_spike_threshold, data.episodes, history, start, rank)
     stop = ckpt.StopSignal()

@@ -21,6 +21,7 @@ class WandbConfig:
     entity: str | None = None    # W&B team or user
     name: str | None = None      # run name; null: the name of output_dir
     tags: list[str] = dataclasses.field(default_factory=list)  # W&B tags
+    notes: str = ""              # free text beside the run
 
 
 class RunLog:
@@ -60,7 +61,7 @@ class RunLog:
         run_id = known.read_text().strip() if self.start and known.exists() else secrets.token_hex(4)
         known.write_text(run_id + "\n")
         self._wandb = wandb.init(project=project, entity=cfg.entity, name=cfg.name or self.folder.resolve().name, tags=cfg.tags, mode=mode, dir=str(self.folder), config=config,
-                                 id=run_id, resume="allow" if self.start else None)
+                                 notes=cfg.notes or None, id=run_id, resume="allow" if self.start else None)
 
     @staticmethod
     def _logged_in(wandb):

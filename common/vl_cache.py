@@ -200,19 +200,21 @@ def read_preprocessor(model):
     """preprocessor_config.json (image mean and std) as a dict; read as a file, because the processor classes of some transformers releases need torchvision."""
     from huggingface_hub import hf_hub_download
 
+    cause = None
     for name in ("preprocessor_config.json", "processor_config.json"):       # transformers 5 writes one file for the whole processor
         path = Path(model) / name
         if not Path(model).is_dir():
             try:
                 path = Path(hf_hub_download(str(model), name))
-            except Exception:  # the hub client raises a dozen types; all mean that the file cannot be had
+            except Exception as error:  # the hub client raises a dozen types; all mean that the file cannot be had
+                cause = error
                 continue
         if path.is_file():
             about = json.loads(path.read_text())
             about = about.get("image_processor", about)
             if "image_mean" in about and "image_std" in about:
                 return about
-    raise FileNotFoundError(f"model '{model}' has no preprocessor_config.json with image_mean and image_std: expected a complete Qwen2.5-VL directory")
+    raise FileNotFoundError(f"model '{model}' has no preprocessor_config.json with image_mean and image_std: expected a complete Qwen2.5-VL directory") from cause
 
 
 def weight_fingerprint(model):

@@ -102,7 +102,7 @@ def fake_wandb(monkeypatch):
 
 
 def run_to_the_end(folder, mode="online"):
-    log = RunLog(folder, 3, project="P", wandb=WandbConfig(mode=mode, entity="team", tags=["a"]), config={"lr": 1})
+    log = RunLog(folder, 3, project="P", wandb=WandbConfig(mode=mode, entity="team", tags=["a"], notes="why"), config={"lr": 1})
     for step in (1, 2, 3):
         log.log(step, {"loss": float(step)}, f"line {step}")
     log.close()
@@ -113,7 +113,7 @@ def test_wandb_gets_the_same_values(tmp_path, fake_wandb):
     run_to_the_end(tmp_path / "run7")
     assert fake_wandb.run.logged == [(s, {"loss": float(s)}) for s in (1, 2, 3)] and fake_wandb.run.finished == 1
     init = fake_wandb.inits[0]
-    assert (init["project"], init["entity"], init["tags"], init["mode"], init["name"], init["config"], init["dir"]) == ("P", "team", ["a"], "online", "run7", {"lr": 1}, str(tmp_path / "run7"))
+    assert (init["project"], init["entity"], init["tags"], init["notes"], init["mode"], init["name"], init["config"], init["dir"]) == ("P", "team", ["a"], "why", "online", "run7", {"lr": 1}, str(tmp_path / "run7"))
 
 
 @pytest.mark.parametrize("fails", [{"init"}, {"log"}, {"finish"}, {"log", "finish"}])
