@@ -7,6 +7,7 @@ Reads the `dataset` group of a training's YAML and leaves the other keys alone, 
 min, max, q01, q99 per dimension of the action and the state (form: common/stats.py). A training needs no such file, it computes the same
 numbers itself; use one to look at the data, or to share its numbers between runs (dataset.normalization_stats_path).
 """
+
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -18,46 +19,59 @@ from common.stats import save_stats
 
 @dataclass
 class DatasetConfig:
-    root_dir: str = ""                         # folder with the recordings, searched recursively
+    root_dir: str = ""  # folder with the recordings, searched recursively
     use_ee_pose_delta_as_action: bool = False  # target = ee_pose[t+1] - ee_pose[t] instead of the recorded action[t]
-    rotation_unit: str = "auto"                # of ee_pose[:, 3:6]: rad, deg, or auto
-    use_ee_pose: bool = True                   # observation.state contains ee_pose
-    use_qpos: bool = False                     # observation.state contains qpos, before ee_pose
-    num_val_episodes: int = 0                  # the last N files of the sorted list are held out (guide 1)
-    skip_bad_episodes: bool = False            # leave unreadable files out, listed and counted, instead of stopping
+    rotation_unit: str = "auto"  # of ee_pose[:, 3:6]: rad, deg, or auto
+    use_ee_pose: bool = True  # observation.state contains ee_pose
+    use_qpos: bool = False  # observation.state contains qpos, before ee_pose
+    num_val_episodes: int = 0  # the last N files of the sorted list are held out (guide 1)
+    skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
 
 
 @dataclass
 class ValidationConfig:
     enable: bool = True
-    num_episodes: int = 0                      # this many episodes, drawn with the seed, are held out (guide 2)
+    num_episodes: int = 0  # this many episodes, drawn with the seed, are held out (guide 2)
 
 
 @dataclass
 class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    seed: int = 1000                           # of the draw
-    format: str = "insertion"                  # kind of recording; see FORMATS
-    output: str = "dataset_stats.yaml"         # file to write; .yaml, .yml or .json
+    seed: int = 1000  # of the draw
+    format: str = "insertion"  # kind of recording; see FORMATS
+    output: str = "dataset_stats.yaml"  # file to write; .yaml, .yml or .json
 
 
 def insertion(cfg):
     """HDF5 insertion episodes -> statistics."""
     d, drawn = cfg.dataset, cfg.validation.num_episodes if cfg.validation.enable else 0
     if d.num_val_episodes and drawn:
-        raise ValueError(f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}: a training has one of them, set the other to 0")
-    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None))
+        raise ValueError(
+            f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}: a training has one of them, set the other to 0"
+        )
+    found, excluded = ep.load_episodes(
+        d.root_dir, d.skip_bad_episodes, lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None)
+    )
     for message in excluded:
         print(f"excluded  {message}")
     train, validation = ep.hold_out_last(found, d.num_val_episodes)
     if drawn:
         train, validation = ([found[i] for i in part] for part in ep.hold_out_random(found, drawn, cfg.seed))
-    keys = [key for key, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose)) if use and getattr(found[0], key) is not None]
-    return ep.insertion_stats(train, ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit), [e.name for e in validation], keys)
+    keys = [
+        key
+        for key, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose))
+        if use and getattr(found[0], key) is not None
+    ]
+    return ep.insertion_stats(
+        train,
+        ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit),
+        [e.name for e in validation],
+        keys,
+    )
 
 
-FORMATS = {"insertion": insertion}             # another format: a function of the config that returns the same dict
+FORMATS = {"insertion": insertion}  # another format: a function of the config that returns the same dict
 
 
 def main(cfg):
@@ -66,7 +80,9 @@ def main(cfg):
     stats = FORMATS[cfg.format](cfg)
     save_stats(cfg.output, stats)
     d = stats["action_definition"]
-    print(f"{stats['num_episodes']} episodes, {stats['num_frames']} frames, {len(stats['excluded_episodes'])} held out; action: {d['source']}, rotation in {d['rotation_unit']}")
+    print(
+        f"{stats['num_episodes']} episodes, {stats['num_frames']} frames, {len(stats['excluded_episodes'])} held out; action: {d['source']}, rotation in {d['rotation_unit']}"
+    )
     for key in ("action", "observation.state"):
         if key in stats:
             print(key)

@@ -8,6 +8,7 @@ trust_remote_code=True. So it imports nothing but torch, transformers, numpy and
 
 Letters in shapes: B batch, P patches of the image, T text tokens, D width of the Llama, A action dims.
 """
+
 import json
 from pathlib import Path
 
@@ -17,13 +18,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BatchFeature, ImageProcessingMixin, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    BatchFeature,
+    ImageProcessingMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 PATCH = 14
-EMPTY_TOKEN = 29871        # Llama's "▁": the space between the prompt and the first action token
-IGNORE = -100              # label of a position without loss
-TOWERS = {                 # the two towers behind config.timm_model_ids; sizes of another checkpoint stand in its config's vision_sizes
+EMPTY_TOKEN = 29871  # Llama's "▁": the space between the prompt and the first action token
+IGNORE = -100  # label of a position without loss
+TOWERS = {  # the two towers behind config.timm_model_ids; sizes of another checkpoint stand in its config's vision_sizes
     "vit_large_patch14_reg4_dinov2.lvd142m": dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0),
     "vit_so400m_patch14_siglip_224": dict(embed_dim=1152, depth=27, num_heads=16, mlp_ratio=3.7362),
 }
@@ -39,27 +48,62 @@ class OpenVLAConfig(PretrainedConfig):
 
     model_type = "openvla"
 
-    def __init__(self, text_config=None, timm_model_ids=tuple(TOWERS), image_sizes=(224, 224), use_fused_vision_backbone=True, n_action_bins=256, norm_stats=None,
-                 pad_token_id=32000, pad_to_multiple_of=64, vision_sizes=None, **kwargs):
+    def __init__(
+        self,
+        text_config=None,
+        timm_model_ids=tuple(TOWERS),
+        image_sizes=(224, 224),
+        use_fused_vision_backbone=True,
+        n_action_bins=256,
+        norm_stats=None,
+        pad_token_id=32000,
+        pad_to_multiple_of=64,
+        vision_sizes=None,
+        **kwargs,
+    ):
         # what the released config leaves out, written down: transformers' defaults of its time
-        text = dict(rms_norm_eps=1e-6, max_position_embeddings=2048, rope_theta=10000.0, vocab_size=32064, pad_token_id=pad_token_id)
-        self.text_config = text_config if isinstance(text_config, PretrainedConfig) else LlamaConfig(**text | {k: v for k, v in (text_config or {}).items() if k != "model_type"})
-        self.timm_model_ids, self.image_sizes, self.use_fused_vision_backbone = list(timm_model_ids), list(image_sizes), use_fused_vision_backbone
-        self.n_action_bins, self.norm_stats, self.pad_to_multiple_of, self.vision_sizes = n_action_bins, norm_stats, pad_to_multiple_of, vision_sizes
+        text = dict(
+            rms_norm_eps=1e-6,
+            max_position_embeddings=2048,
+            rope_theta=10000.0,
+            vocab_size=32064,
+            pad_token_id=pad_token_id,
+        )
+        self.text_config = (
+            text_config
+            if isinstance(text_config, PretrainedConfig)
+            else LlamaConfig(**text | {k: v for k, v in (text_config or {}).items() if k != "model_type"})
+        )
+        self.timm_model_ids, self.image_sizes, self.use_fused_vision_backbone = (
+            list(timm_model_ids),
+            list(image_sizes),
+            use_fused_vision_backbone,
+        )
+        self.n_action_bins, self.norm_stats, self.pad_to_multiple_of, self.vision_sizes = (
+            n_action_bins,
+            norm_stats,
+            pad_to_multiple_of,
+            vision_sizes,
+        )
         super().__init__(pad_token_id=pad_token_id, **kwargs | dict(tie_word_embeddings=False))
 
     def towers(self):
         """-> sizes {embed_dim, depth, num_heads, mlp_ratio} of the two towers"""
         if not self.use_fused_vision_backbone or len(self.timm_model_ids) != 2:
-            raise ValueError(f"config.json: timm_model_ids {self.timm_model_ids} with use_fused_vision_backbone {self.use_fused_vision_backbone}; expected the two towers of openvla-7b")
+            raise ValueError(
+                f"config.json: timm_model_ids {self.timm_model_ids} with use_fused_vision_backbone {self.use_fused_vision_backbone}; expected the two towers of openvla-7b"
+            )
         if self.vision_sizes:
             return [self.vision_sizes[name] for name in ("featurizer", "fused_featurizer")]
         if unknown := [name for name in self.timm_model_ids if name not in TOWERS]:
-            raise ValueError(f"config.json: the sizes of tower '{unknown[0]}' are unknown; known are {', '.join(TOWERS)}. Write them into config.json as vision_sizes")
+            raise ValueError(
+                f"config.json: the sizes of tower '{unknown[0]}' are unknown; known are {', '.join(TOWERS)}. Write them into config.json as vision_sizes"
+            )
         return [TOWERS[name] for name in self.timm_model_ids]
 
 
 # ---- image and text -> inputs ------------------------------------------------------------------------------------------
+
 
 class PrismaticImageProcessor(ImageProcessingMixin):
     """Images -> pixel_values (B, 6, h, w): resized without regard to the aspect, bicubic, channels 0-2 normalised for DINOv2, 3-5 for SigLIP. Neither torchvision
@@ -67,15 +111,32 @@ class PrismaticImageProcessor(ImageProcessingMixin):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, image_resize_strategy="resize-naive", input_sizes=((3, 224, 224), (3, 224, 224)), means=((0.485, 0.456, 0.406), (0.5,) * 3), stds=((0.229, 0.224, 0.225), (0.5,) * 3),
-                 tvf_normalize_params=None, **kwargs):
+    def __init__(
+        self,
+        image_resize_strategy="resize-naive",
+        input_sizes=((3, 224, 224), (3, 224, 224)),
+        means=((0.485, 0.456, 0.406), (0.5,) * 3),
+        stds=((0.229, 0.224, 0.225), (0.5,) * 3),
+        tvf_normalize_params=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         if image_resize_strategy != "resize-naive":
-            raise ValueError(f"image_resize_strategy is '{image_resize_strategy}'; expected resize-naive, that of openvla-7b")
+            raise ValueError(
+                f"image_resize_strategy is '{image_resize_strategy}'; expected resize-naive, that of openvla-7b"
+            )
         self.image_resize_strategy, self.input_sizes = image_resize_strategy, [list(size) for size in input_sizes]
-        self.means, self.stds, self.tvf_normalize_params = [list(m) for m in means], [list(s) for s in stds], tvf_normalize_params
-        used = tvf_normalize_params or [dict(mean=m, std=s) for m, s in zip(means, stds)]   # the released file holds rounded numbers here, and those were trained with
-        self._mean, self._std = (np.array([value for tower in used for value in tower[key]], np.float32) for key in ("mean", "std"))
+        self.means, self.stds, self.tvf_normalize_params = (
+            [list(m) for m in means],
+            [list(s) for s in stds],
+            tvf_normalize_params,
+        )
+        used = tvf_normalize_params or [
+            dict(mean=m, std=s) for m, s in zip(means, stds)
+        ]  # the released file holds rounded numbers here, and those were trained with
+        self._mean, self._std = (
+            np.array([value for tower in used for value in tower[key]], np.float32) for key in ("mean", "std")
+        )
 
     def to_dict(self):
         return {k: v for k, v in super().to_dict().items() if not k.startswith("_mean") and not k.startswith("_std")}
@@ -97,7 +158,9 @@ class PrismaticImageProcessor(ImageProcessingMixin):
 
     def __call__(self, images, return_tensors="pt", **kwargs):
         images = images if isinstance(images, (list, tuple)) else [images]
-        return BatchFeature({"pixel_values": self.normalize(torch.from_numpy(np.stack([self.resize(image) for image in images])))})
+        return BatchFeature(
+            {"pixel_values": self.normalize(torch.from_numpy(np.stack([self.resize(image) for image in images])))}
+        )
 
 
 class PrismaticProcessor(ProcessorMixin):
@@ -112,10 +175,16 @@ class PrismaticProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, path, **kwargs):
         """The same in every version of transformers: both halves from files of a directory (or hub id), no Auto class in between."""
-        hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if kwargs.get(k) is not None}
+        hub = {
+            k: kwargs[k]
+            for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+            if kwargs.get(k) is not None
+        }
         settings = read_image_settings(path, **hub)
         drop = ("image_processor_type", "processor_class", "auto_map")
-        return cls(PrismaticImageProcessor(**{k: v for k, v in settings.items() if k not in drop}), load_tokenizer(path, **hub))
+        return cls(
+            PrismaticImageProcessor(**{k: v for k, v in settings.items() if k not in drop}), load_tokenizer(path, **hub)
+        )
 
     def __call__(self, text, images, return_tensors="pt", **kwargs):
         text, images = ([text], [images]) if isinstance(text, str) else (text, images)
@@ -135,7 +204,9 @@ def read_image_settings(path, **kwargs):
         settings = json.loads(Path(file).read_text()) if file else {}
         if "input_sizes" in (settings := settings.get("image_processor", settings)):
             return settings
-    raise FileNotFoundError(f"{path} has neither preprocessor_config.json nor processor_config.json with OpenVLA's input_sizes")
+    raise FileNotFoundError(
+        f"{path} has neither preprocessor_config.json nor processor_config.json with OpenVLA's input_sizes"
+    )
 
 
 def load_tokenizer(path, **kwargs):
@@ -150,11 +221,12 @@ def pad_right(rows, value):
     ids = torch.full((len(rows), max(map(len, rows))), value)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), 1
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
     return ids, mask
 
 
 # ---- model -------------------------------------------------------------------------------------------------------------
+
 
 class Mlp(nn.Module):
     def __init__(self, width, hidden):
@@ -162,7 +234,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))                             # the exact GELU, also where SigLIP's authors use the tanh form
+        return self.fc2(F.gelu(self.fc1(x)))  # the exact GELU, also where SigLIP's authors use the tanh form
 
 
 class Attention(nn.Module):
@@ -171,7 +243,7 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (3, B, heads, P, head dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, P, head dim)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -202,7 +274,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, PATCH, PATCH)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                   # (B, P, width), row by row
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, P, width), row by row
 
 
 class AttentionPool(nn.Module):
@@ -223,7 +295,10 @@ class Tower(nn.Module):
         super().__init__()
         hidden = int(embed_dim * mlp_ratio)
         if dino:
-            self.cls_token, self.reg_token = nn.Parameter(torch.zeros(1, 1, embed_dim)), nn.Parameter(torch.zeros(1, 4, embed_dim))
+            self.cls_token, self.reg_token = (
+                nn.Parameter(torch.zeros(1, 1, embed_dim)),
+                nn.Parameter(torch.zeros(1, 4, embed_dim)),
+            )
         else:
             self.attn_pool = AttentionPool(embed_dim, hidden)
         self.dino, self.gradient_checkpointing = dino, False
@@ -234,10 +309,12 @@ class Tower(nn.Module):
     def forward(self, x):
         x = self.patch_embed(x) + self.pos_embed
         if self.dino:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], dim=1)   # after the positions
+            x = torch.cat(
+                [self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], dim=1
+            )  # after the positions
         for block in self.blocks[:-1]:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
-        return x[:, 5 if self.dino else 0:]
+        return x[:, 5 if self.dino else 0 :]
 
 
 class VisionBackbone(nn.Module):
@@ -247,7 +324,10 @@ class VisionBackbone(nn.Module):
         if height % PATCH or width % PATCH:
             raise ValueError(f"config.json: image_sizes {config.image_sizes} must be multiples of {PATCH}")
         self.patches, (dino, siglip) = height * width // PATCH**2, config.towers()
-        self.featurizer, self.fused_featurizer = Tower(self.patches, **dino, dino=True), Tower(self.patches, **siglip, dino=False)
+        self.featurizer, self.fused_featurizer = (
+            Tower(self.patches, **dino, dino=True),
+            Tower(self.patches, **siglip, dino=False),
+        )
 
     def forward(self, pixel_values):
         """(B, 6, h, w) -> (B, P, both widths)"""
@@ -269,7 +349,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     main_input_name = "input_ids"
     _no_split_modules = ["Block", "LlamaDecoderLayer"]
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = True
-    supports_gradient_checkpointing = False                              # see enable_checkpointing
+    supports_gradient_checkpointing = False  # see enable_checkpointing
 
     def __init__(self, config):
         super().__init__(config)
@@ -282,12 +362,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):                   # a new model (demo, benchmark): 0.02 everywhere; towers' other parameters stay 0 or 1
+        if isinstance(
+            module, (nn.Linear, nn.Conv2d)
+        ):  # a new model (demo, benchmark): 0.02 everywhere; towers' other parameters stay 0 or 1
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         else:
-            super()._init_weights(module)                                # knows Llama's rotary buffers, which no file holds
+            super()._init_weights(module)  # knows Llama's rotary buffers, which no file holds
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -297,27 +379,42 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def enable_checkpointing(self):
         """Recompute activations in the backward pass, block by block, in both towers and the Llama."""
-        self.vision_backbone.featurizer.gradient_checkpointing = self.vision_backbone.fused_featurizer.gradient_checkpointing = True
-        enable = getattr(self.language_model, "activation_checkpointing_enable", None) or self.language_model.gradient_checkpointing_enable   # the old name warns
+        self.vision_backbone.featurizer.gradient_checkpointing = (
+            self.vision_backbone.fused_featurizer.gradient_checkpointing
+        ) = True
+        enable = (
+            getattr(self.language_model, "activation_checkpointing_enable", None)
+            or self.language_model.gradient_checkpointing_enable
+        )  # the old name warns
         enable({"use_reentrant": False})
 
     def embed(self, input_ids, pixel_values):
         """(B, T) ids, (B, 6, h, w) -> (B, P + T, D): BOS, the image, the text."""
-        text, image = self.get_input_embeddings()(input_ids), self.projector(self.vision_backbone(pixel_values.to(self.vision_backbone.featurizer.pos_embed.dtype)))
+        text, image = (
+            self.get_input_embeddings()(input_ids),
+            self.projector(self.vision_backbone(pixel_values.to(self.vision_backbone.featurizer.pos_embed.dtype))),
+        )
         return torch.cat([text[:, :1], image.to(text.dtype), text[:, 1:]], dim=1)
 
     def hidden(self, input_ids, pixel_values, attention_mask=None):
         """-> (B, P + T, D), last hidden states. Where padding is on the right, causal attention alone keeps it out of every real position: no mask is needed."""
-        return self.language_model.model(inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.language_model.model(
+            inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, **kwargs):
         """Logits (B, P + T, V) of every position, and with labels (B, T) the mean cross-entropy of the positions that are not -100."""
         patches, loss = self.vision_backbone.patches, None
-        if attention_mask is not None:                                   # the image is always seen
-            attention_mask = torch.cat([attention_mask[:, :1], attention_mask.new_ones(len(attention_mask), patches), attention_mask[:, 1:]], dim=1)
+        if attention_mask is not None:  # the image is always seen
+            attention_mask = torch.cat(
+                [attention_mask[:, :1], attention_mask.new_ones(len(attention_mask), patches), attention_mask[:, 1:]],
+                dim=1,
+            )
         logits = self.language_model.lm_head(self.hidden(input_ids, pixel_values, attention_mask))
-        if labels is not None:                                           # position P + j predicts token j + 1
-            loss = F.cross_entropy(logits[:, patches:-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        if labels is not None:  # position P + j predicts token j + 1
+            loss = F.cross_entropy(
+                logits[:, patches:-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
+            )
         return CausalLMOutput(loss=loss, logits=logits)
 
     # ---- actions
@@ -330,7 +427,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for key in (unnorm_key, f"{unnorm_key}_dataset", str(unnorm_key).removesuffix("_dataset")):
             if key in known:
                 return key, known[key]["action"]
-        raise ValueError(f"unnorm_key is {unnorm_key!r}; this model has statistics of: {', '.join(sorted(known)) or 'no data set'}")
+        raise ValueError(
+            f"unnorm_key is {unnorm_key!r}; this model has statistics of: {', '.join(sorted(known)) or 'no data set'}"
+        )
 
     def action_tokens(self, actions):
         """(..., A) array in [-1, 1] -> int64 ids; -1 is the last action id, +1 the first"""
@@ -339,31 +438,51 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def decode_tokens(self, ids):
         """int ids -> (..., A) float64, the centres of their bins"""
         edges = np.linspace(-1, 1, self.config.n_action_bins)
-        return ((edges[:-1] + edges[1:]) / 2)[np.clip(self.action_end - np.asarray(ids) - 1, 0, self.config.n_action_bins - 2)]
+        return ((edges[:-1] + edges[1:]) / 2)[
+            np.clip(self.action_end - np.asarray(ids) - 1, 0, self.config.n_action_bins - 2)
+        ]
 
     def unnormalize(self, values, stats):
         """(..., A) in [-1, 1] -> float64 in the data's units; a dimension whose mask is False passes"""
-        low, high, values = np.array(stats["q01"], np.float64), np.array(stats["q99"], np.float64), np.asarray(values, np.float64)
-        return np.where(np.array(stats.get("mask", np.ones(len(low))), bool), 0.5 * (values + 1) * (high - low) + low, values)
+        low, high, values = (
+            np.array(stats["q01"], np.float64),
+            np.array(stats["q99"], np.float64),
+            np.asarray(values, np.float64),
+        )
+        return np.where(
+            np.array(stats.get("mask", np.ones(len(low))), bool), 0.5 * (values + 1) * (high - low) + low, values
+        )
 
     @torch.no_grad()
     def generate_action_ids(self, input_ids, pixel_values, dims, attention_mask=None):
         """Greedy answer of `dims` tokens, chosen among the action ids only: any other token would decode to full speed. -> (B, dims)"""
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [row[m.bool()].tolist() for row, m in zip(input_ids, keep)]
-        ids, mask = (x.to(input_ids.device) for x in pad_right([r if r[-1] == EMPTY_TOKEN else [*r, EMPTY_TOKEN] for r in rows], self.config.pad_token_id))
+        ids, mask = (
+            x.to(input_ids.device)
+            for x in pad_right(
+                [r if r[-1] == EMPTY_TOKEN else [*r, EMPTY_TOKEN] for r in rows], self.config.pad_token_id
+            )
+        )
         patches, length = self.vision_backbone.patches, mask.sum(1)
         out = self.language_model.model(inputs_embeds=self.embed(ids, pixel_values), use_cache=True)
         last, chosen = out.last_hidden_state[torch.arange(len(ids), device=ids.device), patches + length - 1], []
         mask = torch.cat([mask.new_ones(len(ids), patches), mask], dim=1)
         while True:
-            logits = self.language_model.lm_head(last)[:, self.action_begin:self.action_end]
+            logits = self.language_model.lm_head(last)[:, self.action_begin : self.action_end]
             chosen.append(self.action_begin + logits.argmax(-1))
             if len(chosen) == dims:
                 return torch.stack(chosen, dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)  # padding sits between a short prompt and its answer: masked, and not counted by the positions
-            out = self.language_model.model(inputs_embeds=self.get_input_embeddings()(chosen[-1])[:, None], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True,
-                                            position_ids=(patches + length + len(chosen) - 1)[:, None])
+            mask = torch.cat(
+                [mask, mask.new_ones(len(ids), 1)], dim=1
+            )  # padding sits between a short prompt and its answer: masked, and not counted by the positions
+            out = self.language_model.model(
+                inputs_embeds=self.get_input_embeddings()(chosen[-1])[:, None],
+                attention_mask=mask,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+                position_ids=(patches + length + len(chosen) - 1)[:, None],
+            )
             last = out.last_hidden_state[:, -1]
 
     def predict_action(self, input_ids=None, unnorm_key=None, pixel_values=None, attention_mask=None, do_sample=False):

@@ -13,6 +13,7 @@ config.yaml, metrics.jsonl, validation_episodes.txt, loss.png.
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), C sensor channels (1026: force, A-scan), H actions (the chunk),
 A action dims (7), D width of the expert.
 """
+
 import contextlib
 import dataclasses
 import gc
@@ -42,83 +43,130 @@ from common.sampler import GlobalOrder, RankBatches, torch_seed_at
 from common.stats import Normalizer
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 
-FORMAT = 1                                         # of the checkpoints
+FORMAT = 1  # of the checkpoints
 LATEST, BEST, FINAL = "qwen_vla_async.pt", "qwen_vla_async_best.pt", "qwen_vla_async_final.pt"
-WEIGHTS = {"New_dataset": 3.0, "White_silicone_white_circle": 2.0, "Needle_insertion_eye_trocar": 2.0, "OCT_insertion": 1.0, "part1": 1.0}  # guide 5; others 1
+WEIGHTS = {
+    "New_dataset": 3.0,
+    "White_silicone_white_circle": 2.0,
+    "Needle_insertion_eye_trocar": 2.0,
+    "OCT_insertion": 1.0,
+    "part1": 1.0,
+}  # guide 5; others 1
 ACTIONS = [("dx", "mm"), ("dy", "mm"), ("dz", "mm"), ("da", "deg"), ("db", "deg"), ("dr", "deg"), ("gripper", "")]
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Config:
     # data
-    dataset_dir: list[str] = field(default_factory=list)  # folders with sessions that have a data.pkl, searched recursively
-    dataset_weight: list[str] = field(default_factory=list)  # NAME=W: how often a sample of this data set is drawn, over guide 5's table (3/2/2/1/1)
-    val_split: float = 0.05                        # share of the sessions held out, by a hash of the name; at least one per data set that has two
-    sensor_enabled: bool = True                    # use the force sensor; false: features alone
-    sensor_window_size: int = 65                   # W, newest sensor rows at the step (650 per second)
+    dataset_dir: list[str] = field(
+        default_factory=list
+    )  # folders with sessions that have a data.pkl, searched recursively
+    dataset_weight: list[str] = field(
+        default_factory=list
+    )  # NAME=W: how often a sample of this data set is drawn, over guide 5's table (3/2/2/1/1)
+    val_split: float = (
+        0.05  # share of the sessions held out, by a hash of the name; at least one per data set that has two
+    )
+    sensor_enabled: bool = True  # use the force sensor; false: features alone
+    sensor_window_size: int = 65  # W, newest sensor rows at the step (650 per second)
     # VLM features
-    cache_root: str | None = None                  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
-    cache: Literal["required", "online"] = "required"  # required: features of build_vl_cache.py; online: the VLM runs in every step, slow
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"     # the VLM: hub id or directory; with a cache it is compared (its files, or where they are not on this machine its name), not loaded
-    views: list[str] = field(default_factory=list)  # camera views; empty: those of the cache, or all that every session has
-    image_resize_height: int = 360                 # pixels, of the images that the VLM sees
-    image_resize_width: int = 640                  # pixels
-    vlm_reuse_count: int = 3                       # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
-    vlm_latency_ms: float = 0.0                    # a feature can be used this long after its images; 0: as in the guide
-    max_image_age: float = 1.5                     # seconds; a tick whose newest image of a view is older is not used
+    cache_root: str | None = None  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
+    cache: Literal["required", "online"] = (
+        "required"  # required: features of build_vl_cache.py; online: the VLM runs in every step, slow
+    )
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the VLM: hub id or directory; with a cache it is compared (its files, or where they are not on this machine its name), not loaded
+    views: list[str] = field(
+        default_factory=list
+    )  # camera views; empty: those of the cache, or all that every session has
+    image_resize_height: int = 360  # pixels, of the images that the VLM sees
+    image_resize_width: int = 640  # pixels
+    vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
+    vlm_latency_ms: float = 0.0  # a feature can be used this long after its images; 0: as in the guide
+    max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
     # model
-    hidden_dim: int = 1024                         # D
-    sensor_dim: int = 3072                         # width of the sensor's feature
-    num_layers: int = 4                            # of the action expert
-    num_heads: int = 8                             # of sensor encoder and expert
-    dropout: float = 0.1                           # in the sensor encoder and the expert
-    horizon: int = 8                               # H, actions per prediction, 100 ms each
+    hidden_dim: int = 1024  # D
+    sensor_dim: int = 3072  # width of the sensor's feature
+    num_layers: int = 4  # of the action expert
+    num_heads: int = 8  # of sensor encoder and expert
+    dropout: float = 0.1  # in the sensor encoder and the expert
+    horizon: int = 8  # H, actions per prediction, 100 ms each
     # training
-    epochs: int = 50                               # passes over as many samples as there are
-    max_steps: int | None = None                   # optimizer steps instead of epochs
-    batch_size: int = 4                            # samples per GPU and micro-batch
-    grad_accum_steps: int = 8                      # micro-batches per optimizer step
-    lr: float = 1e-4                               # peak, AdamW
-    sensor_lr: float = 5e-4                        # peak, of the sensor encoder
-    min_lr: float = 1e-6                           # of lr, at the end of the cosine; sensor_lr falls by the same factor
-    warmup_ratio: float = 0.03                     # share of all steps: linear warm-up
-    hold_ratio: float = 0.02                       # share of all steps: at the peak, before the cosine
-    weight_decay: float = 0.01                     # decoupled; not on biases, norms and embeddings
-    grad_clip: float = 1.0                         # largest gradient norm; 0: no clipping
-    sensor_loss_weight: float = 2.0                # weight in the loss of a sample that has sensor data; the others weigh 1
-    use_bfloat16: bool = True                      # bf16 autocast on CUDA; weights are fp32 in any case
-    num_workers: int = 4                           # loader processes per rank; 0: in the main process
-    seed: int = 42                                 # of order, dropout and new weights
+    epochs: int = 50  # passes over as many samples as there are
+    max_steps: int | None = None  # optimizer steps instead of epochs
+    batch_size: int = 4  # samples per GPU and micro-batch
+    grad_accum_steps: int = 8  # micro-batches per optimizer step
+    lr: float = 1e-4  # peak, AdamW
+    sensor_lr: float = 5e-4  # peak, of the sensor encoder
+    min_lr: float = 1e-6  # of lr, at the end of the cosine; sensor_lr falls by the same factor
+    warmup_ratio: float = 0.03  # share of all steps: linear warm-up
+    hold_ratio: float = 0.02  # share of all steps: at the peak, before the cosine
+    weight_decay: float = 0.01  # decoupled; not on biases, norms and embeddings
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    sensor_loss_weight: float = 2.0  # weight in the loss of a sample that has sensor data; the others weigh 1
+    use_bfloat16: bool = True  # bf16 autocast on CUDA; weights are fp32 in any case
+    num_workers: int = 4  # loader processes per rank; 0: in the main process
+    seed: int = 42  # of order, dropout and new weights
     # output
-    checkpoint_dir: str = "./checkpoints"          # qwen_vla_async*.pt and qwen_vla_async/
-    eval_epochs: int = 1                           # validate and save every so many epochs
-    save_steps: int = 0                            # save every so many optimizer steps within an epoch, too; 0: no
-    log_steps: int = 10                            # optimizer steps
-    resume: str | None = None                      # a checkpoint, or "auto" for qwen_vla_async.pt in checkpoint_dir
-    check: bool = False                            # read the data, build and print one batch, stop
+    checkpoint_dir: str = "./checkpoints"  # qwen_vla_async*.pt and qwen_vla_async/
+    eval_epochs: int = 1  # validate and save every so many epochs
+    save_steps: int = 0  # save every so many optimizer steps within an epoch, too; 0: no
+    log_steps: int = 10  # optimizer steps
+    resume: str | None = None  # a checkpoint, or "auto" for qwen_vla_async.pt in checkpoint_dir
+    check: bool = False  # read the data, build and print one batch, stop
     wandb: runlog.WandbConfig = field(default_factory=runlog.WandbConfig)
 
 
-ALIASES = {"dataset_dirs": "dataset_dir", "grad_accum": "grad_accum_steps", "sensor": "sensor_enabled", "wandb": "wandb.mode"}
+ALIASES = {
+    "dataset_dirs": "dataset_dir",
+    "grad_accum": "grad_accum_steps",
+    "sensor": "sensor_enabled",
+    "wandb": "wandb.mode",
+}
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     if not cfg.dataset_dir:
-        raise ValueError("dataset_dir is empty: name the folders with the sessions, --dataset_dir DATA (preprocessed by: python create_datapkl.py --dataset-dirs DATA)")
-    ones = ("sensor_window_size", "vlm_reuse_count", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon", "epochs", "batch_size", "grad_accum_steps",
-            "eval_epochs", "log_steps")
+        raise ValueError(
+            "dataset_dir is empty: name the folders with the sessions, --dataset_dir DATA (preprocessed by: python create_datapkl.py --dataset-dirs DATA)"
+        )
+    ones = (
+        "sensor_window_size",
+        "vlm_reuse_count",
+        "hidden_dim",
+        "sensor_dim",
+        "num_layers",
+        "num_heads",
+        "horizon",
+        "epochs",
+        "batch_size",
+        "grad_accum_steps",
+        "eval_epochs",
+        "log_steps",
+    )
     for wrong, message in (
         *((getattr(cfg, key) < 1, f"{key} is {getattr(cfg, key)}: expected 1 or more") for key in ones),
-        (cfg.max_steps is not None and cfg.max_steps < 1, f"max_steps is {cfg.max_steps}: expected 1 or more, or null for {cfg.epochs} epochs"),
+        (
+            cfg.max_steps is not None and cfg.max_steps < 1,
+            f"max_steps is {cfg.max_steps}: expected 1 or more, or null for {cfg.epochs} epochs",
+        ),
         (not 0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1"),
-        (cfg.hidden_dim % (2 * cfg.num_heads), f"hidden_dim is {cfg.hidden_dim}: expected a multiple of 2 * num_heads ({2 * cfg.num_heads})"),
-        (cfg.vlm_latency_ms < 0 or cfg.save_steps < 0, f"vlm_latency_ms is {cfg.vlm_latency_ms}, save_steps is {cfg.save_steps}: expected 0 or more"),
+        (
+            cfg.hidden_dim % (2 * cfg.num_heads),
+            f"hidden_dim is {cfg.hidden_dim}: expected a multiple of 2 * num_heads ({2 * cfg.num_heads})",
+        ),
+        (
+            cfg.vlm_latency_ms < 0 or cfg.save_steps < 0,
+            f"vlm_latency_ms is {cfg.vlm_latency_ms}, save_steps is {cfg.save_steps}: expected 0 or more",
+        ),
         (cfg.sensor_loss_weight <= 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0"),
-        (min(cfg.warmup_ratio, cfg.hold_ratio) < 0 or cfg.warmup_ratio + cfg.hold_ratio >= 1,
-         f"warmup_ratio + hold_ratio is {cfg.warmup_ratio} + {cfg.hold_ratio}: expected shares below 1"),
+        (
+            min(cfg.warmup_ratio, cfg.hold_ratio) < 0 or cfg.warmup_ratio + cfg.hold_ratio >= 1,
+            f"warmup_ratio + hold_ratio is {cfg.warmup_ratio} + {cfg.hold_ratio}: expected shares below 1",
+        ),
     ):
         if wrong:
             raise ValueError(message)
@@ -126,16 +174,17 @@ def check_config(cfg):
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Data:
     """Sessions of a run, split and described."""
 
-    train: list                # common.sessions.Session, sorted by name
+    train: list  # common.sessions.Session, sorted by name
     validation: list
-    stats: dict                # of the training sessions
-    weights: dict              # {data set: weight per sample}
-    features: object           # Features
-    fingerprint: str           # changes when the training samples, their features or their order would
+    stats: dict  # of the training sessions
+    weights: dict  # {data set: weight per sample}
+    features: object  # Features
+    fingerprint: str  # changes when the training samples, their features or their order would
 
 
 class Features:
@@ -146,23 +195,38 @@ class Features:
     """
 
     def __init__(self, cfg, part, expected=None, optional=()):
-        self.cfg, self.files, self.recipe, self.missing, self.stride, self._ticks = cfg, None, None, None, cfg.vlm_reuse_count, {}
-        expected = expected or dict(model=cfg.model, views=cfg.views or None, height=cfg.image_resize_height, width=cfg.image_resize_width)
+        self.cfg, self.files, self.recipe, self.missing, self.stride, self._ticks = (
+            cfg,
+            None,
+            None,
+            None,
+            cfg.vlm_reuse_count,
+            {},
+        )
+        expected = expected or dict(
+            model=cfg.model, views=cfg.views or None, height=cfg.image_resize_height, width=cfg.image_resize_width
+        )
         root = Path(cfg.cache_root or Path(cfg.dataset_dir[0]) / "cache")
         if cfg.cache == "required":
             try:
-                self.files, self.recipe = vl_cache.read_features(root, part, expected, cfg.vlm_reuse_count, cfg.max_image_age)
+                self.files, self.recipe = vl_cache.read_features(
+                    root, part, expected, cfg.vlm_reuse_count, cfg.max_image_age
+                )
             except optional as error:
                 self.missing = str(error)
         self.views = self.recipe["views"] if self.files else list(expected["views"] or ss.common_views(part)[0])
         if not self.views:
-            raise ValueError(f"no view is in all of the {len(part)} sessions: choose some with --views, or leave sessions out; missing: {ss.common_views(part)[1]}")
+            raise ValueError(
+                f"no view is in all of the {len(part)} sessions: choose some with --views, or leave sessions out; missing: {ss.common_views(part)[1]}"
+            )
         self.about = f"{cfg.model}, views {', '.join(self.views)} at {expected['height']}x{expected['width']}, computed in every step"
         if self.files:
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
-            self.about = (f"{self.recipe['model']}, views {', '.join(self.views)} at {self.recipe['pixels'][0]}x{self.recipe['pixels'][1]}: "
-                          f"{self.shape[0]} x {self.shape[1]} numbers every {self.stride} steps, {root}")
+            self.about = (
+                f"{self.recipe['model']}, views {', '.join(self.views)} at {self.recipe['pixels'][0]}x{self.recipe['pixels'][1]}: "
+                f"{self.shape[0]} x {self.shape[1]} numbers every {self.stride} steps, {root}"
+            )
 
     def key(self, session):
         """What changes when the features of this session would."""
@@ -172,7 +236,9 @@ class Features:
         """-> (m,) steps whose tick has a fresh image of every view, (m,) their tick, (m,) steps since that tick."""
         c = self.cfg
         ticks = self._ticks[session.name] = session.ticks(self.stride, self.views, c.max_image_age)
-        steps, at = session.usable_steps(self.stride, c.vlm_reuse_count, self.views, c.max_image_age, c.vlm_latency_ms / 1000)
+        steps, at = session.usable_steps(
+            self.stride, c.vlm_reuse_count, self.views, c.max_image_age, c.vlm_latency_ms / 1000
+        )
         return steps, at, steps - ticks.start[at]
 
     def read(self, session, tick):
@@ -180,14 +246,19 @@ class Features:
         if self.files:
             return dict(vl_features=self.files[session.name].features[tick].float())
         index = {view: int(self._ticks[session.name].frame_index[view][tick]) for view in self.views}
-        return dict(images={view: vl_cache.read_image(session.frame_path(view, i)) for view, i in index.items()}, instruction=session.instruction)
+        return dict(
+            images={view: vl_cache.read_image(session.frame_path(view, i)) for view, i in index.items()},
+            instruction=session.instruction,
+        )
 
 
 def load_data(cfg, rank=0, saved=None, optional=()):
     """Find, split and describe the sessions. `saved`: a checkpoint, whose statistics are kept where it was trained on these very sessions; `optional`: see Features."""
     found = ss.find_sessions(cfg.dataset_dir)
     if other := [s for s in found if s.metadata["action_hz"] != ss.ACTION_HZ]:
-        raise ValueError(f"{other[0].name} has actions at {other[0].metadata['action_hz']:g} Hz, expected {ss.ACTION_HZ}: python create_datapkl.py --dataset-dirs {other[0].path} --force")
+        raise ValueError(
+            f"{other[0].name} has actions at {other[0].metadata['action_hz']:g} Hz, expected {ss.ACTION_HZ}: python create_datapkl.py --dataset-dirs {other[0].path} --force"
+        )
     train, validation = ss.split_sessions(found, cfg.val_split)
     present, weights = sorted({s.dataset for s in found}), dict(WEIGHTS)
     for text in cfg.dataset_weight:
@@ -200,14 +271,20 @@ def load_data(cfg, rank=0, saved=None, optional=()):
             raise ValueError(f"dataset_weight '{text}': expected one of {', '.join(present)}, and a weight above 0")
     features = Features(cfg, found, optional=optional)
     if not any(len(features.usable(s)[0]) for s in train):
-        raise ValueError(f"no step of the {len(train)} training sessions has an image of {', '.join(features.views)} that is at most {cfg.max_image_age:g} s old: "
-                         "choose other --views, or raise --max-image-age")
-    content = lambda s: hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + (s.sensor_stamps.tobytes() if s.has_sensor else b"")).hexdigest()
-    fingerprint = hashlib.sha256(json.dumps([[s.name, content(s), features.key(s)] for s in train]).encode()).hexdigest()[:16]
+        raise ValueError(
+            f"no step of the {len(train)} training sessions has an image of {', '.join(features.views)} that is at most {cfg.max_image_age:g} s old: "
+            "choose other --views, or raise --max-image-age"
+        )
+    content = lambda s: hashlib.sha256(
+        s.action.tobytes() + s.starts.tobytes() + (s.sensor_stamps.tobytes() if s.has_sensor else b"")
+    ).hexdigest()
+    fingerprint = hashlib.sha256(
+        json.dumps([[s.name, content(s), features.key(s)] for s in train]).encode()
+    ).hexdigest()[:16]
     stats = [None]
     if saved and saved["fingerprint"] == fingerprint:
         stats = [saved["stats"]]
-    elif rank == 0:                                                          # reads a tenth of all sensor rows: once is enough
+    elif rank == 0:  # reads a tenth of all sensor rows: once is enough
         stats = [ss.session_stats(train)]
     if dist.is_initialized():
         dist.broadcast_object_list(stats)
@@ -225,7 +302,9 @@ class SessionDataset(Dataset):
     def __init__(self, part, features, cfg):
         self.sessions, self.features, self.cfg = list(part), features, cfg
         self.datasets = sorted({s.dataset for s in self.sessions})
-        self.steps, self.ticks, self.age = zip(*[features.usable(s) for s in self.sessions]) if self.sessions else ((), (), ())
+        self.steps, self.ticks, self.age = (
+            zip(*[features.usable(s) for s in self.sessions]) if self.sessions else ((), (), ())
+        )
         self.ends = np.cumsum([len(k) for k in self.steps])
 
     def __len__(self):
@@ -246,7 +325,7 @@ class SessionDataset(Dataset):
         return self.sessions[e], int(self.ticks[e][row])
 
     def __getitem__(self, key):
-        _, i = key                                                           # the order is random, nothing else
+        _, i = key  # the order is random, nothing else
         return self.read(*self.locate(i))
 
     def read(self, e, row):
@@ -257,17 +336,27 @@ class SessionDataset(Dataset):
         sensor = None
         if cfg.sensor_enabled and s.has_sensor:
             window, length = s.sensor_window(k, cfg.sensor_window_size)
-            sensor = window[len(window) - length:] if length else None
+            sensor = window[len(window) - length :] if length else None
         return self.features.read(s, tick) | dict(
-            sensor=sensor, actions=actions, action_mask=mask, previous=np.zeros_like(s.action[0]) if first else s.action[k - 1],
-            weight=cfg.sensor_loss_weight if sensor is not None else 1.0, reuse_step=int(self.age[e][row]), name=(s.name, k))
+            sensor=sensor,
+            actions=actions,
+            action_mask=mask,
+            previous=np.zeros_like(s.action[0]) if first else s.action[k - 1],
+            weight=cfg.sensor_loss_weight if sensor is not None else 1.0,
+            reuse_step=int(self.age[e][row]),
+            name=(s.name, k),
+        )
 
 
 class Collate:
     """Lists of raw observations -> model inputs, the same function in training and predict."""
 
     def __init__(self, cfg, stats):
-        self.window, self.sensor_enabled, self.action = cfg.sensor_window_size, cfg.sensor_enabled, Normalizer(stats["action"])
+        self.window, self.sensor_enabled, self.action = (
+            cfg.sensor_window_size,
+            cfg.sensor_enabled,
+            Normalizer(stats["action"]),
+        )
 
     def inputs(self, observations):
         """vl_features (B, N, V) float32, or pictures: list of (images, instruction), see online_features | sensor (B, W, 1026) float32 raw, zeros on the left
@@ -276,21 +365,31 @@ class Collate:
         if self.sensor_enabled:
             sensor, length = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32), []
             for b, o in enumerate(observations):
-                rows = np.zeros((0, ss.CHANNELS), np.float32) if o.get("sensor") is None else np.asarray(o["sensor"])[-self.window:]
-                sensor[b, self.window - len(rows):] = rows
+                rows = (
+                    np.zeros((0, ss.CHANNELS), np.float32)
+                    if o.get("sensor") is None
+                    else np.asarray(o["sensor"])[-self.window :]
+                )
+                sensor[b, self.window - len(rows) :] = rows
                 length.append(len(rows))
             batch = dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor(length))
         if "vl_features" in observations[0]:
-            return batch | dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
+            return batch | dict(
+                vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations])
+            )
         return batch | dict(pictures=[(o["images"], o["instruction"]) for o in observations])
 
     def __call__(self, items):
         """List of dataset items -> inputs() plus actions (B, H, 7) normalised, action_mask (B, H), weight, reuse_step, has_sensor (B,), and the items' names."""
         stack = lambda key: torch.from_numpy(np.stack([item[key] for item in items]))
         return self.inputs(items) | dict(
-            actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))), action_mask=stack("action_mask"),
-            weight=stack("weight").float(), reuse_step=stack("reuse_step"),
-            has_sensor=torch.tensor([item["sensor"] is not None for item in items]), names=[item["name"] for item in items])
+            actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))),
+            action_mask=stack("action_mask"),
+            weight=stack("weight").float(),
+            reuse_step=stack("reuse_step"),
+            has_sensor=torch.tensor([item["sensor"] is not None for item in items]),
+            names=[item["name"] for item in items],
+        )
 
 
 def to_device(batch, device):
@@ -298,6 +397,7 @@ def to_device(batch, device):
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
+
 
 class SensorEncoder(nn.Module):
     """(B, W, 1026) normalised sensor rows, newest last, of which the last `length` are real -> (B, out). Four convolutions of stride 2, two transformer
@@ -310,14 +410,16 @@ class SensorEncoder(nn.Module):
         self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(b) for b in sizes[1:]), nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
         self.transformer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.Linear(width, out), nn.LayerNorm(out), nn.GELU(), nn.Dropout(dropout), nn.Linear(out, out))
+        self.head = nn.Sequential(
+            nn.Linear(width, out), nn.LayerNorm(out), nn.GELU(), nn.Dropout(dropout), nn.Linear(out, out)
+        )
 
     def forward(self, x, length):
-        real = torch.arange(x.shape[1], device=x.device) >= x.shape[1] - length[:, None]     # (B, W)
-        real = real | (length == 0)[:, None]                                 # attention over nothing is NaN; the caller drops this row
+        real = torch.arange(x.shape[1], device=x.device) >= x.shape[1] - length[:, None]  # (B, W)
+        real = real | (length == 0)[:, None]  # attention over nothing is NaN; the caller drops this row
         x = x.masked_fill(~real[..., None], 0)
         for conv, norm in zip(self.convs, self.norms):
-            x = conv(x.transpose(1, 2)).transpose(1, 2)                      # output i sees inputs 2i-1, 2i, 2i+1
+            x = conv(x.transpose(1, 2)).transpose(1, 2)  # output i sees inputs 2i-1, 2i, 2i+1
             real = torch.cat([real, real[:, -1:]], dim=1)[:, 1::2] if real.shape[1] % 2 else real[:, 1::2]
             x = self.dropout(F.gelu(norm(x))).masked_fill(~real[..., None], 0)
         x = x + sinusoid(torch.arange(x.shape[1] - 1, -1, -1, device=x.device), x.shape[2])  # age: the newest is 0
@@ -327,7 +429,9 @@ class SensorEncoder(nn.Module):
 
 def sinusoid(t, width):
     """(n,) numbers -> (n, width): sines, then cosines, of frequencies 1 to 1e-4."""
-    angle = t[:, None].float() * torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / (width // 2 - 1)))
+    angle = t[:, None].float() * torch.exp(
+        torch.arange(width // 2, device=t.device) * (-math.log(1e4) / (width // 2 - 1))
+    )
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -337,7 +441,12 @@ class Condition(nn.Module):
     def __init__(self, vl_shape, sensor_dim, width, heads, dropout):
         super().__init__()
         tokens, vl_width = vl_shape
-        for name, size in (("vl_mean", vl_width), ("vl_std", vl_width), ("sensor_mean", ss.CHANNELS), ("sensor_std", ss.CHANNELS)):
+        for name, size in (
+            ("vl_mean", vl_width),
+            ("vl_std", vl_width),
+            ("sensor_mean", ss.CHANNELS),
+            ("sensor_std", ss.CHANNELS),
+        ):
             self.register_buffer(name, torch.ones(size) if name.endswith("std") else torch.zeros(size))
         self.sensor = SensorEncoder(width, sensor_dim, heads, dropout) if sensor_dim else None
         self.no_sensor = nn.Parameter(torch.zeros(sensor_dim)) if sensor_dim else None
@@ -346,7 +455,7 @@ class Condition(nn.Module):
     def forward(self, batch):
         # z-scored: a few of the VLM's dimensions are a hundred times larger than the others and hardly vary
         parts = [((batch["vl_features"] - self.vl_mean) / self.vl_std).flatten(1)]
-        if self.sensor is not None:                                          # run for every row, so that all ranks have the same gradients to average
+        if self.sensor is not None:  # run for every row, so that all ranks have the same gradients to average
             length = batch["sensor_length"]
             encoded = self.sensor((batch["sensor"] - self.sensor_mean) / self.sensor_std, length)
             parts.append(torch.where((length > 0)[:, None], encoded.float(), self.no_sensor))
@@ -364,18 +473,18 @@ class AsyncVLA(nn.Module):
         layer = nn.TransformerDecoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True)
         self.expert = nn.TransformerDecoder(layer, layers)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ACTIONS)))
-        self.register_buffer("active", torch.as_tensor(active))              # (7,) bool: dimensions that move
+        self.register_buffer("active", torch.as_tensor(active))  # (7,) bool: dimensions that move
 
     def actions(self, batch):
         """-> (B, H, 7) normalised; a dimension that never moves is 0."""
-        memory = self.condition(batch)[:, None]                              # (B, 1, D)
+        memory = self.condition(batch)[:, None]  # (B, 1, D)
         return self.out(self.expert(self.queries.expand(len(memory), -1, -1), memory)).float() * self.active
 
     def forward(self, batch):
         """-> loss_sum (): sum of weight * the sample's mean squared error over its unpadded steps and moving dims, to be divided by the caller's global sum of
         weights | sample_loss (B,)."""
         error = (self.actions(batch) - batch["actions"]).square() * self.active
-        mask = batch["action_mask"][..., None]                               # a padded step teaches nothing
+        mask = batch["action_mask"][..., None]  # a padded step teaches nothing
         loss = error.masked_fill(~mask, 0).sum((1, 2)) / (mask.sum((1, 2)) * self.active.sum())
         return dict(loss_sum=(loss * batch["weight"]).sum(), sample_loss=loss.detach())
 
@@ -386,21 +495,33 @@ class AsyncVLA(nn.Module):
 
 def online_features(batch, policy):
     """Collate's batch with its pictures, where it has some, turned into vl_features (B, N, V)."""
-    return batch if "vl_features" in batch else {k: v for k, v in batch.items() if k != "pictures"} | dict(vl_features=policy.encode(batch["pictures"]))
+    return (
+        batch
+        if "vl_features" in batch
+        else {k: v for k, v in batch.items() if k != "pictures"} | dict(vl_features=policy.encode(batch["pictures"]))
+    )
 
 
 class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
     def __init__(self, model, cfg, stats, recipe, instructions, device, autocast=None, encoder=None, vlm=None):
-        self.model, self.cfg, self.stats, self.recipe, self.instructions, self.device, self.autocast = model, cfg, stats, recipe, instructions, device, autocast
+        self.model, self.cfg, self.stats, self.recipe, self.instructions, self.device, self.autocast = (
+            model,
+            cfg,
+            stats,
+            recipe,
+            instructions,
+            device,
+            autocast,
+        )
         self.collate, self._encoder, self.vlm = Collate(cfg, stats), encoder, vlm
 
     def encode(self, pictures):
         """list of ({view: (h, w, 3) uint8 RGB}, instruction) -> (B, N, V) float32 features. Loads the VLM at the first call."""
         if self._encoder is None:
             self._encoder = vl_cache.VLEncoder.from_recipe(self.recipe, self.device, self.vlm)
-        return self._encoder.encode(pictures)                                # rounded as in the cache
+        return self._encoder.encode(pictures)  # rounded as in the cache
 
     def predict(self, observations):
         """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; sensor: (n, 1026) raw rows (force, A-scan) up to now, newest last,
@@ -408,10 +529,14 @@ class Policy:
         observations = [dict(o) for o in observations]
         for o in observations:
             if o.get("sensor") is not None and (np.ndim(o["sensor"]) != 2 or np.shape(o["sensor"])[1] != ss.CHANNELS):
-                raise ValueError(f"the observation's sensor has shape {np.shape(o['sensor'])}, the policy needs (n, {ss.CHANNELS}): force, then the A-scan")
+                raise ValueError(
+                    f"the observation's sensor has shape {np.shape(o['sensor'])}, the policy needs (n, {ss.CHANNELS}): force, then the A-scan"
+                )
             if "vl_features" not in o:
                 if missing := [v for v in self.recipe["views"] if v not in o["images"]]:
-                    raise ValueError(f"the observation has images of {sorted(o['images'])}, the policy needs {', '.join(self.recipe['views'])}: {missing[0]} is missing")
+                    raise ValueError(
+                        f"the observation has images of {sorted(o['images'])}, the policy needs {', '.join(self.recipe['views'])}: {missing[0]} is missing"
+                    )
         if images := [o for o in observations if "vl_features" not in o]:
             for o, feature in zip(images, self.encode([(o["images"], o["instruction"]) for o in images])):
                 o["vl_features"] = feature
@@ -428,13 +553,18 @@ class Policy:
         action that stands still, phase None}."""
         found = ss.find_sessions([root])
         if unknown := sorted(set(names or []) - {s.name for s in found}):
-            raise ValueError(f"'{root}' has no session '{unknown[0]}'; it has {', '.join(s.name for s in found[:5])}, ...")
+            raise ValueError(
+                f"'{root}' has no session '{unknown[0]}'; it has {', '.join(s.name for s in found[:5])}, ..."
+            )
         chosen = [s for s in found if names is None or s.name in names]
         cfg = dataclasses.replace(self.cfg, dataset_dir=[str(root)])
         expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}
         features = Features(cfg, chosen, expected, optional=(FileNotFoundError, vl_cache.CacheMismatch))
         if not features.files:
-            print(f"features  computed now by {self.vlm or self.recipe['model']}" + (f", for in the cache {features.missing.splitlines()[0]}" if features.missing else ""))
+            print(
+                f"features  computed now by {self.vlm or self.recipe['model']}"
+                + (f", for in the cache {features.missing.splitlines()[0]}" if features.missing else "")
+            )
         dataset = SessionDataset(chosen, features, cfg)
         still = np.where(self.model.active.cpu().numpy(), 0.0, self.stats["action"]["mean"]).astype(np.float32)
         for e, (s, steps) in enumerate(zip(dataset.sessions, dataset.steps)):
@@ -442,8 +572,13 @@ class Policy:
             parts = [p for p in np.split(np.arange(len(steps)), breaks) if len(p)]
             for n, rows in enumerate(parts):
                 target = s.action[steps[rows]]
-                yield dict(name=s.name if len(parts) == 1 else f"{s.name}#{n + 1}", sample=lambda t, e=e, rows=rows: dataset.read(e, int(rows[t])), target=target,
-                           hold=np.repeat(still[None], len(target), 0), phase=None)
+                yield dict(
+                    name=s.name if len(parts) == 1 else f"{s.name}#{n + 1}",
+                    sample=lambda t, e=e, rows=rows: dataset.read(e, int(rows[t])),
+                    target=target,
+                    hold=np.repeat(still[None], len(target), 0),
+                    phase=None,
+                )
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""
@@ -452,11 +587,21 @@ class Policy:
 
 # ---- build, save, load -----------------------------------------------------------------------------------------------
 
+
 def build_model(cfg, vl_shape, stats, device):
     """-> AsyncVLA on `device`, new weights in fp32; the statistics of sensor and actions go into its buffers."""
     torch.manual_seed(cfg.seed)
     sensor_dim = cfg.sensor_dim if cfg.sensor_enabled else 0
-    model = AsyncVLA(vl_shape, sensor_dim, cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon, moving_dims(stats))
+    model = AsyncVLA(
+        vl_shape,
+        sensor_dim,
+        cfg.hidden_dim,
+        cfg.num_layers,
+        cfg.num_heads,
+        cfg.dropout,
+        cfg.horizon,
+        moving_dims(stats),
+    )
     return model.to(device)
 
 
@@ -478,12 +623,16 @@ def fill_statistics(core, dataset, stats, policy, samples=512):
     chosen = np.unique(np.linspace(0, len(dataset) - 1, samples).astype(int)).tolist()
     features = []
     for i in range(0, len(chosen), 16):
-        reads = [dataset.features.read(*dataset.tick_at(k)) for k in chosen[i:i + 16]]
-        features.append(torch.stack([r["vl_features"] for r in reads]) if "vl_features" in reads[0] else policy.encode([(r["images"], r["instruction"]) for r in reads]))
-    features = torch.cat(features).flatten(0, 1).double()                    # (n, V)
+        reads = [dataset.features.read(*dataset.tick_at(k)) for k in chosen[i : i + 16]]
+        features.append(
+            torch.stack([r["vl_features"] for r in reads])
+            if "vl_features" in reads[0]
+            else policy.encode([(r["images"], r["instruction"]) for r in reads])
+        )
+    features = torch.cat(features).flatten(0, 1).double()  # (n, V)
     mean, std = features.mean(0), features.std(0, correction=0)
     c.vl_mean.copy_(mean)
-    c.vl_std.copy_(std.clamp(min=1e-3 * (1 + mean.abs())))                   # not below the rounding of fp16
+    c.vl_std.copy_(std.clamp(min=1e-3 * (1 + mean.abs())))  # not below the rounding of fp16
 
 
 def save_model(path, content, core, optimizer=None):
@@ -500,11 +649,15 @@ def read_checkpoint(path):
     path = Path(path)
     if path.is_dir():
         if not (there := [path / name for name in (BEST, FINAL, LATEST) if (path / name).is_file()]):
-            raise FileNotFoundError(f"{path} has neither {BEST} nor {FINAL} nor {LATEST}; expected a checkpoint of {Path(__file__).name}")
+            raise FileNotFoundError(
+                f"{path} has neither {BEST} nor {FINAL} nor {LATEST}; expected a checkpoint of {Path(__file__).name}"
+            )
         path = there[0]
     state = ckpt.load_state(path)
     if state.get("format_version") != FORMAT or state.get("meta", {}).get("script") != Path(__file__).stem:
-        raise ValueError(f"{path} is format {state.get('format_version')} of '{state.get('meta', {}).get('script')}', this code reads format {FORMAT} of {Path(__file__).stem}")
+        raise ValueError(
+            f"{path} is format {state.get('format_version')} of '{state.get('meta', {}).get('script')}', this code reads format {FORMAT} of {Path(__file__).stem}"
+        )
     return state
 
 
@@ -521,10 +674,20 @@ def load_policy(path, device=None, vlm=None):
     model = build_model(cfg, state["vl_shape"], state["stats"], device)
     model.load_state_dict(state["model_state_dict"])
     autocast = torch.bfloat16 if device.type == "cuda" and cfg.use_bfloat16 else None
-    return Policy(model.requires_grad_(False).eval(), cfg, state["stats"], state["recipe"], state["instructions"], device, autocast, vlm=vlm)
+    return Policy(
+        model.requires_grad_(False).eval(),
+        cfg,
+        state["stats"],
+        state["recipe"],
+        state["instructions"],
+        device,
+        autocast,
+        vlm=vlm,
+    )
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
 
 def lr_at(step, total, cfg):
     """Factor on the learning rates at update number `step` (from 0) of `total`: linear warm-up, hold, cosine to min_lr / lr, and that beyond the end."""
@@ -541,26 +704,47 @@ def make_optimizer(core, cfg, fused=None):
     for name, p in core.named_parameters():
         sensor, decay = name.startswith("condition.sensor."), p.ndim > 1 and name != "queries"
         groups.setdefault((sensor, decay), []).append(p)
-    groups = [dict(params=g, base_lr=cfg.sensor_lr if sensor else cfg.lr, weight_decay=cfg.weight_decay if decay else 0.0) for (sensor, decay), g in groups.items()]
+    groups = [
+        dict(params=g, base_lr=cfg.sensor_lr if sensor else cfg.lr, weight_decay=cfg.weight_decay if decay else 0.0)
+        for (sensor, decay), g in groups.items()
+    ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=fused)
 
 
 def describe(cfg, data, dataset, held_out, print0):
     """Say what was found: sessions, steps and shares per data set, features, sensor, actions and ranges."""
     weights = dataset.sample_weights(data.weights)
-    print0(f"data      {len(data.train)} training sessions, {len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image); "
-           f"{len(data.validation)} validation sessions, {len(held_out)} steps; {', '.join(cfg.dataset_dir)}")
+    print0(
+        f"data      {len(data.train)} training sessions, {len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image); "
+        f"{len(data.validation)} validation sessions, {len(held_out)} steps; {', '.join(cfg.dataset_dir)}"
+    )
     for name in dataset.datasets:
         mine = np.repeat([s.dataset == name for s in dataset.sessions], [len(k) for k in dataset.steps])
-        print0(f"          {name:<30} weight {data.weights[name]:g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}, "
-               f"sensor in {sum(s.has_sensor for s in dataset.sessions if s.dataset == name)} of {sum(s.dataset == name for s in dataset.sessions)} sessions")
-    print0(f"features  {data.features.about}; {cfg.vlm_reuse_count} steps share one: a VLM at {ss.ACTION_HZ / cfg.vlm_reuse_count:.2f} Hz")
+        print0(
+            f"          {name:<30} weight {data.weights[name]:g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}, "
+            f"sensor in {sum(s.has_sensor for s in dataset.sessions if s.dataset == name)} of {sum(s.dataset == name for s in dataset.sessions)} sessions"
+        )
+    print0(
+        f"features  {data.features.about}; {cfg.vlm_reuse_count} steps share one: a VLM at {ss.ACTION_HZ / cfg.vlm_reuse_count:.2f} Hz"
+    )
     if cfg.vlm_latency_ms > 1000 / ss.ACTION_HZ * cfg.vlm_reuse_count:
-        print0(f"warning   vlm_latency_ms is {cfg.vlm_latency_ms:g}: a VLM that slow cannot look every {cfg.vlm_reuse_count} steps ({100 * cfg.vlm_reuse_count} ms). "
-               f"Use --vlm-reuse-count {math.ceil(cfg.vlm_latency_ms * ss.ACTION_HZ / 1000)}, fewer than {len(data.features.views)} views, or smaller images")
-    print0("sensor    " + (f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; "
-                           f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without" if cfg.sensor_enabled else "not used"))
-    print0(f"action    {cfg.horizon} steps of {1000 // ss.ACTION_HZ} ms; per step:" + "".join(f"{f'{n} {u}'.strip():>11}" for n, u in ACTIONS))
+        print0(
+            f"warning   vlm_latency_ms is {cfg.vlm_latency_ms:g}: a VLM that slow cannot look every {cfg.vlm_reuse_count} steps ({100 * cfg.vlm_reuse_count} ms). "
+            f"Use --vlm-reuse-count {math.ceil(cfg.vlm_latency_ms * ss.ACTION_HZ / 1000)}, fewer than {len(data.features.views)} views, or smaller images"
+        )
+    print0(
+        "sensor    "
+        + (
+            f"the newest {cfg.sensor_window_size} rows, {cfg.sensor_window_size / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; "
+            f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
+            if cfg.sensor_enabled
+            else "not used"
+        )
+    )
+    print0(
+        f"action    {cfg.horizon} steps of {1000 // ss.ACTION_HZ} ms; per step:"
+        + "".join(f"{f'{n} {u}'.strip():>11}" for n, u in ACTIONS)
+    )
     for name in ("q01", "q99", "mean", "std"):
         print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in data.stats["action"][name]))
     texts = instructions_of(data.train)
@@ -574,14 +758,19 @@ def instructions_of(part):
 def check_data(cfg):
     """--check: read the data, build one batch, print what the model would see. Needs no weights; without a cache the features stay unread, and it says so."""
     data = load_data(cfg, optional=FileNotFoundError)
-    dataset, held_out = SessionDataset(data.train, data.features, cfg), SessionDataset(data.validation, data.features, cfg)
+    dataset, held_out = (
+        SessionDataset(data.train, data.features, cfg),
+        SessionDataset(data.validation, data.features, cfg),
+    )
     describe(cfg, data, dataset, held_out, print)
     order = GlobalOrder(len(dataset), cfg.seed, dataset.sample_weights(data.weights))
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     print(f"samples   {len(dataset)}; batch of {len(items)}, first: {items[0]['name'][0]} step {items[0]['name'][1]}")
     for key, value in Collate(cfg, data.stats)(items).items():
         if isinstance(value, torch.Tensor):
-            print(f"          {key:<14} {str(tuple(value.shape)):<18} {str(value.dtype).removeprefix('torch.'):<8} {value.min().item():.4g} .. {value.max().item():.4g}")
+            print(
+                f"          {key:<14} {str(tuple(value.shape)):<18} {str(value.dtype).removeprefix('torch.'):<8} {value.min().item():.4g} .. {value.max().item():.4g}"
+            )
     if data.features.missing:
         print(f"note      the features are not there yet: {data.features.missing}")
     for view, image in items[0].get("images", {}).items():
@@ -593,11 +782,13 @@ def validate(core, policy, dataset, cfg, device, rank, world, reduce):
     """-> {val/loss_epoch, val/mae_mm, val/mae_deg, the same of two baselines (no motion; the last action again), val/mae_<dim>}: every held-out step once, sums
     over all ranks; padded steps and dims that never move do not count."""
     active = core.active.cpu().numpy()
-    sums = torch.zeros(2 + 3 * len(ACTIONS) + 1, dtype=torch.float64)        # weighted loss, weights | absolute errors of policy, zero, last | steps
+    sums = torch.zeros(
+        2 + 3 * len(ACTIONS) + 1, dtype=torch.float64
+    )  # weighted loss, weights | absolute errors of policy, zero, last | steps
     core.eval()
     mine = range(rank, len(dataset), world)
     for i in range(0, len(mine), cfg.batch_size):
-        items = [dataset[(k, k)] for k in mine[i:i + cfg.batch_size]]
+        items = [dataset[(k, k)] for k in mine[i : i + cfg.batch_size]]
         batch = online_features(policy.collate(items), policy)
         with torch.no_grad(), torch.autocast(device.type, policy.autocast, enabled=policy.autocast is not None):
             out = core(to_device(batch, device))
@@ -605,31 +796,58 @@ def validate(core, policy, dataset, cfg, device, rank, world, reduce):
         still = np.where(active, 0.0, target)
         last = np.stack([item["previous"] for item in items])[:, None]
         errors = [np.abs(guess - target)[real].sum(0) for guess in (policy.decode(batch), still, last)]
-        sums += torch.tensor([out["loss_sum"].item(), batch["weight"].sum().item(), *np.concatenate(errors).tolist(), float(real.sum())], dtype=torch.float64)
+        sums += torch.tensor(
+            [out["loss_sum"].item(), batch["weight"].sum().item(), *np.concatenate(errors).tolist(), float(real.sum())],
+            dtype=torch.float64,
+        )
     core.train()
     loss, weight, *errors, steps = reduce(sums).tolist()
     errors, values = np.reshape(errors, (3, -1)) / steps, {"val/loss_epoch": loss / weight}
     for unit in ("mm", "deg"):
         dims = [d for d, (_, u) in enumerate(ACTIONS) if u == unit and active[d]]
-        values |= {f"val/mae_{unit}{who}": float(errors[row, dims].mean()) for row, who in enumerate(("", "_zero", "_last")) if dims}
+        values |= {
+            f"val/mae_{unit}{who}": float(errors[row, dims].mean())
+            for row, who in enumerate(("", "_zero", "_last"))
+            if dims
+        }
     return values | {f"val/mae_{name}": float(errors[0, d]) for d, (name, _) in enumerate(ACTIONS) if active[d]}
 
 
 # without these the moments or the order of the samples would belong to another run
-FIXED = ("seed", "dataset_weight", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms", "hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon")
+FIXED = (
+    "seed",
+    "dataset_weight",
+    "sensor_enabled",
+    "sensor_window_size",
+    "vlm_reuse_count",
+    "vlm_latency_ms",
+    "hidden_dim",
+    "sensor_dim",
+    "num_layers",
+    "num_heads",
+    "horizon",
+)
 
 
 def check_resume(cfg, state, path, data):
     """Refuse a resume that would silently be another run -> list of "key then -> now" of the other changed keys."""
     if state["fingerprint"] != data.fingerprint:
-        raise ValueError(f"--resume {path}: the training sessions or their features changed since then (added, removed, preprocessed again, another split or cache), so this would not "
-                         "be the same run. Put them back, or start a new run in another --checkpoint-dir")
+        raise ValueError(
+            f"--resume {path}: the training sessions or their features changed since then (added, removed, preprocessed again, another split or cache), so this would not "
+            "be the same run. Put them back, or start a new run in another --checkpoint-dir"
+        )
     if "optimizer_state_dict" not in state:
         raise ValueError(f"--resume {path} holds weights only, no optimizer: continue from {LATEST} beside it")
     old, new = state["config"], dataclasses.asdict(cfg)
     if wrong := [f"{k} {old.get(k)}, now {new[k]}" for k in FIXED if old.get(k) != new[k]]:
-        raise ValueError(f"--resume {path} was trained with {'; '.join(wrong)}. Set it back, or start a new run in another --checkpoint-dir")
-    return [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in ("resume", "checkpoint_dir", "check")]
+        raise ValueError(
+            f"--resume {path} was trained with {'; '.join(wrong)}. Set it back, or start a new run in another --checkpoint-dir"
+        )
+    return [
+        f"{k} {old.get(k)} -> {v}"
+        for k, v in new.items()
+        if old.get(k) != v and k not in ("resume", "checkpoint_dir", "check")
+    ]
 
 
 def main(cfg):
@@ -644,22 +862,26 @@ def main(cfg):
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")    # counts and flags go over gloo: the GPU need not be waited for
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        )  # counts and flags go over gloo: the GPU need not be waited for
     autocast = torch.bfloat16 if cuda and cfg.use_bfloat16 else None
     print0 = print if rank == 0 else lambda *_: None
     folder = Path(cfg.checkpoint_dir)
-    out = folder / Path(LATEST).stem                                         # logs
+    out = folder / Path(LATEST).stem  # logs
     path = folder / LATEST if cfg.resume == "auto" else Path(cfg.resume) if cfg.resume else None
     if cfg.resume == "auto" and not path.is_file():
         print0(f"resume    auto: no {path}, starting a new run")
         path = None
     state = read_checkpoint(path) if path else None
     if state is None and (there := [folder / name for name in (LATEST, BEST, FINAL) if (folder / name).exists()]):
-        raise FileExistsError(f"{there[0]} already exists. Continue it with --resume auto, or choose another --checkpoint-dir")
+        raise FileExistsError(
+            f"{there[0]} already exists. Continue it with --resume auto, or choose another --checkpoint-dir"
+        )
     data = load_data(cfg, rank, saved=state)
     changed = check_resume(cfg, state, path, data) if state else []
     if world > 1:
-        dist.barrier()                                                       # all ranks have looked before rank 0 writes
+        dist.barrier()  # all ranks have looked before rank 0 writes
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         ckpt.remove_temporaries(folder)
@@ -671,7 +893,10 @@ def main(cfg):
         return tensor
 
     # ---- data
-    dataset, held_out = SessionDataset(data.train, data.features, cfg), SessionDataset(data.validation, data.features, cfg)
+    dataset, held_out = (
+        SessionDataset(data.train, data.features, cfg),
+        SessionDataset(data.validation, data.features, cfg),
+    )
     describe(cfg, data, dataset, held_out, print0)
     accumulation, global_batch = cfg.grad_accum_steps, cfg.batch_size * world * cfg.grad_accum_steps
     per_epoch = -(-len(dataset) // global_batch)
@@ -679,36 +904,72 @@ def main(cfg):
     begin = dict(step=0, position=0, best_val_loss=None, best_step=None, epoch_sums=[0.0, 0.0])
     start, position, best, best_step, epoch_sums = ((state or begin)[k] for k in begin)
     if start >= total:
-        print0(f"nothing to do: {path} is at step {start} of {total}. Raise --epochs (now {cfg.epochs}) or --max-steps to train on")
+        print0(
+            f"nothing to do: {path} is at step {start} of {total}. Raise --epochs (now {cfg.epochs}) or --max-steps to train on"
+        )
         return
     order = GlobalOrder(len(dataset), cfg.seed, dataset.sample_weights(data.weights))
     batches = RankBatches(order, cfg.batch_size, accumulation, rank, world, position, total - start)
     collate = Collate(cfg, data.stats)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=cfg.num_workers, pin_memory=cuda,
-                        prefetch_factor=4 if cfg.num_workers else None, worker_init_fn=ckpt.ignore_stop_signals)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=cfg.num_workers,
+        pin_memory=cuda,
+        prefetch_factor=4 if cfg.num_workers else None,
+        worker_init_fn=ckpt.ignore_stop_signals,
+    )
 
     # ---- model, optimizer
-    encoder = None if data.features.files else vl_cache.VLEncoder(cfg.model, data.features.views, cfg.image_resize_height, cfg.image_resize_width, device=device)
-    vl_shape, recipe = (data.features.shape, data.features.recipe) if encoder is None else ((encoder.tokens, encoder.width), encoder.recipe())
+    encoder = (
+        None
+        if data.features.files
+        else vl_cache.VLEncoder(
+            cfg.model, data.features.views, cfg.image_resize_height, cfg.image_resize_width, device=device
+        )
+    )
+    vl_shape, recipe = (
+        (data.features.shape, data.features.recipe)
+        if encoder is None
+        else ((encoder.tokens, encoder.width), encoder.recipe())
+    )
     core = build_model(cfg, vl_shape, data.stats, device)
     policy = Policy(core, cfg, data.stats, recipe, instructions_of(data.train), device, autocast, encoder)
     optimizer = make_optimizer(core, cfg, cuda or None)
     if state:
         core.load_state_dict(state["model_state_dict"])
         names = {n for n, _ in core.named_parameters()}
-        ckpt.restore_training_state(core, optimizer, dict(trained={k: v for k, v in state["model_state_dict"].items() if k in names}, moments=state["optimizer_state_dict"]))
+        ckpt.restore_training_state(
+            core,
+            optimizer,
+            dict(
+                trained={k: v for k, v in state["model_state_dict"].items() if k in names},
+                moments=state["optimizer_state_dict"],
+            ),
+        )
         print0("; ".join([f"resume    {path}, step {start} of {total}", *changed]))
         state = None
     else:
         fill_statistics(core, dataset, data.stats, policy)
-    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else core
+    model = (
+        nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True)
+        if world > 1
+        else core
+    )
     count = sum(p.numel() for p in core.parameters())
-    size = 4 * 3 * count                                                     # fp32 weights and two moments
-    print0(f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); "
-           f"{'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}")
-    print0(f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {per_epoch} steps per epoch")
-    print0(f"steps     {start} -> {total} ({total / per_epoch:.1f} epochs); lr {cfg.lr:.2e}, sensor {cfg.sensor_lr:.2e}; {LATEST} is about {size / 1e9:.2g} GB, "
-           f"{BEST} and {FINAL} {size / 3e9:.2g} GB each, in {folder}")
+    size = 4 * 3 * count  # fp32 weights and two moments
+    print0(
+        f"model     {count:,} parameters, all trainable (the VLM is {'frozen' if cfg.cache == 'online' else 'not loaded'}); "
+        f"{'bf16 autocast' if autocast else 'fp32'}; {world} x {device.type}"
+    )
+    print0(
+        f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {per_epoch} steps per epoch"
+    )
+    print0(
+        f"steps     {start} -> {total} ({total / per_epoch:.1f} epochs); lr {cfg.lr:.2e}, sensor {cfg.sensor_lr:.2e}; {LATEST} is about {size / 1e9:.2g} GB, "
+        f"{BEST} and {FINAL} {size / 3e9:.2g} GB each, in {folder}"
+    )
     if rank == 0:
         save_config(cfg, out / "config.yaml")
         shutil.copy(__file__, out / Path(__file__).name)
@@ -721,21 +982,38 @@ def main(cfg):
         ok = True
         if rank == 0:
             content = dict(
-                format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=[s.name for s in data.validation]), step=step, epoch=step // per_epoch, position=position,
-                best_val_loss=best, best_step=best_step, epoch_sums=epoch_sums, config=dataclasses.asdict(cfg), stats=data.stats, recipe=recipe,
-                vl_shape=list(vl_shape), instructions=policy.instructions, fingerprint=data.fingerprint)
+                format_version=FORMAT,
+                meta=dict(script=Path(__file__).stem, validation=[s.name for s in data.validation]),
+                step=step,
+                epoch=step // per_epoch,
+                position=position,
+                best_val_loss=best,
+                best_step=best_step,
+                epoch_sums=epoch_sums,
+                config=dataclasses.asdict(cfg),
+                stats=data.stats,
+                recipe=recipe,
+                vl_shape=list(vl_shape),
+                instructions=policy.instructions,
+                fingerprint=data.fingerprint,
+            )
             try:
                 ckpt.require_space(folder, int(1.1 * size) if resumable else int(0.4 * size))
                 save_model(folder / name, content, core, optimizer if resumable else None)
             except ckpt.DiskFull as error:
                 log.print(f"CHECKPOINT NOT SAVED at step {step}: {error}")
                 ok = False
-        return bool(reduce(torch.tensor(float(ok))).item() == world)         # others are ok by default
+        return bool(reduce(torch.tensor(float(ok))).item() == world)  # others are ok by default
 
     # ---- loop
     core.train()
     batch_iterator, saved_at, skipped, skipped_in_row, step = iter(loader), start, 0, 0, start
-    window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), start     # per step (loss, gradient norm, reuse counter, samples with sensor) since the last log line
+    window, wait, t_log, logged_at = (
+        [],
+        0.0,
+        time.perf_counter(),
+        start,
+    )  # per step (loss, gradient norm, reuse counter, samples with sensor) since the last log line
     while step < total:
         factor = lr_at(step, total, cfg)
         for group in optimizer.param_groups:
@@ -743,14 +1021,23 @@ def main(cfg):
         t_wait = time.perf_counter()
         try:
             micro = [next(batch_iterator) for _ in range(accumulation)]
-        except RuntimeError as error:                                        # torch's word for a worker that was killed, mostly for memory
+        except RuntimeError as error:  # torch's word for a worker that was killed, mostly for memory
             if "DataLoader worker" not in str(error):
                 raise
-            raise RuntimeError(f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it, or load in the main process: --num_workers 0") from error
+            raise RuntimeError(
+                f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it, or load in the main process: --num_workers 0"
+            ) from error
         wait += time.perf_counter() - t_wait
         # sum of weights of the whole optimizer step over all ranks: what the loss is divided by; what is logged; and whether any rank was told to stop
-        weights, reuse, with_sensor, told_to_stop = reduce(torch.tensor([*(float(sum(b[k].sum() for b in micro)) for k in ("weight", "reuse_step", "has_sensor")),
-                                                                         float(stop.received is not None)], dtype=torch.float64)).tolist()
+        weights, reuse, with_sensor, told_to_stop = reduce(
+            torch.tensor(
+                [
+                    *(float(sum(b[k].sum() for b in micro)) for k in ("weight", "reuse_step", "has_sensor")),
+                    float(stop.received is not None),
+                ],
+                dtype=torch.float64,
+            )
+        ).tolist()
         total_loss, sample_losses = torch.zeros((), dtype=torch.float64, device=device), []
         for m, batch in enumerate(micro):
             torch.manual_seed(torch_seed_at(cfg.seed, position + (m * world + rank) * cfg.batch_size, "dropout"))
@@ -759,17 +1046,19 @@ def main(cfg):
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     result = model(batch)
                 loss = result["loss_sum"] / weights
-                (loss * world).backward()                                    # ranks are averaged, so times world
+                (loss * world).backward()  # ranks are averaged, so times world
             sample_losses.append(result["sample_loss"])
             total_loss += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(core.parameters(), cfg.grad_clip or math.inf)
-        loss, norm = torch.stack([reduce(total_loss), norm.detach().double()]).tolist()   # the one wait for the GPU in a step
+        loss, norm = torch.stack(
+            [reduce(total_loss), norm.detach().double()]
+        ).tolist()  # the one wait for the GPU in a step
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             window.append((loss, norm, reuse / global_batch, with_sensor))
             epoch_sums = [epoch_sums[0] + loss, epoch_sums[1] + 1]
             skipped_in_row = 0
-        else:                                                                # the same on every rank: losses and gradients are averaged
+        else:  # the same on every rank: losses and gradients are averaged
             skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
             runlog.report_nonfinite(log, step + 1, [b["names"] for b in micro], sample_losses, skipped_in_row)
         optimizer.zero_grad(set_to_none=True)
@@ -779,17 +1068,29 @@ def main(cfg):
             elapsed = time.perf_counter() - t_log
             mean = np.mean(window, axis=0).tolist() if window else [math.nan] * 4
             speed, waited = (step - logged_at) * global_batch / elapsed, wait / elapsed
-            values = {"train/loss_step": mean[0], "train/lr": factor * cfg.lr, "train/grad_norm": mean[1], "train/vl_reuse_counter": mean[2], "train/sensor_samples": mean[3],
-                      "train/nonsensor_samples": global_batch - mean[3], "train/samples_per_s": speed, "train/data_wait": waited,
-                      "train/memory_gb": runlog.memory_gb(), "train/skipped_steps": skipped}
-            log.log(step, {k: v for k, v in values.items() if math.isfinite(v)},
-                    f"step {step:>7}/{total} | loss {mean[0]:.4f} | grad {mean[1]:.2f} | lr {factor * cfg.lr:.2e} | {speed:.1f} samples/s | "
-                    f"wait {waited:.1%} | {values['train/memory_gb']:.1f} GB")
+            values = {
+                "train/loss_step": mean[0],
+                "train/lr": factor * cfg.lr,
+                "train/grad_norm": mean[1],
+                "train/vl_reuse_counter": mean[2],
+                "train/sensor_samples": mean[3],
+                "train/nonsensor_samples": global_batch - mean[3],
+                "train/samples_per_s": speed,
+                "train/data_wait": waited,
+                "train/memory_gb": runlog.memory_gb(),
+                "train/skipped_steps": skipped,
+            }
+            log.log(
+                step,
+                {k: v for k, v in values.items() if math.isfinite(v)},
+                f"step {step:>7}/{total} | loss {mean[0]:.4f} | grad {mean[1]:.2f} | lr {factor * cfg.lr:.2e} | {speed:.1f} samples/s | "
+                f"wait {waited:.1%} | {values['train/memory_gb']:.1f} GB",
+            )
             log.step(step, mean[0], factor * cfg.lr, speed, waited)
             window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
         else:
             log.step(step)
-        t_pause, saved = time.perf_counter(), True                           # validation and saving are not training time
+        t_pause, saved = time.perf_counter(), True  # validation and saving are not training time
         if epoch_end := step == total or step % (per_epoch * cfg.eval_epochs) == 0:
             if epoch_sums[1]:
                 log.log(step, {"train/loss_epoch": epoch_sums[0] / epoch_sums[1]})
@@ -799,19 +1100,31 @@ def main(cfg):
                 if math.isfinite(values["val/loss_epoch"]) and (best is None or values["val/loss_epoch"] < best):
                     best, best_step = values["val/loss_epoch"], step
                     save(BEST, step)
-                text = " | ".join(f"{unit} {values[f'val/mae_{unit}']:.4g} (no motion {values[f'val/mae_{unit}_zero']:.4g}, last action {values[f'val/mae_{unit}_last']:.4g})"
-                                  for unit in ("mm", "deg") if f"val/mae_{unit}" in values)
-                log.log(step, values, f"validation {step}, epoch {step / per_epoch:.1f} | loss {values['val/loss_epoch']:.4f} | MAE {text}")
+                text = " | ".join(
+                    f"{unit} {values[f'val/mae_{unit}']:.4g} (no motion {values[f'val/mae_{unit}_zero']:.4g}, last action {values[f'val/mae_{unit}_last']:.4g})"
+                    for unit in ("mm", "deg")
+                    if f"val/mae_{unit}" in values
+                )
+                log.log(
+                    step,
+                    values,
+                    f"validation {step}, epoch {step / per_epoch:.1f} | loss {values['val/loss_epoch']:.4f} | MAE {text}",
+                )
         if epoch_end or told_to_stop or (cfg.save_steps and step % cfg.save_steps == 0):
             saved = save(LATEST, step, resumable=True)
             saved_at = step if saved else saved_at
         if step == total:
             saved = save(FINAL, step) and saved
         if not saved and (step == total or told_to_stop):
-            raise ckpt.DiskFull(28, f"the last checkpoint could not be written; {LATEST} is of step {saved_at}. Free space and run again with --resume auto")
+            raise ckpt.DiskFull(
+                28,
+                f"the last checkpoint could not be written; {LATEST} is of step {saved_at}. Free space and run again with --resume auto",
+            )
         t_log += time.perf_counter() - t_pause
         if told_to_stop and step < total:
-            log.print(f"stopped by signal after step {step}; saved {folder / LATEST}. Continue with the same command and --resume auto")
+            log.print(
+                f"stopped by signal after step {step}; saved {folder / LATEST}. Continue with the same command and --resume auto"
+            )
             break
 
     # ---- end
@@ -820,11 +1133,14 @@ def main(cfg):
     if rank == 0 and step == total:
         model_file = folder / (BEST if data.validation else FINAL)
         print(f"loss plot: {runlog.plot_loss(out, 'train/loss_step', 'val/loss_epoch')}")
-        print(f"model: {model_file}" + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "")
-              + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}")
+        print(
+            f"model: {model_file}"
+            + (f" (step {best_step}, validation loss {best:.4f})" if best_step else "")
+            + f"\nevaluate: python evaluate.py --checkpoint {model_file} --data {cfg.dataset_dir[0]}"
+        )
     if world > 1:
-        del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
-        gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
+        del model  # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
+        gc.collect()  # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()
 
@@ -834,4 +1150,6 @@ if __name__ == "__main__":
     try:
         main(config)
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"CUDA out of memory ({str(error).splitlines()[0]}). Lower batch_size (now {config.batch_size}) and raise grad_accum_steps (now {config.grad_accum_steps}) in proportion")
+        sys.exit(
+            f"CUDA out of memory ({str(error).splitlines()[0]}). Lower batch_size (now {config.batch_size}) and raise grad_accum_steps (now {config.grad_accum_steps}) in proportion"
+        )

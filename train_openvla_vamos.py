@@ -13,6 +13,7 @@ config.yaml, validation_episodes.txt). adapter_tmp_dir/EXP_ID/ is the newest LoR
 
 Letters in shapes: B batch, P patches of the image, T text tokens, A action dims (2), r LoRA rank.
 """
+
 import os
 import sys
 
@@ -54,64 +55,102 @@ from common import runlog
 from common.config import parse_config, save_config
 from common.sampler import RankBatches, epoch_order, generator_at, torch_seed_at
 from common.stats import Normalizer, compute_stats
-from modeling_openvla import EMPTY_TOKEN, OpenVLAConfig, OpenVLAForActionPrediction, PrismaticProcessor, pad_right, prompt_of
+from modeling_openvla import (
+    EMPTY_TOKEN,
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    PrismaticProcessor,
+    pad_right,
+    prompt_of,
+)
 
-FORMAT = 1                 # of steps_N/ and meta.json
-KEY = "vamos_dataset"      # of the statistics in the exported model
+FORMAT = 1  # of steps_N/ and meta.json
+KEY = "vamos_dataset"  # of the statistics in the exported model
 # what "all-linear" meant to OpenVLA's authors (peft 0.11): these leaf names, the patch convolutions and the head included
-LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "proj", "fc1", "fc2", "fc3", "q", "kv", "lm_head")
+LORA_LEAVES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "qkv",
+    "proj",
+    "fc1",
+    "fc2",
+    "fc3",
+    "q",
+    "kv",
+    "lm_head",
+)
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Config:
-    vla_path: str = "openvla/openvla-7b"           # model to start from: hub id or directory in OpenVLA's format
-    data_root_dir: str = ""                        # folder with data/train-*.parquet and data/validation-*.parquet (or the files themselves)
-    dataset_name: str = "vamos"                    # vamos
-    run_root_dir: str = "runs"                     # EXP_ID/ in it becomes the merged model
-    adapter_tmp_dir: str = "adapter-tmp"           # EXP_ID/ in it holds adapter, optimizer and position: what a run resumes from
-    run_id_note: str | None = None                 # appended to EXP_ID
+    vla_path: str = "openvla/openvla-7b"  # model to start from: hub id or directory in OpenVLA's format
+    data_root_dir: str = ""  # folder with data/train-*.parquet and data/validation-*.parquet (or the files themselves)
+    dataset_name: str = "vamos"  # vamos
+    run_root_dir: str = "runs"  # EXP_ID/ in it becomes the merged model
+    adapter_tmp_dir: str = "adapter-tmp"  # EXP_ID/ in it holds adapter, optimizer and position: what a run resumes from
+    run_id_note: str | None = None  # appended to EXP_ID
     # data
-    samples: Literal["all", "first"] = "all"       # all: every step of a path is a sample (of the one picture); first: the first step only
-    instruction_column: Literal["auto", "lang_goal", "text"] = "auto"  # auto: lang_goal, unless most of it is goal points (<point ...>), then text; empty cells use the other one
-    trajectory_hz: float | None = None             # points per second of the paths: actions in m/s; null: metres per step
-    image_aug: bool = False                        # brightness, contrast, saturation, hue; never a crop, which would move the goal
-    shuffle_rows: int = 1024                       # rows shuffled together: whole row groups in random order, then their samples; a loader worker holds this many pictures (0.2 to 0.4 MB each)
-    skip_bad_episodes: bool = False                # leave unreadable parquet files out, listed and counted, instead of stopping
+    samples: Literal["all", "first"] = (
+        "all"  # all: every step of a path is a sample (of the one picture); first: the first step only
+    )
+    instruction_column: Literal["auto", "lang_goal", "text"] = (
+        "auto"  # auto: lang_goal, unless most of it is goal points (<point ...>), then text; empty cells use the other one
+    )
+    trajectory_hz: float | None = None  # points per second of the paths: actions in m/s; null: metres per step
+    image_aug: bool = False  # brightness, contrast, saturation, hue; never a crop, which would move the goal
+    shuffle_rows: int = 1024  # rows shuffled together: whole row groups in random order, then their samples; a loader worker holds this many pictures (0.2 to 0.4 MB each)
+    skip_bad_episodes: bool = False  # leave unreadable parquet files out, listed and counted, instead of stopping
     # LoRA
-    lora_rank: int = 32                            # r; scale = min(r, 16) / r
-    lora_dropout: float = 0.0                      # of what enters the adapters
-    lora_targets: Literal["used", "all-linear"] = "used"  # used: the layers that influence the output; all-linear: also the 13 that never do, as upstream
-    use_quantization: bool = False                 # frozen weights in 4 bits (nf4, needs bitsandbytes); implies gradient_checkpointing
-    gradient_checkpointing: bool = False           # recompute activations in the backward pass: less memory, about a third more time
+    lora_rank: int = 32  # r; scale = min(r, 16) / r
+    lora_dropout: float = 0.0  # of what enters the adapters
+    lora_targets: Literal["used", "all-linear"] = (
+        "used"  # used: the layers that influence the output; all-linear: also the 13 that never do, as upstream
+    )
+    use_quantization: bool = False  # frozen weights in 4 bits (nf4, needs bitsandbytes); implies gradient_checkpointing
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass: less memory, about a third more time
+    )
     # training
-    batch_size: int = 16                           # samples per GPU and micro-batch
-    grad_accumulation_steps: int = 1               # micro-batches per optimizer step
-    learning_rate: float = 5e-4                    # AdamW
-    warmup_steps: int = 0                          # optimizer steps of linear warm-up
+    batch_size: int = 16  # samples per GPU and micro-batch
+    grad_accumulation_steps: int = 1  # micro-batches per optimizer step
+    learning_rate: float = 5e-4  # AdamW
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: to 0 at max_steps
-    weight_decay: float = 0.01                     # decoupled
-    max_grad_norm: float = 1.0                     # largest gradient norm; 0: no clipping
-    max_steps: int = 200000                        # optimizer steps
-    save_steps: int = 5000                         # optimizer steps between checkpoints of adapter and optimizer
-    save_latest_checkpoint_only: bool = True       # false: every checkpoint is also merged, into run_root_dir/EXP_ID--N_chkpt
-    keep_checkpoints: int = 2                      # newest steps_N kept beside the best; 0: all
-    val_steps: int = 1000                          # optimizer steps between validations
-    val_samples: int = 256                         # samples of validation-*.parquet, evenly spread
-    log_steps: int = 10                            # optimizer steps
-    num_workers: int = 4                           # loader processes per rank; 0: in the main process
-    seed: int = 7                                  # of order, augmentation, dropout and new adapters
+    weight_decay: float = 0.01  # decoupled
+    max_grad_norm: float = 1.0  # largest gradient norm; 0: no clipping
+    max_steps: int = 200000  # optimizer steps
+    save_steps: int = 5000  # optimizer steps between checkpoints of adapter and optimizer
+    save_latest_checkpoint_only: bool = (
+        True  # false: every checkpoint is also merged, into run_root_dir/EXP_ID--N_chkpt
+    )
+    keep_checkpoints: int = 2  # newest steps_N kept beside the best; 0: all
+    val_steps: int = 1000  # optimizer steps between validations
+    val_samples: int = 256  # samples of validation-*.parquet, evenly spread
+    log_steps: int = 10  # optimizer steps
+    num_workers: int = 4  # loader processes per rank; 0: in the main process
+    seed: int = 7  # of order, augmentation, dropout and new adapters
     # logging
-    wandb_project: str | None = None               # W&B project; null: no W&B
-    wandb_entity: str | None = None                # W&B team or user
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # online falls back to offline when nobody is logged in
+    wandb_project: str | None = None  # W&B project; null: no W&B
+    wandb_entity: str | None = None  # W&B team or user
+    wandb_mode: Literal["online", "offline", "disabled"] = (
+        "online"  # online falls back to offline when nobody is logged in
+    )
     # what to do
-    resume_from_checkpoint: str | None = None      # a steps_N directory, or "auto" for the newest one of this EXP_ID
-    load_model_weights: str | None = None          # new run from the adapter in this steps_N directory
-    merge: str | None = None                       # write the merged model of this steps_N directory to run_root_dir/EXP_ID--N_chkpt, and stop
-    check: bool = False                            # read the data, build and print one batch, stop
-    check_images: bool = False                     # with check: decode every picture
+    resume_from_checkpoint: str | None = None  # a steps_N directory, or "auto" for the newest one of this EXP_ID
+    load_model_weights: str | None = None  # new run from the adapter in this steps_N directory
+    merge: str | None = (
+        None  # write the merged model of this steps_N directory to run_root_dir/EXP_ID--N_chkpt, and stop
+    )
+    check: bool = False  # read the data, build and print one batch, stop
+    check_images: bool = False  # with check: decode every picture
 
 
 ALIASES = {"resume": "resume_from_checkpoint"}
@@ -119,7 +158,17 @@ ALIASES = {"resume": "resume_from_checkpoint"}
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    for name in ("batch_size", "grad_accumulation_steps", "max_steps", "save_steps", "val_steps", "val_samples", "log_steps", "lora_rank", "shuffle_rows"):
+    for name in (
+        "batch_size",
+        "grad_accumulation_steps",
+        "max_steps",
+        "save_steps",
+        "val_steps",
+        "val_samples",
+        "log_steps",
+        "lora_rank",
+        "shuffle_rows",
+    ):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} is {getattr(cfg, name)}: expected 1 or more")
     if cfg.dataset_name not in ("vamos", KEY):
@@ -129,43 +178,51 @@ def check_config(cfg):
     if not 0 <= cfg.lora_dropout < 1:
         raise ValueError(f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
     if cfg.resume_from_checkpoint and cfg.load_model_weights:
-        raise ValueError(f"--resume {cfg.resume_from_checkpoint} continues a run, --load_model_weights {cfg.load_model_weights} starts one: give one of them")
+        raise ValueError(
+            f"--resume {cfg.resume_from_checkpoint} continues a run, --load_model_weights {cfg.load_model_weights} starts one: give one of them"
+        )
 
 
 def exp_id(cfg):
     """Name of a run's folders, as OpenVLA's script forms it."""
     name = f"{cfg.vla_path.rstrip('/').split('/')[-1]}+{cfg.dataset_name}+b{cfg.batch_size * cfg.grad_accumulation_steps}+lr-{cfg.learning_rate}+lora-r{cfg.lora_rank}+dropout-{cfg.lora_dropout}"
-    return name + "+q-4bit" * cfg.use_quantization + (f"--{cfg.run_id_note}" if cfg.run_id_note else "") + "--image_aug" * cfg.image_aug
+    return (
+        name
+        + "+q-4bit" * cfg.use_quantization
+        + (f"--{cfg.run_id_note}" if cfg.run_id_note else "")
+        + "--image_aug" * cfg.image_aug
+    )
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Spec:
     """What the actions and instructions of a run are; in every checkpoint and beside every exported model."""
 
-    instruction_column: str    # lang_goal or text
-    unit: str                  # of the actions: m/step or m/s
+    instruction_column: str  # lang_goal or text
+    unit: str  # of the actions: m/step or m/s
     trajectory_hz: float | None
-    samples: str               # all or first
-    key: str = KEY             # of the statistics
+    samples: str  # all or first
+    key: str = KEY  # of the statistics
 
 
 @dataclass
 class Rows:
     """The usable rows of some parquet files, in file order: where each picture is, what was said, and its actions."""
 
-    paths: list                # of the files
-    file: np.ndarray           # (R,) int32, index into paths
-    group: np.ndarray          # (R,) int32, row group in the file
-    row: np.ndarray            # (R,) int32, row in the group
-    lang_goal: list            # (R,) str or None
-    text: list                 # (R,) str or None
-    ends: np.ndarray           # (R,) int64, samples up to and including the row
-    actions: np.ndarray        # (N, 2) float32, one sample each
-    step: np.ndarray           # (N,) int32, index of the sample in its path
-    counts: Counter            # what was seen and left out
-    instruction: list = None   # (R,) str, chosen
+    paths: list  # of the files
+    file: np.ndarray  # (R,) int32, index into paths
+    group: np.ndarray  # (R,) int32, row group in the file
+    row: np.ndarray  # (R,) int32, row in the group
+    lang_goal: list  # (R,) str or None
+    text: list  # (R,) str or None
+    ends: np.ndarray  # (R,) int64, samples up to and including the row
+    actions: np.ndarray  # (N, 2) float32, one sample each
+    step: np.ndarray  # (N,) int32, index of the sample in its path
+    counts: Counter  # what was seen and left out
+    instruction: list = None  # (R,) str, chosen
 
     def locate(self, i):
         """Sample -> its row."""
@@ -181,13 +238,17 @@ class Rows:
 def find_files(root):
     """-> (train files, validation files), sorted"""
     if not str(root):
-        raise ValueError("data_root_dir is not set: expected the folder with data/train-*.parquet. Set --data_root_dir; make_demo.py vamos writes a small set")
+        raise ValueError(
+            "data_root_dir is not set: expected the folder with data/train-*.parquet. Set --data_root_dir; make_demo.py vamos writes a small set"
+        )
     for folder in (Path(root) / "data", Path(root)):
         if train := sorted(folder.glob("train-*.parquet")):
             return train, sorted(folder.glob("validation-*.parquet"))
     there = sorted(p.name for p in Path(root).glob("*"))[:5] if Path(root).is_dir() else None
-    raise FileNotFoundError(f"no train-*.parquet in '{root}/data' or '{root}' ({'the folder has ' + str(there) if there else 'no such folder' if there is None else 'the folder is empty'}); "
-                            "expected data_root_dir/data/train-*.parquet. Set --data_root_dir; make_demo.py vamos writes a small set")
+    raise FileNotFoundError(
+        f"no train-*.parquet in '{root}/data' or '{root}' ({'the folder has ' + str(there) if there else 'no such folder' if there is None else 'the folder is empty'}); "
+        "expected data_root_dir/data/train-*.parquet. Set --data_root_dir; make_demo.py vamos writes a small set"
+    )
 
 
 def steps_of(column):
@@ -205,7 +266,7 @@ def steps_of(column):
     xy = np.stack([values[at], values[np.minimum(at + 1, len(values) - 1)]], axis=1)
     ends = np.cumsum(lengths)
     keep = np.ones(max(len(xy) - 1, 0), bool)
-    inner = ends[(ends > 0) & (ends < len(xy))] - 1                      # from the last point of a path to the first of the next
+    inner = ends[(ends > 0) & (ends < len(xy))] - 1  # from the last point of a path to the first of the next
     keep[inner] = False
     return lengths, np.diff(xy, axis=0)[keep]
 
@@ -215,7 +276,12 @@ def read_rows(paths, cfg, progress=False):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parts, counts, bad, used = {k: [] for k in ("file", "group", "row", "lang_goal", "text", "count", "actions", "step")}, Counter(), [], []
+    parts, counts, bad, used = (
+        {k: [] for k in ("file", "group", "row", "lang_goal", "text", "count", "actions", "step")},
+        Counter(),
+        [],
+        [],
+    )
     for path in tqdm(paths, desc="reading paths", unit="file", disable=None if progress else True, leave=False):
         found, seen = {k: [] for k in parts}, Counter()
         try:
@@ -224,14 +290,24 @@ def read_rows(paths, cfg, progress=False):
             if missing := [c for c in ("image", "trajectory_3d") if c not in names]:
                 raise ValueError(f"no column '{missing[0]}'; it has {', '.join(names)}")
             for g in range(file.num_row_groups):
-                table = file.read_row_group(g, columns=["trajectory_3d", *(c for c in ("lang_goal", "text") if c in names)])
+                table = file.read_row_group(
+                    g, columns=["trajectory_3d", *(c for c in ("lang_goal", "text") if c in names)]
+                )
                 lengths, steps = steps_of(table["trajectory_3d"])
                 transitions = np.maximum(lengths - 1, 0)
-                row, step = np.repeat(np.arange(len(lengths)), transitions), np.arange(len(steps)) - np.repeat(np.cumsum(transitions) - transitions, transitions)
+                row, step = (
+                    np.repeat(np.arange(len(lengths)), transitions),
+                    np.arange(len(steps)) - np.repeat(np.cumsum(transitions) - transitions, transitions),
+                )
                 pictured = has_picture(file, g, len(lengths))
                 wanted = (step == 0) if cfg.samples == "first" else np.ones(len(step), bool)
                 good = np.isfinite(steps).all(1) & pictured[row]
-                seen.update(rows=len(lengths), short=int((lengths < 2).sum()), unpictured=int((~pictured).sum()), nonfinite=int((wanted & ~np.isfinite(steps).all(1)).sum()))
+                seen.update(
+                    rows=len(lengths),
+                    short=int((lengths < 2).sum()),
+                    unpictured=int((~pictured).sum()),
+                    nonfinite=int((wanted & ~np.isfinite(steps).all(1)).sum()),
+                )
                 good &= wanted
                 count = np.bincount(row[good], minlength=len(lengths))
                 rows = np.flatnonzero(count)
@@ -255,14 +331,26 @@ def read_rows(paths, cfg, progress=False):
             parts[k].extend(found[k])
     join = lambda k, empty: np.concatenate(parts[k] or [empty])  # noqa: E731
     none = np.zeros(0, np.int32)
-    return Rows(used, join("file", none), join("group", none), join("row", none), parts["lang_goal"], parts["text"], np.cumsum(join("count", none)), join("actions", np.zeros((0, 2), np.float32)),
-                join("step", none), counts), bad
+    return Rows(
+        used,
+        join("file", none),
+        join("group", none),
+        join("row", none),
+        parts["lang_goal"],
+        parts["text"],
+        np.cumsum(join("count", none)),
+        join("actions", np.zeros((0, 2), np.float32)),
+        join("step", none),
+        counts,
+    ), bad
 
 
 def has_picture(file, g, rows):
     """(rows,) bool, False where the picture is null. The file's own statistics answer it, unless they count a null."""
     group = file.metadata.row_group(g)
-    columns = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema in ("image", "image.bytes")]
+    columns = [
+        group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema in ("image", "image.bytes")
+    ]
     if all(c.statistics is None or not c.statistics.has_null_count or c.statistics.null_count == 0 for c in columns):
         return np.ones(rows, bool)
     column = file.read_row_group(g, columns=["image"])["image"].combine_chunks()
@@ -285,7 +373,7 @@ def choose_instructions(rows, column):
         rows.counts["other_column"] += bool(not first and second)
         rows.counts["no_instruction"] += not (first or second)
         text = first or second or "navigate"
-        rows.instruction.append(known.setdefault(text, text))             # one object per text: millions of rows say the same
+        rows.instruction.append(known.setdefault(text, text))  # one object per text: millions of rows say the same
     return column
 
 
@@ -296,10 +384,10 @@ class Data:
     root: Path
     train: Rows
     validation: Rows
-    excluded: list             # messages of files left out by skip_bad_episodes
+    excluded: list  # messages of files left out by skip_bad_episodes
     spec: Spec
-    stats: dict                # entry of dataset_statistics.json
-    fingerprint: str           # changes when the training samples would
+    stats: dict  # entry of dataset_statistics.json
+    fingerprint: str  # changes when the training samples would
 
     def names(self, rows):
         """Names of the files of `rows`, relative to the root."""
@@ -311,17 +399,32 @@ def load_data(cfg, rank=0):
     train_paths, validation_paths = find_files(cfg.data_root_dir)
     (train, bad), (validation, bad_too) = read_rows(train_paths, cfg, rank == 0), read_rows(validation_paths, cfg)
     if not len(train.actions):
-        raise ValueError(f"'{cfg.data_root_dir}' has no usable sample: {train.counts['rows']} rows in {len(train.paths)} train files, {train.counts['short']} with fewer than 2 points, "
-                         f"{train.counts['nonfinite']} steps not finite, {train.counts['unpictured']} rows without a picture")
-    spec = Spec(choose_instructions(train, cfg.instruction_column), "m/s" if cfg.trajectory_hz else "m/step", cfg.trajectory_hz, cfg.samples)
+        raise ValueError(
+            f"'{cfg.data_root_dir}' has no usable sample: {train.counts['rows']} rows in {len(train.paths)} train files, {train.counts['short']} with fewer than 2 points, "
+            f"{train.counts['nonfinite']} steps not finite, {train.counts['unpictured']} rows without a picture"
+        )
+    spec = Spec(
+        choose_instructions(train, cfg.instruction_column),
+        "m/s" if cfg.trajectory_hz else "m/step",
+        cfg.trajectory_hz,
+        cfg.samples,
+    )
     choose_instructions(validation, spec.instruction_column)
     entry = compute_stats({"action": [train.actions]})["action"]
     del entry["count"]
     for i, (low, high) in enumerate(zip(entry["q01"], entry["q99"])):
-        if low == high:                                                  # only a rare jump moves: min and max keep it alive, and a constant stays one
+        if low == high:  # only a rare jump moves: min and max keep it alive, and a constant stays one
             entry["q01"][i], entry["q99"][i] = entry["min"][i], entry["max"][i]
-    stats = dict(action=entry, num_transitions=len(train.actions), num_trajectories=len(train.row), unit=spec.unit, samples=spec.samples)
-    digest = hashlib.sha256(json.dumps([[p.name for p in train.paths], dataclasses.asdict(spec), train.instruction]).encode())
+    stats = dict(
+        action=entry,
+        num_transitions=len(train.actions),
+        num_trajectories=len(train.row),
+        unit=spec.unit,
+        samples=spec.samples,
+    )
+    digest = hashlib.sha256(
+        json.dumps([[p.name for p in train.paths], dataclasses.asdict(spec), train.instruction]).encode()
+    )
     digest.update(train.actions.tobytes() + train.ends.tobytes())
     return Data(Path(cfg.data_root_dir), train, validation, bad + bad_too, spec, stats, digest.hexdigest()[:16])
 
@@ -347,7 +450,9 @@ class WindowOrder:
         window = int(np.searchsorted(self._ends, offset, side="right"))
         if window != self._window:
             self._window = window
-            there = np.concatenate([np.arange(self.first[g], self.first[g] + self.samples[g]) for g in self._windows[window]])
+            there = np.concatenate(
+                [np.arange(self.first[g], self.first[g] + self.samples[g]) for g in self._windows[window]]
+            )
             self._order = generator_at(self.seed, f"{epoch}/{window}", "window").permutation(there)
         return int(self._order[offset - (self._ends[window - 1] if window else 0)])
 
@@ -356,7 +461,13 @@ class PictureReader:
     """Pictures of parquet files: whole row groups are read, the last ones kept, and each picture is decoded and resized once while its group is kept."""
 
     def __init__(self, resize, size, keep_rows):
-        self.resize, self.size, self.keep_rows, self._groups, self._files = resize, size, keep_rows, OrderedDict(), OrderedDict()
+        self.resize, self.size, self.keep_rows, self._groups, self._files = (
+            resize,
+            size,
+            keep_rows,
+            OrderedDict(),
+            OrderedDict(),
+        )
 
     def read(self, path, group, row):
         """-> (h, w, 3) uint8 RGB at the model's size"""
@@ -374,18 +485,24 @@ class PictureReader:
             try:
                 column = self._files[path].read_row_group(group, columns=["image"])["image"].combine_chunks()
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path}: the pictures of row group {group} cannot be read ({error}). Copy the file again") from error
+                raise ValueError(
+                    f"{path}: the pictures of row group {group} cannot be read ({error}). Copy the file again"
+                ) from error
             self._groups[key] = (column.field("bytes") if column.type.num_fields else column, {})
         self._groups.move_to_end(key)
         column, done = self._groups[key]
         if row not in done:
             try:
                 image = Image.open(io.BytesIO(column[row].as_py()))
-                image.draft("RGB", self.size[::-1])                      # a JPEG is decoded at the smallest scale that is not below the model's size
+                image.draft(
+                    "RGB", self.size[::-1]
+                )  # a JPEG is decoded at the smallest scale that is not below the model's size
                 done[row] = self.resize(image)
             except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
-                raise ValueError(f"{path}: the picture of row {row} in row group {group} cannot be decoded ({type(error).__name__}: {error}). List all such rows with --check --check_images, "
-                                 "and write the file again without them") from error
+                raise ValueError(
+                    f"{path}: the picture of row {row} in row group {group} cannot be decoded ({type(error).__name__}: {error}). List all such rows with --check --check_images, "
+                    "and write the file again without them"
+                ) from error
         return done[row]
 
     def __getstate__(self):
@@ -432,10 +549,16 @@ class Collate:
 
     def __init__(self, tokenizer, model_config, stats):
         self.tokenizer, self.normalizer, self._prompts = tokenizer, Normalizer(stats["action"]), {}
-        self.end, self.bins, (height, width) = model_config.text_config.vocab_size - model_config.pad_to_multiple_of, model_config.n_action_bins, model_config.image_sizes
+        self.end, self.bins, (height, width) = (
+            model_config.text_config.vocab_size - model_config.pad_to_multiple_of,
+            model_config.n_action_bins,
+            model_config.image_sizes,
+        )
         self.patches, self.pad = height * width // modeling_openvla.PATCH**2, model_config.pad_token_id
         if (piece := tokenizer.convert_ids_to_tokens(EMPTY_TOKEN)) != "▁":
-            raise ValueError(f"the tokenizer's id {EMPTY_TOKEN} is {piece!r}, expected '▁': not the Llama tokenizer of an OpenVLA model")
+            raise ValueError(
+                f"the tokenizer's id {EMPTY_TOKEN} is {piece!r}, expected '▁': not the Llama tokenizer of an OpenVLA model"
+            )
 
     def prompt_ids(self, instruction):
         """-> list of ids, from BOS to the empty token before the first action"""
@@ -450,13 +573,25 @@ class Collate:
         `targets` (B * 3,) (two actions, end of sequence) are predicted | names"""
         actions = self.normalizer.normalize(np.stack([item["action"] for item in items]))
         tokens = self.end - np.digitize(actions, np.linspace(-1, 1, self.bins))
-        ids = [[*self.prompt_ids(item["instruction"]), *answer.tolist(), self.tokenizer.eos_token_id] for item, answer in zip(items, tokens)]
+        ids = [
+            [*self.prompt_ids(item["instruction"]), *answer.tolist(), self.tokenizer.eos_token_id]
+            for item, answer in zip(items, tokens)
+        ]
         padded, _ = pad_right(ids, self.pad)
         answers = actions.shape[1] + 1
         # token j is predicted by the hidden state before it; the image stands behind BOS
-        rows = [b * (self.patches + padded.shape[1]) + self.patches + j - 1 for b, row in enumerate(ids) for j in range(len(row) - answers, len(row))]
-        return dict(images=torch.from_numpy(np.stack([item["image"] for item in items])), input_ids=padded, rows=torch.tensor(rows), targets=torch.tensor([t for row in ids for t in row[-answers:]]),
-                    names=[item["name"] for item in items])
+        rows = [
+            b * (self.patches + padded.shape[1]) + self.patches + j - 1
+            for b, row in enumerate(ids)
+            for j in range(len(row) - answers, len(row))
+        ]
+        return dict(
+            images=torch.from_numpy(np.stack([item["image"] for item in items])),
+            input_ids=padded,
+            rows=torch.tensor(rows),
+            targets=torch.tensor([t for row in ids for t in row[-answers:]]),
+            names=[item["name"] for item in items],
+        )
 
 
 def to_device(batch, device):
@@ -464,6 +599,7 @@ def to_device(batch, device):
 
 
 # ---- loss and prediction -----------------------------------------------------------------------------------------------
+
 
 class LossModel(nn.Module):
     """compute_loss as a module, which is what DistributedDataParallel wraps."""
@@ -477,13 +613,21 @@ class LossModel(nn.Module):
         -> sums over the batch: loss, correct action tokens, |decoded - target| in [-1, 1] units; sample_loss (B,)"""
         vla, n = self.vla, len(batch["images"])
         hidden = vla.hidden(batch["input_ids"], self.image_processor.normalize(batch["images"]))
-        logits = vla.language_model.lm_head(hidden.flatten(0, 1)[batch["rows"]]).float()   # (B * 3, V)
+        logits = vla.language_model.lm_head(hidden.flatten(0, 1)[batch["rows"]]).float()  # (B * 3, V)
         losses = F.cross_entropy(logits, batch["targets"], reduction="none")
-        logits, targets = logits.detach().unflatten(0, (n, -1))[:, :-1], batch["targets"].view(n, -1)[:, :-1]   # without the end of sequence
-        chosen = vla.action_begin + logits[..., vla.action_begin:vla.action_end].argmax(-1)
+        logits, targets = (
+            logits.detach().unflatten(0, (n, -1))[:, :-1],
+            batch["targets"].view(n, -1)[:, :-1],
+        )  # without the end of sequence
+        chosen = vla.action_begin + logits[..., vla.action_begin : vla.action_end].argmax(-1)
         width = 2 / (vla.config.n_action_bins - 1)
         bins = lambda ids: (vla.action_end - ids - 1).clamp(0, vla.config.n_action_bins - 2)  # noqa: E731
-        return dict(loss=losses.sum(), correct=(logits.argmax(-1) == targets).sum(), l1=(bins(chosen) - bins(targets)).abs().sum() * width, sample_loss=losses.detach().view(n, -1).mean(1))
+        return dict(
+            loss=losses.sum(),
+            correct=(logits.argmax(-1) == targets).sum(),
+            l1=(bins(chosen) - bins(targets)).abs().sum() * width,
+            sample_loss=losses.detach().view(n, -1).mean(1),
+        )
 
     def forward(self, batch):
         return self.compute_loss(batch)
@@ -509,9 +653,13 @@ class Policy:
         self.vla.eval()
         with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             pixels = self.processor.image_processor.normalize(torch.from_numpy(pictures).to(device))
-            answer = self.vla.generate_action_ids(ids.to(device), pixels, len(self.stats["action"]["q01"]), mask.to(device))
+            answer = self.vla.generate_action_ids(
+                ids.to(device), pixels, len(self.stats["action"]["q01"]), mask.to(device)
+            )
         self.vla.train(training)
-        return self.vla.unnormalize(self.vla.decode_tokens(answer.cpu().numpy()), self.stats["action"]).astype(np.float32)
+        return self.vla.unnormalize(self.vla.decode_tokens(answer.cpu().numpy()), self.stats["action"]).astype(
+            np.float32
+        )
 
     def open_episodes(self, root, names=None):
         """For evaluate.py: an episode is one parquet file (validation files by default), a frame is one of its rows, the target (M, 2) the first step of its path.
@@ -526,7 +674,10 @@ class Policy:
             reader = PictureReader(self.processor.image_processor.resize, self.processor.image_processor.size, 1)
 
             def sample(t, rows=rows, reader=reader):
-                return dict(images={"camera1": reader.read(rows.paths[0], int(rows.group[t]), int(rows.row[t]))}, instruction=rows.instruction[t])
+                return dict(
+                    images={"camera1": reader.read(rows.paths[0], int(rows.group[t]), int(rows.row[t]))},
+                    instruction=rows.instruction[t],
+                )
 
             yield dict(name=name, sample=sample, target=rows.actions, hold=np.zeros_like(rows.actions), phase=None)
 
@@ -537,6 +688,7 @@ class Policy:
 
 # ---- build, save, load -----------------------------------------------------------------------------------------------
 
+
 def local_folder(source):
     """Directory or hub id -> local directory of an OpenVLA model."""
     if not Path(source).is_dir():
@@ -545,8 +697,10 @@ def local_folder(source):
         try:
             return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
         except Exception as error:  # the hub client raises a dozen types; all mean that the files cannot be had
-            raise FileNotFoundError(f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}). Give a local directory (--vla_path DIR); "
-                                    "make_demo.py openvla writes a tiny one") from error
+            raise FileNotFoundError(
+                f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}). Give a local directory (--vla_path DIR); "
+                "make_demo.py openvla writes a tiny one"
+            ) from error
     return Path(source)
 
 
@@ -554,7 +708,9 @@ def read_config(folder):
     """config.json (and the tower sizes of a vision_sizes.json beside or above it) -> OpenVLAConfig"""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: expected a directory in OpenVLA's format (openvla/openvla-7b, or what this script exports)")
+        raise FileNotFoundError(
+            f"{folder} has no config.json: expected a directory in OpenVLA's format (openvla/openvla-7b, or what this script exports)"
+        )
     values = json.loads((folder / "config.json").read_text())
     if values.get("model_type") != "openvla":
         raise ValueError(f"{folder}/config.json: model_type is {values.get('model_type')!r}, expected 'openvla'")
@@ -577,7 +733,9 @@ def weight_files(folder):
             with safe_open(file, "pt") as f:
                 out[file] = list(f.keys())
     if lost := [str(f) for f in out if not f.is_file()] or ([] if out else [f"{folder}/model*.safetensors"]):
-        raise FileNotFoundError(f"{lost[0]} is missing: the directory is not a complete model. Copy or download it again")
+        raise FileNotFoundError(
+            f"{lost[0]} is missing: the directory is not a complete model. Copy or download it again"
+        )
     return out
 
 
@@ -612,10 +770,16 @@ def load_weights(config, folder, device, dtype, adapter=None, scale=1.0):
     for file in files:
         with safe_open(file, "pt") as f:
             shapes |= {name: torch.Size(f.get_slice(name).get_shape()) for name in files[file]}
-    missing, unknown, wrong = sorted(set(own) - set(shapes)), sorted(set(shapes) - set(own)), [k for k in own if k in shapes and own[k] != shapes[k]]
+    missing, unknown, wrong = (
+        sorted(set(own) - set(shapes)),
+        sorted(set(shapes) - set(own)),
+        [k for k in own if k in shapes and own[k] != shapes[k]],
+    )
     if missing or unknown or wrong:
-        raise ValueError(f"{folder} covers {len(own) - len(missing)} of {len(own)} tensors; missing {missing[:2]}, unknown {unknown[:2]}, other shape "
-                         f"{[(k, tuple(shapes[k]), tuple(own[k])) for k in wrong[:2]]}. Nothing was loaded; sizes come from config.json (text_config, timm_model_ids or vision_sizes)")
+        raise ValueError(
+            f"{folder} covers {len(own) - len(missing)} of {len(own)} tensors; missing {missing[:2]}, unknown {unknown[:2]}, other shape "
+            f"{[(k, tuple(shapes[k]), tuple(own[k])) for k in wrong[:2]]}. Nothing was loaded; sizes come from config.json (text_config, timm_model_ids or vision_sizes)"
+        )
     for file, names in files.items():
         with safe_open(file, "pt") as f:
             for name in names:
@@ -623,14 +787,21 @@ def load_weights(config, folder, device, dtype, adapter=None, scale=1.0):
                 module, leaf = name.rsplit(".", 1)
                 setattr(vla.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
     llama = vla.language_model.model
-    llama.rotary_emb = type(llama.rotary_emb)(config=config.text_config).to(device)   # computed, in no file
+    llama.rotary_emb = type(llama.rotary_emb)(config=config.text_config).to(device)  # computed, in no file
     return vla.eval()
 
 
 def lora_layers(vla, targets):
     """Names of the layers that get an adapter. The last block of a tower and SigLIP's pooling head never run: "used" leaves them out."""
-    dead = tuple(f"vision_backbone.{name}.blocks.{len(tower.blocks) - 1}." for name, tower in vla.vision_backbone.named_children()) + ("vision_backbone.fused_featurizer.attn_pool.",)
-    found = [n for n, m in vla.named_modules() if n.rsplit(".", 1)[-1] in LORA_LEAVES and isinstance(m, (nn.Linear, nn.Conv2d))]
+    dead = tuple(
+        f"vision_backbone.{name}.blocks.{len(tower.blocks) - 1}."
+        for name, tower in vla.vision_backbone.named_children()
+    ) + ("vision_backbone.fused_featurizer.attn_pool.",)
+    found = [
+        n
+        for n, m in vla.named_modules()
+        if n.rsplit(".", 1)[-1] in LORA_LEAVES and isinstance(m, (nn.Linear, nn.Conv2d))
+    ]
     return [n for n in found if targets == "all-linear" or not n.startswith(dead)]
 
 
@@ -639,14 +810,23 @@ def load_4bit(config, folder, device):
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError("use_quantization is True: 4-bit weights need the bitsandbytes package, which is not installed. pip install bitsandbytes, or save memory with "
-                         "--gradient_checkpointing and a smaller --batch_size") from error
+        raise ValueError(
+            "use_quantization is True: 4-bit weights need the bitsandbytes package, which is not installed. pip install bitsandbytes, or save memory with "
+            "--gradient_checkpointing and a smaller --batch_size"
+        ) from error
     from transformers import BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()                                               # its bars break ours
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"])
-    vla = OpenVLAForActionPrediction.from_pretrained(folder, config=config, quantization_config=how, dtype=torch.bfloat16, device_map={"": device})
+    disable_progress_bar()  # its bars break ours
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    vla = OpenVLAForActionPrediction.from_pretrained(
+        folder, config=config, quantization_config=how, dtype=torch.bfloat16, device_map={"": device}
+    )
     return vla.requires_grad_(False)
 
 
@@ -658,15 +838,25 @@ def build_model(cfg, folder, device, dtype):
     vla = load_4bit(config, folder, device) if cfg.use_quantization else load_weights(config, folder, device, dtype)
     torch.manual_seed(cfg.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                       # peft asks transformers by an old name
-        peft_model = get_peft_model(vla, LoraConfig(r=cfg.lora_rank, lora_alpha=min(cfg.lora_rank, 16), lora_dropout=cfg.lora_dropout, target_modules=lora_layers(vla, cfg.lora_targets),
-                                                    init_lora_weights="gaussian"))
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        peft_model = get_peft_model(
+            vla,
+            LoraConfig(
+                r=cfg.lora_rank,
+                lora_alpha=min(cfg.lora_rank, 16),
+                lora_dropout=cfg.lora_dropout,
+                target_modules=lora_layers(vla, cfg.lora_targets),
+                init_lora_weights="gaussian",
+            ),
+        )
     peft_model.peft_config["default"].base_model_name_or_path = cfg.vla_path
     for p in vla.parameters():
         if p.requires_grad:
             p.data = p.data.float()
     if dtype == torch.bfloat16 and not cfg.use_quantization:
-        for module in vla.modules():                                         # autocast runs the adapters in bf16; peft would first copy the input of each of them to fp32
+        for module in (
+            vla.modules()
+        ):  # autocast runs the adapters in bf16; peft would first copy the input of each of them to fp32
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
     if cfg.gradient_checkpointing or cfg.use_quantization:
@@ -676,10 +866,18 @@ def build_model(cfg, folder, device, dtype):
 
 def trained_state(adapter):
     """read_adapter's layers -> {name of the parameter in the training model: tensor}"""
-    return {f"{layer}.lora_{which}.default.weight": tensor for layer, pair in adapter.items() for which, tensor in zip("AB", pair)}
+    return {
+        f"{layer}.lora_{which}.default.weight": tensor
+        for layer, pair in adapter.items()
+        for which, tensor in zip("AB", pair)
+    }
 
 
-CLASSES = dict(AutoConfig="OpenVLAConfig", AutoModelForImageTextToText="OpenVLAForActionPrediction", AutoModelForVision2Seq="OpenVLAForActionPrediction")   # the last for transformers 4
+CLASSES = dict(
+    AutoConfig="OpenVLAConfig",
+    AutoModelForImageTextToText="OpenVLAForActionPrediction",
+    AutoModelForVision2Seq="OpenVLAForActionPrediction",
+)  # the last for transformers 4
 
 
 def save_model(folder, base, stats, spec, adapter=None, scale=1.0):
@@ -705,20 +903,41 @@ def save_model(folder, base, stats, spec, adapter=None, scale=1.0):
     if layers:
         raise ValueError(f"{base} has no layer '{sorted(layers)[0]}' of the adapter: it was trained on another model")
     write_json("model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map=index))
-    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+    ):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
-    write_json("tokenizer_config.json", {k: v for k, v in tokenizer.items() if k != "auto_map"} | dict(processor_class="PrismaticProcessor", tokenizer_class="LlamaTokenizer"))
+    write_json(
+        "tokenizer_config.json",
+        {k: v for k, v in tokenizer.items() if k != "auto_map"}
+        | dict(processor_class="PrismaticProcessor", tokenizer_class="LlamaTokenizer"),
+    )
     processor = modeling_openvla.read_image_settings(base)
     auto = dict(AutoProcessor=f"{module}.PrismaticProcessor", AutoImageProcessor=f"{module}.PrismaticImageProcessor")
-    write_json("preprocessor_config.json", processor | dict(image_processor_type="PrismaticImageProcessor", processor_class="PrismaticProcessor", auto_map=auto))
-    write_json("processor_config.json", dict(processor_class="PrismaticProcessor", auto_map=dict(AutoProcessor=auto["AutoProcessor"])))
+    write_json(
+        "preprocessor_config.json",
+        processor
+        | dict(image_processor_type="PrismaticImageProcessor", processor_class="PrismaticProcessor", auto_map=auto),
+    )
+    write_json(
+        "processor_config.json",
+        dict(processor_class="PrismaticProcessor", auto_map=dict(AutoProcessor=auto["AutoProcessor"])),
+    )
     shutil.copyfile(modeling_openvla.__file__, folder / f"{module}.py")
     write_json("dataset_statistics.json", {spec.key: stats})
     write_json("meta.json", dict(format_version=FORMAT, script=Path(__file__).stem, spec=dataclasses.asdict(spec)))
     config = json.loads((base / "config.json").read_text())
-    config |= dict(norm_stats={spec.key: stats}, auto_map={k: f"{module}.{v}" for k, v in CLASSES.items()}, architectures=["OpenVLAForActionPrediction"])
+    config |= dict(
+        norm_stats={spec.key: stats},
+        auto_map={k: f"{module}.{v}" for k, v in CLASSES.items()},
+        architectures=["OpenVLAForActionPrediction"],
+    )
     if sizes := read_config(base).vision_sizes:
         config["vision_sizes"] = sizes
     write_json("config.json", config)
@@ -732,8 +951,17 @@ def merge_adapter(step_dir, target):
     ckpt.require_space(target.parent, int(1.02 * sum(f.stat().st_size for f in weight_files(base))))
     target.mkdir(parents=True, exist_ok=True)
     with ckpt.atomic_path(target / "merging") as temporary:
-        save_model(temporary, base, json.loads((step_dir / "dataset_statistics.json").read_text())[KEY], Spec(**meta["spec"]), adapter, scale)
-        (temporary / "meta.json").write_text(json.dumps(json.loads((temporary / "meta.json").read_text()) | {k: meta[k] for k in ("step", "validation")}))
+        save_model(
+            temporary,
+            base,
+            json.loads((step_dir / "dataset_statistics.json").read_text())[KEY],
+            Spec(**meta["spec"]),
+            adapter,
+            scale,
+        )
+        (temporary / "meta.json").write_text(
+            json.dumps(json.loads((temporary / "meta.json").read_text()) | {k: meta[k] for k in ("step", "validation")})
+        )
     (target / "config.json").unlink(missing_ok=True)
     for stale in target.glob("model*.safetensors*"):
         stale.unlink()
@@ -749,14 +977,20 @@ def checkpoint_folder(path):
     newest = list(ckpt.steps_in(path).values())
     path = newest[-1] if newest else path
     if not (path / "meta.json").is_file() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has neither meta.json nor config.json: expected run_root_dir/EXP_ID after training, or adapter_tmp_dir/EXP_ID[/steps_N]")
+        raise FileNotFoundError(
+            f"{path} has neither meta.json nor config.json: expected run_root_dir/EXP_ID after training, or adapter_tmp_dir/EXP_ID[/steps_N]"
+        )
     return path
 
 
 def load_policy(path, device=None):
     """Open a checkpoint for inference: a merged model (or any OpenVLA directory with the statistics of one data set), a steps_N, or an adapter_tmp_dir/EXP_ID (its newest)."""
     path = checkpoint_folder(path)
-    meta = json.loads((path / "meta.json").read_text()) if (path / "meta.json").is_file() else dict(format_version=FORMAT, spec={})
+    meta = (
+        json.loads((path / "meta.json").read_text())
+        if (path / "meta.json").is_file()
+        else dict(format_version=FORMAT, spec={})
+    )
     if meta["format_version"] != FORMAT:
         raise ValueError(f"{path}: meta.json has format_version {meta['format_version']}, this code reads {FORMAT}")
     spec = Spec(**dict(instruction_column="lang_goal", unit="", trajectory_hz=None, samples="all") | meta["spec"])
@@ -764,15 +998,19 @@ def load_policy(path, device=None):
     if (path / "adapter_config.json").is_file():
         (adapter, scale), base = read_adapter(path), local_folder(meta["config"]["vla_path"])
     elif not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds no complete model yet: the run has not finished, or its merge was interrupted. Merge a checkpoint: python train_openvla_vamos.py "
-                                "--merge adapter_tmp_dir/EXP_ID/steps_N")
+        raise FileNotFoundError(
+            f"{path} holds no complete model yet: the run has not finished, or its merge was interrupted. Merge a checkpoint: python train_openvla_vamos.py "
+            "--merge adapter_tmp_dir/EXP_ID/steps_N"
+        )
     config = read_config(base)
     if (path / "dataset_statistics.json").is_file():
         config.norm_stats = json.loads((path / "dataset_statistics.json").read_text())
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vla = load_weights(config, base, device, torch.bfloat16 if device.type == "cuda" else torch.float32, adapter, scale)
     key, action = vla.stats_of(spec.key if spec.key in (config.norm_stats or {}) else None)
-    return Policy(vla, PrismaticProcessor.from_pretrained(base), config.norm_stats[key] | dict(action=with_moments(action)), spec)
+    return Policy(
+        vla, PrismaticProcessor.from_pretrained(base), config.norm_stats[key] | dict(action=with_moments(action)), spec
+    )
 
 
 def with_moments(action):
@@ -781,6 +1019,7 @@ def with_moments(action):
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
 
 def lr_at(step, cfg):
     """Learning rate of update number `step` (from 0): linear warm-up, then constant, or a cosine to 0 that stays there."""
@@ -793,11 +1032,17 @@ def lr_at(step, cfg):
 def describe(cfg, data, print0):
     """Say what was found: files, rows, what was left out, actions, instructions, how many targets share one input."""
     t, v, action = data.train, data.validation, data.stats["action"]
-    print0(f"data      {len(t.paths)} train files, {len(t.row)} of {t.counts['rows']} rows usable, {len(t.actions)} samples ({cfg.samples} steps); {len(v.paths)} validation files, "
-           f"{len(v.actions)} samples; {cfg.data_root_dir}")
+    print0(
+        f"data      {len(t.paths)} train files, {len(t.row)} of {t.counts['rows']} rows usable, {len(t.actions)} samples ({cfg.samples} steps); {len(v.paths)} validation files, "
+        f"{len(v.actions)} samples; {cfg.data_root_dir}"
+    )
     for message in data.excluded:
         print0(f"excluded  {message}")
-    kinds = dict(short="rows with fewer than 2 points", unpictured="rows without a picture", nonfinite="steps that are not finite")
+    kinds = dict(
+        short="rows with fewer than 2 points",
+        unpictured="rows without a picture",
+        nonfinite="steps that are not finite",
+    )
     if left_out := [f"{t.counts[kind]} {what}" for kind, what in kinds.items() if t.counts[kind]]:
         print0(f"left out  {', '.join(left_out)}")
     print0(f"action    v_x forward, v_y left, {data.spec.unit}; tokens cover q01 .. q99 of the training samples")
@@ -806,18 +1051,29 @@ def describe(cfg, data, print0):
     outside = ((t.actions < np.float32(action["q01"])) | (t.actions > np.float32(action["q99"]))).any(1).mean()
     print0(f"          {outside:.1%} of the samples lie outside in one dimension at least and are clipped")
     examples = [text for text, _ in Counter(t.instruction).most_common(3)]
-    print0(f"text      column {data.spec.instruction_column}, {len(set(t.instruction))} instructions, e.g. {'; '.join(map(repr, examples))}")
+    print0(
+        f"text      column {data.spec.instruction_column}, {len(set(t.instruction))} instructions, e.g. {'; '.join(map(repr, examples))}"
+    )
     if t.counts["other_column"] or t.counts["no_instruction"]:
-        print0(f"          {t.counts['other_column']} rows without one use the other column, {t.counts['no_instruction']} have none at all ('navigate')")
+        print0(
+            f"          {t.counts['other_column']} rows without one use the other column, {t.counts['no_instruction']} have none at all ('navigate')"
+        )
     per_row = np.diff(t.ends, prepend=0)
     if per_row.max() > 1:
-        center, square = (np.add.reduceat(x, t.ends - per_row) / per_row[:, None] for x in (t.actions.astype(np.float64), t.actions.astype(np.float64) ** 2))
+        center, square = (
+            np.add.reduceat(x, t.ends - per_row) / per_row[:, None]
+            for x in (t.actions.astype(np.float64), t.actions.astype(np.float64) ** 2)
+        )
         apart = np.sqrt(np.maximum(square - center**2, 0)).mean(0)
-        print0(f"targets   {per_row.mean():.1f} per picture and instruction (at most {per_row.max()}), std within one {apart[0]:.3g}, {apart[1]:.3g} {data.spec.unit}: "
-               "token accuracy cannot reach 1; --samples first has one target per input")
+        print0(
+            f"targets   {per_row.mean():.1f} per picture and instruction (at most {per_row.max()}), std within one {apart[0]:.3g}, {apart[1]:.3g} {data.spec.unit}: "
+            "token accuracy cannot reach 1; --samples first has one target per input"
+        )
     if (largest := int(t.groups()[2].max())) > cfg.shuffle_rows:
-        print0(f"note      a row group has {largest} rows, more than shuffle_rows ({cfg.shuffle_rows}), and every loader worker holds a whole one: files with row groups of about 100 rows "
-               "need less memory")
+        print0(
+            f"note      a row group has {largest} rows, more than shuffle_rows ({cfg.shuffle_rows}), and every loader worker holds a whole one: files with row groups of about 100 rows "
+            "need less memory"
+        )
     if not len(v.actions):
         print0("note      no validation-*.parquet with usable rows: nothing tells when to stop")
 
@@ -833,7 +1089,10 @@ def check_data(cfg):
     except FileNotFoundError as error:
         processor, image_processor = None, modeling_openvla.PrismaticImageProcessor()
         print(f"note      prompt and action tokens are not shown: {error}")
-    dataset, order = VamosDataset(data, data.train, image_processor, cfg, cfg.image_aug), WindowOrder(data.train, cfg.seed, cfg.shuffle_rows)
+    dataset, order = (
+        VamosDataset(data, data.train, image_processor, cfg, cfg.image_aug),
+        WindowOrder(data.train, cfg.seed, cfg.shuffle_rows),
+    )
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     print(f"batch     {len(items)} samples, first: {' '.join(items[0]['name'])}, {items[0]['instruction']!r}")
     shown = {k: np.stack([item[k] for item in items]) for k in ("image", "action")}
@@ -841,8 +1100,13 @@ def check_data(cfg):
         batch = Collate(processor.tokenizer, config, data.stats)(items)
         shown |= {k: v.numpy() for k, v in batch.items() if isinstance(v, torch.Tensor) and k != "images"}
     for key, value in shown.items():
-        print(f"          {key:<10} {str(value.shape):<20} {str(value.dtype):<8} {value.min():.4g} .. {value.max():.4g}")
-    print(f"prompt    {prompt_of(items[0]['instruction'])!r}" + (f" -> {batch['targets'][:3].tolist()}" if processor else ""))
+        print(
+            f"          {key:<10} {str(value.shape):<20} {str(value.dtype):<8} {value.min():.4g} .. {value.max():.4g}"
+        )
+    print(
+        f"prompt    {prompt_of(items[0]['instruction'])!r}"
+        + (f" -> {batch['targets'][:3].tolist()}" if processor else "")
+    )
     if cfg.check_images:
         bad = []
         for rows in (data.train, data.validation):
@@ -861,19 +1125,42 @@ def check_data(cfg):
 def validate(core, policy, dataset, cfg, device, rank, world, reduce):
     """-> {val_loss: per token, val_action_accuracy, val_l1_loss: in [-1, 1], val_mae_vx, val_mae_vy: of predict, in the data's unit, val_mae_mean_action: of always
     answering the mean}, on samples spread evenly over the validation files; sums over all ranks."""
-    mine = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int))[rank::world].tolist()
-    sums, mean = torch.zeros(7, dtype=torch.float64), np.array(policy.stats["action"]["mean"])   # loss, correct, l1, samples | error v_x, v_y | error of the mean
+    mine = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int))[
+        rank::world
+    ].tolist()
+    sums, mean = (
+        torch.zeros(7, dtype=torch.float64),
+        np.array(policy.stats["action"]["mean"]),
+    )  # loss, correct, l1, samples | error v_x, v_y | error of the mean
     core.eval()
     for i in range(0, len(mine), cfg.batch_size):
-        items = [dataset[(k, k)] for k in mine[i:i + cfg.batch_size]]
+        items = [dataset[(k, k)] for k in mine[i : i + cfg.batch_size]]
         with torch.no_grad(), torch.autocast(device.type, policy.autocast, enabled=policy.autocast is not None):
             out = core(to_device(policy.collate(items), device))
         target = np.stack([item["action"] for item in items])
-        error = np.abs(policy.decode(np.stack([item["image"] for item in items]), [item["instruction"] for item in items]) - target).sum(0)
-        sums += torch.tensor([out["loss"].item(), out["correct"].item(), out["l1"].item(), len(items), *error, np.abs(mean - target).sum() / 2])
+        error = np.abs(
+            policy.decode(np.stack([item["image"] for item in items]), [item["instruction"] for item in items]) - target
+        ).sum(0)
+        sums += torch.tensor(
+            [
+                out["loss"].item(),
+                out["correct"].item(),
+                out["l1"].item(),
+                len(items),
+                *error,
+                np.abs(mean - target).sum() / 2,
+            ]
+        )
     core.train()
     loss, correct, l1, n, vx, vy, baseline = reduce(sums).tolist()
-    return dict(val_loss=loss / n / 3, val_action_accuracy=correct / n / 2, val_l1_loss=l1 / n / 2, val_mae_vx=vx / n, val_mae_vy=vy / n, val_mae_mean_action=baseline / n)
+    return dict(
+        val_loss=loss / n / 3,
+        val_action_accuracy=correct / n / 2,
+        val_l1_loss=l1 / n / 2,
+        val_mae_vx=vx / n,
+        val_mae_vy=vy / n,
+        val_mae_mean_action=baseline / n,
+    )
 
 
 def main(cfg):
@@ -883,7 +1170,9 @@ def main(cfg):
     if cfg.merge:
         step_dir = checkpoint_folder(cfg.merge)
         if not (step_dir / "adapter_config.json").is_file():
-            raise FileNotFoundError(f"--merge {cfg.merge}: no adapter_config.json there; expected adapter_tmp_dir/EXP_ID/steps_N")
+            raise FileNotFoundError(
+                f"--merge {cfg.merge}: no adapter_config.json there; expected adapter_tmp_dir/EXP_ID/steps_N"
+            )
         meta = json.loads((step_dir / "meta.json").read_text())
         then = Config(**meta["config"])
         target = Path(then.run_root_dir) / f"{exp_id(then)}--{meta['step']}_chkpt"
@@ -895,31 +1184,43 @@ def main(cfg):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():                              # counts and flags go over gloo; a merge of 15 GB on rank 0 may take its time
+    if (
+        world > 1 and not dist.is_initialized()
+    ):  # counts and flags go over gloo; a merge of 15 GB on rank 0 may take its time
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     autocast = torch.bfloat16 if cuda else None
     print0 = print if rank == 0 else lambda *_: None
     name = exp_id(cfg)
     run_dir, adapter_dir = Path(cfg.run_root_dir) / name, Path(cfg.adapter_tmp_dir) / name
     resume = ckpt.find_resume(cfg.resume_from_checkpoint, adapter_dir)
-    if resume is None and (ckpt.steps_in(adapter_dir) or (run_dir / "log" / "metrics.jsonl").exists() and cfg.resume_from_checkpoint != "auto"):
-        raise FileExistsError(f"'{run_dir}' or '{adapter_dir}' already holds a run of this name. Continue it with --resume auto, or name another: --run_id_note NOTE")
+    if resume is None and (
+        ckpt.steps_in(adapter_dir)
+        or (run_dir / "log" / "metrics.jsonl").exists()
+        and cfg.resume_from_checkpoint != "auto"
+    ):
+        raise FileExistsError(
+            f"'{run_dir}' or '{adapter_dir}' already holds a run of this name. Continue it with --resume auto, or name another: --run_id_note NOTE"
+        )
     meta = json.loads((resume / "meta.json").read_text()) if resume else None
     if resume and meta["step"] >= cfg.max_steps:
-        if rank == 0 and not (run_dir / "config.json").is_file():            # the training ended, its merge did not
+        if rank == 0 and not (run_dir / "config.json").is_file():  # the training ended, its merge did not
             print(f"merged model: {merge_adapter(resume, run_dir)}")
-        return print0(f"nothing to do: {resume} is at step {meta['step']}, max_steps is {cfg.max_steps}. Raise it to train on")
+        return print0(
+            f"nothing to do: {resume} is at step {meta['step']}, max_steps is {cfg.max_steps}. Raise it to train on"
+        )
     data = load_data(cfg, rank)
     if resume:
         fixed = ("seed", "vla_path", "lora_rank", "lora_targets", "shuffle_rows")
-        changed = ckpt.check_resume(resume, meta, dict(format_version=FORMAT, fingerprint=data.fingerprint), dataclasses.asdict(cfg), fixed)
+        changed = ckpt.check_resume(
+            resume, meta, dict(format_version=FORMAT, fingerprint=data.fingerprint), dataclasses.asdict(cfg), fixed
+        )
         print0(f"resume    {resume}, step {meta['step']}" + (f"; changed: {'; '.join(changed)}" if changed else ""))
     elif cfg.resume_from_checkpoint:
         print0(f"resume    auto: no checkpoint in {adapter_dir}, starting a new run")
     folder = local_folder(cfg.vla_path)
     describe(cfg, data, print0)
     if world > 1:
-        dist.barrier()                                                       # all ranks have looked before rank 0 writes
+        dist.barrier()  # all ranks have looked before rank 0 writes
     if rank == 0:
         (run_dir / "log").mkdir(parents=True, exist_ok=True)
         ckpt.remove_temporaries(adapter_dir)
@@ -936,36 +1237,86 @@ def main(cfg):
     processor = PrismaticProcessor.from_pretrained(folder)
     core, policy = LossModel(vla, processor.image_processor), Policy(vla, processor, data.stats, data.spec, autocast)
     trained = {n: p for n, p in vla.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None
+    )
     if source := resume or cfg.load_model_weights:
         moments = ckpt.load_state(resume / "state.pt")["moments"] if resume else {}
-        ckpt.restore_training_state(vla, optimizer, dict(trained=trained_state(read_adapter(checkpoint_folder(source))[0]), moments=moments))
-    start, position, best, best_step = (meta[k] for k in ("step", "position", "best_val_loss", "best_step")) if resume else (0, 0, None, None)
-    model = nn.parallel.DistributedDataParallel(core, device_ids=[local] if cuda else None, gradient_as_bucket_view=True,
-                                                find_unused_parameters=cfg.lora_targets == "all-linear") if world > 1 else core
+        ckpt.restore_training_state(
+            vla, optimizer, dict(trained=trained_state(read_adapter(checkpoint_folder(source))[0]), moments=moments)
+        )
+    start, position, best, best_step = (
+        (meta[k] for k in ("step", "position", "best_val_loss", "best_step")) if resume else (0, 0, None, None)
+    )
+    model = (
+        nn.parallel.DistributedDataParallel(
+            core,
+            device_ids=[local] if cuda else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=cfg.lora_targets == "all-linear",
+        )
+        if world > 1
+        else core
+    )
 
     # ---- data
-    dataset, held_out = VamosDataset(data, data.train, processor.image_processor, cfg, cfg.image_aug), VamosDataset(data, data.validation, processor.image_processor, cfg)
+    dataset, held_out = (
+        VamosDataset(data, data.train, processor.image_processor, cfg, cfg.image_aug),
+        VamosDataset(data, data.validation, processor.image_processor, cfg),
+    )
     accumulation, global_batch = cfg.grad_accumulation_steps, cfg.batch_size * world * cfg.grad_accumulation_steps
-    batches = RankBatches(WindowOrder(data.train, cfg.seed, cfg.shuffle_rows), cfg.batch_size, accumulation, rank, world, position, cfg.max_steps - start)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=policy.collate, num_workers=cfg.num_workers, pin_memory=cuda,
-                        prefetch_factor=4 if cfg.num_workers else None, worker_init_fn=ckpt.ignore_stop_signals)
+    batches = RankBatches(
+        WindowOrder(data.train, cfg.seed, cfg.shuffle_rows),
+        cfg.batch_size,
+        accumulation,
+        rank,
+        world,
+        position,
+        cfg.max_steps - start,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=policy.collate,
+        num_workers=cfg.num_workers,
+        pin_memory=cuda,
+        prefetch_factor=4 if cfg.num_workers else None,
+        worker_init_fn=ckpt.ignore_stop_signals,
+    )
     count, total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in vla.parameters())
-    size, whole = 12 * count, sum(f.stat().st_size for f in weight_files(folder))   # fp32 adapter and two moments; the merged model
-    print0(f"model     {cfg.vla_path}: LoRA r {cfg.lora_rank} on {len(trained) // 2} layers, {count:,} of {total:,} parameters trainable; {'bf16 autocast' if cuda else 'fp32'}"
-           f"{', 4-bit base' if cfg.use_quantization else ''}; {world} x {device.type}")
-    print0(f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {len(dataset) / global_batch:.1f} steps per epoch")
-    print0(f"steps     {start} -> {cfg.max_steps}; lr {lr_at(start, cfg):.2e} -> {lr_at(cfg.max_steps - 1, cfg):.2e}; a checkpoint is about {size / 1e9:.2f} GB in {adapter_dir}, "
-           f"the merged model {whole / 1e9:.2f} GB in {run_dir}")
-    about = dict(format_version=FORMAT, script=Path(__file__).stem, spec=dataclasses.asdict(data.spec), validation=data.names(data.validation))
+    size, whole = (
+        12 * count,
+        sum(f.stat().st_size for f in weight_files(folder)),
+    )  # fp32 adapter and two moments; the merged model
+    print0(
+        f"model     {cfg.vla_path}: LoRA r {cfg.lora_rank} on {len(trained) // 2} layers, {count:,} of {total:,} parameters trainable; {'bf16 autocast' if cuda else 'fp32'}"
+        f"{', 4-bit base' if cfg.use_quantization else ''}; {world} x {device.type}"
+    )
+    print0(
+        f"batch     {cfg.batch_size} x {world} ranks x {accumulation} accumulation = {global_batch} samples per step; {len(dataset)} samples = {len(dataset) / global_batch:.1f} steps per epoch"
+    )
+    print0(
+        f"steps     {start} -> {cfg.max_steps}; lr {lr_at(start, cfg):.2e} -> {lr_at(cfg.max_steps - 1, cfg):.2e}; a checkpoint is about {size / 1e9:.2f} GB in {adapter_dir}, "
+        f"the merged model {whole / 1e9:.2f} GB in {run_dir}"
+    )
+    about = dict(
+        format_version=FORMAT,
+        script=Path(__file__).stem,
+        spec=dataclasses.asdict(data.spec),
+        validation=data.names(data.validation),
+    )
     if rank == 0:
         save_config(cfg, run_dir / "log" / "config.yaml")
         shutil.copy(__file__, run_dir / "log" / Path(__file__).name)
         (run_dir / "log" / "validation_episodes.txt").write_text("".join(f"{n}\n" for n in data.names(data.validation)))
         (run_dir / "dataset_statistics.json").write_text(json.dumps({KEY: data.stats}, indent=2))
-        (run_dir / "meta.json").write_text(json.dumps(about))                # evaluate.py finds the script here
-    wandb = runlog.WandbConfig(mode=cfg.wandb_mode if cfg.wandb_project else "disabled", entity=cfg.wandb_entity, name=f"ft+{name}")
-    log = runlog.RunLog(run_dir / "log", cfg.max_steps, start, rank, cfg.wandb_project or "", wandb, dataclasses.asdict(cfg))
+        (run_dir / "meta.json").write_text(json.dumps(about))  # evaluate.py finds the script here
+    wandb = runlog.WandbConfig(
+        mode=cfg.wandb_mode if cfg.wandb_project else "disabled", entity=cfg.wandb_entity, name=f"ft+{name}"
+    )
+    log = runlog.RunLog(
+        run_dir / "log", cfg.max_steps, start, rank, cfg.wandb_project or "", wandb, dataclasses.asdict(cfg)
+    )
     stop = ckpt.StopSignal()
 
     def save(step, position):
@@ -977,17 +1328,38 @@ def main(cfg):
                 ckpt.require_space(adapter_dir, int(1.1 * size))
                 final = adapter_dir / f"steps_{step}"
                 with ckpt.atomic_path(final) as temporary:
-                    peft_model.save_pretrained(temporary, save_embedding_layers=False)   # else peft adds the whole embedding, because lm_head is adapted
-                    (temporary / "README.md").unlink(missing_ok=True)        # peft's empty model card
-                    ckpt.save_state(temporary / "state.pt", dict(format_version=FORMAT, moments=ckpt.training_state(vla, optimizer)[1]))
+                    peft_model.save_pretrained(
+                        temporary, save_embedding_layers=False
+                    )  # else peft adds the whole embedding, because lm_head is adapted
+                    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+                    ckpt.save_state(
+                        temporary / "state.pt",
+                        dict(format_version=FORMAT, moments=ckpt.training_state(vla, optimizer)[1]),
+                    )
                     (temporary / "dataset_statistics.json").write_text(json.dumps({KEY: data.stats}, indent=2))
-                    (temporary / "meta.json").write_text(json.dumps(about | dict(step=step, position=position, fingerprint=data.fingerprint, best_val_loss=best, best_step=best_step,
-                                                                                 world_size=world, config=dataclasses.asdict(cfg)), indent=2))
-                for file in ("adapter_config.json", "adapter_model.safetensors"):   # the newest adapter under the guide's path
+                    (temporary / "meta.json").write_text(
+                        json.dumps(
+                            about
+                            | dict(
+                                step=step,
+                                position=position,
+                                fingerprint=data.fingerprint,
+                                best_val_loss=best,
+                                best_step=best_step,
+                                world_size=world,
+                                config=dataclasses.asdict(cfg),
+                            ),
+                            indent=2,
+                        )
+                    )
+                for file in (
+                    "adapter_config.json",
+                    "adapter_model.safetensors",
+                ):  # the newest adapter under the guide's path
                     with ckpt.atomic_path(adapter_dir / file) as temporary:
                         try:
-                            os.link(final / file, temporary)                 # the same bytes under a second name
-                        except OSError:                                      # a file system without hard links
+                            os.link(final / file, temporary)  # the same bytes under a second name
+                        except OSError:  # a file system without hard links
                             shutil.copyfile(final / file, temporary)
                 ckpt.rotate(adapter_dir, cfg.keep_checkpoints, protect=best_step)
                 if not cfg.save_latest_checkpoint_only and step < cfg.max_steps:
@@ -995,12 +1367,17 @@ def main(cfg):
             except ckpt.DiskFull as error:
                 log.print(f"CHECKPOINT NOT SAVED at step {step}: {error}")
                 ok = False
-        return bool(reduce(torch.tensor(float(ok))).item() == world)         # others are ok by default
+        return bool(reduce(torch.tensor(float(ok))).item() == world)  # others are ok by default
 
     # ---- loop
     core.train()
     batch_iterator, saved_at, skipped, skipped_in_row, step = iter(loader), start, 0, 0, start
-    window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), start     # (loss, accuracy, l1, gradient norm) since the last log line
+    window, wait, t_log, logged_at = (
+        [],
+        0.0,
+        time.perf_counter(),
+        start,
+    )  # (loss, accuracy, l1, gradient norm) since the last log line
     while step < cfg.max_steps:
         lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
@@ -1008,11 +1385,13 @@ def main(cfg):
         t_wait = time.perf_counter()
         try:
             micro = [next(batch_iterator) for _ in range(accumulation)]
-        except RuntimeError as error:                                        # torch's word for a worker that was killed, mostly for memory
+        except RuntimeError as error:  # torch's word for a worker that was killed, mostly for memory
             if "DataLoader worker" not in str(error):
                 raise
-            raise RuntimeError(f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it or shuffle_rows ({cfg.shuffle_rows}), or load in the main process: "
-                               "--num_workers 0") from error
+            raise RuntimeError(
+                f"DataLoader worker crashed (num_workers is {cfg.num_workers}): {error}. Lower it or shuffle_rows ({cfg.shuffle_rows}), or load in the main process: "
+                "--num_workers 0"
+            ) from error
         wait += time.perf_counter() - t_wait
         told_to_stop = reduce(torch.tensor([float(stop.received is not None)])).item()
         sums, sample_losses = torch.zeros(3, dtype=torch.float64, device=device), []
@@ -1021,17 +1400,21 @@ def main(cfg):
             with contextlib.nullcontext() if m == accumulation - 1 or world == 1 else model.no_sync():
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     result = model(to_device(batch, device))
-                loss = result["loss"] / (3 * global_batch)                   # every sample has 3 tokens with loss, so this is the mean over all ranks and micro-batches
-                (loss * world).backward()                                    # ranks are averaged, so times world
+                loss = result["loss"] / (
+                    3 * global_batch
+                )  # every sample has 3 tokens with loss, so this is the mean over all ranks and micro-batches
+                (loss * world).backward()  # ranks are averaged, so times world
             sample_losses.append(result["sample_loss"])
-            sums += torch.stack([loss.detach(), result["correct"] / (2 * global_batch), result["l1"] / (2 * global_batch)])
+            sums += torch.stack(
+                [loss.detach(), result["correct"] / (2 * global_batch), result["l1"] / (2 * global_batch)]
+            )
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm or math.inf)
-        values = torch.cat([reduce(sums), norm.detach().double()[None]]).tolist()   # the one wait for the GPU in a step
+        values = torch.cat([reduce(sums), norm.detach().double()[None]]).tolist()  # the one wait for the GPU in a step
         if all(math.isfinite(value) for value in values):
             optimizer.step()
             window.append(values)
             skipped_in_row = 0
-        else:                                                                # the same on every rank: losses and gradients are averaged
+        else:  # the same on every rank: losses and gradients are averaged
             skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
             runlog.report_nonfinite(log, step + 1, [b["names"] for b in micro], sample_losses, skipped_in_row)
         optimizer.zero_grad(set_to_none=True)
@@ -1039,11 +1422,22 @@ def main(cfg):
 
         if step % cfg.log_steps == 0 or step == cfg.max_steps:
             elapsed = time.perf_counter() - t_log
-            values = dict(learning_rate=lr, samples_per_s=(step - logged_at) * global_batch / elapsed, data_wait=wait / elapsed, memory_gb=runlog.memory_gb(), skipped_steps=skipped)
+            values = dict(
+                learning_rate=lr,
+                samples_per_s=(step - logged_at) * global_batch / elapsed,
+                data_wait=wait / elapsed,
+                memory_gb=runlog.memory_gb(),
+                skipped_steps=skipped,
+            )
             line = f"lr {lr:.2e} | {values['samples_per_s']:.1f} samples/s | wait {values['data_wait']:.1%} | {values['memory_gb']:.1f} GB"
-            if window:                                                       # else every step since the last line was skipped
-                values |= dict(zip(("train_loss", "action_accuracy", "l1_loss", "grad_norm"), np.mean(window, axis=0).tolist()))
-                line = f"loss {values['train_loss']:.4f} | acc {values['action_accuracy']:.3f} | l1 {values['l1_loss']:.4f} | grad {values['grad_norm']:.2f} | " + line
+            if window:  # else every step since the last line was skipped
+                values |= dict(
+                    zip(("train_loss", "action_accuracy", "l1_loss", "grad_norm"), np.mean(window, axis=0).tolist())
+                )
+                line = (
+                    f"loss {values['train_loss']:.4f} | acc {values['action_accuracy']:.3f} | l1 {values['l1_loss']:.4f} | grad {values['grad_norm']:.2f} | "
+                    + line
+                )
             log.log(step, values, f"step {step:>7}/{cfg.max_steps} | {line}")
             log.step(step, values.get("train_loss"), lr, values["samples_per_s"], values["data_wait"])
             window, wait, t_log, logged_at = [], 0.0, time.perf_counter(), step
@@ -1054,18 +1448,27 @@ def main(cfg):
             values = validate(core, policy, held_out, cfg, device, rank, world, reduce)
             if best is None or values["val_loss"] < best:
                 best, best_step = values["val_loss"], step
-            log.log(step, values, f"validation {step} | loss {values['val_loss']:.4f} | acc {values['val_action_accuracy']:.3f} | l1 {values['val_l1_loss']:.4f} | error v_x {values['val_mae_vx']:.4g}, "
-                                  f"v_y {values['val_mae_vy']:.4g} {data.spec.unit} (mean action: {values['val_mae_mean_action']:.4g})")
-            t_log += time.perf_counter() - t_val                             # validation is not training time
+            log.log(
+                step,
+                values,
+                f"validation {step} | loss {values['val_loss']:.4f} | acc {values['val_action_accuracy']:.3f} | l1 {values['val_l1_loss']:.4f} | error v_x {values['val_mae_vx']:.4g}, "
+                f"v_y {values['val_mae_vy']:.4g} {data.spec.unit} (mean action: {values['val_mae_mean_action']:.4g})",
+            )
+            t_log += time.perf_counter() - t_val  # validation is not training time
         if step % cfg.save_steps == 0 or step == cfg.max_steps or told_to_stop:
             t_save = time.perf_counter()
             if save(step, position):
                 saved_at = step
             elif step == cfg.max_steps or told_to_stop:
-                raise ckpt.DiskFull(28, f"the last checkpoint could not be written; the newest complete one is steps_{saved_at}. Free space and run again with --resume auto")
+                raise ckpt.DiskFull(
+                    28,
+                    f"the last checkpoint could not be written; the newest complete one is steps_{saved_at}. Free space and run again with --resume auto",
+                )
             t_log += time.perf_counter() - t_save
         if told_to_stop and step < cfg.max_steps:
-            log.print(f"stopped by signal after step {step}; saved {adapter_dir / f'steps_{step}'}. Continue with the same command and --resume auto")
+            log.print(
+                f"stopped by signal after step {step}; saved {adapter_dir / f'steps_{step}'}. Continue with the same command and --resume auto"
+            )
             break
 
     # ---- end
@@ -1076,11 +1479,14 @@ def main(cfg):
         try:
             print(f"merged model: {merge_adapter(adapter_dir / f'steps_{step}', run_dir)}")
         except ckpt.DiskFull as error:
-            raise ckpt.DiskFull(28, f"the training is saved in {adapter_dir / f'steps_{step}'}, but not merged: {error}. Run again with --resume auto, which only merges") from error
+            raise ckpt.DiskFull(
+                28,
+                f"the training is saved in {adapter_dir / f'steps_{step}'}, but not merged: {error}. Run again with --resume auto, which only merges",
+            ) from error
         print(f"adapter: {adapter_dir}\nevaluate: python evaluate.py --checkpoint {run_dir} --data {cfg.data_root_dir}")
     if world > 1:
-        del model                                                            # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
-        gc.collect()                                                         # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
+        del model  # DDP's reducer must not outlive the process group: the last to let go of it joins gloo's threads,
+        gc.collect()  # and the reducer would do so with Python's lock in hand, for which those threads may be waiting
         dist.barrier()
         dist.destroy_process_group()
 
@@ -1090,5 +1496,7 @@ if __name__ == "__main__":
     try:
         main(config)
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"CUDA out of memory ({str(error).splitlines()[0]}). Lower batch_size (now {config.batch_size}) and raise grad_accumulation_steps (now {config.grad_accumulation_steps}) in "
-                 f"proportion, or set --gradient_checkpointing True (now {config.gradient_checkpointing}) or --use_quantization True (now {config.use_quantization})")
+        sys.exit(
+            f"CUDA out of memory ({str(error).splitlines()[0]}). Lower batch_size (now {config.batch_size}) and raise grad_accumulation_steps (now {config.grad_accumulation_steps}) in "
+            f"proportion, or set --gradient_checkpointing True (now {config.gradient_checkpointing}) or --use_quantization True (now {config.use_quantization})"
+        )

@@ -6,6 +6,7 @@ and with online features, latency of every part against the budget of the two-ra
 
 Speed and memory do not depend on the values of the weights. Images are 1280x720 arrays in memory: squashing them to the model's size is counted, decoding JPEG is not.
 """
+
 import argparse
 import sys
 import tempfile
@@ -25,28 +26,51 @@ from common import vl_cache
 from common.qwen_vl import pick_attention
 
 INSTRUCTION = "Insert the needle into the target point"
-BUDGET_MS = 300                # vlm_reuse_count 3 at 10 Hz
+BUDGET_MS = 300  # vlm_reuse_count 3 at 10 Hz
 
 
 def make_encoder(folder, args, views):
     """VLEncoder with the tokenizer of a tiny model and the network of Qwen2.5-VL-3B (its config.json), or the same with fewer layers and another width."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    encoder = vl_cache.VLEncoder(str(folder), [f"View{v + 1}" for v in range(views)], args.height, args.width_px, device=DEVICE)
+    encoder = vl_cache.VLEncoder(
+        str(folder), [f"View{v + 1}" for v in range(views)], args.height, args.width_px, device=DEVICE
+    )
     if make_encoder.vlm is None:
         tiny, vocabulary = Qwen2_5_VLConfig.from_pretrained(folder), 151936 if args.width == 2048 else 4096
         config = Qwen2_5_VLConfig(
-            text_config=dict(vocab_size=vocabulary, hidden_size=args.width, intermediate_size=args.width * 11008 // 2048, num_hidden_layers=args.layers, num_attention_heads=args.width // 128,
-                             num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]), bos_token_id=None, eos_token_id=None),
-            vision_config=dict(depth=min(32, args.layers), hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=args.width, fullatt_block_indexes=[7, 15, 23, 31], window_size=112),
-            tie_word_embeddings=True, image_token_id=tiny.image_token_id, video_token_id=tiny.video_token_id, vision_start_token_id=tiny.vision_start_token_id)
+            text_config=dict(
+                vocab_size=vocabulary,
+                hidden_size=args.width,
+                intermediate_size=args.width * 11008 // 2048,
+                num_hidden_layers=args.layers,
+                num_attention_heads=args.width // 128,
+                num_key_value_heads=2,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
+                bos_token_id=None,
+                eos_token_id=None,
+            ),
+            vision_config=dict(
+                depth=min(32, args.layers),
+                hidden_size=1280,
+                intermediate_size=3420,
+                num_heads=16,
+                out_hidden_size=args.width,
+                fullatt_block_indexes=[7, 15, 23, 31],
+                window_size=112,
+            ),
+            tie_word_embeddings=True,
+            image_token_id=tiny.image_token_id,
+            video_token_id=tiny.video_token_id,
+            vision_start_token_id=tiny.vision_start_token_id,
+        )
         config._attn_implementation = pick_attention("auto", DEVICE)
         vl_cache.batch_vision_attention()
         torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
         with torch.device(DEVICE):
             make_encoder.vlm = Qwen2_5_VLForConditionalGeneration(config).model.requires_grad_(False).eval()
         torch.set_default_dtype(torch.float32)
-    encoder.vlm, encoder.width = make_encoder.vlm, args.width     # set before the first encode would load the tiny one
+    encoder.vlm, encoder.width = make_encoder.vlm, args.width  # set before the first encode would load the tiny one
     return encoder
 
 
@@ -71,13 +95,18 @@ def timed(call, steps, warmup=2):
 
 
 def pictures(views, n, rng):
-    return [({f"View{v + 1}": rng.integers(0, 256, (720, 1280, 3), dtype=np.uint8) for v in range(views)}, INSTRUCTION) for _ in range(n)]
+    return [
+        ({f"View{v + 1}": rng.integers(0, 256, (720, 1280, 3), dtype=np.uint8) for v in range(views)}, INSTRUCTION)
+        for _ in range(n)
+    ]
 
 
 def make_policy(script, args, window):
     cfg = script.Config(hidden_dim=args.hidden_dim, sensor_dim=3 * args.hidden_dim, sensor_window_size=window)
     names = ("mean", "std", "min", "max", "q01", "q99")
-    action = {k: [{"mean": 0.0, "std": 0.5}.get(k, -1.0 if k in ("min", "q01") else 1.0)] * 7 for k in names} | dict(mask=[True] * 7, constant=[False] * 6 + [True])
+    action = {k: [{"mean": 0.0, "std": 0.5}.get(k, -1.0 if k in ("min", "q01") else 1.0)] * 7 for k in names} | dict(
+        mask=[True] * 7, constant=[False] * 6 + [True]
+    )
     core = script.build_model(cfg, (1, args.width), dict(action=action, sensor=None), DEVICE)
     return script.Policy(core, cfg, dict(action=action), {}, [INSTRUCTION], DEVICE, torch.bfloat16 if CUDA else None)
 
@@ -86,9 +115,20 @@ def training_step(script, policy, batch_size, rng):
     """-> call(features or None) that does one optimizer step on `batch_size` samples."""
     cfg, core = policy.cfg, policy.model.train()
     optimizer = script.make_optimizer(core, cfg, CUDA or None)
-    items = [dict(vl_features=torch.zeros(1, core.condition.vl_mean.numel()), sensor=rng.standard_normal((cfg.sensor_window_size, 1026), dtype=np.float32),
-                  actions=rng.uniform(-1, 1, (cfg.horizon, 7)).astype(np.float32), action_mask=np.ones(cfg.horizon, bool), weight=1.0, reuse_step=0, name=("", 0),
-                  noise=rng.standard_normal((1, cfg.horizon, 7), dtype=np.float32), t=np.array([7])) for _ in range(batch_size)]
+    items = [
+        dict(
+            vl_features=torch.zeros(1, core.condition.vl_mean.numel()),
+            sensor=rng.standard_normal((cfg.sensor_window_size, 1026), dtype=np.float32),
+            actions=rng.uniform(-1, 1, (cfg.horizon, 7)).astype(np.float32),
+            action_mask=np.ones(cfg.horizon, bool),
+            weight=1.0,
+            reuse_step=0,
+            name=("", 0),
+            noise=rng.standard_normal((1, cfg.horizon, 7), dtype=np.float32),
+            t=np.array([7]),
+        )
+        for _ in range(batch_size)
+    ]
 
     def step(features=None):
         batch = policy.collate(items)
@@ -100,6 +140,7 @@ def training_step(script, policy, batch_size, rng):
         torch.nn.utils.clip_grad_norm_(core.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     return step, items
 
 
@@ -117,9 +158,13 @@ def main(args):
             encode_ms[views] = 1e3 * timed(lambda: encoder.encode(one), args.steps)
             batch_ms = 1e3 * timed(lambda: encoder.encode(several), args.steps)
             slow = encode_ms[views] > BUDGET_MS
-            print(f"{views} view(s): {encode_ms[views]:8.1f} ms per feature, {1e3 / encode_ms[views]:7.2f} features/s; in batches of {args.micro_batch}: {1e3 * args.micro_batch / batch_ms:7.2f} features/s; "
-                  f"{'over' if slow else 'within'} {BUDGET_MS} ms" + (f", use --vlm-reuse-count {-(-encode_ms[views] // 100):.0f}" if slow else "")
-                  + (f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""), flush=True)
+            print(
+                f"{views} view(s): {encode_ms[views]:8.1f} ms per feature, {1e3 / encode_ms[views]:7.2f} features/s; in batches of {args.micro_batch}: {1e3 * args.micro_batch / batch_ms:7.2f} features/s; "
+                f"{'over' if slow else 'within'} {BUDGET_MS} ms"
+                + (f", use --vlm-reuse-count {-(-encode_ms[views] // 100):.0f}" if slow else "")
+                + (f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""),
+                flush=True,
+            )
         views = args.views[-1]
         for script, window in ((train_async, 65), (train_diffusion, 650)):
             policy = make_policy(script, args, window)
@@ -127,8 +172,11 @@ def main(args):
             batch = pictures(views, args.batch_size, rng)
             cached = timed(step, args.steps)
             online = timed(lambda: step(encoder.encode(batch)), args.steps, 1)
-            print(f"{script.__name__}: {sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, batch {args.batch_size}, window {window}: cached {args.batch_size / cached:.1f} samples/s, "
-                  f"online with {views} view(s) {args.batch_size / online:.2f} samples/s: {online / cached:.1f}x", flush=True)
+            print(
+                f"{script.__name__}: {sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, batch {args.batch_size}, window {window}: cached {args.batch_size / cached:.1f} samples/s, "
+                f"online with {views} view(s) {args.batch_size / online:.2f} samples/s: {online / cached:.1f}x",
+                flush=True,
+            )
             policy.model.eval()
             observation = dict(vl_features=items[0]["vl_features"], sensor=items[0]["sensor"])
             alone = 1e3 * timed(lambda: policy.predict([observation]), args.steps)
@@ -142,6 +190,7 @@ def main(args):
                 while not stop.is_set():
                     loop.push_sensor(rng.standard_normal((65, 1026), dtype=np.float32))
                     stop.wait(0.1)
+
             threading.Thread(target=feed, daemon=True).start()
             act = loop.act
 
@@ -151,12 +200,15 @@ def main(args):
                 if action is not None:
                     spent.append(1e3 * (time.perf_counter() - begin))
                 return action
+
             loop.act = measured_act
             loop.run(lambda shot=shot: (shot, time.monotonic()), lambda action: None, args.seconds)
             stop.set()
             if spent:
-                print(f"{script.__name__}: two-rate loop of {args.seconds} s with the VLM beside it ({views} views, a look every {policy.cfg.vlm_reuse_count} steps): predict median {np.median(spent):.1f} ms, "
-                      f"95 % {np.quantile(spent, 0.95):.1f} ms, longest {max(spent):.1f} ms")
+                print(
+                    f"{script.__name__}: two-rate loop of {args.seconds} s with the VLM beside it ({views} views, a look every {policy.cfg.vlm_reuse_count} steps): predict median {np.median(spent):.1f} ms, "
+                    f"95 % {np.quantile(spent, 0.95):.1f} ms, longest {max(spent):.1f} ms"
+                )
             print("\n".join(loop.report()), flush=True)
 
 
@@ -174,5 +226,7 @@ if __name__ == "__main__":
     parser.add_argument("--hidden_dim", type=int, default=1024, help="width of the expert")
     CUDA = torch.cuda.is_available()
     DEVICE = torch.device("cuda" if CUDA else "cpu")
-    print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, attention {pick_attention('auto', DEVICE)}, {torch.get_num_threads()} threads")
+    print(
+        f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, attention {pick_attention('auto', DEVICE)}, {torch.get_num_threads()} threads"
+    )
     main(parser.parse_args())

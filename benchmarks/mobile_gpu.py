@@ -7,6 +7,7 @@ Kosmos-2's sizes (24 + 24 layers, width 2048, 64 image tokens), LoRA 32 on the t
 do not depend on the values of the weights. Windows are made beforehand, so this is the model's side of a step: forward, backward, unscaling, clipping, AdamW. With images the
 frozen tower encodes 8 frames of every window; with cached embeddings (dataset.feature_cache) it is not used at all.
 """
+
 import argparse
 import sys
 import tempfile
@@ -27,30 +28,55 @@ def real_size(layers, width):
     """A random Kosmos-2 (the defaults of its config class), or the same with fewer layers and another width of the text model."""
     from transformers import Kosmos2Config, Kosmos2Model
 
-    config = Kosmos2Config(text_config=dict(layers=layers, embed_dim=width, ffn_dim=4 * width, attention_heads=max(1, width // 64)), vision_config=dict(num_hidden_layers=layers))
+    config = Kosmos2Config(
+        text_config=dict(layers=layers, embed_dim=width, ffn_dim=4 * width, attention_heads=max(1, width // 64)),
+        vision_config=dict(num_hidden_layers=layers),
+    )
     with torch.device(DEVICE):
         return Kosmos2Model(config)
 
 
 def measure(args, folder, precision, cached):
-    cfg = parse_config(mobile.Config, ["--model", str(folder / "kosmos2"), "--data_dir", str(folder / "data"), "--episode_pattern", "*.h5", "--precision", precision,
-                                       "--window_size", str(args.window)], mobile.ALIASES)
+    cfg = parse_config(
+        mobile.Config,
+        [
+            "--model",
+            str(folder / "kosmos2"),
+            "--data_dir",
+            str(folder / "data"),
+            "--episode_pattern",
+            "*.h5",
+            "--precision",
+            precision,
+            "--window_size",
+            str(args.window),
+        ],
+        mobile.ALIASES,
+    )
     autocast = mobile.pick_precision(precision, DEVICE.type)
     backbone = mobile.Backbone.open(cfg.model)
     prompt = mobile.Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     data = mobile.load_data(cfg, mobile.IMAGE_SIZE)
-    model = mobile.build_model(cfg, backbone, prompt, DEVICE, None, vlm=real_size(args.layers, args.width).to(autocast or torch.float32)).train()
+    model = mobile.build_model(
+        cfg, backbone, prompt, DEVICE, None, vlm=real_size(args.layers, args.width).to(autocast or torch.float32)
+    ).train()
     dataset = mobile.MobileVLAH5Dataset(data, data.train, cfg, prompt)
-    windows = [mobile._process_batch(dataset.collater([dataset[(0, i % len(dataset))]]), DEVICE) for i in range(args.accumulation)]
+    windows = [
+        mobile._process_batch(dataset.collater([dataset[(0, i % len(dataset))]]), DEVICE)
+        for i in range(args.accumulation)
+    ]
     if cached:
         with torch.no_grad(), torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
             windows = [(model.image_embeds(w[0][0])[None].to(autocast or torch.float32), *w[1:]) for w in windows]
-        for part in ("vision_model", "image_to_text_projection"):             # what a run with a complete cache need not touch
+        for part in ("vision_model", "image_to_text_projection"):  # what a run with a complete cache need not touch
             getattr(model.backbone, part).to("cpu")
         if CUDA:
             torch.cuda.empty_cache()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=CUDA or None), torch.amp.GradScaler(DEVICE.type, enabled=autocast == torch.float16)
+    optimizer, scaler = (
+        torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=CUDA or None),
+        torch.amp.GradScaler(DEVICE.type, enabled=autocast == torch.float16),
+    )
     elements = 2 * sum(int(w[11].sum()) for w in windows)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -66,6 +92,7 @@ def measure(args, folder, precision, cached):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return losses["loss"]
+
     for _ in range(args.warmup):
         step()
     sync()
@@ -74,19 +101,28 @@ def measure(args, folder, precision, cached):
         loss = step()
     sync()
     seconds = (time.perf_counter() - start) / args.steps
-    print(f"{precision:<10} {'cached embeddings' if cached else 'images':<18} window {args.window}, batch 1 x {args.accumulation}: "
-          f"{args.accumulation / seconds:8.2f} windows/s, {seconds * 1e3:8.1f} ms per step, "
-          f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.2f} GB, {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} trained, "
-          f"loss {loss.item():.3f}", flush=True)
+    print(
+        f"{precision:<10} {'cached embeddings' if cached else 'images':<18} window {args.window}, batch 1 x {args.accumulation}: "
+        f"{args.accumulation / seconds:8.2f} windows/s, {seconds * 1e3:8.1f} ms per step, "
+        f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.2f} GB, {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} trained, "
+        f"loss {loss.item():.3f}",
+        flush=True,
+    )
     if not cached:
-        policy, image = mobile.Policy(model.eval(), prompt, data.spec, data.stats, autocast), np.zeros((720, 1280, 3), np.uint8)
+        policy, image = (
+            mobile.Policy(model.eval(), prompt, data.spec, data.stats, autocast),
+            np.zeros((720, 1280, 3), np.uint8),
+        )
         policy.predict(image, make_demo.MOBILE_GOAL)
         sync()
         start = time.perf_counter()
-        for _ in range(args.window + 2):                                      # the last two of them rerun the LSTM over the window
+        for _ in range(args.window + 2):  # the last two of them rerun the LSTM over the window
             policy.predict(image, make_demo.MOBILE_GOAL)
         sync()
-        print(f"{precision:<10} predict, one new 1280x720 image: {(time.perf_counter() - start) / (args.window + 2) * 1e3:.1f} ms", flush=True)
+        print(
+            f"{precision:<10} predict, one new 1280x720 image: {(time.perf_counter() - start) / (args.window + 2) * 1e3:.1f} ms",
+            flush=True,
+        )
 
 
 def sync():

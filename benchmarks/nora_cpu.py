@@ -8,6 +8,7 @@ step     seconds of a training step of the whole program / seconds of forward + 
          steps of each, five pairs, because a shared machine has slow moments.
 windows  seconds of the vision tower with all windows in one attention call / with transformers' loop over them.
 """
+
 import io
 import os
 import sys
@@ -52,7 +53,9 @@ def config(*flags):
 def loader(folder):
     for layout in ("jpeg", "raw", "gzip"):
         make_demo.write_insertion(folder / layout, episodes=6, size=(480, 640), layout=layout, max_frames=20)
-        data = nora.load_data(config("--dataset.root_dir", folder / layout, "--horizon", 10, "--use_ee_pose_delta_as_action"))
+        data = nora.load_data(
+            config("--dataset.root_dir", folder / layout, "--horizon", 10, "--use_ee_pose_delta_as_action")
+        )
         dataset = nora.NoraDataset(data.train, data)
         order = np.random.default_rng(0).permutation(len(dataset))[:60]
         files = {e.path: h5py.File(e.path, "r", locking=False) for e in data.train}
@@ -71,9 +74,13 @@ def loader(folder):
         def ours():
             for i in order:
                 dataset[(0, i)]
+
         bare(), ours()
         slow, fast = interleaved(ours, bare)
-        print(f"loader   {layout:<5} {len(order) / slow:7.0f} samples/s, bare {len(order) / fast:7.0f}; ratio {fast / slow:.2f}", flush=True)
+        print(
+            f"loader   {layout:<5} {len(order) / slow:7.0f} samples/s, bare {len(order) / fast:7.0f}; ratio {fast / slow:.2f}",
+            flush=True,
+        )
         for f in files.values():
             f.close()
 
@@ -84,7 +91,11 @@ def start(folder):
         path.parent.mkdir(exist_ok=True)
         with h5py.File(path, "w") as f:
             for key in ("action", "observations/ee_pose", "observations/qpos"):
-                f.create_dataset(key, data=np.random.default_rng(i).normal(size=(400, 6)).astype(np.float32).cumsum(0), compression="gzip")
+                f.create_dataset(
+                    key,
+                    data=np.random.default_rng(i).normal(size=(400, 6)).astype(np.float32).cumsum(0),
+                    compression="gzip",
+                )
             images = f.create_dataset("observations/images/side_camera", (400,), dtype=h5py.vlen_dtype(np.uint8))
             images[0] = np.zeros(8, np.uint8)
 
@@ -94,25 +105,63 @@ def start(folder):
                 [f[key][:] for key in ("action", "observations/ee_pose", "observations/qpos")]
 
     def ours():
-        nora.load_data(config("--dataset.root_dir", folder / "many", "--horizon", 10, "--use_ee_pose_delta_as_action", "--num_val_episodes", 20))
+        nora.load_data(
+            config(
+                "--dataset.root_dir",
+                folder / "many",
+                "--horizon",
+                10,
+                "--use_ee_pose_delta_as_action",
+                "--num_val_episodes",
+                20,
+            )
+        )
+
     ours_s, bare_s = interleaved(ours, bare, rounds=3)
-    print(f"start    1,000 episodes, 400,000 frames: {ours_s:.1f} s, bare reading {bare_s:.1f} s; ratio {ours_s / bare_s:.2f}; files open afterwards: "
-          f"{sum('episode_' in os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}'))}; "
-          f"at most {ep.MAX_OPEN_FILES} per process while training", flush=True)
+    print(
+        f"start    1,000 episodes, 400,000 frames: {ours_s:.1f} s, bare reading {bare_s:.1f} s; ratio {ours_s / bare_s:.2f}; files open afterwards: "
+        f"{sum('episode_' in os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}'))}; "
+        f"at most {ep.MAX_OPEN_FILES} per process while training",
+        flush=True,
+    )
 
 
 def step(folder):
     make_demo.write_insertion(folder / "train", episodes=8, size=(240, 320))
     make_demo.write_qwen2_5_vl(folder / "qwen", text=(256, 4), vision=(128, 4))
     steps, skip = 40, 4
-    flags = ["--dataset.root_dir", folder / "train", "--model", folder / "qwen", "--fast", "fit", "--horizon", 8, "--use_ee_pose_delta_as_action", "--batch_size", 8,
-             "--gradient_accumulation_steps", 1, "--resize_resolution", 112, 112, "--num_workers", 1, "--max_steps", steps, "--logging_frequency", 1]
+    flags = [
+        "--dataset.root_dir",
+        folder / "train",
+        "--model",
+        folder / "qwen",
+        "--fast",
+        "fit",
+        "--horizon",
+        8,
+        "--use_ee_pose_delta_as_action",
+        "--batch_size",
+        8,
+        "--gradient_accumulation_steps",
+        1,
+        "--resize_resolution",
+        112,
+        112,
+        "--num_workers",
+        1,
+        "--max_steps",
+        steps,
+        "--logging_frequency",
+        1,
+    ]
     cfg = config(*flags)
     data = nora.load_data(cfg)
     fast = nora.FastTokenizer.fit(nora.sample_chunks(data, 10**5), cfg.fast_scale, cfg.fast_vocab_size)
     prompt, _ = nora.make_prompt(cfg.model, data.spec)
     dataset, collate = nora.NoraDataset(data.train, data), nora.Collate(prompt, fast, data.normalizer)
-    batches = [collate([dataset[k] for k in keys]) for keys in RankBatches(GlobalOrder(len(dataset), cfg.seed), 8, steps=steps)]
+    batches = [
+        collate([dataset[k] for k in keys]) for keys in RankBatches(GlobalOrder(len(dataset), cfg.seed), 8, steps=steps)
+    ]
 
     def whole(name):
         nora.main(config(*flags, "--output_dir", folder / name))
@@ -131,20 +180,31 @@ def step(folder):
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - t)
         return np.percentile(times[skip:], 20)
+
     pairs = np.array([[whole(f"run{k}"), bare()] for k in range(5)])
-    print(f"step     whole program {np.median(pairs[:, 0]) * 1e3:.0f} ms, forward + backward + clip + AdamW {np.median(pairs[:, 1]) * 1e3:.0f} ms; "
-          f"overhead {np.median(pairs[:, 0] / pairs[:, 1]) - 1:+.1%} (pairs {', '.join(f'{a / b - 1:+.1%}' for a, b in pairs)})", flush=True)
+    print(
+        f"step     whole program {np.median(pairs[:, 0]) * 1e3:.0f} ms, forward + backward + clip + AdamW {np.median(pairs[:, 1]) * 1e3:.0f} ms; "
+        f"overhead {np.median(pairs[:, 0] / pairs[:, 1]) - 1:+.1%} (pairs {', '.join(f'{a / b - 1:+.1%}' for a, b in pairs)})",
+        flush=True,
+    )
 
 
 def windows():
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLVisionAttention as attention
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+        Qwen2_5_VisionTransformerPretrainedModel,
+        Qwen2_5_VLVisionAttention as attention,
+    )
 
     from common.qwen_vl import batch_vision_attention
 
     batch_vision_attention()
-    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(Qwen2_5_VLVisionConfig(depth=4, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=256,
-                                                                                         fullatt_block_indexes=[3]), attn_implementation="sdpa").eval()
+    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+        Qwen2_5_VLVisionConfig(
+            depth=4, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=256, fullatt_block_indexes=[3]
+        ),
+        attn_implementation="sdpa",
+    ).eval()
     patches, grid, batched = torch.randn(16 * 256, 1176), torch.tensor([[1, 16, 16]] * 16), attention.forward
 
     def run(forward):
@@ -152,9 +212,13 @@ def windows():
         with torch.no_grad():
             tower(patches, grid)
         attention.forward = batched
+
     run(batched)
     fast, slow = interleaved(lambda: run(batched), lambda: run(attention.looped_forward))
-    print(f"windows  16 images of 224x224, 4 layers: {fast * 1e3:.0f} ms batched, {slow * 1e3:.0f} ms looped; ratio {fast / slow:.2f}", flush=True)
+    print(
+        f"windows  16 images of 224x224, 4 layers: {fast * 1e3:.0f} ms batched, {slow * 1e3:.0f} ms looped; ratio {fast / slow:.2f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

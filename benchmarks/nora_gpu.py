@@ -7,6 +7,7 @@ Speed and memory do not depend on the values of the weights. Batches are made be
 side of a step: forward, backward, clipping, AdamW. MFU counts 2 FLOPs per weight and token forward, 2 for the gradient of activations and 2 for the gradient
 of weights where they are trained, attention not counted, over the card's dense bf16 peak (--peak_tflops).
 """
+
 import argparse
 import sys
 import tempfile
@@ -23,7 +24,13 @@ import train_nora as nora
 from common.config import parse_config
 from common.qwen_vl import batch_vision_attention, pick_attention
 
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "RTX 3090": 71, "RTX 4090": 165}  # dense bf16 TFLOP/s, from the makers' data sheets
+PEAKS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+}  # dense bf16 TFLOP/s, from the makers' data sheets
 
 
 def real_size(vocabulary, ids, layers, width):
@@ -32,31 +39,70 @@ def real_size(vocabulary, ids, layers, width):
 
     heads = width // 128
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=max(vocabulary, 153728 if width == 2048 else 0), hidden_size=width, intermediate_size=width * 11008 // 2048, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]), tie_word_embeddings=True),
-        vision_config=dict(depth=min(32, layers), hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=width, fullatt_block_indexes=[7, 15, 23, 31], window_size=112),
-        tie_word_embeddings=True, **ids)
+        text_config=dict(
+            vocab_size=max(vocabulary, 153728 if width == 2048 else 0),
+            hidden_size=width,
+            intermediate_size=width * 11008 // 2048,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
+            tie_word_embeddings=True,
+        ),
+        vision_config=dict(
+            depth=min(32, layers),
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            out_hidden_size=width,
+            fullatt_block_indexes=[7, 15, 23, 31],
+            window_size=112,
+        ),
+        tie_word_embeddings=True,
+        **ids,
+    )
     config._attn_implementation = pick_attention("auto", DEVICE)
     with torch.device(DEVICE):
         return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def measure(args, folder, train, checkpointing, windows="batched"):
-    cfg = parse_config(nora.Config, ["--train", train, "--model", str(folder / "qwen"), "--dataset.root_dir", str(folder / "data"), "--horizon", "10", "--use_ee_pose_delta_as_action",
-                                     *(["--gradient_checkpointing"] if checkpointing else [])], nora.ALIASES)
+    cfg = parse_config(
+        nora.Config,
+        [
+            "--train",
+            train,
+            "--model",
+            str(folder / "qwen"),
+            "--dataset.root_dir",
+            str(folder / "data"),
+            "--horizon",
+            "10",
+            "--use_ee_pose_delta_as_action",
+            *(["--gradient_checkpointing"] if checkpointing else []),
+        ],
+        nora.ALIASES,
+    )
     data = nora.load_data(cfg)
     fast = nora.FastTokenizer.fit(nora.sample_chunks(data, 4000), 10, 1024)
     prompt, _ = nora.make_prompt(cfg.model, data.spec)
     dataset, collate = nora.NoraDataset(data.train, data), nora.Collate(prompt, fast, data.normalizer)
     rng = np.random.default_rng(0)
-    batches = [nora.to_device(collate([dataset[(0, int(i))] for i in rng.integers(0, len(dataset), args.batch_size)]), DEVICE) for _ in range(4)]
+    batches = [
+        nora.to_device(collate([dataset[(0, int(i))] for i in rng.integers(0, len(dataset), args.batch_size)]), DEVICE)
+        for _ in range(4)
+    ]
     batch_vision_attention()
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention as attention
 
     batched = attention.forward
     attention.forward = batched if windows == "batched" else attention.looped_forward
     torch.manual_seed(0)
-    ids = dict(image_token_id=prompt.image_token_id, vision_start_token_id=prompt.tokenizer.convert_tokens_to_ids("<|vision_start|>"), video_token_id=prompt.tokenizer.convert_tokens_to_ids("<|video_pad|>"))
+    ids = dict(
+        image_token_id=prompt.image_token_id,
+        vision_start_token_id=prompt.tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        video_token_id=prompt.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
     vlm = real_size(len(prompt.tokenizer), ids, args.layers, args.width)
     vlm = vlm.bfloat16() if CUDA and train != "full" else vlm
     nora.choose_trained(cfg, vlm, prompt.first_action)
@@ -74,6 +120,7 @@ def measure(args, folder, train, checkpointing, windows="batched"):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
+
     for k in range(args.warmup):
         step(batches[k % 4])
     sync()
@@ -82,13 +129,26 @@ def measure(args, folder, train, checkpointing, windows="batched"):
         loss = step(batches[k % 4])
     sync()
     seconds = (time.perf_counter() - start) / args.steps
-    tokens, patches = batches[0]["input_ids"].numel(), batches[0]["images"].shape[0] * batches[0]["images"].shape[1] * 256
-    language, vision = (sum(p.numel() for n, p in m.named_parameters() if "embed_tokens" not in n) for m in (vlm.model.language_model, vlm.model.visual))
-    per_weight = {"full": 6, "lora": 4, "head": 4}[train]                 # the frozen tower only goes forward
+    tokens, patches = (
+        batches[0]["input_ids"].numel(),
+        batches[0]["images"].shape[0] * batches[0]["images"].shape[1] * 256,
+    )
+    language, vision = (
+        sum(p.numel() for n, p in m.named_parameters() if "embed_tokens" not in n)
+        for m in (vlm.model.language_model, vlm.model.visual)
+    )
+    per_weight = {"full": 6, "lora": 4, "head": 4}[train]  # the frozen tower only goes forward
     flops = per_weight * language * tokens + (6 if train == "full" else 2) * vision * patches
-    mfu = f"MFU {flops / seconds / args.peak_tflops / 1e12:.1%}" if args.peak_tflops else f"{flops / seconds / 1e12:.2f} TFLOP/s"
-    print(f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows:<8} batch {args.batch_size:>3}, {tokens // args.batch_size} tokens: {args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {mfu}, "
-          f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.1f} GB, {sum(p.numel() for p in trained):,} trained, loss {loss.item():.2f}", flush=True)
+    mfu = (
+        f"MFU {flops / seconds / args.peak_tflops / 1e12:.1%}"
+        if args.peak_tflops
+        else f"{flops / seconds / 1e12:.2f} TFLOP/s"
+    )
+    print(
+        f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows:<8} batch {args.batch_size:>3}, {tokens // args.batch_size} tokens: {args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {mfu}, "
+        f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.1f} GB, {sum(p.numel() for p in trained):,} trained, loss {loss.item():.2f}",
+        flush=True,
+    )
     if train == "head":
         policy = nora.Policy(model.eval(), fast, data.spec, data.stats)
         observation = dict(images={"camera1": np.zeros((480, 640, 3), np.uint8)}, instruction=make_demo.INSTRUCTION)
@@ -99,7 +159,10 @@ def measure(args, folder, train, checkpointing, windows="batched"):
             for _ in range(3):
                 policy.predict([observation])
         sync()
-        print(f"predict one image, 10 x 6 actions with random weights (up to 61 tokens; trained models stop sooner): {(time.perf_counter() - start) / 3 * 1e3:.0f} ms", flush=True)
+        print(
+            f"predict one image, 10 x 6 actions with random weights (up to 61 tokens; trained models stop sooner): {(time.perf_counter() - start) / 3 * 1e3:.0f} ms",
+            flush=True,
+        )
     attention.forward = batched
 
 
@@ -115,7 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--peak_tflops", type=float, help="dense bf16 peak of the card (default: known for " + ", ".join(PEAKS) + ")")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="dense bf16 peak of the card (default: known for " + ", ".join(PEAKS) + ")"
+    )
     args = parser.parse_args()
     CUDA = torch.cuda.is_available()
     DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -125,10 +190,20 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         make_demo.write_insertion(Path(folder) / "data", episodes=4, size=(240, 320))
         make_demo.write_qwen2_5_vl(Path(folder) / "qwen")
-        for train, checkpointing, windows in (("full", False, "batched"), ("full", False, "looped"), ("full", True, "batched"), ("lora", False, "batched"), ("lora", True, "batched"), ("head", False, "batched")):
+        for train, checkpointing, windows in (
+            ("full", False, "batched"),
+            ("full", False, "looped"),
+            ("full", True, "batched"),
+            ("lora", False, "batched"),
+            ("lora", True, "batched"),
+            ("head", False, "batched"),
+        ):
             try:
                 measure(args, Path(folder), train, checkpointing, windows)
             except torch.OutOfMemoryError:
-                print(f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows}: out of memory at batch {args.batch_size}", flush=True)
+                print(
+                    f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows}: out of memory at batch {args.batch_size}",
+                    flush=True,
+                )
             if CUDA:
                 torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ actions, end of sequence), so this is the model's side of a step: forward, backw
 of activations; adapters, attention, recomputation and the head (3 rows per sample) are not counted; over the card's dense bf16 peak (--peak_tflops).
 OpenVLA's authors report about 72 GB at batch 16 (A100).
 """
+
 import argparse
 import gc
 import importlib.util
@@ -24,7 +25,13 @@ import torch
 import train_openvla_vamos as openvla
 from modeling_openvla import TOWERS, OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor
 
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "RTX 3090": 71, "RTX 4090": 165}  # dense bf16 TFLOP/s, from the makers' data sheets
+PEAKS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+}  # dense bf16 TFLOP/s, from the makers' data sheets
 TOKENS, CARD_BYTES = 40, 24 * 2**30
 
 
@@ -32,14 +39,30 @@ def model_config(args):
     """openvla-7b, or the same with fewer layers and another width everywhere."""
     if args.layers == 32 and args.width == 4096:
         return OpenVLAConfig()
-    towers = {name: dict(size, embed_dim=args.width, depth=min(size["depth"], args.layers), num_heads=args.width // 64) for name, size in zip(("featurizer", "fused_featurizer"), TOWERS.values())}
-    return OpenVLAConfig(text_config=dict(hidden_size=args.width, intermediate_size=args.width * 11008 // 4096, num_hidden_layers=args.layers, num_attention_heads=args.width // 64,
-                                          num_key_value_heads=args.width // 64), vision_sizes=towers)
+    towers = {
+        name: dict(size, embed_dim=args.width, depth=min(size["depth"], args.layers), num_heads=args.width // 64)
+        for name, size in zip(("featurizer", "fused_featurizer"), TOWERS.values())
+    }
+    return OpenVLAConfig(
+        text_config=dict(
+            hidden_size=args.width,
+            intermediate_size=args.width * 11008 // 4096,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.width // 64,
+            num_key_value_heads=args.width // 64,
+        ),
+        vision_sizes=towers,
+    )
 
 
 def build(args, checkpointing, four_bit):
     """-> LossModel with its LoRA, as build_model makes it"""
-    cfg = openvla.Config(lora_rank=args.lora_rank, gradient_checkpointing=checkpointing, use_quantization=four_bit, vla_path=args.base or "")
+    cfg = openvla.Config(
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=checkpointing,
+        use_quantization=four_bit,
+        vla_path=args.base or "",
+    )
     real, dtype = openvla.load_weights, torch.bfloat16 if CUDA else torch.float32
 
     def random_weights(config, folder, device, dtype):
@@ -66,7 +89,15 @@ def batch_of(size, patches):
     ids = torch.from_numpy(rng.integers(3, 29000, (size, TOKENS)))
     ids[:, -3:] = torch.tensor([31800, 31900, 2])
     rows = (torch.arange(size)[:, None] * (patches + TOKENS) + patches + torch.arange(TOKENS - 4, TOKENS - 1)).flatten()
-    return openvla.to_device(dict(images=torch.from_numpy(rng.integers(0, 255, (size, 224, 224, 3), np.uint8)), input_ids=ids, rows=rows, targets=ids[:, -3:].flatten()), DEVICE)
+    return openvla.to_device(
+        dict(
+            images=torch.from_numpy(rng.integers(0, 255, (size, 224, 224, 3), np.uint8)),
+            input_ids=ids,
+            rows=rows,
+            targets=ids[:, -3:].flatten(),
+        ),
+        DEVICE,
+    )
 
 
 def one_step(core, trained, optimizer, batch):
@@ -92,7 +123,10 @@ def measure(args, checkpointing, four_bit):
     core = build(args, checkpointing, four_bit)
     config, trained = core.vla.config, [p for p in core.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-4, fused=CUDA or None)
-    patches, label = core.vla.vision_backbone.patches, f"checkpointing {str(checkpointing):<5} {'4-bit' if four_bit else 'bf16' if CUDA else 'fp32'}"
+    patches, label = (
+        core.vla.vision_backbone.patches,
+        f"checkpointing {str(checkpointing):<5} {'4-bit' if four_bit else 'bf16' if CUDA else 'fp32'}",
+    )
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -106,8 +140,11 @@ def measure(args, checkpointing, four_bit):
         sync()
         seconds = (time.perf_counter() - start) / args.steps
         rate = args.batch_size * flops_per_sample(config) / seconds / 1e12
-        print(f"{label} batch {args.batch_size:>3}: {args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {f'MFU {rate / args.peak_tflops:.1%}' if args.peak_tflops else f'{rate:.3f} TFLOP/s'}, "
-              f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.1f} GB, {sum(p.numel() for p in trained):,} trained", flush=True)
+        print(
+            f"{label} batch {args.batch_size:>3}: {args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {f'MFU {rate / args.peak_tflops:.1%}' if args.peak_tflops else f'{rate:.3f} TFLOP/s'}, "
+            f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.1f} GB, {sum(p.numel() for p in trained):,} trained",
+            flush=True,
+        )
     except torch.OutOfMemoryError:
         print(f"{label} batch {args.batch_size:>3}: out of memory", flush=True)
     if CUDA:
@@ -123,7 +160,10 @@ def measure(args, checkpointing, four_bit):
             for _ in range(args.steps):
                 core.vla.generate_action_ids(ids, pixels, 2)
             sync()
-        print(f"predict one picture, adapter not merged: {(time.perf_counter() - start) / args.steps * 1e3:.0f} ms", flush=True)
+        print(
+            f"predict one picture, adapter not merged: {(time.perf_counter() - start) / args.steps * 1e3:.0f} ms",
+            flush=True,
+        )
 
 
 def largest(core, trained, optimizer, patches, label):
@@ -158,14 +198,18 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--peak_tflops", type=float, help="dense bf16 peak of the card (default: known for " + ", ".join(PEAKS) + ")")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="dense bf16 peak of the card (default: known for " + ", ".join(PEAKS) + ")"
+    )
     args = parser.parse_args()
     CUDA = torch.cuda.is_available()
     DEVICE = torch.device("cuda" if CUDA else "cpu")
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     args.peak_tflops = args.peak_tflops or next((v for k, v in PEAKS.items() if k in name), None)
     four_bit = CUDA and args.base and importlib.util.find_spec("bitsandbytes")
-    print(f"{name}, torch {torch.__version__}; {args.base or 'random weights'}; 4-bit {'measured too' if four_bit else 'not measured (it needs CUDA, bitsandbytes and --base)'}")
+    print(
+        f"{name}, torch {torch.__version__}; {args.base or 'random weights'}; 4-bit {'measured too' if four_bit else 'not measured (it needs CUDA, bitsandbytes and --base)'}"
+    )
     for checkpointing, quantized in ((False, False), (True, False), *([(True, True)] if four_bit else [])):
         measure(args, checkpointing, quantized)
         gc.collect()

@@ -7,6 +7,7 @@ window   seconds of one 650-row sensor window of the mapped stream, shuffled / o
 feature  seconds of one 2048-wide feature of the session's mapped file, shuffled / of torch.load of a file that holds this one feature.
 item     seconds of everything that a training sample needs from the disk: feature, targets and a window of 65 or 650 rows.
 """
+
 import contextlib
 import io
 import os
@@ -55,7 +56,14 @@ def write_recording(folder, rng, start):
         (folder / v / "left").mkdir(parents=True)
         for k in range(100):
             (folder / v / "left" / f"zed_1_left_{start + k / 5:.3f}.jpg").touch()
-    np.savetxt(folder / f"robot_state_{int(start)}.csv", np.column_stack([t, t, t, 0 * t, pose, pose]), "%.17g", ",", header=make_demo.CSV_COLUMNS.format(force="force_placeholder"), comments="")
+    np.savetxt(
+        folder / f"robot_state_{int(start)}.csv",
+        np.column_stack([t, t, t, 0 * t, pose, pose]),
+        "%.17g",
+        ",",
+        header=make_demo.CSV_COLUMNS.format(force="force_placeholder"),
+        comments="",
+    )
 
 
 def start(folder):
@@ -90,8 +98,15 @@ def disk(folder):
             return z["data"][k]
 
     steps = rng.integers(20, len(session), 400)
-    npz, mapped, short = median_ms(from_npz, rng.integers(0, 80, 8)), median_ms(lambda k: session.sensor_window(int(k), 650), steps), median_ms(lambda k: session.sensor_window(int(k), 65), steps)
-    print(f"window   650 rows: .npz {npz:.0f} ms, mapped {mapped:.3f} ms: {npz / mapped:.0f} times; 65 rows mapped {short:.3f} ms", flush=True)
+    npz, mapped, short = (
+        median_ms(from_npz, rng.integers(0, 80, 8)),
+        median_ms(lambda k: session.sensor_window(int(k), 650), steps),
+        median_ms(lambda k: session.sensor_window(int(k), 65), steps),
+    )
+    print(
+        f"window   650 rows: .npz {npz:.0f} ms, mapped {mapped:.3f} ms: {npz / mapped:.0f} times; 65 rows mapped {short:.3f} ms",
+        flush=True,
+    )
 
     ticks = session.ticks(3, ["View1"])
     one = folder / "features"
@@ -99,17 +114,31 @@ def disk(folder):
     features = torch.randn(len(ticks), 1, 2048, dtype=torch.float16)
     for i, f in enumerate(features):
         torch.save(f[None].clone(), one / f"{i}.pt")
-    ckpt.save_state(folder / "all.pt", dict(features=features, tick_timestamps=torch.from_numpy(ticks.tick_time), frame_index={}, meta={}))
+    ckpt.save_state(
+        folder / "all.pt",
+        dict(features=features, tick_timestamps=torch.from_numpy(ticks.tick_time), frame_index={}, meta={}),
+    )
     file = vc.FeatureFile(folder / "all.pt")
     chosen = rng.integers(0, len(ticks), 2000)
-    per_file, row = median_ms(lambda i: torch.load(one / f"{i}.pt", weights_only=True).float(), chosen), median_ms(lambda i: file.features[int(i)].float(), chosen)
-    print(f"feature  one file each, torch.load {per_file:.3f} ms; one row of the session's file {row:.4f} ms: {per_file / row:.0f} times", flush=True)
+    per_file, row = (
+        median_ms(lambda i: torch.load(one / f"{i}.pt", weights_only=True).float(), chosen),
+        median_ms(lambda i: file.features[int(i)].float(), chosen),
+    )
+    print(
+        f"feature  one file each, torch.load {per_file:.3f} ms; one row of the session's file {row:.4f} ms: {per_file / row:.0f} times",
+        flush=True,
+    )
 
     for window in (65, 650):
+
         def item(k):
             tick = session.tick_of_step(int(k), 3, 3)
             return file.features[int(tick)].float(), session.targets(int(k), 8), session.sensor_window(int(k), window)
-        print(f"item     window {window}: {median_ms(item, steps):.3f} ms, {1000 / median_ms(item, steps):.0f} samples/s of one process", flush=True)
+
+        print(
+            f"item     window {window}: {median_ms(item, steps):.3f} ms, {1000 / median_ms(item, steps):.0f} samples/s of one process",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

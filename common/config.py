@@ -8,6 +8,7 @@ YAML). `parse_config(Config)` reads `--config FILE`, then lets flags win:
 
 `--help` prints every field with its default and the comment that stands behind it in the source.
 """
+
 import ast
 import dataclasses
 import difflib
@@ -48,7 +49,9 @@ def parse_config(cls, argv=None, aliases=None, partial=False):
 
 def save_config(cfg, path):
     """Write every resolved value to `path` (YAML), in the form that --config reads."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    Path(path).write_text(
+        yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def fields_of(cls, prefix=""):
@@ -111,7 +114,9 @@ def _resolve(name, fields, aliases):
     if len(leaves) == 1:
         return leaves[0], False
     if len(leaves) > 1:
-        raise ConfigError(f"--{name} could be any of {', '.join('--' + leaf for leaf in leaves)}: write the one you mean")
+        raise ConfigError(
+            f"--{name} could be any of {', '.join('--' + leaf for leaf in leaves)}: write the one you mean"
+        )
     if name.startswith("no_"):
         try:
             key, _ = _resolve(name[3:], fields, aliases)
@@ -160,7 +165,9 @@ def _read_yaml(path, fields, partial):
                 values[dotted] = _coerce(f"{path}: {dotted}", fields[dotted][0], value)
             elif dotted in groups:
                 if not isinstance(value or {}, dict):
-                    raise ConfigError(f"{path}: '{dotted}' is a group of keys, got {value!r}; write {dotted}: {{key: value}}")
+                    raise ConfigError(
+                        f"{path}: '{dotted}' is a group of keys, got {value!r}; write {dotted}: {{key: value}}"
+                    )
                 walk(value or {}, dotted + ".")
             elif not partial:
                 raise ConfigError(f"{path}: " + _unknown("", dotted, list(fields)))
@@ -182,7 +189,9 @@ def _from_flag(key, kind, given):
         try:
             value = yaml.load(given[0], _Loader)
         except yaml.YAMLError:
-            raise ConfigError(f"{name}: expected {'[a, b] or a b' if is_list else '{key: value}'}, got {given[0]!r}") from None
+            raise ConfigError(
+                f"{name}: expected {'[a, b] or a b' if is_list else '{key: value}'}, got {given[0]!r}"
+            ) from None
     elif is_list and len(given) == 1:
         value = given[0].split(",")
     return _coerce(name, kind, value)
@@ -234,7 +243,9 @@ def _coerce(name, kind, value):
             raise wrong
         return base(number)
     if base is str:
-        if isinstance(value, (dict, list, bool)) or value is None:  # a bool: YAML reads a bare on, off, yes, no as one; quote it
+        if (
+            isinstance(value, (dict, list, bool)) or value is None
+        ):  # a bool: YAML reads a bare on, off, yes, no as one; quote it
             raise wrong
         return str(value)
     raise TypeError(f"{name}: the config dataclass uses an unsupported type {kind}")
@@ -243,7 +254,13 @@ def _coerce(name, kind, value):
 def _type_name(kind):
     base = _strip_none(kind)
     origin, args = typing.get_origin(base), typing.get_args(base)
-    text = " | ".join(map(str, args)) if origin is typing.Literal else f"list of {args[0].__name__}" if origin is list else base.__name__
+    text = (
+        " | ".join(map(str, args))
+        if origin is typing.Literal
+        else f"list of {args[0].__name__}"
+        if origin is list
+        else base.__name__
+    )
     return text + (" or null" if base is not kind else "")
 
 
@@ -264,15 +281,26 @@ def _comments(cls):
     out = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         source = textwrap.dedent(inspect.getsource(base))
-        by_line = {tok.start[0]: tok.string.lstrip("# ") for tok in tokenize.generate_tokens(io.StringIO(source).readline) if tok.type == tokenize.COMMENT}
+        by_line = {
+            tok.start[0]: tok.string.lstrip("# ")
+            for tok in tokenize.generate_tokens(io.StringIO(source).readline)
+            if tok.type == tokenize.COMMENT
+        }
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):  # a default over several lines may carry its comment on any of them
-                out[node.target.id] = " ".join(by_line[line] for line in range(node.lineno, node.end_lineno + 1) if line in by_line)
+                out[node.target.id] = " ".join(
+                    by_line[line] for line in range(node.lineno, node.end_lineno + 1) if line in by_line
+                )
     return out
 
 
 def _help(cls, fields, aliases):
-    lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml] [--key value ...]", "", "Flags win over the YAML file. Keys, types and defaults:", ""]
+    lines = [
+        f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml] [--key value ...]",
+        "",
+        "Flags win over the YAML file. Keys, types and defaults:",
+        "",
+    ]
     width = max(len(key) for key in fields) + 2
     for key, (kind, default, comment) in fields.items():
         also = "".join(f" (also --{flag})" for flag, field in aliases.items() if field == key)

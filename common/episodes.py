@@ -9,6 +9,7 @@
 Camera names sorted alphabetically become camera1..K. Low-dimensional arrays are read once; images lazily, through a
 bounded number of open files per process. Nothing is ever replaced by zeros: what cannot be read raises BadEpisode.
 """
+
 import io
 import os
 import random
@@ -34,22 +35,26 @@ class Episode:
     """Everything of one file but its images."""
 
     path: str
-    name: str                          # path relative to the data root: stable when the data moves
+    name: str  # path relative to the data root: stable when the data moves
     num_frames: int
-    cameras: dict                      # {recorder's camera name: "jpeg" | "raw"}, sorted by name
-    action: np.ndarray                 # (N, A) float32, as recorded
-    ee_pose: np.ndarray | None         # (N, 6) float32
-    qpos: np.ndarray | None            # (N, 6) float32
-    phase: np.ndarray | None           # (N,) int
-    instruction: str | None            # the file's own language_instruction
+    cameras: dict  # {recorder's camera name: "jpeg" | "raw"}, sorted by name
+    action: np.ndarray  # (N, A) float32, as recorded
+    ee_pose: np.ndarray | None  # (N, 6) float32
+    qpos: np.ndarray | None  # (N, 6) float32
+    phase: np.ndarray | None  # (N,) int
+    instruction: str | None  # the file's own language_instruction
 
 
 def find_episodes(root):
     """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder once. FileNotFoundError when there is none."""
     if not str(root):
-        raise FileNotFoundError("No HDF5 files found: dataset.root_dir is empty. Set it to the folder with your .h5 episodes (--dataset.root_dir DIR)")
+        raise FileNotFoundError(
+            "No HDF5 files found: dataset.root_dir is empty. Set it to the folder with your .h5 episodes (--dataset.root_dir DIR)"
+        )
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"No HDF5 files found: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})")
+        raise FileNotFoundError(
+            f"No HDF5 files found: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})"
+        )
     paths, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -57,10 +62,14 @@ def find_episodes(root):
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))  # a recording keeps its real name
+        subfolders.sort(
+            key=lambda name: (os.path.islink(os.path.join(folder, name)), name)
+        )  # a recording keeps its real name
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
     if not paths:
-        raise FileNotFoundError(f"No HDF5 files found under '{root}' (searched for *.h5 and *.hdf5, recursively). Check dataset.root_dir")
+        raise FileNotFoundError(
+            f"No HDF5 files found under '{root}' (searched for *.h5 and *.hdf5, recursively). Check dataset.root_dir"
+        )
     return sorted(paths)
 
 
@@ -69,7 +78,9 @@ def read_episode(path, root=None):
     try:
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             if "observations/images" not in f or not len(f["observations/images"]):
-                raise BadEpisode(f"{path}: no 'observations/images/<camera>'; the file has {sorted(f)}. Re-record it or move it away")
+                raise BadEpisode(
+                    f"{path}: no 'observations/images/<camera>'; the file has {sorted(f)}. Re-record it or move it away"
+                )
             action = _lowdim(f, path, "action", required=True)
             n = len(action)
             if n == 0:
@@ -78,20 +89,37 @@ def read_episode(path, root=None):
             for name in sorted(f["observations/images"]):
                 images = f["observations/images"][name]
                 if len(images) != n:
-                    raise BadEpisode(f"{path}: dataset 'observations/images/{name}' has {len(images)} frames, 'action' has {n} rows")
+                    raise BadEpisode(
+                        f"{path}: dataset 'observations/images/{name}' has {len(images)} frames, 'action' has {n} rows"
+                    )
                 cameras[name] = _layout(path, name, images)
             phase = f["phase"][:].astype(int) if "phase" in f else None
             if phase is not None and phase.shape != (n,):
                 raise BadEpisode(f"{path}: dataset 'phase' has shape {phase.shape}, expected ({n},)")
             return Episode(
-                path=str(path), name=os.path.relpath(path, root) if root else Path(path).name, num_frames=n, cameras=cameras, action=action,
-                ee_pose=_lowdim(f, path, "observations/ee_pose", n), qpos=_lowdim(f, path, "observations/qpos", n),
-                phase=phase, instruction=read_instruction(f, path),
+                path=str(path),
+                name=os.path.relpath(path, root) if root else Path(path).name,
+                num_frames=n,
+                cameras=cameras,
+                action=action,
+                ee_pose=_lowdim(f, path, "observations/ee_pose", n),
+                qpos=_lowdim(f, path, "observations/qpos", n),
+                phase=phase,
+                instruction=read_instruction(f, path),
             )
     except BadEpisode:
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:  # what h5py raises for damage, or a group where a dataset should be
-        raise BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out") from error
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:  # what h5py raises for damage, or a group where a dataset should be
+        raise BadEpisode(
+            f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out"
+        ) from error
 
 
 def load_episodes(root, skip_bad=False, progress=None):
@@ -117,11 +145,18 @@ def load_episodes(root, skip_bad=False, progress=None):
 
 def _check_agreement(first, other):
     def signature(e):
-        return {"cameras": list(e.cameras), "action dims": e.action.shape[1], "ee_pose dims": None if e.ee_pose is None else e.ee_pose.shape[1],
-                "qpos dims": None if e.qpos is None else e.qpos.shape[1]}
+        return {
+            "cameras": list(e.cameras),
+            "action dims": e.action.shape[1],
+            "ee_pose dims": None if e.ee_pose is None else e.ee_pose.shape[1],
+            "qpos dims": None if e.qpos is None else e.qpos.shape[1],
+        }
+
     for what, expected in signature(first).items():
         if signature(other)[what] != expected:
-            raise BadEpisode(f"{other.path}: {what} {signature(other)[what]} do not match {expected} of {first.path}. Train on one kind of recording at a time: move one away")
+            raise BadEpisode(
+                f"{other.path}: {what} {signature(other)[what]} do not match {expected} of {first.path}. Train on one kind of recording at a time: move one away"
+            )
 
 
 def _lowdim(f, path, key, rows=None, required=False):
@@ -134,7 +169,9 @@ def _lowdim(f, path, key, rows=None, required=False):
         raise BadEpisode(f"{path}: dataset '{key}' has shape {array.shape}, expected ({rows or 'frames'}, dims)")
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
-        raise BadEpisode(f"{path}: dataset '{key}' frame {bad[0]} is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)")
+        raise BadEpisode(
+            f"{path}: dataset '{key}' frame {bad[0]} is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)"
+        )
     return array
 
 
@@ -143,7 +180,9 @@ def _layout(path, name, images):
         return "jpeg"
     if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
         return "raw"
-    raise BadEpisode(f"{path}: dataset 'observations/images/{name}' is {images.dtype} {images.shape}; expected (N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8")
+    raise BadEpisode(
+        f"{path}: dataset 'observations/images/{name}' is {images.dtype} {images.shape}; expected (N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
+    )
 
 
 def read_instruction(f, path):
@@ -171,7 +210,9 @@ class ImageReader:
         try:
             value = self._open(episode.path)["observations/images"][camera][frame]
         except (OSError, RuntimeError, KeyError, IndexError) as error:
-            raise BadEpisode(f"{where} cannot be read ({error}). Re-copy the file, or move it away and start again") from error
+            raise BadEpisode(
+                f"{where} cannot be read ({error}). Re-copy the file, or move it away and start again"
+            ) from error
         if episode.cameras[camera] == "raw":
             return value
         try:
@@ -180,7 +221,9 @@ class ImageReader:
                 image.draft("RGB", (at_least[1], at_least[0]))
             return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). Re-record the episode, or move it away and start again") from error
+            raise BadEpisode(
+                f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). Re-record the episode, or move it away and start again"
+            ) from error
 
     def _open(self, path):
         if self._pid != os.getpid():
@@ -198,6 +241,7 @@ class ImageReader:
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class ActionDefinition:
@@ -225,29 +269,39 @@ class ActionDefinition:
 def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
     """ActionDefinition for these episodes. rotation_unit "auto": degrees if any |rotation| exceeds a full turn in radians."""
     if not use_ee_pose_delta:
-        return ActionDefinition("action", episodes[0].action.shape[1], detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit)
+        return ActionDefinition(
+            "action",
+            episodes[0].action.shape[1],
+            detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit,
+        )
     pose = episodes[0].ee_pose
     if pose is None or pose.shape[1] != 6:
-        raise BadEpisode(f"{episodes[0].path}: use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {None if pose is None else pose.shape}. "
-                         "Set dataset.use_ee_pose_delta_as_action: false to train on the recorded 'action'")
-    return ActionDefinition("ee_pose_delta", 6, detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit)
+        raise BadEpisode(
+            f"{episodes[0].path}: use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {None if pose is None else pose.shape}. "
+            "Set dataset.use_ee_pose_delta_as_action: false to train on the recorded 'action'"
+        )
+    return ActionDefinition(
+        "ee_pose_delta", 6, detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit
+    )
 
 
 def detect_rotation_unit(episodes):
-    """"deg" if any rotation of ee_pose lies beyond 2 pi, else "rad" ("rad" when there is none to look at)."""
+    """ "deg" if any rotation of ee_pose lies beyond 2 pi, else "rad" ("rad" when there is none to look at)."""
     peaks = [np.abs(e.ee_pose[:, 3:6]).max() for e in episodes if e.ee_pose is not None and e.ee_pose.shape[1] == 6]
     return "deg" if peaks and max(peaks) > 2 * np.pi + 1e-3 else "rad"
 
 
 def detect_position_unit(episodes):
-    """"mm" or "m" from the size of ee_pose[:, :3] (a desktop arm reaches less than 2 m, and more than 2 mm), None without poses.
+    """ "mm" or "m" from the size of ee_pose[:, :3] (a desktop arm reaches less than 2 m, and more than 2 mm), None without poses.
     Episodes that disagree raise BadEpisode: their deltas differ by a factor of 1000."""
     units = {}
     for e in episodes:
         if e.ee_pose is not None:
             units.setdefault("mm" if np.abs(e.ee_pose[:, :3]).max() > 2.0 else "m", e.path)
     if len(units) > 1:
-        raise BadEpisode(f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}. Convert one, or move it away")
+        raise BadEpisode(
+            f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}. Convert one, or move it away"
+        )
     return next(iter(units), None)
 
 
@@ -265,7 +319,7 @@ def action_chunk(targets, frame, horizon, hold):
 
     Past the end `hold` "zero" pads with zeros (a delta: stand still), "repeat" with the last row (an absolute target).
     """
-    chunk = targets[frame:frame + horizon]
+    chunk = targets[frame : frame + horizon]
     missing = horizon - len(chunk)
     if missing:
         fill = np.zeros_like(targets[:1]) if hold == "zero" else targets[-1:]
@@ -274,6 +328,7 @@ def action_chunk(targets, frame, horizon, hold):
 
 
 # ---- statistics and split -----------------------------------------------------------------------------------------------------------
+
 
 def robot_state(episode, keys):
     """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose") side by side."""
@@ -285,27 +340,44 @@ def insertion_stats(train, definition, held_out, state_keys=()):
     arrays = {"action": [definition.targets(e) for e in train]}
     if state_keys:
         arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
-    return dict(format_version=FORMAT_VERSION, num_episodes=len(train), num_frames=int(sum(e.num_frames for e in train)), action_definition=asdict(definition),
-                excluded_episodes=list(held_out), **compute_stats(arrays))
+    return dict(
+        format_version=FORMAT_VERSION,
+        num_episodes=len(train),
+        num_frames=int(sum(e.num_frames for e in train)),
+        action_definition=asdict(definition),
+        excluded_episodes=list(held_out),
+        **compute_stats(arrays),
+    )
 
 
 def hold_out_last(episodes, count):
     """(training, validation): the last `count` episodes of the sorted list; recorders put the time into the name, so these are the newest."""
     if not 0 <= count < len(episodes):
         raise ValueError(f"num_val_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer")
-    return episodes[:len(episodes) - count], episodes[len(episodes) - count:]
+    return episodes[: len(episodes) - count], episodes[len(episodes) - count :]
 
 
 def hold_out_random(episodes, count, seed):
     """(training, validation) as sorted lists of indices: `count` episodes drawn with `seed`, as guide 2 splits."""
     if not 0 <= count < len(episodes):
-        raise ValueError(f"validation.num_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer (--validation.num_episodes N, or --validation.enable false)")
+        raise ValueError(
+            f"validation.num_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer (--validation.num_episodes N, or --validation.enable false)"
+        )
     validation = sorted(random.Random(seed).sample(range(len(episodes)), count))
     return sorted(set(range(len(episodes))) - set(validation)), validation
 
 
 def write_validation_list(path, episodes, validation):
     """validation_episodes.txt: `validation` holds indices into the sorted list `episodes`."""
-    lines = ["Validation episodes", "=" * 80, f"Total episodes: {len(episodes)}", f"Validation episodes: {len(validation)}",
-             f"Validation episode indices: {list(validation)}", "", "Validation episode paths:"]
-    Path(path).write_text("\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n", encoding="utf-8")
+    lines = [
+        "Validation episodes",
+        "=" * 80,
+        f"Total episodes: {len(episodes)}",
+        f"Validation episodes: {len(validation)}",
+        f"Validation episode indices: {list(validation)}",
+        "",
+        "Validation episode paths:",
+    ]
+    Path(path).write_text(
+        "\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n", encoding="utf-8"
+    )

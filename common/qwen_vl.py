@@ -3,6 +3,7 @@
 Every program here squashes images to one fixed size first, so all images of a batch have the same patch grid. The numbers (mean, std,
 patch 14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and rope code.
 """
+
 import importlib.util
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 def image_patches(images, mean, std, patch=14, merge=2, temporal=2):
     """(N, h, w, 3) uint8 -> (N * h/patch * w/patch, 3 * temporal * patch * patch) float32, in the order of Qwen2VLImageProcessor: the merge x merge
     patches of one token together. `mean`, `std` (3, 1, 1) in 0..255 units. A still image is repeated `temporal` times."""
-    x = (images.permute(0, 3, 1, 2).float() - mean) / std                # (N, 3, h, w)
+    x = (images.permute(0, 3, 1, 2).float() - mean) / std  # (N, 3, h, w)
     n, c, h, w = x.shape
     rows, columns = h // patch, w // patch
-    x = x.reshape(n, c, rows // merge, merge, patch, columns // merge, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)  # (n, rows, columns, merge, merge, c, patch, patch)
+    x = x.reshape(n, c, rows // merge, merge, patch, columns // merge, merge, patch).permute(
+        0, 2, 5, 3, 6, 1, 4, 7
+    )  # (n, rows, columns, merge, merge, c, patch, patch)
     return x.unsqueeze(-3).expand(*x.shape[:6], temporal, patch, patch).reshape(n * rows * columns, -1)
 
 
@@ -26,7 +29,7 @@ def rope_positions(ids, image_token_id, grid):
     out, position, i = np.zeros((3, len(ids)), np.int64), 0, 0
     while i < len(ids):
         if ids[i] == image_token_id:
-            out[:, i:i + len(row)] = position + np.stack([np.zeros_like(row), row, column])
+            out[:, i : i + len(row)] = position + np.stack([np.zeros_like(row), row, column])
             i, position = i + len(row), position + max(grid)
         else:
             out[:, i], i, position = position, i + 1, position + 1
@@ -37,7 +40,9 @@ def pick_attention(choice, device):
     """attn_implementation "auto" -> flash_attention_2 where it can run, else sdpa; asking for flash where it cannot is an error."""
     can_flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
     if choice == "flash_attention_2" and not can_flash:
-        raise ValueError("Flash Attention not supported here: it needs CUDA and the flash_attn package. Use --attn_implementation auto (sdpa where flash is missing)")
+        raise ValueError(
+            "Flash Attention not supported here: it needs CUDA and the flash_attn package. Use --attn_implementation auto (sdpa where flash is missing)"
+        )
     return choice if choice != "auto" else "flash_attention_2" if can_flash else "sdpa"
 
 
@@ -58,7 +63,9 @@ def batch_vision_attention():
             return self.looped_forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         q, k, v = self.qkv(hidden_states).reshape(n * length, 3, self.num_heads, -1).unbind(1)
         q, k = qwen.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        q, k, v = (x.reshape(n, length, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))  # (windows, heads, length, head dim)
+        q, k, v = (
+            x.reshape(n, length, self.num_heads, -1).transpose(1, 2) for x in (q, k, v)
+        )  # (windows, heads, length, head dim)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
         return self.proj(out.transpose(1, 2).reshape(n * length, -1))
 

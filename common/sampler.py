@@ -4,6 +4,7 @@ Position p counts the samples that training has consumed since step 0, over all 
 An optimizer step takes `global_batch` consecutive positions; micro-batch m of rank r takes its own slice of them, so k
 micro-batches, or r ranks, see together exactly what one big batch sees.
 """
+
 import hashlib
 
 import numpy as np
@@ -42,7 +43,15 @@ class RankBatches:
     """
 
     def __init__(self, order, batch_size, accumulation=1, rank=0, world=1, start=0, steps=1):
-        self.order, self.batch_size, self.accumulation, self.rank, self.world, self.start, self.steps = order, batch_size, accumulation, rank, world, start, steps
+        self.order, self.batch_size, self.accumulation, self.rank, self.world, self.start, self.steps = (
+            order,
+            batch_size,
+            accumulation,
+            rank,
+            world,
+            start,
+            steps,
+        )
 
     def __iter__(self):
         for k in range(self.steps * self.accumulation):

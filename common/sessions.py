@@ -4,6 +4,7 @@ data.pkl holds builtins and arrays only and is read by an unpickler that knows n
 the TCP pose from there to ends[k], about 0.1 s later. Where the robot log has a gap a new segment begins; nothing reaches across. Whatever belongs to
 step k (VLM tick, images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
 """
+
 import dataclasses
 import functools
 import hashlib
@@ -16,13 +17,19 @@ import numpy as np
 
 from common.stats import compute_stats
 
-SCHEMA = 2                     # of data.pkl
-STATS_FORMAT = 1               # of session_stats
+SCHEMA = 2  # of data.pkl
+STATS_FORMAT = 1  # of session_stats
 DATA_PKL, SENSOR_FILE = "data.pkl", "sensor_stream.npy"
-CHANNELS = 1026                # of a sensor row: force, then 1025 A-scan values
+CHANNELS = 1026  # of a sensor row: force, then 1025 A-scan values
 SENSOR_HZ = 650
-ACTION_HZ = 10                 # what the trainings expect of the sessions' actions
-ARRAYS = dict(action=("f4", 7), action_timestamps=("f8", None), action_end_timestamps=("f8", None), segment_id=("i4", None), robot_state=("f4", 12))
+ACTION_HZ = 10  # what the trainings expect of the sessions' actions
+ARRAYS = dict(
+    action=("f4", 7),
+    action_timestamps=("f8", None),
+    action_end_timestamps=("f8", None),
+    segment_id=("i4", None),
+    robot_state=("f4", 12),
+)
 REMAKE = "python create_datapkl.py --dataset-dirs {}"
 
 
@@ -32,15 +39,23 @@ class BadSession(ValueError):
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
 
+
 class _Unpickler(pickle.Unpickler):
     """Builtin values and NumPy arrays; every other global is refused before anything of it runs."""
 
     def find_class(self, module, name):
-        from numpy import _core                                              # 1.x pickles say numpy.core, 2.x numpy._core
+        from numpy import _core  # 1.x pickles say numpy.core, 2.x numpy._core
 
-        known = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1, ("__builtin__", "bytes"): _no_bytes}
+        known = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _latin1,
+            ("__builtin__", "bytes"): _no_bytes,
+        }
         for core in ("numpy.core", "numpy._core"):
-            known |= {(f"{core}.multiarray", n): getattr(_core.multiarray, n) for n in ("_reconstruct", "scalar")} | {(f"{core}.numeric", "_frombuffer"): _core.numeric._frombuffer}
+            known |= {(f"{core}.multiarray", n): getattr(_core.multiarray, n) for n in ("_reconstruct", "scalar")} | {
+                (f"{core}.numeric", "_frombuffer"): _core.numeric._frombuffer
+            }
         if (module, name) not in known:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return known[module, name]
@@ -67,11 +82,17 @@ def load_data_pkl(path):
             data = _Unpickler(f).load()
     except OSError:
         raise
-    except Exception as error:  # damaged bytes surface as anything: EOFError, UnpicklingError, IndexError, MemoryError...
-        raise BadSession(f"{path} is refused: {error}; a data.pkl holds plain values and arrays only. {again}") from error
+    except (
+        Exception
+    ) as error:  # damaged bytes surface as anything: EOFError, UnpicklingError, IndexError, MemoryError...
+        raise BadSession(
+            f"{path} is refused: {error}; a data.pkl holds plain values and arrays only. {again}"
+        ) from error
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
         found = f"schema_version {data.get('schema_version')}" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise BadSession(f"{path} has {found}, this code reads {SCHEMA} (a file of another program has no action times). {again}")
+        raise BadSession(
+            f"{path} has {found}, this code reads {SCHEMA} (a file of another program has no action times). {again}"
+        )
     wanted = {*ARRAYS, "image", "image_timestamps", "sensor_data", "instruction", "metadata"}
     if lacking := sorted(wanted - set(data)):
         raise BadSession(f"{path} has no {', '.join(lacking)}. {again}")
@@ -79,7 +100,9 @@ def load_data_pkl(path):
     for key, (dtype, width) in ARRAYS.items():
         x = data[key]
         if not isinstance(x, np.ndarray) or x.dtype != np.dtype(dtype) or x.shape != ((n, width) if width else (n,)):
-            raise BadSession(f"{path}: {key} is {getattr(x, 'dtype', type(x).__name__)} {getattr(x, 'shape', '')}, expected {dtype} {(n, width) if width else (n,)}. {again}")
+            raise BadSession(
+                f"{path}: {key} is {getattr(x, 'dtype', type(x).__name__)} {getattr(x, 'shape', '')}, expected {dtype} {(n, width) if width else (n,)}. {again}"
+            )
     if n == 0 or not all(np.isfinite(data[key]).all() for key in ARRAYS):
         raise BadSession(f"{path} has {'no action' if n == 0 else 'values that are not finite'}. {again}")
     return data
@@ -104,11 +127,17 @@ def find_recordings(roots):
     for root in roots:
         root = Path(root).absolute()
         if not root.is_dir():
-            raise FileNotFoundError(f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*, Captures*)")
+            raise FileNotFoundError(
+                f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*, Captures*)"
+            )
         for folder, subfolders, files in os.walk(root, followlinks=True):
-            if DATA_PKL in files or any(ROBOT_CSV.fullmatch(f) for f in files) or (RECORDING.fullmatch(os.path.basename(folder)) and _has_images(subfolders)):
+            if (
+                DATA_PKL in files
+                or any(ROBOT_CSV.fullmatch(f) for f in files)
+                or (RECORDING.fullmatch(os.path.basename(folder)) and _has_images(subfolders))
+            ):
                 found.add(Path(folder))
-                subfolders.clear()                                           # thousands of images: nothing below is a recording
+                subfolders.clear()  # thousands of images: nothing below is a recording
             else:
                 subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
     return sorted(found)
@@ -123,7 +152,7 @@ def identity(folder):
     parts = Path(folder).parts
     if "New_dataset" in parts[:-1]:
         at = len(parts) - 1 - parts[::-1].index("New_dataset")
-        return "New_dataset", "/".join(parts[at + 1:-1]).replace("/", "+") or "-", parts[-1]
+        return "New_dataset", "/".join(parts[at + 1 : -1]).replace("/", "+") or "-", parts[-1]
     return parts[-2] if len(parts) > 2 else "-", "-", parts[-1]
 
 
@@ -131,18 +160,29 @@ def find_sessions(roots):
     """Folders -> list of Session, sorted by name. A recording without a data.pkl, or with one older than its files, is an error with the command to run."""
     folders = find_recordings(roots)
     if not folders:
-        raise FileNotFoundError(f"no sessions below {', '.join(map(str, roots))}: expected recordings (recv_all_*, episode_*, Captures*), each with a data.pkl")
+        raise FileNotFoundError(
+            f"no sessions below {', '.join(map(str, roots))}: expected recordings (recv_all_*, episode_*, Captures*), each with a data.pkl"
+        )
     missing = [f for f in folders if not (f / DATA_PKL).is_file()]
     found = [Session(f) for f in folders if f not in set(missing)]
     stale = [s.path for s in found if s.stale()]
     if missing or stale:
-        listed = [f"{f} (no {DATA_PKL})" for f in missing] + [f"{f} ({DATA_PKL} is older than the recording)" for f in stale]
+        listed = [f"{f} (no {DATA_PKL})" for f in missing] + [
+            f"{f} ({DATA_PKL} is older than the recording)" for f in stale
+        ]
         more = f"\n  and {len(listed) - 10} more" if len(listed) > 10 else ""
-        raise BadSession(f"{len(listed)} of {len(folders)} recordings are not preprocessed:\n  " + "\n  ".join(listed[:10]) + more + f"\nRun: {REMAKE.format(' '.join(map(str, roots)))}")
+        raise BadSession(
+            f"{len(listed)} of {len(folders)} recordings are not preprocessed:\n  "
+            + "\n  ".join(listed[:10])
+            + more
+            + f"\nRun: {REMAKE.format(' '.join(map(str, roots)))}"
+        )
     found.sort(key=lambda s: s.name)
     for a, b in zip(found, found[1:]):
         if a.name == b.name:
-            raise BadSession(f"two sessions are called {a.name}: {a.path} and {b.path}. Give only one of the two folders, or rename one")
+            raise BadSession(
+                f"two sessions are called {a.name}: {a.path} and {b.path}. Give only one of the two folders, or rename one"
+            )
     return found
 
 
@@ -155,14 +195,15 @@ def common_views(sessions):
 
 # ---- one session -----------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Ticks:
     """When the VLM looks: every `stride` steps, from each segment's first."""
 
     stride: int
-    start: np.ndarray          # (n,) int32, step at which the tick is
-    tick_time: np.ndarray      # (n,) float64, seconds, = starts[start]
-    frame_index: dict          # {view: (n,) int32}, newest image of that time or earlier; -1: none that is fresh enough
+    start: np.ndarray  # (n,) int32, step at which the tick is
+    tick_time: np.ndarray  # (n,) float64, seconds, = starts[start]
+    frame_index: dict  # {view: (n,) int32}, newest image of that time or earlier; -1: none that is fresh enough
 
     def __len__(self):
         return len(self.start)
@@ -170,7 +211,11 @@ class Ticks:
     @property
     def complete(self):
         """(n,) bool: every view has a frame."""
-        return np.all([i >= 0 for i in self.frame_index.values()], axis=0) if self.frame_index else np.ones(len(self), bool)
+        return (
+            np.all([i >= 0 for i in self.frame_index.values()], axis=0)
+            if self.frame_index
+            else np.ones(len(self), bool)
+        )
 
 
 class Session:
@@ -192,12 +237,18 @@ class Session:
         self.view_names = list(self._images)
         sensor = data["sensor_data"]
         self.has_sensor = sensor is not None
-        self.sensor_stamps, self.sensor_path = (sensor["timestamps"], self.path / sensor["file"]) if sensor else (None, None)
-        if sensor and (not self.sensor_path.is_file() or self.sensor_path.stat().st_size < len(self.sensor_stamps) * CHANNELS * 4):
-            raise BadSession(f"{self.sensor_path} is missing or too short for its {len(self.sensor_stamps)} sensor rows. Make it again: {REMAKE.format(self.path)} --force")
+        self.sensor_stamps, self.sensor_path = (
+            (sensor["timestamps"], self.path / sensor["file"]) if sensor else (None, None)
+        )
+        if sensor and (
+            not self.sensor_path.is_file() or self.sensor_path.stat().st_size < len(self.sensor_stamps) * CHANNELS * 4
+        ):
+            raise BadSession(
+                f"{self.sensor_path} is missing or too short for its {len(self.sensor_stamps)} sensor rows. Make it again: {REMAKE.format(self.path)} --force"
+            )
         # first step of each segment, and that of every step's own
         self._first = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
-        self._last = np.r_[self._first[1:], len(self.segment)]               # one past the segment's last
+        self._last = np.r_[self._first[1:], len(self.segment)]  # one past the segment's last
         self._row = np.repeat(np.arange(len(self._first)), self._last - self._first)
 
     def __len__(self):
@@ -212,7 +263,9 @@ class Session:
         """-> (paths relative to the session, stamps (M,)) of a view; "View1" also finds "View1_left"."""
         key = name if name in self._images else f"{name}_left"
         if key not in self._images:
-            raise BadSession(f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. Choose others with --views, or leave this session out")
+            raise BadSession(
+                f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. Choose others with --views, or leave this session out"
+            )
         return self._images[key]
 
     def frame_path(self, view, index):
@@ -221,7 +274,10 @@ class Session:
 
     def stale(self):
         """Did a file that data.pkl was made from change since? Files that were deleted meanwhile do not count: nothing here needs them."""
-        return any((self.path / name).is_file() and source_facts(self.path / name) != (size, mtime) for name, size, mtime in self.metadata["sources"])
+        return any(
+            (self.path / name).is_file() and source_facts(self.path / name) != (size, mtime)
+            for name, size, mtime in self.metadata["sources"]
+        )
 
     # ---- time
 
@@ -247,7 +303,7 @@ class Session:
         k = np.asarray(k)
         row = self._row[k]
         first = self._first[row]
-        offset = np.r_[0, np.cumsum(-(-(self._last - self._first) // stride))][row]   # index of the segment's first tick
+        offset = np.r_[0, np.cumsum(-(-(self._last - self._first) // stride))][row]  # index of the segment's first tick
         j = (k - first) // reuse
         if latency_s > 0:
             late = lambda j: (j > 0) & (self.starts[first + j * reuse] + latency_s > self.starts[k] + 1e-5)  # noqa: E731
@@ -272,7 +328,7 @@ class Session:
         oldest = int(np.searchsorted(self.sensor_stamps, self.starts[k] - window / SENSOR_HZ - 0.1))
         begin = max(end - window, oldest, 0)
         if end > begin:
-            out[window - (end - begin):] = _map_sensor(str(self.sensor_path))[begin:end]
+            out[window - (end - begin) :] = _map_sensor(str(self.sensor_path))[begin:end]
         return out, max(0, end - begin)
 
     def targets(self, k, horizon):
@@ -287,11 +343,14 @@ def _map_sensor(path):
     """Each open map costs a file descriptor, so only the last ones stay open."""
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     if rows.ndim != 2 or rows.shape[1] != CHANNELS or rows.dtype != np.float32:
-        raise BadSession(f"{path} is {rows.dtype} {rows.shape}, expected float32 (n, {CHANNELS}). Make it again: {REMAKE.format(Path(path).parent)} --force")
+        raise BadSession(
+            f"{path} is {rows.dtype} {rows.shape}, expected float32 (n, {CHANNELS}). Make it again: {REMAKE.format(Path(path).parent)} --force"
+        )
     return rows
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------
+
 
 def split_sessions(sessions, fraction):
     """-> (train, validation), by a hash of the name, so that a session stays on its side when others are added. Every data set with two or more sessions has at
@@ -301,7 +360,7 @@ def split_sessions(sessions, fraction):
     for dataset in sorted({s.dataset for s in sessions}):
         names = sorted((s.name for s in sessions if s.dataset == dataset), key=draw.get)
         if fraction > 0 and len(names) > 1:
-            held_out |= set(names[:min(len(names) - 1, max(1, sum(draw[n] < fraction for n in names)))])
+            held_out |= set(names[: min(len(names) - 1, max(1, sum(draw[n] < fraction for n in names)))])
     return [s for s in sessions if s.name not in held_out], [s for s in sessions if s.name in held_out]
 
 
@@ -320,9 +379,9 @@ def session_stats(train):
     count, mean, square = 0, np.zeros(CHANNELS), np.zeros(CHANNELS)
     for s in train:
         rows = _map_sensor(str(s.sensor_path)) if s.has_sensor else ()
-        for at in range(0, len(rows), 6500):                                 # 10 s: 27 MB
-            x = rows[at:at + 6500:10].astype(np.float64)
-            total = count + len(x)                                           # Chan's update: no difference of large sums
+        for at in range(0, len(rows), 6500):  # 10 s: 27 MB
+            x = rows[at : at + 6500 : 10].astype(np.float64)
+            total = count + len(x)  # Chan's update: no difference of large sums
             delta, own = x.mean(0) - mean, ((x - x.mean(0)) ** 2).sum(0)
             mean, square, count = mean + delta * len(x) / total, square + own + delta**2 * count * len(x) / total, total
     sensor = None
@@ -330,5 +389,11 @@ def session_stats(train):
         std = np.sqrt(square / count)
         std[1:], std[0] = np.maximum(std[1:], 1e-3), std[0] if std[0] > 0 else 1.0
         sensor = dict(mean=mean.tolist(), std=std.tolist(), count=count)
-    return dict(format_version=STATS_FORMAT, num_episodes=len(train), num_frames=int(sum(len(s) for s in train)),
-                action_definition=dict(source="tcp pose delta of 0.1 s", dim=7, position_unit="mm", rotation_unit="deg"), action=action, sensor=sensor)
+    return dict(
+        format_version=STATS_FORMAT,
+        num_episodes=len(train),
+        num_frames=int(sum(len(s) for s in train)),
+        action_definition=dict(source="tcp pose delta of 0.1 s", dim=7, position_unit="mm", rotation_unit="deg"),
+        action=action,
+        sensor=sensor,
+    )

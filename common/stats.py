@@ -4,6 +4,7 @@ File (YAML or JSON by suffix):
     format_version, num_episodes, num_frames, action_definition {source, dim, rotation_unit}, excluded_episodes [names held out],
     action, observation.state: {mean, std, min, max, q01, q99, mask, count}, lists of one number per dimension, in the data's own units.
 """
+
 import json
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def save_stats(path, stats):
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"statistics file '{path}': the suffix must be .yaml, .yml or .json")
-    text = json.dumps(stats, indent=2) if path.suffix == ".json" else yaml.safe_dump(stats, sort_keys=False, default_flow_style=None, width=1000)
+    text = (
+        json.dumps(stats, indent=2)
+        if path.suffix == ".json"
+        else yaml.safe_dump(stats, sort_keys=False, default_flow_style=None, width=1000)
+    )
     path.write_text(text)
 
 
@@ -42,7 +47,9 @@ def load_stats(path, keys=("action",), definition=None, held_out=()):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path.name} not found: '{path}' does not exist. Make it with: python compute_stats.py --dataset.root_dir DATA --output {path}")
+        raise FileNotFoundError(
+            f"{path.name} not found: '{path}' does not exist. Make it with: python compute_stats.py --dataset.root_dir DATA --output {path}"
+        )
     again = f"Make it again: python compute_stats.py --dataset.root_dir DATA --output {path}"
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,18 +63,29 @@ def load_stats(path, keys=("action",), definition=None, held_out=()):
         if not isinstance(entry, dict) or any(name not in entry for name in LISTS):
             raise ValueError(f"{path} has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}. {again}")
         try:
-            values, mask = np.array([entry[name] for name in LISTS], np.float64), np.array(entry.get("mask", entry["mean"]))
+            values, mask = (
+                np.array([entry[name] for name in LISTS], np.float64),
+                np.array(entry.get("mask", entry["mean"])),
+            )
         except (TypeError, ValueError):  # a list is shorter than the others, or holds something else
             values = mask = np.zeros(0)
         if values.ndim != 2 or not np.isfinite(values).all() or mask.shape != values[0].shape:
-            raise ValueError(f"{path}: '{key}' must have {', '.join(LISTS)} and mask as lists of the same length, of finite numbers. {again}")
+            raise ValueError(
+                f"{path}: '{key}' must have {', '.join(LISTS)} and mask as lists of the same length, of finite numbers. {again}"
+            )
     if stats.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {stats.get('format_version')}, this code reads {FORMAT_VERSION}. {again}")
+        raise ValueError(
+            f"{path} has format_version {stats.get('format_version')}, this code reads {FORMAT_VERSION}. {again}"
+        )
     if definition is not None and stats.get("action_definition") != definition:
-        raise ValueError(f"{path} was computed for actions {stats.get('action_definition')}, this run trains on {definition}. {again}")
+        raise ValueError(
+            f"{path} was computed for actions {stats.get('action_definition')}, this run trains on {definition}. {again}"
+        )
     seen = sorted(set(held_out) - set(stats.get("excluded_episodes") or ()))
     if seen:
-        raise ValueError(f"{path} was computed over {len(seen)} episode(s) that this run validates on, e.g. {seen[0]}. Use the same num_val_episodes: {again}")
+        raise ValueError(
+            f"{path} was computed over {len(seen)} episode(s) that this run validates on, e.g. {seen[0]}. Use the same num_val_episodes: {again}"
+        )
     return stats
 
 
@@ -83,7 +101,11 @@ class Normalizer:
         if mode not in ("q01_q99", "min_max", "mean_std"):
             raise ValueError(f"normalisation mode '{mode}': expected q01_q99, min_max or mean_std")
         values = {name: np.asarray(entry[name], np.float64) for name in LISTS}
-        self.mode, self.dim, self.mask = mode, len(entry["mean"]), np.asarray(entry.get("mask", [True] * len(entry["mean"])), bool)
+        self.mode, self.dim, self.mask = (
+            mode,
+            len(entry["mean"]),
+            np.asarray(entry.get("mask", [True] * len(entry["mean"])), bool),
+        )
         if mode == "mean_std":
             self.center, self.half = values["mean"], values["std"]
         else:

@@ -6,6 +6,7 @@ File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<fingerprint>.
 The fingerprint is a hash of all of meta: model, prompt, views, size, layer, pooling, dtype, and per image its path, size and modification time.
 A reader needs neither the VLM nor an image: it compares the file's meta with the settings it was given and with the image files' sizes and times.
 """
+
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ from common.qwen_vl import batch_vision_attention, image_patches, pick_attention
 
 FORMAT = 1
 FOLDER = "qwen_vl_features"
-PLACE = "{instruction}"        # stands for the instruction in a recipe's prompt
+PLACE = "{instruction}"  # stands for the instruction in a recipe's prompt
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"  # where the tokenizer has no chat template
 
@@ -37,6 +38,7 @@ class CacheMismatch(ValueError):
 
 # ---- the model's side ------------------------------------------------------------------------------------------------
 
+
 class VLEncoder:
     """Images of all views and an instruction -> features. Qwen2.5-VL is loaded at the first encode, frozen, without lm_head, and for layer >= 0 only the layers below.
 
@@ -45,20 +47,37 @@ class VLEncoder:
     `pooling` "mean": over all tokens of the row; with `tokens` = n > 1 over n equal stretches of it, in order.
     """
 
-    def __init__(self, model, views, height=360, width=640, layer=-1, pooling="mean", tokens=1, dtype="fp16", device="cpu", compute_dtype="auto", attention="auto"):
+    def __init__(
+        self,
+        model,
+        views,
+        height=360,
+        width=640,
+        layer=-1,
+        pooling="mean",
+        tokens=1,
+        dtype="fp16",
+        device="cpu",
+        compute_dtype="auto",
+        attention="auto",
+    ):
         from transformers import AutoConfig, AutoTokenizer
 
         device = torch.device(device)
         if pooling != "mean" or tokens < 1 or dtype not in ("fp16", "fp32"):
-            raise ValueError(f"pooling is {pooling}, tokens {tokens}, dtype {dtype}: expected mean, 1 or more, fp16 or fp32")
+            raise ValueError(
+                f"pooling is {pooling}, tokens {tokens}, dtype {dtype}: expected mean, 1 or more, fp16 or fp32"
+            )
         if not views:
             raise ValueError("views is empty: name at least one, e.g. --views View1 View5")
         download(model)
         try:
             config, self.tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"model '{model}' is neither a directory with config.json and tokenizer files nor reachable on the hub. "
-                                    f"Set --model to a local directory; make_demo.py writes a tiny one ({str(error).splitlines()[0]})") from error
+            raise FileNotFoundError(
+                f"model '{model}' is neither a directory with config.json and tokenizer files nor reachable on the hub. "
+                f"Set --model to a local directory; make_demo.py writes a tiny one ({str(error).splitlines()[0]})"
+            ) from error
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"model '{model}' is a {config.model_type}; the features are those of a qwen2_5_vl")
         layers = config.text_config.num_hidden_layers
@@ -66,19 +85,48 @@ class VLEncoder:
             raise ValueError(f"layer is {layer}: expected -1 (the last, normed) or 0 to {layers}")
         vision, about = config.vision_config, read_preprocessor(model)
         side = vision.patch_size * vision.spatial_merge_size
-        self.grid = (height // side, width // side)                          # (rows, columns) of tokens per image
+        self.grid = (height // side, width // side)  # (rows, columns) of tokens per image
         if min(self.grid) < 1:
-            raise ValueError(f"image_resize_height x image_resize_width is {height} x {width}: expected at least {side} x {side} pixels")
-        self.views, self.device, self.patch, self.merge, self.tokens = list(views), device, vision.patch_size, vision.spatial_merge_size, tokens
-        self.size = (self.grid[0] * side, self.grid[1] * side)               # (height, width) in pixels
+            raise ValueError(
+                f"image_resize_height x image_resize_width is {height} x {width}: expected at least {side} x {side} pixels"
+            )
+        self.views, self.device, self.patch, self.merge, self.tokens = (
+            list(views),
+            device,
+            vision.patch_size,
+            vision.spatial_merge_size,
+            tokens,
+        )
+        self.size = (self.grid[0] * side, self.grid[1] * side)  # (height, width) in pixels
         compute_dtype = compute_dtype if compute_dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
-        self.model, self.layer, self.compute_dtype, self.attention = str(model), layer, DTYPES[compute_dtype], pick_attention(attention, device)
+        self.model, self.layer, self.compute_dtype, self.attention = (
+            str(model),
+            layer,
+            DTYPES[compute_dtype],
+            pick_attention(attention, device),
+        )
         self.image_token_id, self.width, self._rows = config.image_token_id, config.text_config.hidden_size, {}
-        self.mean, self.std = (torch.tensor(about[key]).view(3, 1, 1).to(device) * 255 for key in ("image_mean", "image_std"))
+        self.mean, self.std = (
+            torch.tensor(about[key]).view(3, 1, 1).to(device) * 255 for key in ("image_mean", "image_std")
+        )
         self._recipe = dict(
-            format_version=FORMAT, model=self.model, weights=weight_fingerprint(model), views=self.views, height=height, width=width, pixels=list(self.size), resample="bicubic",
-            image_mean=[float(v) for v in about["image_mean"]], image_std=[float(v) for v in about["image_std"]], prompt=self.text(PLACE), layer=layer, pooling=pooling, tokens=tokens,
-            dtype=dtype, compute_dtype=compute_dtype)
+            format_version=FORMAT,
+            model=self.model,
+            weights=weight_fingerprint(model),
+            views=self.views,
+            height=height,
+            width=width,
+            pixels=list(self.size),
+            resample="bicubic",
+            image_mean=[float(v) for v in about["image_mean"]],
+            image_std=[float(v) for v in about["image_std"]],
+            prompt=self.text(PLACE),
+            layer=layer,
+            pooling=pooling,
+            tokens=tokens,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+        )
 
     @functools.cached_property
     def vlm(self):
@@ -86,20 +134,31 @@ class VLEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()                                               # its bars break ours
+        disable_progress_bar()  # its bars break ours
         batch_vision_attention()
-        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.model, dtype=self.compute_dtype, attn_implementation=self.attention).model
+        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            self.model, dtype=self.compute_dtype, attn_implementation=self.attention
+        ).model
         if self.layer >= 0:
-            vlm.language_model.layers = vlm.language_model.layers[:self.layer]
+            vlm.language_model.layers = vlm.language_model.layers[: self.layer]
             vlm.language_model.norm = torch.nn.Identity()
         return vlm.requires_grad_(False).eval().to(self.device)
 
     @classmethod
     def from_recipe(cls, recipe, device="cpu", model=None):
         """The encoder that made features of this recipe; `model`: where the backbone is now. Another model or prompt is refused."""
-        encoder = cls(model or recipe["model"], device=device, **{k: recipe[k] for k in ("views", "height", "width", "layer", "pooling", "tokens", "dtype", "compute_dtype")})
+        encoder = cls(
+            model or recipe["model"],
+            device=device,
+            **{
+                k: recipe[k]
+                for k in ("views", "height", "width", "layer", "pooling", "tokens", "dtype", "compute_dtype")
+            },
+        )
         if differs := different(recipe | dict(model=encoder._recipe["model"]), encoder._recipe):
-            raise CacheMismatch(f"model '{encoder._recipe['model']}' is not the one the features were made with: {'; '.join(differs)}. Give the right one with --model")
+            raise CacheMismatch(
+                f"model '{encoder._recipe['model']}' is not the one the features were made with: {'; '.join(differs)}. Give the right one with --model"
+            )
         return encoder
 
     def recipe(self):
@@ -109,18 +168,24 @@ class VLEncoder:
     def text(self, instruction):
         """The prompt, with one <|image_pad|> per view."""
         image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        if self.tokenizer.chat_template is None:                             # an older snapshot keeps it in the processor's files
+        if self.tokenizer.chat_template is None:  # an older snapshot keeps it in the processor's files
             return PROMPT.format(images=f"<|vision_start|>{image}<|vision_end|>" * len(self.views), text=instruction)
         content = [{"type": "image"} for _ in self.views] + [{"type": "text", "text": instruction}]
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False)
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False
+        )
 
     def _row(self, instruction):
         """-> (ids (L,), rope positions (3, L)) of the prompt, every image place expanded to its tokens."""
         if instruction not in self._rows:
             image, text = self.tokenizer.convert_ids_to_tokens(self.image_token_id), self.text(instruction)
             if text.count(image) != len(self.views):
-                raise ValueError(f"the prompt has {text.count(image)} image places for {len(self.views)} views: {text!r}")
-            ids = self.tokenizer(text.replace(image, image * (self.grid[0] * self.grid[1])), add_special_tokens=False)["input_ids"]
+                raise ValueError(
+                    f"the prompt has {text.count(image)} image places for {len(self.views)} views: {text!r}"
+                )
+            ids = self.tokenizer(text.replace(image, image * (self.grid[0] * self.grid[1])), add_special_tokens=False)[
+                "input_ids"
+            ]
             self._rows[instruction] = np.array(ids), rope_positions(ids, self.image_token_id, self.grid)
         return self._rows[instruction]
 
@@ -130,7 +195,11 @@ class VLEncoder:
             image = read_image(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image is {image.dtype} {image.shape}: expected uint8 (height, width, 3), RGB")
-        return image if image.shape[:2] == self.size else np.asarray(Image.fromarray(image).resize(self.size[::-1], Image.BICUBIC))
+        return (
+            image
+            if image.shape[:2] == self.size
+            else np.asarray(Image.fromarray(image).resize(self.size[::-1], Image.BICUBIC))
+        )
 
     @torch.no_grad()
     def encode(self, observations):
@@ -138,17 +207,26 @@ class VLEncoder:
         pictures = torch.from_numpy(np.stack([self.load(images[v]) for images, _ in observations for v in self.views]))
         rows = [self._row(instruction) for _, instruction in observations]
         length = max(len(ids) for ids, _ in rows)
-        ids, positions = np.full((len(rows), length), self.tokenizer.pad_token_id or 0), np.zeros((3, len(rows), length), np.int64)
-        for b, (row, position) in enumerate(rows):                           # padded on the right: causal attention never looks there, so no mask is needed
-            ids[b, :len(row)], positions[:, b, :len(row)] = row, position
+        ids, positions = (
+            np.full((len(rows), length), self.tokenizer.pad_token_id or 0),
+            np.zeros((3, len(rows), length), np.int64),
+        )
+        for b, (row, position) in enumerate(
+            rows
+        ):  # padded on the right: causal attention never looks there, so no mask is needed
+            ids[b, : len(row)], positions[:, b, : len(row)] = row, position
         ids, positions = torch.from_numpy(ids).to(self.device), torch.from_numpy(positions).to(self.device)
-        grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]], device=self.device).repeat(len(pictures), 1)
+        grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]], device=self.device).repeat(
+            len(pictures), 1
+        )
         patches = image_patches(pictures.to(self.device), self.mean, self.std, self.patch, self.merge)
-        seen = torch.cat(self.vlm.get_image_features(patches, grid).pooler_output)               # (B * views * tokens per image, D)
+        seen = torch.cat(self.vlm.get_image_features(patches, grid).pooler_output)  # (B * views * tokens per image, D)
         embeds = self.vlm.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], seen.to(embeds.dtype))
-        hidden = self.vlm.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state.float()  # (B, L, D)
-        pooled = torch.stack([pool(hidden[b, :len(row)], self.tokens) for b, (row, _) in enumerate(rows)])
+        hidden = self.vlm.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False
+        ).last_hidden_state.float()  # (B, L, D)
+        pooled = torch.stack([pool(hidden[b, : len(row)], self.tokens) for b, (row, _) in enumerate(rows)])
         return pooled.to(DTYPES[self._recipe["dtype"]]).float().cpu()
 
 
@@ -165,7 +243,9 @@ def read_image(path):
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error}). Copy it again from the recorder, or delete it and run create_datapkl.py again") from error
+        raise ValueError(
+            f"{path} cannot be read as an image ({type(error).__name__}: {error}). Copy it again from the recorder, or delete it and run create_datapkl.py again"
+        ) from error
 
 
 def model_folder(model):
@@ -181,7 +261,7 @@ def model_folder(model):
         return None
     index = folder / "model.safetensors.index.json"
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return folder if all((folder / shard).is_file() for shard in shards) else None       # an interrupted download is none
+    return folder if all((folder / shard).is_file() for shard in shards) else None  # an interrupted download is none
 
 
 def download(model):
@@ -192,8 +272,10 @@ def download(model):
         try:
             snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
         except Exception as error:  # the hub client raises a dozen types; all mean that it cannot be had
-            raise FileNotFoundError(f"model '{model}' is neither a local directory nor reachable on the hub ({type(error).__name__}). "
-                                    "Set --model to a directory with the downloaded files; make_demo.py writes a tiny one") from error
+            raise FileNotFoundError(
+                f"model '{model}' is neither a local directory nor reachable on the hub ({type(error).__name__}). "
+                "Set --model to a directory with the downloaded files; make_demo.py writes a tiny one"
+            ) from error
 
 
 def read_preprocessor(model):
@@ -201,7 +283,10 @@ def read_preprocessor(model):
     from huggingface_hub import hf_hub_download
 
     cause = None
-    for name in ("preprocessor_config.json", "processor_config.json"):       # transformers 5 writes one file for the whole processor
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+    ):  # transformers 5 writes one file for the whole processor
         path = Path(model) / name
         if not Path(model).is_dir():
             try:
@@ -214,7 +299,9 @@ def read_preprocessor(model):
             about = about.get("image_processor", about)
             if "image_mean" in about and "image_std" in about:
                 return about
-    raise FileNotFoundError(f"model '{model}' has no preprocessor_config.json with image_mean and image_std: expected a complete Qwen2.5-VL directory") from cause
+    raise FileNotFoundError(
+        f"model '{model}' has no preprocessor_config.json with image_mean and image_std: expected a complete Qwen2.5-VL directory"
+    ) from cause
 
 
 def weight_fingerprint(model):
@@ -223,7 +310,11 @@ def weight_fingerprint(model):
     if folder is None:
         return None
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model") and p.is_file()):
+    for path in sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model") and p.is_file()
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as f:
@@ -235,6 +326,7 @@ def weight_fingerprint(model):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+
 def image_facts(session, view, indices, hashed=False):
     """[[path relative to the session, size, mtime_ns or, if hashed, sha256]] of these images."""
     out = []
@@ -244,7 +336,9 @@ def image_facts(session, view, indices, hashed=False):
             s = path.stat()
             out.append([name, s.st_size, hashlib.sha256(path.read_bytes()).hexdigest() if hashed else s.st_mtime_ns])
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is in data.pkl but not on the disk. Copy it back, or run: python create_datapkl.py --dataset-dirs {session.path} --force") from None
+            raise FileNotFoundError(
+                f"{path} is in data.pkl but not on the disk. Copy it back, or run: python create_datapkl.py --dataset-dirs {session.path} --force"
+            ) from None
     return out
 
 
@@ -252,13 +346,22 @@ def make_meta(recipe, session, ticks, hashed=False):
     """What a feature file must say about itself: plain values."""
     used = {view: ticks.frame_index[view][ticks.complete].tolist() for view in recipe["views"]}
     frames = {view: image_facts(session, view, sorted(set(i)), hashed) for view, i in used.items()}
-    return dict(recipe=dict(recipe), session=session.name, instruction=session.instruction, stride=ticks.stride, frames=frames, hashed=hashed,
-                frame_index={view: np.where(ticks.complete, ticks.frame_index[view], -1).tolist() for view in recipe["views"]})
+    return dict(
+        recipe=dict(recipe),
+        session=session.name,
+        instruction=session.instruction,
+        stride=ticks.stride,
+        frames=frames,
+        hashed=hashed,
+        frame_index={view: np.where(ticks.complete, ticks.frame_index[view], -1).tolist() for view in recipe["views"]},
+    )
 
 
 def fingerprint(meta):
     """24 hex digits that change with anything in make_meta's result. Where sessions and model lie on the disk changes nothing."""
-    known = meta | dict(recipe={k: v for k, v in meta["recipe"].items() if k != "model" or meta["recipe"]["weights"] is None})   # its files identify a model, not its path
+    known = meta | dict(
+        recipe={k: v for k, v in meta["recipe"].items() if k != "model" or meta["recipe"]["weights"] is None}
+    )  # its files identify a model, not its path
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -276,9 +379,16 @@ def write_features(cache_root, session, ticks, features, meta):
     stored = features.to(DTYPES[meta["recipe"]["dtype"]])
     complete = torch.from_numpy(ticks.complete)
     if not torch.isfinite(stored[complete]).all():
-        raise ValueError(f"{session.name}: a feature is not finite in {meta['recipe']['dtype']}. Build with --dtype fp32, or look at the images of this session")
+        raise ValueError(
+            f"{session.name}: a feature is not finite in {meta['recipe']['dtype']}. Build with --dtype fp32, or look at the images of this session"
+        )
     path = cache_path(cache_root, session, fingerprint(meta))
-    content = dict(features=stored, tick_timestamps=torch.from_numpy(ticks.tick_time), frame_index={v: torch.tensor(i, dtype=torch.int32) for v, i in meta["frame_index"].items()}, meta=meta)
+    content = dict(
+        features=stored,
+        tick_timestamps=torch.from_numpy(ticks.tick_time),
+        frame_index={v: torch.tensor(i, dtype=torch.int32) for v, i in meta["frame_index"].items()},
+        meta=meta,
+    )
     with ckpt.atomic_path(path) as temporary:
         ckpt.save_state(temporary, content)
     return path
@@ -296,8 +406,14 @@ class FeatureFile:
 
     def _load(self):
         content = ckpt.load_state(self.path)
-        if not isinstance(content, dict) or not {"features", "tick_timestamps", "frame_index", "meta"} <= set(content) or len(content["features"]) != len(content["tick_timestamps"]):
-            raise CacheMismatch(f"{self.path} is not a feature file of this program. Delete it and build it again: {build_command()}")
+        if (
+            not isinstance(content, dict)
+            or not {"features", "tick_timestamps", "frame_index", "meta"} <= set(content)
+            or len(content["features"]) != len(content["tick_timestamps"])
+        ):
+            raise CacheMismatch(
+                f"{self.path} is not a feature file of this program. Delete it and build it again: {build_command()}"
+            )
         return content
 
     @functools.cached_property
@@ -311,9 +427,22 @@ class FeatureFile:
 def build_command(recipe=None, cache_root=None, stride=None):
     """The command that builds a cache with these settings, as far as they are known."""
     recipe = recipe or {}
-    flags = dict(cache_root=cache_root, model=recipe.get("model"), views=" ".join(recipe.get("views") or ()) or None, image_resize_height=recipe.get("height"), image_resize_width=recipe.get("width"),
-                 layer=recipe.get("layer") if recipe.get("layer", -1) != -1 else None, tokens=recipe.get("tokens") if recipe.get("tokens", 1) != 1 else None, vlm_reuse_count=stride)
-    return " ".join(["python build_vl_cache.py --dataset-dirs DATA", *(f"--{k.replace('_', '-')} {v}" for k, v in flags.items() if v is not None)])
+    flags = dict(
+        cache_root=cache_root,
+        model=recipe.get("model"),
+        views=" ".join(recipe.get("views") or ()) or None,
+        image_resize_height=recipe.get("height"),
+        image_resize_width=recipe.get("width"),
+        layer=recipe.get("layer") if recipe.get("layer", -1) != -1 else None,
+        tokens=recipe.get("tokens") if recipe.get("tokens", 1) != 1 else None,
+        vlm_reuse_count=stride,
+    )
+    return " ".join(
+        [
+            "python build_vl_cache.py --dataset-dirs DATA",
+            *(f"--{k.replace('_', '-')} {v}" for k, v in flags.items() if v is not None),
+        ]
+    )
 
 
 def different(a, b):
@@ -334,36 +463,51 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5):
     if "model" in expected:
         expected["weights"] = weight_fingerprint(expected["model"])
     available = {}
-    for path in folder.glob("*.pt"):                                         # <stem>__<24 digits>.pt
-        if not path.name.startswith(ckpt.TEMPORARY):                         # glob finds these too
+    for path in folder.glob("*.pt"):  # <stem>__<24 digits>.pt
+        if not path.name.startswith(ckpt.TEMPORARY):  # glob finds these too
             available.setdefault(path.name[:-29], []).append(path)
-    choices, missing, refused = {}, [], []                                   # {recipe and stride as text: {session: file}}
+    choices, missing, refused = {}, [], []  # {recipe and stride as text: {session: file}}
     for session in sessions:
-        files = [FeatureFile(p) for p in sorted(available.get(stem_of(session), ()), key=lambda p: p.stat().st_mtime, reverse=True)]
+        files = [
+            FeatureFile(p)
+            for p in sorted(available.get(stem_of(session), ()), key=lambda p: p.stat().st_mtime, reverse=True)
+        ]
         reasons = [_why_not(f, session, expected, reuse, max_image_age) for f in files]
         for f, reason in zip(files, reasons):
             if not reason:
-                choices.setdefault(json.dumps([f.meta["recipe"], f.meta["stride"]], sort_keys=True), {}).setdefault(session.name, f)
+                choices.setdefault(json.dumps([f.meta["recipe"], f.meta["stride"]], sort_keys=True), {}).setdefault(
+                    session.name, f
+                )
         if not files:
             missing.append(session.name)
         elif all(reasons):
             refused.append(f"{session.name}: " + "; ".join(reasons[0]))
     command = build_command(expected, cache_root, reuse)
     if refused:
-        raise CacheMismatch(f"the features of {len(refused)} of {len(sessions)} sessions do not fit:\n  " + "\n  ".join(refused[:5]) + f"\nBuild them: {command}")
+        raise CacheMismatch(
+            f"the features of {len(refused)} of {len(sessions)} sessions do not fit:\n  "
+            + "\n  ".join(refused[:5])
+            + f"\nBuild them: {command}"
+        )
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise FileNotFoundError(f"{folder} has no features of {len(missing)} of {len(sessions)} sessions: {', '.join(missing[:5])}{more}. Build them: {command}\nor train with --cache online (slow)")
+        raise FileNotFoundError(
+            f"{folder} has no features of {len(missing)} of {len(sessions)} sessions: {', '.join(missing[:5])}{more}. Build them: {command}\nor train with --cache online (slow)"
+        )
     whole = {key: files for key, files in choices.items() if len(files) == len(sessions)}
     if not whole:
         a, b = (json.loads(k) for k in list(choices)[:2])
-        raise CacheMismatch(f"{folder} has no single kind of features for all sessions: {'; '.join(different(a[0] | dict(stride=a[1]), b[0] | dict(stride=b[1])))}. Build one: {command}")
+        raise CacheMismatch(
+            f"{folder} has no single kind of features for all sessions: {'; '.join(different(a[0] | dict(stride=a[1]), b[0] | dict(stride=b[1])))}. Build one: {command}"
+        )
     recipes = {json.dumps(json.loads(k)[0], sort_keys=True) for k in whole}
     if len(recipes) > 1:
         a, b = (json.loads(r) for r in sorted(recipes)[:2])
-        raise CacheMismatch(f"{folder} has more than one kind of features that fit: {'; '.join(different(a, b)).replace('was', 'is').replace('now', 'and')}. "
-                            "Keep one: build_vl_cache.py --prune with the settings to keep, or give each its own --cache-root")
-    best = max(whole, key=lambda k: json.loads(k)[1])                        # the same features at several strides: the coarsest that fits
+        raise CacheMismatch(
+            f"{folder} has more than one kind of features that fit: {'; '.join(different(a, b)).replace('was', 'is').replace('now', 'and')}. "
+            "Keep one: build_vl_cache.py --prune with the settings to keep, or give each its own --cache-root"
+        )
+    best = max(whole, key=lambda k: json.loads(k)[1])  # the same features at several strides: the coarsest that fits
     return whole[best], json.loads(best)[0]
 
 
@@ -373,12 +517,18 @@ def _why_not(file, session, expected, reuse, max_image_age):
     if recipe.get("format_version") != FORMAT:
         return [f"format_version was {recipe.get('format_version')}, now {FORMAT}"]
     known = dict(expected)
-    if "model" in known and (known["weights"] is None or recipe["weights"] is None):   # the model is not on this machine: all there is to compare is its name
+    if "model" in known and (
+        known["weights"] is None or recipe["weights"] is None
+    ):  # the model is not on this machine: all there is to compare is its name
         known.pop("weights")
         known["model"], mine = Path(known["model"]).name, recipe | dict(model=Path(recipe["model"]).name)
     else:
         mine = recipe
-    reasons = [f"{k} was {mine.get(k)!r}, now {v!r}" for k, v in known.items() if mine.get(k) != v and not (k == "model" and "weights" in known)]
+    reasons = [
+        f"{k} was {mine.get(k)!r}, now {v!r}"
+        for k, v in known.items()
+        if mine.get(k) != v and not (k == "model" and "weights" in known)
+    ]
     if meta["instruction"] != session.instruction:
         reasons.append(f"instruction was {meta['instruction']!r}, now {session.instruction!r}")
     if reuse % meta["stride"]:
@@ -396,6 +546,10 @@ def _why_not(file, session, expected, reuse, max_image_age):
         used = sorted(set(had[had >= 0].tolist()))
         for old, new in zip(meta["frames"][view], image_facts(session, view, used)):
             if old[:2] != new[:2] or (not meta["hashed"] and old[2] != new[2]):
-                reasons.append(f"image {new[0]} changed: was {old[0]}, {old[1]} bytes, now {new[1]} bytes" if old[:2] != new[:2] else f"image {new[0]} was modified since")
+                reasons.append(
+                    f"image {new[0]} changed: was {old[0]}, {old[1]} bytes, now {new[1]} bytes"
+                    if old[:2] != new[:2]
+                    else f"image {new[0]} was modified since"
+                )
                 break
     return reasons

@@ -1,4 +1,5 @@
 """Shared by all tests: one thread per process, and tiny data sets written once per session by make_demo.py."""
+
 import os
 import sys
 from pathlib import Path
@@ -6,8 +7,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests fork and spawn, and two busy cores are worth more than eight waiting threads
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # no test may depend on a network
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: tests fork and spawn, and two busy cores are worth more than eight waiting threads
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
 import hypothesis
 import pytest
@@ -17,8 +20,14 @@ import make_demo
 
 torch.set_num_threads(1)
 # the same examples on every run: a red test stays red until the code changes
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=60,
-                                     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture])
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
 hypothesis.settings.load_profile("repeatable")
 
 

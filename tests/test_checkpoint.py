@@ -1,4 +1,5 @@
 """Checkpoints under attack: exceptions, full disks, kill -9 at every system call and at random times, foreign pickles."""
+
 import errno
 import os
 import pickle
@@ -23,7 +24,9 @@ from common.checkpoint import DiskFull, atomic_path, load_state, save_state, ste
 
 def tree(folder):
     """{relative path: content} of everything below `folder`."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))
+    }
 
 
 def write_pair(folder, number):
@@ -42,6 +45,7 @@ def read_pair(folder):
 
 # ---- atomic replacement ----------------------------------------------------------------------------------------------
 
+
 def test_a_file_and_a_folder_are_created_and_replaced(tmp_path):
     for number in (1, 2, 3):
         with atomic_path(tmp_path / "deep" / "a.pt") as temporary:
@@ -49,7 +53,10 @@ def test_a_file_and_a_folder_are_created_and_replaced(tmp_path):
             save_state(temporary, {"number": number})
         with atomic_path(str(tmp_path / "deep" / "d")) as temporary:
             write_pair(temporary, number)
-        assert load_state(tmp_path / "deep" / "a.pt") == {"number": number} and read_pair(tmp_path / "deep" / "d") == number
+        assert (
+            load_state(tmp_path / "deep" / "a.pt") == {"number": number}
+            and read_pair(tmp_path / "deep" / "d") == number
+        )
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.pt", "d"], "nothing temporary stays"
 
 
@@ -98,12 +105,16 @@ def test_an_error_between_the_two_renames_of_a_folder_leaves_the_old(tmp_path, m
 def test_everything_is_on_disk_before_the_rename(tmp_path, monkeypatch):
     """fsync of every file and folder, then the rename, then fsync of the parent; otherwise a power cut leaves an empty file under the final name."""
     events, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1]
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
     with atomic_path(tmp_path / "d") as temporary:
         write_pair(temporary, 1)
     at = events.index("rename")
-    assert sorted(events[:at]) == sorted([temporary.name, "state.pt", "model", "config.json"]) and events[at + 1:] == [tmp_path.name]
+    assert sorted(events[:at]) == sorted([temporary.name, "state.pt", "model", "config.json"]) and events[at + 1 :] == [
+        tmp_path.name
+    ]
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path):
@@ -122,13 +133,25 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
         assert os.umask(0o027) == 0o027, "the mask itself is left alone"
     finally:
         os.umask(before)
-    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.rglob("*") if p.is_file()} == {"model.safetensors": "0o644", "config.json": "0o644", "state.pt": "0o640"}
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.rglob("*") if p.is_file()} == {
+        "model.safetensors": "0o644",
+        "config.json": "0o644",
+        "state.pt": "0o640",
+    }
 
 
-@pytest.mark.parametrize("error,free", [
-    (OSError(errno.ENOSPC, "No space left on device"), 10**9), (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**9),
-    (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), 10**9),  # what safetensors makes of it (and it deletes the file at once)
-    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), 0)])         # what torch.save makes of it
+@pytest.mark.parametrize(
+    "error,free",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 10**9),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**9),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            10**9,
+        ),  # what safetensors makes of it (and it deletes the file at once)
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), 0),
+    ],
+)  # what torch.save makes of it
 def test_a_full_disk_keeps_the_old_and_says_so(tmp_path, monkeypatch, error, free):
     save_state(tmp_path / "last.pt", {"number": 1})
     monkeypatch.setattr(ckpt.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
@@ -164,6 +187,7 @@ def test_room_is_checked_before_writing(tmp_path, monkeypatch):
 
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
 
 def save_forever(folder, report, keep=2):
     """What a training does: a numbered folder with rotation, and one folder that is replaced; reports each number once it is in place."""
@@ -248,6 +272,7 @@ def test_kill_at_every_step_of_a_save(tmp_path):
                     if calls == 2 * point + 2:
                         os.kill(os.getpid(), signal.SIGKILL)
                     return result
+
                 return call
 
             for name in ("fsync", "replace", "unlink", "rmdir"):
@@ -270,6 +295,7 @@ def test_kill_at_every_step_of_a_save(tmp_path):
 
 # ---- housekeeping ----------------------------------------------------------------------------------------------------
 
+
 def test_steps_in_order_of_number(tmp_path):
     for name in ("steps_5", "steps_20", "steps_100", ".tmp-1-steps_7", "steps_x", "steps_3.bak", "other"):
         (tmp_path / name).mkdir()
@@ -278,7 +304,17 @@ def test_steps_in_order_of_number(tmp_path):
     assert list(steps_in(tmp_path, r"checkpoint_step_(\d+)\.pt")) == [4] and steps_in(tmp_path / "nowhere") == {}
 
 
-@pytest.mark.parametrize("keep,protect,left", [(2, None, [20, 100]), (2, 5, [5, 20, 100]), (2, 100, [20, 100]), (0, None, [5, 9, 20, 100]), (1, 9, [9, 100]), (9, None, [5, 9, 20, 100])])
+@pytest.mark.parametrize(
+    "keep,protect,left",
+    [
+        (2, None, [20, 100]),
+        (2, 5, [5, 20, 100]),
+        (2, 100, [20, 100]),
+        (0, None, [5, 9, 20, 100]),
+        (1, 9, [9, 100]),
+        (9, None, [5, 9, 20, 100]),
+    ],
+)
 def test_rotate(tmp_path, keep, protect, left):
     for step in (100, 5, 20, 9):
         (tmp_path / f"steps_{step}" / "model").mkdir(parents=True)
@@ -311,14 +347,32 @@ def test_remove_temporaries_puts_back_what_has_no_successor(tmp_path):
     write_pair(tmp_path / ".tmp-5-old-steps_3", 2)
     (tmp_path / ".tmp-9-last.pt").write_text("half")
     ckpt.remove_temporaries(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "steps_3"] and read_pair(tmp_path / "best") == 1 and read_pair(tmp_path / "steps_3") == 3
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["best", "steps_3"]
+        and read_pair(tmp_path / "best") == 1
+        and read_pair(tmp_path / "steps_3") == 3
+    )
     ckpt.remove_temporaries(tmp_path / "nowhere")
 
 
 # ---- what may be stored ----------------------------------------------------------------------------------------------
 
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"]))
-NESTED = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3), max_leaves=8)
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+)
+NESTED = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 
 
 @given(NESTED)
@@ -334,16 +388,36 @@ def test_tensors_keep_dtype_and_bits(tmp_path, dtype):
     tensor = torch.arange(12).reshape(3, 4).to(dtype).t()
     save_state(tmp_path / "s.pt", {"t": tensor, "empty": torch.zeros(0, 3), "rng": torch.get_rng_state()})
     got = load_state(tmp_path / "s.pt")
-    assert got["t"].dtype == dtype and torch.equal(got["t"], tensor) and got["empty"].shape == (0, 3) and torch.equal(got["rng"], torch.get_rng_state())
+    assert (
+        got["t"].dtype == dtype
+        and torch.equal(got["t"], tensor)
+        and got["empty"].shape == (0, 3)
+        and torch.equal(got["rng"], torch.get_rng_state())
+    )
 
 
 Point = namedtuple("Point", "x y")
 
 
-@pytest.mark.parametrize("value,name", [
-    (np.float64(1), "float64"), (np.arange(3), "ndarray"), (np.int64(3), "int64"), (Path("x"), "PosixPath"), ({1, 2}, "set"), (torch.nn.Parameter(torch.zeros(1)), "Parameter"),
-    (torch.device("cpu"), "device"), (torch.float32, "dtype"), (Boom(), "Boom"), (len, "builtin_function_or_method"),
-    (b"", "bytes"), (Point(1, 2), "Point"), (torch.zeros(2).size(), "Size"), (defaultdict(list), "defaultdict")])
+@pytest.mark.parametrize(
+    "value,name",
+    [
+        (np.float64(1), "float64"),
+        (np.arange(3), "ndarray"),
+        (np.int64(3), "int64"),
+        (Path("x"), "PosixPath"),
+        ({1, 2}, "set"),
+        (torch.nn.Parameter(torch.zeros(1)), "Parameter"),
+        (torch.device("cpu"), "device"),
+        (torch.float32, "dtype"),
+        (Boom(), "Boom"),
+        (len, "builtin_function_or_method"),
+        (b"", "bytes"),
+        (Point(1, 2), "Point"),
+        (torch.zeros(2).size(), "Size"),
+        (defaultdict(list), "defaultdict"),
+    ],
+)
 def test_anything_else_is_refused_before_writing(tmp_path, value, name):
     with pytest.raises(TypeError, match=rf"state.a\[1\].b is a {name}; only tensors and plain values"):
         save_state(tmp_path / "s.pt", {"a": [1, {"b": value}]})
@@ -366,11 +440,15 @@ def test_a_malicious_pickle_is_refused_and_never_run(tmp_path, form):
     if form == "pickle":
         path.write_bytes(pickle.dumps({"tensor": Malicious(marker)}))
     else:
-        torch.save({"tensor": torch.zeros(2), "x": Malicious(marker)}, path, _use_new_zipfile_serialization=form == "zip")
+        torch.save(
+            {"tensor": torch.zeros(2), "x": Malicious(marker)}, path, _use_new_zipfile_serialization=form == "zip"
+        )
     with pytest.raises(ValueError, match="state.pt is refused: .*tensors and plain values only") as error:
         load_state(path)
     assert form == "pickle" or "posix.system" in str(error.value)
-    assert not marker.exists() and "weights_only" not in str(error.value), "torch's advice to load it nevertheless is not passed on"
+    assert not marker.exists() and "weights_only" not in str(error.value), (
+        "torch's advice to load it nevertheless is not passed on"
+    )
     pickle.loads(pickle.dumps(Malicious(marker)))
     assert marker.exists(), "the weapon was loaded"
 
@@ -388,7 +466,12 @@ def test_a_damaged_file_is_named(tmp_path):
         path.write_bytes(rng.randbytes(length))
         with pytest.raises(ValueError, match="state.pt"):
             load_state(path)
-    for text in ("hello\n", "<html>404</html>", '{"a": 1}', "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"):
+    for text in (
+        "hello\n",
+        "<html>404</html>",
+        '{"a": 1}',
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match="state.pt"):
             load_state(path)
@@ -397,6 +480,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 # ---- stopping and resuming -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_a_flag_and_a_second_one_acts_as_usual(number):
@@ -407,7 +491,9 @@ def test_a_signal_sets_a_flag_and_a_second_one_acts_as_usual(number):
         assert stop.received is None
         os.kill(os.getpid(), number)
         assert stop.received == signal.Signals(number).name
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before, "from here on Ctrl-C stops at once"
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before, (
+            "from here on Ctrl-C stops at once"
+        )
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
@@ -429,14 +515,18 @@ def test_find_resume(tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             ckpt.find_resume(str(wrong), tmp_path)
         assert f"'{wrong}' has no state.pt" in str(error.value) and "steps_20, steps_100" in str(error.value)
-    os.replace(tmp_path / "steps_100", tmp_path / ".tmp-1-old-steps_100")  # killed between the two renames of a replacement
+    os.replace(
+        tmp_path / "steps_100", tmp_path / ".tmp-1-old-steps_100"
+    )  # killed between the two renames of a replacement
     assert ckpt.find_resume("auto", tmp_path) == tmp_path / "steps_100" and read_pair(tmp_path / "steps_100") == 100
 
 
 def test_check_resume_refuses_what_would_silently_differ():
     config = dict(learning_rate=1e-4, dataset={"horizon": 3}, output_dir="a", max_train_steps=10, train="full")
     meta = dict(format_version=1, data="abc", config=config)
-    check = lambda changes, expected: ckpt.check_resume("runs/steps_5", meta, expected, config | changes, ("learning_rate", "train"))  # noqa: E731
+    check = lambda changes, expected: ckpt.check_resume(
+        "runs/steps_5", meta, expected, config | changes, ("learning_rate", "train")
+    )  # noqa: E731
     assert check({}, dict(format_version=1, data="abc")) == []
     assert check(dict(max_train_steps=20, output_dir="b", check=True), {}) == ["max_train_steps 10 -> 20"]
     with pytest.raises(ValueError, match="runs/steps_5 has data abc, this run xyz.*--load_model_weights runs/steps_5"):
@@ -449,11 +539,16 @@ def test_check_resume_refuses_what_would_silently_differ():
 
 # ---- training state --------------------------------------------------------------------------------------------------
 
+
 def make_training(seed):
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
     model[2].requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
+    )
     return model, optimizer
 
 
@@ -471,7 +566,9 @@ def test_resume_is_bitwise(tmp_path, stop):
     model, optimizer = make_training(0)
     train_steps(model, optimizer, 0, stop)
     trained, moments = ckpt.training_state(model, optimizer)
-    assert set(trained) == {"0.weight", "0.bias", "4.weight", "4.bias"} and set(moments) == (set(trained) if stop else set()), "what is frozen is not in the checkpoint"
+    assert set(trained) == {"0.weight", "0.bias", "4.weight", "4.bias"} and set(moments) == (
+        set(trained) if stop else set()
+    ), "what is frozen is not in the checkpoint"
     save_state(tmp_path / "state.pt", dict(trained=trained, moments=moments))
     train_steps(model, optimizer, stop, 15)
 
@@ -486,7 +583,9 @@ def test_resume_is_bitwise(tmp_path, stop):
         assert all(torch.equal(a[k], b[k]) for k in a) and float(b["step"]) == 15
 
 
-@pytest.mark.parametrize("bias", [None, torch.zeros(1)], ids=["missing", "another shape"])  # (1,) would broadcast silently into (8,)
+@pytest.mark.parametrize(
+    "bias", [None, torch.zeros(1)], ids=["missing", "another shape"]
+)  # (1,) would broadcast silently into (8,)
 def test_restoring_other_tensors_is_refused(bias):
     model, optimizer = make_training(0)
     trained, moments = ckpt.training_state(model, optimizer)
@@ -511,5 +610,11 @@ def train():
     raise RuntimeError("as a user's mistake would")
 train()
 """)
-    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    result = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )
     assert result.returncode == 1 and "as a user's mistake would" in result.stderr

@@ -1,4 +1,5 @@
 """The YAML + command line parser: every way of writing a value, every way of getting it wrong."""
+
 import math
 import subprocess
 import sys
@@ -19,38 +20,42 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Data:
-    root_dir: str = ""                    # folder with episodes
-    horizon: int = 1                      # future actions
-    augment: bool = False                 # colour augmentation
+    root_dir: str = ""  # folder with episodes
+    horizon: int = 1  # future actions
+    augment: bool = False  # colour augmentation
     size: list[int] = field(default_factory=lambda: [224, 224])  # height, width
     cameras: list[str] = field(default_factory=lambda: ["camera1"])  # views
     weights: dict = field(default_factory=dict)  # share per data set
-    seed: int = 0                         # of the order
+    seed: int = 0  # of the order
 
 
 @dataclass
 class Model:
-    name: str = "base"                    # backbone with a # in it? no
-    seed: int = 1                         # of the weights
+    name: str = "base"  # backbone with a # in it? no
+    seed: int = 1  # of the weights
 
 
 @dataclass
 class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    learning_rate: float = 5e-5           # peak
-    clip: float | None = 1.0              # largest norm; null: none
-    resume: str | None = None             # checkpoint
+    learning_rate: float = 5e-5  # peak
+    clip: float | None = 1.0  # largest norm; null: none
+    resume: str | None = None  # checkpoint
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # autocast
-    check: bool = False                   # only look
-    pin: bool = True                      # pin memory
+    check: bool = False  # only look
+    pin: bool = True  # pin memory
 
 
 @dataclass
 class Inherited(Config):
-    output: str = "out.yaml"              # file to write
-    modules: list[str] = field(default_factory=lambda: [  # where the adapters go
-        "q_proj", "v_proj"])
+    output: str = "out.yaml"  # file to write
+    modules: list[str] = field(
+        default_factory=lambda: [  # where the adapters go
+            "q_proj",
+            "v_proj",
+        ]
+    )
 
 
 def parse(*argv, cls=Config, **options):
@@ -65,11 +70,15 @@ def from_yaml(tmp_path, text, *argv, **options):
 
 # ---- ways to write a value -------------------------------------------------------------------------------------------
 
+
 def test_nothing_given_is_the_dataclass():
     assert parse() == Config()
 
 
-@pytest.mark.parametrize("argv", [["--data.horizon", "10"], ["--data.horizon=10"], ["--horizon", "10"], ["--horizon=10"], ["--horizon", "1e1"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--data.horizon", "10"], ["--data.horizon=10"], ["--horizon", "10"], ["--horizon=10"], ["--horizon", "1e1"]],
+)
 def test_dotted_and_unique_leaf_flags(argv):
     assert parse(*argv) == Config(data=Data(horizon=10))
 
@@ -86,9 +95,22 @@ def test_a_leaf_of_two_groups_must_be_written_whole():
     assert parse("--model.seed", "3").model.seed == 3 and parse("--model.seed", "3").data.seed == 0
 
 
-@pytest.mark.parametrize("argv,value", [
-    (["--augment"], True), (["--augment", "True"], True), (["--augment=true"], True), (["--augment", "1"], True), (["--augment", "yes"], True),
-    (["--augment", "False"], False), (["--augment=false"], False), (["--augment", "0"], False), (["--no-augment"], False), (["--no_augment"], False), (["--data.augment", "off"], False)])
+@pytest.mark.parametrize(
+    "argv,value",
+    [
+        (["--augment"], True),
+        (["--augment", "True"], True),
+        (["--augment=true"], True),
+        (["--augment", "1"], True),
+        (["--augment", "yes"], True),
+        (["--augment", "False"], False),
+        (["--augment=false"], False),
+        (["--augment", "0"], False),
+        (["--no-augment"], False),
+        (["--no_augment"], False),
+        (["--data.augment", "off"], False),
+    ],
+)
 def test_bools(argv, value):
     assert parse(*argv).data.augment is value
 
@@ -134,9 +156,16 @@ def test_yaml_bool_is_no_number_and_nan_no_rate(tmp_path):
         from_yaml(tmp_path, "learning_rate: .nan")
 
 
-@pytest.mark.parametrize("argv,cameras", [
-    (["--cameras", "camera1", "camera3"], ["camera1", "camera3"]), (["--cameras", "camera1,camera3"], ["camera1", "camera3"]),
-    (["--cameras", "[camera1, camera3]"], ["camera1", "camera3"]), (["--cameras=[camera1,camera3]"], ["camera1", "camera3"]), (["--cameras", "camera2"], ["camera2"])])
+@pytest.mark.parametrize(
+    "argv,cameras",
+    [
+        (["--cameras", "camera1", "camera3"], ["camera1", "camera3"]),
+        (["--cameras", "camera1,camera3"], ["camera1", "camera3"]),
+        (["--cameras", "[camera1, camera3]"], ["camera1", "camera3"]),
+        (["--cameras=[camera1,camera3]"], ["camera1", "camera3"]),
+        (["--cameras", "camera2"], ["camera2"]),
+    ],
+)
 def test_lists(argv, cameras):
     assert parse(*argv).data.cameras == cameras
 
@@ -212,15 +241,30 @@ def test_partial_reads_what_it_knows_of_another_programs_yaml(tmp_path):
 
 # ---- ways to get it wrong --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv,nearest", [
-    (["--learning_rat", "1"], "--learning_rate"), (["--data.horizn", "1"], "--data.horizon"), (["--horizn", "1"], "--data.horizon"),
-    (["--camera", "x"], "--data.cameras"), (["--dataset.horizon", "1"], "--data.horizon")])
+
+@pytest.mark.parametrize(
+    "argv,nearest",
+    [
+        (["--learning_rat", "1"], "--learning_rate"),
+        (["--data.horizn", "1"], "--data.horizon"),
+        (["--horizn", "1"], "--data.horizon"),
+        (["--camera", "x"], "--data.cameras"),
+        (["--dataset.horizon", "1"], "--data.horizon"),
+    ],
+)
 def test_unknown_flag_names_the_nearest(argv, nearest):
     with pytest.raises(ConfigError, match=f"unknown key '{argv[0]}'; did you mean '{nearest}'"):
         parse(*argv)
 
 
-@pytest.mark.parametrize("text,wrong,nearest", [("learning_rte: 1", "learning_rte", "learning_rate"), ("data: {horizn: 1}", "data.horizn", "data.horizon"), ("horizon: 3", "horizon", "data.horizon")])
+@pytest.mark.parametrize(
+    "text,wrong,nearest",
+    [
+        ("learning_rte: 1", "learning_rte", "learning_rate"),
+        ("data: {horizn: 1}", "data.horizn", "data.horizon"),
+        ("horizon: 3", "horizon", "data.horizon"),
+    ],
+)
 def test_unknown_yaml_key_names_file_and_nearest(tmp_path, text, wrong, nearest):
     with pytest.raises(ConfigError, match=f"config.yaml: unknown key '{wrong}'; did you mean '{nearest}'"):
         from_yaml(tmp_path, text)
@@ -257,7 +301,9 @@ def test_missing_file_and_stray_words(tmp_path):
         parse("--horizon", "1", "2")
 
 
-@pytest.mark.parametrize("argv,expected", [(["--cameras", "[camera1"], r"\[a, b\] or a b"), (["--weights", "{sim: 1"], "{key: value}")])
+@pytest.mark.parametrize(
+    "argv,expected", [(["--cameras", "[camera1"], r"\[a, b\] or a b"), (["--weights", "{sim: 1"], "{key: value}")]
+)
 def test_a_flag_with_broken_yaml_says_how_to_write_it(argv, expected):
     with pytest.raises(ConfigError, match=f"--data.{argv[0][2:]}: expected {expected}, got"):
         parse(*argv)
@@ -268,10 +314,14 @@ def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2(monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         parse_config(Config)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "train_x.py: unknown key '--horizn'; did you mean '--data.horizon'? (--help lists all keys)\n"
+    assert (
+        capsys.readouterr().err
+        == "train_x.py: unknown key '--horizn'; did you mean '--data.horizon'? (--help lists all keys)\n"
+    )
 
 
 # ---- help and the saved file -----------------------------------------------------------------------------------------
+
 
 def help_text(cls, capsys, aliases=None):
     with pytest.raises(SystemExit) as stop:
@@ -304,10 +354,26 @@ def test_shipped_configs_parse(path):
 
 
 def test_save_config_round_trip_and_content(tmp_path):
-    cfg = parse("--horizon", "4", "--clip", "null", "--mixed_precision", "no", "--cameras", "camera2", "camera1", "--weights", "{a: 2}", "--learning_rate", "1e-300")
+    cfg = parse(
+        "--horizon",
+        "4",
+        "--clip",
+        "null",
+        "--mixed_precision",
+        "no",
+        "--cameras",
+        "camera2",
+        "camera1",
+        "--weights",
+        "{a: 2}",
+        "--learning_rate",
+        "1e-300",
+    )
     save_config(cfg, tmp_path / "c.yaml")
     assert parse("--config", str(tmp_path / "c.yaml")) == cfg
-    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["data"]["horizon"] == 4, "nested, as a person would write it"
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["data"]["horizon"] == 4, (
+        "nested, as a person would write it"
+    )
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -315,25 +381,49 @@ FLOAT = st.floats(allow_nan=False)
 
 
 @settings(max_examples=100)
-@given(st.builds(
-    Config, learning_rate=FLOAT, clip=st.none() | FLOAT, check=st.booleans(), mixed_precision=st.sampled_from(["auto", "no", "bf16"]),
-    resume=st.none() | TEXT.filter(lambda t: t.lower() not in ("", "null", "none")),  # these three words mean null, by design
-    model=st.builds(Model, name=TEXT, seed=st.integers() | st.integers(2**53, 2**70)),
-    data=st.builds(Data, root_dir=TEXT, horizon=st.integers(), augment=st.booleans(), size=st.lists(st.integers(-2**40, 2**40), max_size=4), cameras=st.lists(TEXT, max_size=3),
-                   weights=st.dictionaries(TEXT, FLOAT, max_size=3))))
+@given(
+    st.builds(
+        Config,
+        learning_rate=FLOAT,
+        clip=st.none() | FLOAT,
+        check=st.booleans(),
+        mixed_precision=st.sampled_from(["auto", "no", "bf16"]),
+        resume=st.none()
+        | TEXT.filter(lambda t: t.lower() not in ("", "null", "none")),  # these three words mean null, by design
+        model=st.builds(Model, name=TEXT, seed=st.integers() | st.integers(2**53, 2**70)),
+        data=st.builds(
+            Data,
+            root_dir=TEXT,
+            horizon=st.integers(),
+            augment=st.booleans(),
+            size=st.lists(st.integers(-(2**40), 2**40), max_size=4),
+            cameras=st.lists(TEXT, max_size=3),
+            weights=st.dictionaries(TEXT, FLOAT, max_size=3),
+        ),
+    )
+)
 def test_whatever_is_saved_is_read_back_equal(tmp_path_factory, cfg):
     path = tmp_path_factory.mktemp("round_trip") / "c.yaml"
     save_config(cfg, path)
     assert parse("--config", str(path)) == cfg
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-10**6, 10**6))
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**6), 10**6))
 def test_numbers_on_the_command_line_round_trip(value, whole):
     cfg = parse(f"--learning_rate={value!r}", f"--data.horizon={whole}")
-    assert cfg.learning_rate == value and math.copysign(1, cfg.learning_rate) == math.copysign(1, value) and cfg.data.horizon == whole
+    assert (
+        cfg.learning_rate == value
+        and math.copysign(1, cfg.learning_rate) == math.copysign(1, value)
+        and cfg.data.horizon == whole
+    )
 
 
 def test_importing_a_script_parses_nothing():
     """`import train_nora` under a foreign command line does no work and reads no flags."""
-    done = subprocess.run([sys.executable, "-c", "import sys; sys.argv = ['x', '--nonsense']; import train_nora; print('imported')"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['x', '--nonsense']; import train_nora; print('imported')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "imported\n", done.stderr

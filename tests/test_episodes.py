@@ -1,4 +1,5 @@
 """The HDF5 adapter: every recorder's variant gives one sample, every defect gets its name, actions are right to the last frame."""
+
 import io
 import multiprocessing
 import os
@@ -19,7 +20,10 @@ from common import episodes as ep
 from common.episodes import ActionDefinition, BadEpisode, ImageReader, action_chunk, read_episode
 from common.stats import Normalizer
 
-N, SIZE = 32, (60, 80)  # frames enough for the motion to change its speed: before that, its normalised value is rounding
+N, SIZE = (
+    32,
+    (60, 80),
+)  # frames enough for the motion to change its speed: before that, its normalised value is rounding
 
 
 def write(folder, **changes):
@@ -47,8 +51,17 @@ SAMPLE_KEYS = {"images", "action", "is_pad", "state", "instruction", "episode", 
 
 def samples(folder, **dataset):
     """Every sample of a folder as train_nora sees it, with the normaliser of the folder's own statistics."""
-    cfg = train_nora.Config(dataset=train_nora.DatasetConfig(root_dir=str(folder), horizon=3, cameras=["camera1", "camera3"], resize_resolution=[28, 28], state_in_prompt=True,
-                                                             use_qpos=True, **dataset))
+    cfg = train_nora.Config(
+        dataset=train_nora.DatasetConfig(
+            root_dir=str(folder),
+            horizon=3,
+            cameras=["camera1", "camera3"],
+            resize_resolution=[28, 28],
+            state_in_prompt=True,
+            use_qpos=True,
+            **dataset,
+        )
+    )
     data = train_nora.load_data(cfg)
     items = train_nora.NoraDataset(data.train, data)
     return [items[i, i] for i in range(len(items))], data
@@ -59,13 +72,26 @@ def raw_samples(tmp_path_factory):
     return samples(write(tmp_path_factory.mktemp("raw"), layout="raw").parent, use_ee_pose_delta_as_action=True)
 
 
-@pytest.mark.parametrize("variant", [
-    dict(layout="gzip"), dict(layout="jpeg"), dict(layout="raw", position_unit="m"), dict(layout="raw", rotation_unit="deg"), dict(layout="gzip", position_unit="m", rotation_unit="deg"),
-    dict(layout="raw", phase=False), dict(layout="raw", instruction=False), dict(layout="jpeg", timestamp=False, phase=False, instruction=False), dict(layout="raw", action="joints")],
-    ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(layout="gzip"),
+        dict(layout="jpeg"),
+        dict(layout="raw", position_unit="m"),
+        dict(layout="raw", rotation_unit="deg"),
+        dict(layout="gzip", position_unit="m", rotation_unit="deg"),
+        dict(layout="raw", phase=False),
+        dict(layout="raw", instruction=False),
+        dict(layout="jpeg", timestamp=False, phase=False, instruction=False),
+        dict(layout="raw", action="joints"),
+    ],
+    ids=lambda v: "-".join(map(str, v.values())),
+)
 def test_every_variant_gives_the_same_sample(tmp_path, raw_samples, variant):
     """The pose deltas agree in their own unit, and what the model is trained on (normalised) agrees without any unit."""
-    dataset = {} if variant.get("rotation_unit") != "deg" else dict(rotation_unit="deg")  # the demo never turns by more than 2 pi degrees' worth
+    dataset = (
+        {} if variant.get("rotation_unit") != "deg" else dict(rotation_unit="deg")
+    )  # the demo never turns by more than 2 pi degrees' worth
     got, data = samples(write(tmp_path, **variant).parent, use_ee_pose_delta_as_action=True, **dataset)
     expected, expected_data = raw_samples
     to_mm = 1000 if variant.get("position_unit") == "m" else 1
@@ -79,20 +105,31 @@ def test_every_variant_gives_the_same_sample(tmp_path, raw_samples, variant):
         assert set(a) == SAMPLE_KEYS and a["images"].shape == (2, 28, 28, 3) and a["images"].dtype == np.uint8
         assert a["action"].shape == (3, 6) and a["action"].dtype == np.float32 and a["state"].shape == (12,)
         np.testing.assert_allclose(a["action"] * ([to_mm] * 3 + [to_rad] * 3), b["action"], atol=2e-5)
-        np.testing.assert_allclose(data.normalizer.normalize(a["action"])[:, moves], expected_data.normalizer.normalize(b["action"])[:, moves], atol=2e-3)
+        np.testing.assert_allclose(
+            data.normalizer.normalize(a["action"])[:, moves],
+            expected_data.normalizer.normalize(b["action"])[:, moves],
+            atol=2e-3,
+        )
         np.testing.assert_allclose(a["state"][6:], b["state"][6:], atol=1e-4)
         np.testing.assert_array_equal(a["is_pad"], b["is_pad"])
-        assert a["frame"] == b["frame"] and a["instruction"] == b["instruction"] == "Insert the needle into the target point"
+        assert (
+            a["frame"] == b["frame"]
+            and a["instruction"] == b["instruction"] == "Insert the needle into the target point"
+        )
         assert a["phase"] == (b["phase"] if variant.get("phase", True) else -1)
         if variant["layout"] == "jpeg":
-            assert np.abs(a["images"].astype(int) - b["images"]).mean() < 3, "quality 95, half of it decoded by DCT scaling"
+            assert np.abs(a["images"].astype(int) - b["images"]).mean() < 3, (
+                "quality 95, half of it decoded by DCT scaling"
+            )
         else:
             np.testing.assert_array_equal(a["images"], b["images"])
 
 
 def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path):
     jpeg, raw = read_episode(write(tmp_path / "j", layout="jpeg")), read_episode(write(tmp_path / "r", layout="raw"))
-    assert jpeg.cameras == dict.fromkeys(["side_camera", "tool_camera", "top_camera"], "jpeg") and raw.cameras == dict.fromkeys(jpeg.cameras, "raw")
+    assert jpeg.cameras == dict.fromkeys(
+        ["side_camera", "tool_camera", "top_camera"], "jpeg"
+    ) and raw.cameras == dict.fromkeys(jpeg.cameras, "raw")
     assert list(jpeg.cameras) == sorted(jpeg.cameras), "camera1..K are the names in alphabetical order"
     for camera in raw.cameras:
         truth = ImageReader().read(raw, camera, 5)
@@ -103,9 +140,15 @@ def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path):
 
 
 INSTRUCTIONS = {
-    "scalar str": dict(data="바늘 삽입"), "scalar bytes": dict(data="바늘 삽입".encode()), "(1,) str": dict(data=["바늘 삽입"], dtype=h5py.string_dtype()),
-    "(1,) bytes": dict(data=np.array(["바늘 삽입".encode()])), "S256": dict(data=np.array("바늘 삽입".encode(), "S256")), "(1,) S256": dict(data=np.array(["바늘 삽입".encode()], "S256")),
-    "fixed utf-8": dict(data="바늘 삽입".encode(), dtype=h5py.string_dtype("utf-8", 64)), "ascii vlen": dict(data="바늘 삽입".encode(), dtype=h5py.string_dtype("ascii"))}
+    "scalar str": dict(data="바늘 삽입"),
+    "scalar bytes": dict(data="바늘 삽입".encode()),
+    "(1,) str": dict(data=["바늘 삽입"], dtype=h5py.string_dtype()),
+    "(1,) bytes": dict(data=np.array(["바늘 삽입".encode()])),
+    "S256": dict(data=np.array("바늘 삽입".encode(), "S256")),
+    "(1,) S256": dict(data=np.array(["바늘 삽입".encode()], "S256")),
+    "fixed utf-8": dict(data="바늘 삽입".encode(), dtype=h5py.string_dtype("utf-8", 64)),
+    "ascii vlen": dict(data="바늘 삽입".encode(), dtype=h5py.string_dtype("ascii")),
+}
 
 
 @pytest.mark.parametrize("form", INSTRUCTIONS)
@@ -123,6 +166,7 @@ def test_without_instruction_the_task_instruction_is_used_and_the_file_wins(tmp_
 
 
 # ---- finding files ---------------------------------------------------------------------------------------------------
+
 
 def test_files_are_found_at_any_depth_sorted_as_path_strings(tmp_path):
     names = ["b.h5", "a/z.h5", "a/b/c.hdf5", "a.h5", "note.txt", "x.h5.tmp"]
@@ -160,6 +204,7 @@ def test_names_are_relative_to_the_root(insertion_root):
 
 
 # ---- damaged files ---------------------------------------------------------------------------------------------------
+
 
 def refuses(path, *words):
     """read_episode raises BadEpisode with the path and every word."""
@@ -204,7 +249,14 @@ def test_a_value_that_is_not_finite_names_its_frame(episode_path, key, value):
     refuses(episode_path, f"dataset '{key}' frame 3", "not finite", "2 such frames")
 
 
-@pytest.mark.parametrize("key,words", [("action", ["no dataset 'action'", "observations"]), ("observations/images", ["observations/images/<camera>"]), ("observations", ["observations/images/<camera>"])])
+@pytest.mark.parametrize(
+    "key,words",
+    [
+        ("action", ["no dataset 'action'", "observations"]),
+        ("observations/images", ["observations/images/<camera>"]),
+        ("observations", ["observations/images/<camera>"]),
+    ],
+)
 def test_missing_key(episode_path, key, words):
     replace(episode_path, key, None)
     refuses(episode_path, *words)
@@ -217,14 +269,33 @@ def test_optional_keys_may_be_missing(episode_path):
     assert (e.ee_pose, e.qpos, e.phase, e.instruction) == (None, None, None, None) and e.num_frames == 14
 
 
-@pytest.mark.parametrize("key,data,words", [
-    ("action", np.zeros((0, 6), np.float32), ["'action' has 0 rows"]), ("action", np.zeros((13, 6), np.float32), ["has 14 frames, 'action' has 13 rows"]),
-    ("action", np.zeros(14, np.float32), ["'action' has shape (14,)"]), ("observations/ee_pose", np.zeros((13, 6), np.float32), ["'observations/ee_pose' has shape (13, 6), expected (14"]),
-    ("observations/qpos", np.zeros((15, 6), np.float32), ["'observations/qpos' has shape (15, 6)"]),
-    ("observations/images/top_camera", np.zeros((14, 6, 8), np.uint8), ["'observations/images/top_camera'", "(14, 6, 8)", "expected"]),
-    ("observations/images/top_camera", np.zeros((14, 6, 8, 3), np.float32), ["top_camera", "float32"]),
-    ("observations/images/top_camera", np.zeros((12, 6, 8, 3), np.uint8), ["'observations/images/top_camera' has 12 frames"]),
-    ("phase", np.ones(12, np.int32), ["'phase'"]), ("phase", np.ones((14, 2), np.int32), ["'phase'"])])
+@pytest.mark.parametrize(
+    "key,data,words",
+    [
+        ("action", np.zeros((0, 6), np.float32), ["'action' has 0 rows"]),
+        ("action", np.zeros((13, 6), np.float32), ["has 14 frames, 'action' has 13 rows"]),
+        ("action", np.zeros(14, np.float32), ["'action' has shape (14,)"]),
+        (
+            "observations/ee_pose",
+            np.zeros((13, 6), np.float32),
+            ["'observations/ee_pose' has shape (13, 6), expected (14"],
+        ),
+        ("observations/qpos", np.zeros((15, 6), np.float32), ["'observations/qpos' has shape (15, 6)"]),
+        (
+            "observations/images/top_camera",
+            np.zeros((14, 6, 8), np.uint8),
+            ["'observations/images/top_camera'", "(14, 6, 8)", "expected"],
+        ),
+        ("observations/images/top_camera", np.zeros((14, 6, 8, 3), np.float32), ["top_camera", "float32"]),
+        (
+            "observations/images/top_camera",
+            np.zeros((12, 6, 8, 3), np.uint8),
+            ["'observations/images/top_camera' has 12 frames"],
+        ),
+        ("phase", np.ones(12, np.int32), ["'phase'"]),
+        ("phase", np.ones((14, 2), np.int32), ["'phase'"]),
+    ],
+)
 def test_shapes_that_do_not_fit(episode_path, key, data, words):
     replace(episode_path, key, data)
     refuses(episode_path, *words)
@@ -243,18 +314,28 @@ def test_an_instruction_in_another_encoding_names_the_file(episode_path):
     refuses(episode_path, "language_instruction")
 
 
-@pytest.mark.parametrize("damage,words", [("zero byte", ["1 bytes"]), ("truncated", ["bytes"]), ("empty", ["0 bytes"]), ("noise", ["500 bytes"])])
+@pytest.mark.parametrize(
+    "damage,words",
+    [("zero byte", ["1 bytes"]), ("truncated", ["bytes"]), ("empty", ["0 bytes"]), ("noise", ["500 bytes"])],
+)
 def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage, words):
     with h5py.File(episode_path, "r+") as f:
         images = f["observations/images/tool_camera"]
         whole = images[4]
-        images[4] = {"zero byte": np.zeros(1, np.uint8), "truncated": whole[:len(whole) // 2], "empty": np.zeros(0, np.uint8), "noise": np.random.default_rng(0).integers(0, 256, 500, np.uint8)}[damage]
+        images[4] = {
+            "zero byte": np.zeros(1, np.uint8),
+            "truncated": whole[: len(whole) // 2],
+            "empty": np.zeros(0, np.uint8),
+            "noise": np.random.default_rng(0).integers(0, 256, 500, np.uint8),
+        }[damage]
     e, reader = read_episode(episode_path), ImageReader()
     with pytest.raises(BadEpisode) as error:
         reader.read(e, "tool_camera", 4)
     for word in (str(episode_path), "'observations/images/tool_camera' frame 4", "not a decodable JPEG", *words):
         assert word in str(error.value)
-    assert reader.read(e, "tool_camera", 3).shape == reader.read(e, "side_camera", 4).shape == (*SIZE, 3), "the frames beside it are fine"
+    assert reader.read(e, "tool_camera", 3).shape == reader.read(e, "side_camera", 4).shape == (*SIZE, 3), (
+        "the frames beside it are fine"
+    )
 
 
 def test_a_file_that_vanishes_during_training(episode_path):
@@ -265,6 +346,7 @@ def test_a_file_that_vanishes_during_training(episode_path):
 
 
 # ---- a folder of episodes --------------------------------------------------------------------------------------------
+
 
 def copies(root, folder, count=4):
     for path in ep.find_episodes(root)[:count]:
@@ -280,7 +362,12 @@ def test_skip_bad_counts_and_lists(tmp_path, insertion_root):
         ep.load_episodes(tmp_path)
     episodes, excluded = ep.load_episodes(tmp_path, skip_bad=True)
     assert [e.path for e in episodes] == [paths[0], paths[3]]
-    assert len(excluded) == 2 and paths[1] in excluded[0] and paths[2] in excluded[1] and "no dataset 'action'" in excluded[1]
+    assert (
+        len(excluded) == 2
+        and paths[1] in excluded[0]
+        and paths[2] in excluded[1]
+        and "no dataset 'action'" in excluded[1]
+    )
     os.truncate(paths[0], 10), os.truncate(paths[3], 10)
     with pytest.raises(BadEpisode, match="none of the 4 files.*is usable"):
         ep.load_episodes(tmp_path, skip_bad=True)
@@ -300,7 +387,9 @@ def test_disagreeing_episodes_name_both_files(tmp_path, insertion_root, what):
     elif what == "ee_pose dims":
         replace(paths[2], "observations/ee_pose", None)
     else:
-        replace(paths[2], {"action dims": "action", "qpos dims": "observations/qpos"}[what], np.zeros((14, 7), np.float32))
+        replace(
+            paths[2], {"action dims": "action", "qpos dims": "observations/qpos"}[what], np.zeros((14, 7), np.float32)
+        )
     with pytest.raises(BadEpisode) as error:
         ep.load_episodes(tmp_path)
     assert what in str(error.value) and paths[2] in str(error.value) and paths[0] in str(error.value)
@@ -308,7 +397,10 @@ def test_disagreeing_episodes_name_both_files(tmp_path, insertion_root, what):
 
 
 def test_units_are_seen_in_the_values(tmp_path):
-    mm, m, deg = (read_episode(write(tmp_path / name, episodes=2, seed=s, **kw)) for name, s, kw in (("mm", 0, {}), ("m", 1, dict(position_unit="m")), ("deg", 2, dict(rotation_unit="deg"))))
+    mm, m, deg = (
+        read_episode(write(tmp_path / name, episodes=2, seed=s, **kw))
+        for name, s, kw in (("mm", 0, {}), ("m", 1, dict(position_unit="m")), ("deg", 2, dict(rotation_unit="deg")))
+    )
     assert (ep.detect_position_unit([mm]), ep.detect_position_unit([m])) == ("mm", "m")
     with pytest.raises(BadEpisode) as error:
         ep.detect_position_unit([mm, m])
@@ -339,11 +431,16 @@ def test_hold_out_takes_the_newest_and_lists_them(tmp_path, insertion_root):
             ep.hold_out_last(episodes, count)
     ep.write_validation_list(tmp_path / "validation_episodes.txt", episodes, [3])
     lines = (tmp_path / "validation_episodes.txt").read_text().splitlines()
-    assert lines[:2] == ["Validation episodes", "=" * 80] and "Total episodes: 4" in lines and "Validation episodes: 1" in lines
+    assert (
+        lines[:2] == ["Validation episodes", "=" * 80]
+        and "Total episodes: 4" in lines
+        and "Validation episodes: 1" in lines
+    )
     assert "Validation episode indices: [3]" in lines and lines[-1] == f"  [3] {episodes[3].path}"
 
 
 # ---- files and processes ---------------------------------------------------------------------------------------------
+
 
 def open_h5(folder):
     """How many .h5 files below `folder` this process holds open."""
@@ -371,7 +468,9 @@ def test_recently_used_files_stay_open(tmp_path, episode_path, monkeypatch):
         shutil.copy(episode_path, tmp_path / f"{i}.h5")
     a, b, c = (read_episode(tmp_path / f"{i}.h5") for i in range(3))
     opened, real = [], h5py.File
-    monkeypatch.setattr(h5py, "File", lambda path, *args, **kwargs: opened.append(os.path.basename(path)) or real(path, *args, **kwargs))
+    monkeypatch.setattr(
+        h5py, "File", lambda path, *args, **kwargs: opened.append(os.path.basename(path)) or real(path, *args, **kwargs)
+    )
     reader = ImageReader(2)
     for e in (a, b, a, c, a, b):
         reader.read(e, "top_camera", 0)
@@ -403,14 +502,17 @@ def test_a_reader_used_before_fork_or_pickle_opens_its_own_files(insertion_root)
 
 # ---- decoding at a smaller scale -------------------------------------------------------------------------------------
 
+
 @given(st.tuples(st.integers(8, 200), st.integers(8, 200)), st.tuples(st.integers(1, 250), st.integers(1, 250)))
 def test_a_scaled_decode_is_never_below_the_target(tmp_path_factory, size, target):
-    ys, xs = np.mgrid[0:1:size[0] * 1j, 0:1:size[1] * 1j]
+    ys, xs = np.mgrid[0 : 1 : size[0] * 1j, 0 : 1 : size[1] * 1j]
     picture = (np.stack([ys, xs, 1 - xs], -1) * 255).astype(np.uint8)
     path = tmp_path_factory.mktemp("dct") / "e.h5"
     with h5py.File(path, "w") as f:
         f["action"] = np.zeros((1, 6), np.float32)
-        f.create_dataset("observations/images/top", (1,), dtype=h5py.vlen_dtype(np.uint8))[0] = np.frombuffer(make_demo.jpeg(picture), np.uint8)
+        f.create_dataset("observations/images/top", (1,), dtype=h5py.vlen_dtype(np.uint8))[0] = np.frombuffer(
+            make_demo.jpeg(picture), np.uint8
+        )
     got = ImageReader().read(read_episode(path), "top", 0, at_least=target)
     scale = max([s for s in (1, 2, 4, 8) if size[0] >= s * target[0] and size[1] >= s * target[1]], default=1)
     assert got.shape == (-(-size[0] // scale), -(-size[1] // scale), 3)
@@ -421,9 +523,20 @@ def test_a_scaled_decode_is_never_below_the_target(tmp_path_factory, size, targe
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
 
+
 def pose_episode(pose, action=None, phase=None):
     pose = np.asarray(pose, np.float32)
-    return ep.Episode("p.h5", "p.h5", len(pose), {"top": "raw"}, pose if action is None else np.asarray(action, np.float32), pose, None, phase, None)
+    return ep.Episode(
+        "p.h5",
+        "p.h5",
+        len(pose),
+        {"top": "raw"},
+        pose if action is None else np.asarray(action, np.float32),
+        pose,
+        None,
+        phase,
+        None,
+    )
 
 
 @pytest.mark.parametrize("unit,turn", [("rad", 2 * np.pi), ("deg", 360.0)])
@@ -453,7 +566,9 @@ def test_five_degrees_are_not_wrapped_as_radians():
 def test_deltas_telescope_to_end_minus_start(unit, n, seed):
     turn = 2 * np.pi if unit == "rad" else 360.0
     rng = np.random.default_rng(seed)
-    pose = np.concatenate([rng.uniform(-500, 500, (n, 3)), rng.uniform(-turn / 2, turn / 2, (n, 3))], axis=1).astype(np.float32)
+    pose = np.concatenate([rng.uniform(-500, 500, (n, 3)), rng.uniform(-turn / 2, turn / 2, (n, 3))], axis=1).astype(
+        np.float32
+    )
     delta = ActionDefinition("ee_pose_delta", 6, unit).targets(pose_episode(pose)).astype(np.float64)
     assert delta.shape == (n - 1, 6) and (np.abs(delta[:, 3:]) <= turn / 2 * (1 + 1e-6)).all()
     gap = delta.sum(0) - (pose[-1].astype(np.float64) - pose[0])
@@ -470,7 +585,11 @@ def test_the_action_source_keeps_every_row():
 
 def test_action_chunk_by_hand():
     targets = np.array([[1, 10], [2, 20], [3, 30]], np.float32)
-    for frame, hold, rows, pad in [(0, "zero", [[1, 10], [2, 20]], [0, 0]), (2, "zero", [[3, 30], [0, 0]], [0, 1]), (2, "repeat", [[3, 30], [3, 30]], [0, 1])]:
+    for frame, hold, rows, pad in [
+        (0, "zero", [[1, 10], [2, 20]], [0, 0]),
+        (2, "zero", [[3, 30], [0, 0]], [0, 1]),
+        (2, "repeat", [[3, 30], [3, 30]], [0, 1]),
+    ]:
         chunk, is_pad = action_chunk(targets, frame, 2, hold)
         assert chunk.dtype == np.float32 and is_pad.dtype == bool
         np.testing.assert_array_equal(chunk, rows)
@@ -510,16 +629,18 @@ def test_nothing_after_the_target_changes_a_sample(tmp_path):
     (tmp_path / "b").mkdir()
     with h5py.File(shutil.copy(path, tmp_path / "b"), "r+") as f:
         for key in ("observations/ee_pose", "observations/qpos", "action", "phase"):
-            f[key][t + horizon + 1:] = 0.5 * f[key][0]
+            f[key][t + horizon + 1 :] = 0.5 * f[key][0]
         for camera in f["observations/images"].values():
-            camera[t + 1:] = 255 - camera[t + 1:]
+            camera[t + 1 :] = 255 - camera[t + 1 :]
     pose = read_episode(path).ee_pose
     (before, data), (after, _) = (samples(tmp_path / name, use_ee_pose_delta_as_action=True) for name in "ab")
     for i in range(t + 1):
         np.testing.assert_array_equal(before[i]["images"], after[i]["images"])
         np.testing.assert_array_equal(before[i]["action"], after[i]["action"])
-        np.testing.assert_allclose(before[i]["action"][:, :3], np.diff(pose, axis=0)[i:i + horizon, :3], atol=1e-5)
-    assert not np.array_equal(before[t + 1]["action"], after[t + 1]["action"]) and not np.array_equal(before[t + 1]["images"], after[t + 1]["images"]), "the change was there to see"
+        np.testing.assert_allclose(before[i]["action"][:, :3], np.diff(pose, axis=0)[i : i + horizon, :3], atol=1e-5)
+    assert not np.array_equal(before[t + 1]["action"], after[t + 1]["action"]) and not np.array_equal(
+        before[t + 1]["images"], after[t + 1]["images"]
+    ), "the change was there to see"
 
 
 def test_a_flicker_of_the_last_bit_is_no_motion():
@@ -529,11 +650,14 @@ def test_a_flicker_of_the_last_bit_is_no_motion():
     pose[:, 3] = np.float32(np.pi / 2)
     pose[::3, 3] = np.nextafter(np.float32(np.pi / 2), np.float32(4))
     definition = ActionDefinition("ee_pose_delta", 6, "rad")
-    normalised = Normalizer(ep.insertion_stats([pose_episode(pose)], definition, [])["action"]).normalize(definition.targets(pose_episode(pose)))
+    normalised = Normalizer(ep.insertion_stats([pose_episode(pose)], definition, [])["action"]).normalize(
+        definition.targets(pose_episode(pose))
+    )
     assert np.abs(normalised[:, :3]).max() == 1 and np.abs(normalised[:, 3]).max() == 0
 
 
 # ---- statistics of a data set ----------------------------------------------------------------------------------------
+
 
 def test_statistics_see_training_episodes_only(tmp_path, insertion_root):
     episodes, _ = ep.load_episodes(insertion_root)
@@ -542,21 +666,43 @@ def test_statistics_see_training_episodes_only(tmp_path, insertion_root):
     before = ep.insertion_stats(train, definition, [e.name for e in validation], ("qpos", "ee_pose"))
     validation[0].ee_pose += 1000
     assert ep.insertion_stats(train, definition, [e.name for e in validation], ("qpos", "ee_pose")) == before
-    assert before["num_episodes"] == 3 and before["num_frames"] == 42 and before["action"]["count"] == 39 and before["observation.state"]["count"] == 42
-    assert before["action_definition"] == dict(source="ee_pose_delta", dim=6, rotation_unit="rad") and before["excluded_episodes"] == [validation[0].name]
+    assert (
+        before["num_episodes"] == 3
+        and before["num_frames"] == 42
+        and before["action"]["count"] == 39
+        and before["observation.state"]["count"] == 42
+    )
+    assert before["action_definition"] == dict(source="ee_pose_delta", dim=6, rotation_unit="rad") and before[
+        "excluded_episodes"
+    ] == [validation[0].name]
     rows = np.concatenate([np.diff(e.ee_pose, axis=0) for e in train])
     np.testing.assert_allclose(before["action"]["max"], rows.max(0), atol=1e-5)
-    np.testing.assert_allclose(before["observation.state"]["mean"], np.concatenate([np.concatenate([e.qpos, e.ee_pose], 1) for e in train]).mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        before["observation.state"]["mean"],
+        np.concatenate([np.concatenate([e.qpos, e.ee_pose], 1) for e in train]).mean(0),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 # ---- recordings of the real collector --------------------------------------------------------------------------------
 
+
 def test_recordings_of_the_simulator(shared):
     episodes, excluded = ep.load_episodes(shared / "data" / "insertion_sim")
-    assert len(episodes) == 6 and excluded == [] and ep.detect_position_unit(episodes) == "m" and ep.detect_rotation_unit(episodes) == "rad"
+    assert (
+        len(episodes) == 6
+        and excluded == []
+        and ep.detect_position_unit(episodes) == "m"
+        and ep.detect_rotation_unit(episodes) == "rad"
+    )
     for e in episodes:
         assert list(e.cameras) == ["side_camera", "tool_camera", "top_camera"] and set(e.cameras.values()) == {"jpeg"}
-        assert e.action.shape == e.ee_pose.shape == e.qpos.shape == (e.num_frames, 6) and set(np.unique(e.phase)) <= {1, 2, 3} and e.instruction is None
+        assert (
+            e.action.shape == e.ee_pose.shape == e.qpos.shape == (e.num_frames, 6)
+            and set(np.unique(e.phase)) <= {1, 2, 3}
+            and e.instruction is None
+        )
         assert ImageReader().read(e, "top_camera", e.num_frames - 1).shape == (240, 320, 3)
         assert min(ImageReader().read(e, "top_camera", 0, at_least=(100, 100)).shape[:2]) == 120
     assert not ep.records_past_motion(episodes), "this collector stores joint targets"

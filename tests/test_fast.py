@@ -1,4 +1,5 @@
 """FAST in train_nora.py against hand-worked values, against `tokenizers`, and against everything a model may answer."""
+
 import json
 import math
 
@@ -26,8 +27,17 @@ def published_fit(chunks, scale=10.0, vocab_size=300):
     q = [np.rint(dct_matrix(len(c)) @ c * scale).astype(int).ravel() for c in chunks]
     low, high = min(x.min() for x in q), max(x.max() for x in q)
     inner = ByteLevelBPETokenizer()._tokenizer
-    inner.train_from_iterator(["".join(map(chr, x - low)) for x in q], BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[], max_token_length=10000,
-                                                                                  initial_alphabet=[chr(i) for i in range(high - low + 1)]))
+    inner.train_from_iterator(
+        ["".join(map(chr, x - low)) for x in q],
+        BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[],
+            max_token_length=10000,
+            initial_alphabet=[chr(i) for i in range(high - low + 1)],
+        ),
+    )
     return FastTokenizer(inner, scale, low)
 
 
@@ -58,29 +68,39 @@ def ids_of(fast, values):
 
 # ---- DCT -------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 50])
 def test_the_dct_is_orthonormal(n):
     m = dct_matrix(n)
     assert m.shape == (n, n) and m.dtype == np.float64
     np.testing.assert_allclose(m @ m.T, np.eye(n), atol=1e-13)
-    np.testing.assert_allclose(m @ np.ones(n), [math.sqrt(n)] + [0] * (n - 1), atol=1e-13, err_msg="a constant is frequency 0 alone")
+    np.testing.assert_allclose(
+        m @ np.ones(n), [math.sqrt(n)] + [0] * (n - 1), atol=1e-13, err_msg="a constant is frequency 0 alone"
+    )
 
 
 def test_the_dct_by_hand():
     np.testing.assert_array_equal(dct_matrix(1), [[1.0]])
     np.testing.assert_allclose(dct_matrix(2), np.array([[1, 1], [1, -1]]) / ROOT2, atol=1e-15)
     # H = 3: cos(pi/6) = sqrt(3)/2, cos(pi/3) = 1/2; scales sqrt(1/3), sqrt(2/3)
-    np.testing.assert_allclose(dct_matrix(3), [[1 / math.sqrt(3)] * 3, [1 / ROOT2, 0, -1 / ROOT2], [1 / math.sqrt(6), -2 / math.sqrt(6), 1 / math.sqrt(6)]], atol=1e-15)
+    np.testing.assert_allclose(
+        dct_matrix(3),
+        [[1 / math.sqrt(3)] * 3, [1 / ROOT2, 0, -1 / ROOT2], [1 / math.sqrt(6), -2 / math.sqrt(6), 1 / math.sqrt(6)]],
+        atol=1e-15,
+    )
 
 
 def test_the_dct_equals_its_formula():
     n, x = 7, np.random.default_rng(0).normal(size=7)
     for k in range(n):
         s = math.sqrt((1 if k == 0 else 2) / n)
-        assert (dct_matrix(n) @ x)[k] == pytest.approx(s * sum(x[i] * math.cos(math.pi * (i + 0.5) * k / n) for i in range(n)), abs=1e-14)
+        assert (dct_matrix(n) @ x)[k] == pytest.approx(
+            s * sum(x[i] * math.cos(math.pi * (i + 0.5) * k / n) for i in range(n)), abs=1e-14
+        )
 
 
 # ---- encode ----------------------------------------------------------------------------------------------------------
+
 
 def test_coefficients_are_ordered_by_frequency_then_dim(fast):
     """By hand: sums and differences over sqrt(2), times 10. (.5+.1)/1.414*10 = 4.24, (-.3+.7) -> 2.83, (.5-.1) -> 2.83, (-.3-.7) -> -7.07."""
@@ -125,7 +145,9 @@ def test_the_largest_motions_survive(fast):
 def test_encode_codes_every_coefficient(tokenizers, kind):
     """Whatever comes in, also far outside of what was fitted: H * A coefficients, each the nearest one that has a symbol, every change counted."""
     fast = tokenizers[kind]
-    codable = {v for v in range(2048) if fast.bpe.decode(fast.bpe.encode(chr(v)).ids, skip_special_tokens=False) == chr(v)}
+    codable = {
+        v for v in range(2048) if fast.bpe.decode(fast.bpe.encode(chr(v)).ids, skip_special_tokens=False) == chr(v)
+    }
     rng = np.random.default_rng(1)
     for size in (0.1, 1.0, 5.0):
         x = rng.normal(0, size, (5, 3))
@@ -144,9 +166,15 @@ def test_the_trap_of_a_fitted_range_below_128():
     fast = published_fit(chunks)
     assert fast.min_token == -5
     beyond = "".join(chr(v + 5) for v in (9, 2))
-    assert len(fast.bpe.decode(fast.bpe.encode(beyond).ids, skip_special_tokens=False)) == 1, "the trap is there: one of two coefficients is gone"
+    assert len(fast.bpe.decode(fast.bpe.encode(beyond).ids, skip_special_tokens=False)) == 1, (
+        "the trap is there: one of two coefficients is gone"
+    )
     assert fast.clipped == 0
-    for chunk, expected, clipped in (([[0.9, 0.2]], [5, 2], 1), ([[-0.9, 0.9]], [-5, 5], 2), ([[0.5, -0.5]], [5, -5], 0)):
+    for chunk, expected, clipped in (
+        ([[0.9, 0.2]], [5, 2], 1),
+        ([[-0.9, 0.9]], [-5, 5], 2),
+        ([[0.5, -0.5]], [5, -5], 0),
+    ):
         before = fast.clipped
         assert coefficients(fast, fast.encode(np.array(chunk))) == expected
         assert fast.clipped - before == clipped and fast.decode(fast.encode(np.array(chunk)), 1, 2)[1] == "ok"
@@ -163,6 +191,7 @@ def test_a_gap_in_the_alphabet_goes_to_the_nearest():
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
+
 
 def test_short_is_filled_with_zero_coefficients_and_long_is_cut(fast):
     ids = ids_of(fast, [4, 3, 3, -7])
@@ -182,8 +211,21 @@ def byte(fast, value):
     return fast.bytes.index(bytes([value]))
 
 
-@pytest.mark.parametrize("broken", [[0xC3], [0x80], [0xC3, 0xC3], [0xFF], [0xE1, 0x80], [0xF0, 0x90, 0x80], [0xC0, 0x80], [0xED, 0xA0, 0x80], [0xEF, 0xBF, 0xBD]],
-                         ids=["open", "stray", "two leads", "never", "cut 3-byte", "cut 4-byte", "overlong", "surrogate", "U+FFFD itself"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [0xC3],
+        [0x80],
+        [0xC3, 0xC3],
+        [0xFF],
+        [0xE1, 0x80],
+        [0xF0, 0x90, 0x80],
+        [0xC0, 0x80],
+        [0xED, 0xA0, 0x80],
+        [0xEF, 0xBF, 0xBD],
+    ],
+    ids=["open", "stray", "two leads", "never", "cut 3-byte", "cut 4-byte", "overlong", "surrogate", "U+FFFD itself"],
+)
 def test_broken_utf8_is_invalid_and_becomes_zero(fast, broken):
     """The published decoder reads the replacement character as coefficient 65533 + min_token: a motion of thousands."""
     ids = [*ids_of(fast, [5]), *(byte(fast, b) for b in broken)]
@@ -197,7 +239,12 @@ def test_no_answer_is_a_huge_motion(tokenizers, kind, numbers, horizon, dim):
     """Any ids: a finite chunk of the right shape whose coefficients are ones that |x| <= 1 can have."""
     fast = tokenizers[kind]
     x, status = fast.decode([n % fast.vocab_size for n in numbers], horizon, dim)
-    assert x.shape == (horizon, dim) and x.dtype == np.float32 and np.isfinite(x).all() and status in ("ok", "short", "long", "invalid")
+    assert (
+        x.shape == (horizon, dim)
+        and x.dtype == np.float32
+        and np.isfinite(x).all()
+        and status in ("ok", "short", "long", "invalid")
+    )
     assert np.abs(dct_matrix(horizon) @ x * fast.scale).max() <= math.ceil(fast.scale * math.sqrt(horizon)) + 1e-3
 
 
@@ -215,19 +262,24 @@ def test_one_wrong_token_in_each_of_many_chunks(fast):
         ids[rng.integers(len(ids))] = int(rng.integers(fast.vocab_size))
         x, status = fast.decode(ids, 10, 6)
         text = fast.bpe.decode(ids, skip_special_tokens=False)
-        assert status == ("invalid" if "\ufffd" in text else "ok" if len(text) == 60 else "short" if len(text) < 60 else "long")
+        assert status == (
+            "invalid" if "\ufffd" in text else "ok" if len(text) == 60 else "short" if len(text) < 60 else "long"
+        )
         seen.add(status)
     assert seen == {"ok", "short", "long", "invalid"}
 
 
 # ---- the table of bytes, against tokenizers --------------------------------------------------------------------------
 
+
 @settings(max_examples=300)
 @given(st.sampled_from(KINDS), st.lists(st.integers(0, 10**6), max_size=30))
 def test_the_byte_table_is_the_decoder_of_tokenizers(tokenizers, kind, numbers):
     fast = tokenizers[kind]
     ids = [n % fast.vocab_size for n in numbers]
-    assert b"".join(fast.bytes[i] for i in ids).decode("utf-8", errors="replace") == fast.bpe.decode(ids, skip_special_tokens=False)
+    assert b"".join(fast.bytes[i] for i in ids).decode("utf-8", errors="replace") == fast.bpe.decode(
+        ids, skip_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,11 +292,17 @@ def test_every_single_id_decodes_as_tokenizers_decodes_it(tokenizers, kind):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+
 def test_saved_and_loaded_gives_the_same_ids(tmp_path, tokenizers):
     for kind, fast in tokenizers.items():
         fast.save(tmp_path / kind)
         again = FastTokenizer.load(tmp_path / kind)
-        assert (again.scale, again.min_token, again.vocab_size, again.bytes) == (fast.scale, fast.min_token, fast.vocab_size, fast.bytes)
+        assert (again.scale, again.min_token, again.vocab_size, again.bytes) == (
+            fast.scale,
+            fast.min_token,
+            fast.vocab_size,
+            fast.bytes,
+        )
         for seed in range(20):
             x = np.random.default_rng(seed).normal(0, 0.5, (8, 2))
             assert again.encode(x) == fast.encode(x)
@@ -253,7 +311,9 @@ def test_saved_and_loaded_gives_the_same_ids(tmp_path, tokenizers):
 
 def test_the_files_are_the_public_layout(fast_dir):
     meta = json.loads((fast_dir / "processor_config.json").read_text())
-    assert {"action_dim", "min_token", "processor_class", "scale", "time_horizon", "vocab_size"} <= set(meta) and meta["processor_class"] == "UniversalActionProcessor"
+    assert {"action_dim", "min_token", "processor_class", "scale", "time_horizon", "vocab_size"} <= set(meta) and meta[
+        "processor_class"
+    ] == "UniversalActionProcessor"
     assert (fast_dir / "tokenizer.json").is_file()
 
 
@@ -294,12 +354,18 @@ def test_neither_directory_nor_hub_says_what_to_do(source):
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("horizon,dim,scale,size", [(1, 6, 10, 256), (10, 6, 10, 512), (16, 2, 25, 300)])
 def test_a_fitted_tokenizer_codes_every_normalised_chunk(horizon, dim, scale, size):
     rng = np.random.default_rng(0)
     fast = FastTokenizer.fit(smooth(rng, 100, horizon, dim, 0.2), scale, size)
     assert fast.vocab_size <= size and (fast.nearest == np.arange(2048)).all()
-    for chunk in (rng.uniform(-1, 1, (horizon, dim)), np.ones((horizon, dim)), -np.ones((horizon, dim)), rng.choice([-1.0, 1.0], (horizon, dim))):
+    for chunk in (
+        rng.uniform(-1, 1, (horizon, dim)),
+        np.ones((horizon, dim)),
+        -np.ones((horizon, dim)),
+        rng.choice([-1.0, 1.0], (horizon, dim)),
+    ):
         x, status = fast.decode(fast.encode(chunk), horizon, dim)
         assert status == "ok" and np.abs(dct_matrix(horizon) @ (x - chunk)).max() <= 0.5 / scale + 1e-6
     assert fast.clipped == 0
@@ -321,6 +387,7 @@ def test_fit_refuses_what_cannot_work():
 
 
 # ---- tables for constrained generation -------------------------------------------------------------------------------
+
 
 def allowed_ids(fast, remaining, open_):
     """The rule of Nora.generate."""
@@ -361,13 +428,22 @@ def test_every_answer_of_the_training_data_is_allowed(tokenizers, kind, horizon,
 def test_the_tables_say_what_the_bytes_are(tokenizers, kind):
     """By hand for single bytes, and for every usable token by completing it to whole characters."""
     fast = tokenizers[kind]
-    assert fast.valid.sum() > 10 and len(fast.lead) == len(fast.starts) == len(fast.tail) == len(fast.valid) == fast.vocab_size
+    assert (
+        fast.valid.sum() > 10
+        and len(fast.lead) == len(fast.starts) == len(fast.tail) == len(fast.valid) == fast.vocab_size
+    )
     for b, lead, starts, tail, valid in zip(fast.bytes, fast.lead, fast.starts, fast.tail, fast.valid):
         if valid:
             text = (b"\xc3" * lead + b + b"\x80" * tail).decode("utf-8")
             assert len(text) == lead + starts and max(map(ord, text)) < 2048
     if kind == "all bytes":
-        for value, row in ((0x41, (0, 1, 0, True)), (0x80, (1, 0, 0, True)), (0xBF, (1, 0, 0, True)), (0xC3, (0, 1, 1, True)), (0xDF, (0, 1, 1, True))):
+        for value, row in (
+            (0x41, (0, 1, 0, True)),
+            (0x80, (1, 0, 0, True)),
+            (0xBF, (1, 0, 0, True)),
+            (0xC3, (0, 1, 1, True)),
+            (0xDF, (0, 1, 1, True)),
+        ):
             i = byte(fast, value)
             assert (fast.lead[i], fast.starts[i], fast.tail[i], fast.valid[i]) == row
         assert not fast.valid[[byte(fast, v) for v in (0xC0, 0xC1, 0xE0, 0xEF, 0xF0, 0xFF)]].any()

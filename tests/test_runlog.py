@@ -1,4 +1,5 @@
 """The run log: metrics.jsonl, W&B that may fail, the report of a non-finite step, the loss plot."""
+
 import json
 import math
 import sys
@@ -22,7 +23,11 @@ def test_rows_line_and_bar(tmp_path, capsys):
         log.step(step, loss=0.5, lr=1e-4, samples_per_s=10.0, wait=0.0)
         log.log(step, {"loss": 1 / step, "lr": 1e-4}, f"step {step}  loss {1 / step:.3f}")
     log.log(2, {"val_loss": 3.0})
-    assert [(r["step"], r.get("loss"), r.get("val_loss")) for r in rows(tmp_path / "new" / "run")] == [(1, 1.0, None), (2, 0.5, None), (2, None, 3.0)], "on disk before close"
+    assert [(r["step"], r.get("loss"), r.get("val_loss")) for r in rows(tmp_path / "new" / "run")] == [
+        (1, 1.0, None),
+        (2, 0.5, None),
+        (2, None, 3.0),
+    ], "on disk before close"
     assert all(isinstance(r["time"], float) for r in rows(tmp_path / "new" / "run"))
     log.close()
     assert read_metrics(tmp_path / "new" / "run") == rows(tmp_path / "new" / "run")
@@ -35,7 +40,9 @@ def test_other_ranks_do_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7, "loss": 0.1}', '{"step":', "{", "\0\0\0\0\0", '{"loss": 3}'])
+@pytest.mark.parametrize(
+    "tail", ["", '{"step": 7, "lo', '{"step": 7, "loss": 0.1}', '{"step":', "{", "\0\0\0\0\0", '{"loss": 3}']
+)
 def test_a_resumed_log_goes_on_after_the_step_of_the_checkpoint(tmp_path, tail):
     """Rows after it are done again; what a kill left half-written goes as well."""
     log = RunLog(tmp_path, 10)
@@ -66,6 +73,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------
+
 
 class FakeRun:
     def __init__(self, fails):
@@ -102,7 +110,9 @@ def fake_wandb(monkeypatch):
 
 
 def run_to_the_end(folder, mode="online"):
-    log = RunLog(folder, 3, project="P", wandb=WandbConfig(mode=mode, entity="team", tags=["a"], notes="why"), config={"lr": 1})
+    log = RunLog(
+        folder, 3, project="P", wandb=WandbConfig(mode=mode, entity="team", tags=["a"], notes="why"), config={"lr": 1}
+    )
     for step in (1, 2, 3):
         log.log(step, {"loss": float(step)}, f"line {step}")
     log.close()
@@ -113,7 +123,16 @@ def test_wandb_gets_the_same_values(tmp_path, fake_wandb):
     run_to_the_end(tmp_path / "run7")
     assert fake_wandb.run.logged == [(s, {"loss": float(s)}) for s in (1, 2, 3)] and fake_wandb.run.finished == 1
     init = fake_wandb.inits[0]
-    assert (init["project"], init["entity"], init["tags"], init["notes"], init["mode"], init["name"], init["config"], init["dir"]) == ("P", "team", ["a"], "why", "online", "run7", {"lr": 1}, str(tmp_path / "run7"))
+    assert (
+        init["project"],
+        init["entity"],
+        init["tags"],
+        init["notes"],
+        init["mode"],
+        init["name"],
+        init["config"],
+        init["dir"],
+    ) == ("P", "team", ["a"], "why", "online", "run7", {"lr": 1}, str(tmp_path / "run7"))
 
 
 @pytest.mark.parametrize("fails", [{"init"}, {"log"}, {"finish"}, {"log", "finish"}])
@@ -121,7 +140,12 @@ def test_a_failing_wandb_never_stops_a_training_and_is_reported_once(tmp_path, f
     fake_wandb.fails = fails
     run_to_the_end(tmp_path)
     out = capsys.readouterr().out
-    assert out.count("W&B:") == 1 and "Training goes on without W&B" in out and str(tmp_path / "metrics.jsonl") in out and "line 3" in out
+    assert (
+        out.count("W&B:") == 1
+        and "Training goes on without W&B" in out
+        and str(tmp_path / "metrics.jsonl") in out
+        and "line 3" in out
+    )
 
 
 def test_a_missing_or_broken_wandb_never_stops_a_training(tmp_path, monkeypatch, capsys):
@@ -154,7 +178,12 @@ def test_a_resumed_run_continues_its_own_wandb_run(tmp_path, fake_wandb):
         RunLog(tmp_path / "runA", 3, start_step=start, wandb=WandbConfig(mode="online")).close()
     RunLog(tmp_path / "other" / "runA", 3, wandb=WandbConfig(mode="online")).close()
     first, second, elsewhere = fake_wandb.inits
-    assert first.get("id") and first["id"] == second.get("id") and second["resume"] == "allow" and elsewhere["id"] != first["id"]
+    assert (
+        first.get("id")
+        and first["id"] == second.get("id")
+        and second["resume"] == "allow"
+        and elsewhere["id"] != first["id"]
+    )
 
 
 # ---- non-finite steps ------------------------------------------------------------------------------------------------
@@ -168,7 +197,9 @@ def test_the_samples_behind_a_bad_loss_are_named(tmp_path, capsys):
     report_nonfinite(log, 5, NAMES, LOSSES, in_row=1)
     log.close()
     assert rows(tmp_path)[0]["step"] == 5 and rows(tmp_path)[0]["nonfinite"] == [["b.h5", 22], ["c.h5", 3]]
-    assert "NON-FINITE step 5 skipped, weights unchanged: loss of b.h5 frame 22, c.h5 frame 3\n" in capsys.readouterr().out
+    assert (
+        "NON-FINITE step 5 skipped, weights unchanged: loss of b.h5 frame 22, c.h5 frame 3\n" in capsys.readouterr().out
+    )
 
 
 def test_a_bad_gradient_names_the_whole_batch(tmp_path, capsys):
@@ -176,7 +207,12 @@ def test_a_bad_gradient_names_the_whole_batch(tmp_path, capsys):
     report_nonfinite(log, 6, [[(f"{i}.h5", i) for i in range(12)]], [torch.ones(12)], in_row=9)
     log.close()
     out = capsys.readouterr().out
-    assert "gradient (every loss is finite)" in out and "0.h5 frame 0" in out and "7.h5 frame 7 and 4 more" in out and "8.h5" not in out
+    assert (
+        "gradient (every loss is finite)" in out
+        and "0.h5 frame 0" in out
+        and "7.h5 frame 7 and 4 more" in out
+        and "8.h5" not in out
+    )
     assert len(rows(tmp_path)[0]["nonfinite"]) == 12
 
 
@@ -184,7 +220,10 @@ def test_a_bad_gradient_names_the_whole_batch(tmp_path, capsys):
 def test_ten_in_a_row_stop_the_training(tmp_path, in_row, stops):
     log = RunLog(tmp_path, 100)
     if stops:
-        with pytest.raises(FloatingPointError, match=f"{in_row} steps in a row were not finite, the last one 33: loss of b.h5 frame 22.*lower the learning rate"):
+        with pytest.raises(
+            FloatingPointError,
+            match=f"{in_row} steps in a row were not finite, the last one 33: loss of b.h5 frame 22.*lower the learning rate",
+        ):
             report_nonfinite(log, 33, NAMES, LOSSES, in_row)
     else:
         report_nonfinite(log, 33, NAMES, LOSSES, in_row)
@@ -193,6 +232,7 @@ def test_ten_in_a_row_stop_the_training(tmp_path, in_row, stops):
 
 
 # ---- plot, memory ----------------------------------------------------------------------------------------------------
+
 
 def test_plot_loss_writes_a_picture_of_the_values(tmp_path):
     log = RunLog(tmp_path, 3)

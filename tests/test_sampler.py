@@ -1,4 +1,5 @@
 """The global sample order: a pure function of (seed, position), whatever the ranks, micro-batches and restarts."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,28 +19,53 @@ def one_step(n, seed, world, batch, accumulation, start, steps, step, weights=No
     for rank in range(world):
         micro = list(RankBatches(GlobalOrder(n, seed, weights), batch, accumulation, rank, world, start, steps))
         assert len(micro) == steps * accumulation and all(len(b) == batch for b in micro)
-        out += [pair for b in micro[step * accumulation:(step + 1) * accumulation] for pair in b]
+        out += [pair for b in micro[step * accumulation : (step + 1) * accumulation] for pair in b]
     return out
 
 
-@given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 200), st.integers(1, 4), st.booleans())
-def test_all_ranks_and_micro_batches_together_are_one_stream(n, seed, world, batch, accumulation, start, steps, weighted):
+@given(
+    st.integers(1, 40),
+    st.integers(0, 5),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 200),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_all_ranks_and_micro_batches_together_are_one_stream(
+    n, seed, world, batch, accumulation, start, steps, weighted
+):
     weights = np.arange(1, n + 1) if weighted else None
     size = world * batch * accumulation
     for step in range(steps):
         pairs = one_step(n, seed, world, batch, accumulation, start, steps, step, weights)
         first = start + step * size
-        assert sorted(p for p, _ in pairs) == list(range(first, first + size)), "every position of the step exactly once"
+        assert sorted(p for p, _ in pairs) == list(range(first, first + size)), (
+            "every position of the step exactly once"
+        )
         assert all(i == truth(n, seed, p, weights) for p, i in pairs)
 
 
-@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 8), st.integers(1, 5), st.integers(0, 40))
+@given(
+    st.integers(1, 30),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 8),
+    st.integers(1, 5),
+    st.integers(0, 40),
+)
 def test_a_resumed_sampler_continues(n, world, batch, accumulation, done, more, start):
     """Also across the end of an epoch, and with an order object that is new."""
     for rank in range(world):
         whole = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, start, done + more))
-        resumed = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, start + done * world * batch * accumulation, more))
-        assert whole[done * accumulation:] == resumed
+        resumed = list(
+            RankBatches(
+                GlobalOrder(n, 7), batch, accumulation, rank, world, start + done * world * batch * accumulation, more
+            )
+        )
+        assert whole[done * accumulation :] == resumed
 
 
 @given(st.integers(1, 200), st.integers(0, 2**63), st.integers(0, 10**9))
@@ -53,7 +79,9 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert len(set(orders.values())) == 16
     assert orders[2, 3] == tuple(epoch_order(50, 2, 3)), "a function, not a state"
     assert tuple(range(50)) not in orders.values(), "shuffled"
-    assert len({tuple(epoch_order(50, seed, epoch)) for seed, epoch in ((1, 23), (12, 3))}) == 2, "the digits of seed and epoch do not run together"
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed, epoch in ((1, 23), (12, 3))}) == 2, (
+        "the digits of seed and epoch do not run together"
+    )
 
 
 def test_every_place_sees_every_sample():
@@ -102,10 +130,24 @@ def test_an_empty_data_set_is_refused():
 def test_generators_depend_on_seed_position_and_purpose_alone(seed, position):
     first = generator_at(seed, position, "augment")
     first.random(1000)
-    np.testing.assert_array_equal(generator_at(seed, position, "augment").random(4), generator_at(seed, position, "augment").random(4))
-    others = [generator_at(*key).random() for key in ((seed, position, "augment"), (seed, position, "noise"), (seed, position + 1, "augment"), (seed + 1, position, "augment"))]
+    np.testing.assert_array_equal(
+        generator_at(seed, position, "augment").random(4), generator_at(seed, position, "augment").random(4)
+    )
+    others = [
+        generator_at(*key).random()
+        for key in (
+            (seed, position, "augment"),
+            (seed, position, "noise"),
+            (seed, position + 1, "augment"),
+            (seed + 1, position, "augment"),
+        )
+    ]
     assert len(set(others)) == 4
-    assert torch_seed_at(seed, position, "dropout") == torch_seed_at(seed, position, "dropout") != torch_seed_at(seed, position + 1, "dropout")
+    assert (
+        torch_seed_at(seed, position, "dropout")
+        == torch_seed_at(seed, position, "dropout")
+        != torch_seed_at(seed, position + 1, "dropout")
+    )
     assert 0 <= torch_seed_at(seed, position, "dropout") < 2**63
 
 
@@ -118,4 +160,7 @@ def test_neighbouring_positions_are_uncorrelated():
 def test_the_order_is_the_one_of_earlier_versions():
     """A checkpoint resumes with the order it began with: a change here is a change of the checkpoint format."""
     assert GlobalOrder(10, 42).index(3) == truth(10, 42, 3)
-    assert epoch_order(10, 42, 0).tolist() == [3, 9, 2, 4, 6, 8, 0, 7, 5, 1] and torch_seed_at(42, 7, "dropout") == 8270223534084020472
+    assert (
+        epoch_order(10, 42, 0).tolist() == [3, 9, 2, 4, 6, 8, 0, 7, 5, 1]
+        and torch_seed_at(42, 7, "dropout") == 8270223534084020472
+    )

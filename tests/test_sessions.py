@@ -1,4 +1,5 @@
 """Sessions: what belongs to a step, known by hand; the restricted unpickler; the split; the statistics."""
+
 import os
 import pickle
 import shutil
@@ -23,11 +24,26 @@ def content(n=12, segments=None, dt=0.1, images=None, sensor=0, begin=EPOCH):
     """A data.pkl's dict: n steps of 0.1 s, View1 images at the seconds `images`, `sensor` rows at 650 Hz from the start on."""
     t = begin + dt * np.arange(n)
     return dict(
-        schema_version=2, action=np.arange(7 * n, dtype=np.float32).reshape(n, 7), action_timestamps=t, action_end_timestamps=t + dt,
-        segment_id=np.asarray(segments if segments is not None else np.zeros(n), np.int32), robot_state=np.zeros((n, 12), np.float32),
-        image={"View1_left": [f"View1/left/a_{i}.jpg" for i in range(len(images or ()))]}, image_timestamps={"View1_left": begin + np.array(images or (), float)},
-        sensor_data=dict(file=ss.SENSOR_FILE, timestamps=begin + np.arange(sensor) / 650, rate_hz=650.0, channels=1026, clock_offset_s=0.0) if sensor else None,
-        instruction="go", metadata=dict(sources=[]))
+        schema_version=2,
+        action=np.arange(7 * n, dtype=np.float32).reshape(n, 7),
+        action_timestamps=t,
+        action_end_timestamps=t + dt,
+        segment_id=np.asarray(segments if segments is not None else np.zeros(n), np.int32),
+        robot_state=np.zeros((n, 12), np.float32),
+        image={"View1_left": [f"View1/left/a_{i}.jpg" for i in range(len(images or ()))]},
+        image_timestamps={"View1_left": begin + np.array(images or (), float)},
+        sensor_data=dict(
+            file=ss.SENSOR_FILE,
+            timestamps=begin + np.arange(sensor) / 650,
+            rate_hz=650.0,
+            channels=1026,
+            clock_offset_s=0.0,
+        )
+        if sensor
+        else None,
+        instruction="go",
+        metadata=dict(sources=[]),
+    )
 
 
 def session(folder, rows=None, **what):
@@ -37,7 +53,10 @@ def session(folder, rows=None, **what):
     data = content(**what)
     if data["sensor_data"]:
         n = len(data["sensor_data"]["timestamps"])
-        np.save(folder / ss.SENSOR_FILE, np.repeat(np.arange(n, dtype=np.float32)[:, None], 1026, axis=1) if rows is None else rows)
+        np.save(
+            folder / ss.SENSOR_FILE,
+            np.repeat(np.arange(n, dtype=np.float32)[:, None], 1026, axis=1) if rows is None else rows,
+        )
     ss._map_sensor.cache_clear()
     (folder / "data.pkl").write_bytes(pickle.dumps(data))
     return ss.Session(folder)
@@ -45,32 +64,56 @@ def session(folder, rows=None, **what):
 
 # ---- ticks -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reuse, latency, ages", [
-    (1, 0, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]), (3, 0, [0, 1, 2] * 4), (4, 0, [0, 1, 2, 3] * 3),
-    (1, 300, [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]), (3, 300, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]), (4, 300, [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3]),
-    (1, 381, [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]), (3, 381, [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5]), (4, 381, [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7])])
+
+@pytest.mark.parametrize(
+    "reuse, latency, ages",
+    [
+        (1, 0, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        (3, 0, [0, 1, 2] * 4),
+        (4, 0, [0, 1, 2, 3] * 3),
+        (1, 300, [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
+        (3, 300, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]),
+        (4, 300, [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3]),
+        (1, 381, [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]),
+        (3, 381, [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5]),
+        (4, 381, [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]),
+    ],
+)
 def test_staleness_by_hand(tmp_path, reuse, latency, ages):
     """Age of the feature, in steps of 0.1 s, at each of 12 steps. Before the first feature is ready the first one counts: the robot waits for it."""
     s = session(tmp_path)
     ticks = s.ticks(1, [])
     assert (np.arange(12) - ticks.start[s.tick_of_step(np.arange(12), 1, reuse, latency / 1000)]).tolist() == ages
-    if reuse > 1:                                                            # a cache of that stride, and steps one by one, say the same
+    if reuse > 1:  # a cache of that stride, and steps one by one, say the same
         ticks = s.ticks(reuse, [])
         assert [k - ticks.start[s.tick_of_step(k, reuse, reuse, latency / 1000)] for k in range(12)] == ages
 
 
 @hypothesis.settings(max_examples=40)
-@hypothesis.given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.sampled_from([1, 2, 3]), st.integers(1, 4), st.integers(0, 5), st.integers(0, 5))
+@hypothesis.given(
+    st.lists(st.integers(1, 11), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 3]),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
 def test_a_tick_is_of_the_steps_own_segment_and_in_time(tmp_path, lengths, stride, times, latency, pause):
     """For any segments, stride, reuse = times * stride and latency: the newest tick of the segment that was ready, against a search through all of them."""
     segments = np.repeat(np.arange(len(lengths)), lengths)
     s = session(tmp_path, n=len(segments), segments=segments)
-    s.starts = s.starts + pause * segments                                   # gaps between the segments
+    s.starts = s.starts + pause * segments  # gaps between the segments
     ticks, reuse, delay = s.ticks(stride, []), stride * times, latency * 0.1
     at = s.tick_of_step(np.arange(len(s)), stride, reuse, delay)
     for k in range(len(s)):
         first = int(np.flatnonzero(segments == segments[k])[0])
-        ready = [i for i, b in enumerate(ticks.start) if segments[b] == segments[k] and (b - first) % reuse == 0 and b <= k and s.starts[b] + delay <= s.starts[k] + 1e-5]
+        ready = [
+            i
+            for i, b in enumerate(ticks.start)
+            if segments[b] == segments[k]
+            and (b - first) % reuse == 0
+            and b <= k
+            and s.starts[b] + delay <= s.starts[k] + 1e-5
+        ]
         assert at[k] == (ready[-1] if ready else np.flatnonzero(ticks.start == first)[0])
 
 
@@ -93,6 +136,7 @@ def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
 
 # ---- sensor, targets -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("window", [65, 650])
 def test_sensor_windows_by_hand(tmp_path, window):
     """Row i is at i / 650 s and holds i. At step 0 there is one row, at step k the newest is 65 k; zeros stand on the left."""
@@ -100,7 +144,11 @@ def test_sensor_windows_by_hand(tmp_path, window):
     for k in (0, 1, 2, 11):
         rows, length = s.sensor_window(k, window)
         assert rows.shape == (window, 1026) and rows.dtype == np.float32 and length == min(window, 65 * k + 1)
-        assert rows[-1, 0] in (65 * k, 65 * k - 1) and (np.diff(rows[window - length:, 5]) == 1).all() and not rows[:window - length].any()   # a rounding error of the stamps is 1 row
+        assert (
+            rows[-1, 0] in (65 * k, 65 * k - 1)
+            and (np.diff(rows[window - length :, 5]) == 1).all()
+            and not rows[: window - length].any()
+        )  # a rounding error of the stamps is 1 row
 
 
 def test_a_sensor_that_stopped_is_absent_not_frozen(tmp_path):
@@ -118,7 +166,7 @@ def test_changing_the_future_changes_nothing_at_a_step(tmp_path, k, stride, seed
     images, rows = np.sort(rng.uniform(0, 1.2, 8)).tolist(), rng.normal(size=(1000, 1026)).astype(np.float32)
     before, now = session(tmp_path / "a", rows, images=images, sensor=1000), 0.1 * k
     later_rows = rows.copy()
-    later_rows[int(np.floor(now * 650 + 1e-6)) + 1:] += 1
+    later_rows[int(np.floor(now * 650 + 1e-6)) + 1 :] += 1
     later_images = [t if t <= now else rng.uniform(now + 1e-3, 2) for t in images]
     after = session(tmp_path / "b", later_rows, images=sorted(later_images), sensor=1000)
     tick = before.tick_of_step(k, stride, stride)
@@ -132,7 +180,11 @@ def test_changing_the_future_changes_nothing_at_a_step(tmp_path, k, stride, seed
 def test_targets_end_with_their_segment(tmp_path):
     s = session(tmp_path, n=6, segments=[0, 0, 0, 0, 1, 1])
     actions, mask = s.targets(2, 4)
-    assert mask.tolist() == [True, True, False, False] and np.array_equal(actions, s.action[[2, 3, 3, 3]]) and s.targets(0, 3)[1].all()
+    assert (
+        mask.tolist() == [True, True, False, False]
+        and np.array_equal(actions, s.action[[2, 3, 3, 3]])
+        and s.targets(0, 3)[1].all()
+    )
     assert np.array_equal(s.targets(5, 2)[0], s.action[[5, 5]])
 
 
@@ -140,10 +192,13 @@ def test_a_session_goes_to_another_process_without_its_data(tmp_path):
     s = session(tmp_path, sensor=6500, images=[0.0])
     s.sensor_window(3, 65)
     packed = pickle.dumps(s)
-    assert len(packed) < 6500 * 8 + 10000 and np.array_equal(pickle.loads(packed).sensor_window(3, 65)[0], s.sensor_window(3, 65)[0])
+    assert len(packed) < 6500 * 8 + 10000 and np.array_equal(
+        pickle.loads(packed).sensor_window(3, 65)[0], s.sensor_window(3, 65)[0]
+    )
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
+
 
 class Evil:
     def __init__(self, call, *args):
@@ -164,24 +219,56 @@ def test_plain_pickles_of_every_protocol_are_read(tmp_path, protocol):
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_malicious_pickles_are_refused_and_run_nothing(tmp_path, protocol):
     sign = tmp_path / "sign"
-    for evil in (Evil(os.system, f"touch {sign}"), Evil(eval, f"open({str(sign)!r}, 'w')"), Evil(np.save, str(sign), np.zeros(1)), SimpleNamespace(a=1), {"x": [Evil(os.mkdir, str(sign))]}):
+    for evil in (
+        Evil(os.system, f"touch {sign}"),
+        Evil(eval, f"open({str(sign)!r}, 'w')"),
+        Evil(np.save, str(sign), np.zeros(1)),
+        SimpleNamespace(a=1),
+        {"x": [Evil(os.mkdir, str(sign))]},
+    ):
         (tmp_path / "data.pkl").write_bytes(pickle.dumps(content() | dict(metadata=evil), protocol))
-        with pytest.raises(ss.BadSession, match=r"refused: it refers to (posix|builtins|__builtin__|numpy|types)[\w.]*\.\w+"):
+        with pytest.raises(
+            ss.BadSession, match=r"refused: it refers to (posix|builtins|__builtin__|numpy|types)[\w.]*\.\w+"
+        ):
             ss.load_data_pkl(tmp_path / "data.pkl")
     assert not sign.exists() and not sign.with_suffix(".npy").exists()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(schema_version=1), "schema_version 1, this code reads 2"), (dict(action=np.zeros((12, 6), np.float32)), r"action is float32 \(12, 6\), expected f4 \(12, 7\)"),
-    (dict(action=np.zeros((0, 7), np.float32), action_timestamps=np.zeros(0), action_end_timestamps=np.zeros(0), segment_id=np.zeros(0, np.int32), robot_state=np.zeros((0, 12), np.float32)), "no action"),
-    (dict(robot_state=np.full((12, 12), np.nan, np.float32)), "not finite"), (dict(action_timestamps=[0.0] * 12), "action_timestamps is list")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(schema_version=1), "schema_version 1, this code reads 2"),
+        (dict(action=np.zeros((12, 6), np.float32)), r"action is float32 \(12, 6\), expected f4 \(12, 7\)"),
+        (
+            dict(
+                action=np.zeros((0, 7), np.float32),
+                action_timestamps=np.zeros(0),
+                action_end_timestamps=np.zeros(0),
+                segment_id=np.zeros(0, np.int32),
+                robot_state=np.zeros((0, 12), np.float32),
+            ),
+            "no action",
+        ),
+        (dict(robot_state=np.full((12, 12), np.nan, np.float32)), "not finite"),
+        (dict(action_timestamps=[0.0] * 12), "action_timestamps is list"),
+    ],
+)
 def test_wrong_contents_are_named(tmp_path, change, message):
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(content() | change))
     with pytest.raises(ss.BadSession, match=message):
         ss.load_data_pkl(tmp_path / "data.pkl")
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", pickle.dumps([1]), pickle.dumps(content())[:300], pickle.dumps({k: v for k, v in content().items() if k != "image"})])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"nonsense",
+        pickle.dumps([1]),
+        pickle.dumps(content())[:300],
+        pickle.dumps({k: v for k, v in content().items() if k != "image"}),
+    ],
+)
 def test_damaged_files_are_named_with_the_command(tmp_path, damage):
     (tmp_path / "data.pkl").write_bytes(damage)
     with pytest.raises(ss.BadSession, match=r"data\.pkl[\s\S]*create_datapkl\.py --dataset-dirs .* --force"):
@@ -190,19 +277,35 @@ def test_damaged_files_are_named_with_the_command(tmp_path, damage):
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path, name", [
-    ("White_silicone_white_circle/recv_all_1", "White_silicone_white_circle/-/recv_all_1"), ("Make_dataset/New_dataset/Eye_trocar/episode_2", "New_dataset/Eye_trocar/episode_2"),
-    ("OCT_insertion/Captures7", "OCT_insertion/-/Captures7"), ("part1/ZED_Captures_3th", "part1/-/ZED_Captures_3th"), ("New_dataset/episode_9", "New_dataset/-/episode_9")])
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("White_silicone_white_circle/recv_all_1", "White_silicone_white_circle/-/recv_all_1"),
+        ("Make_dataset/New_dataset/Eye_trocar/episode_2", "New_dataset/Eye_trocar/episode_2"),
+        ("OCT_insertion/Captures7", "OCT_insertion/-/Captures7"),
+        ("part1/ZED_Captures_3th", "part1/-/ZED_Captures_3th"),
+        ("New_dataset/episode_9", "New_dataset/-/episode_9"),
+    ],
+)
 def test_names_come_from_the_folders(path, name):
     assert "/".join(ss.identity(Path("/data") / path)) == name
 
 
 def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
     root = make_demo.write_sessions(tmp_path / "d", 0, white=2, needle=1, new=0, oct=1, seconds=1.0, size=(16, 24))
-    with pytest.raises(ss.BadSession, match=r"4 of 4 recordings are not preprocessed[\s\S]*no data\.pkl[\s\S]*Run: python create_datapkl\.py --dataset-dirs " + str(root)):
+    with pytest.raises(
+        ss.BadSession,
+        match=r"4 of 4 recordings are not preprocessed[\s\S]*no data\.pkl[\s\S]*Run: python create_datapkl\.py --dataset-dirs "
+        + str(root),
+    ):
         ss.find_sessions([root])
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0", "--min-sensor-overlap", "0.5"]))
-    found = ss.find_sessions([root, root / "OCT_insertion"])                 # a folder given twice counts once
+    create_datapkl.main(
+        parse_config(
+            create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0", "--min-sensor-overlap", "0.5"]
+        )
+    )
+    found = ss.find_sessions([root, root / "OCT_insertion"])  # a folder given twice counts once
     assert [s.name for s in found] == sorted(s.name for s in found) and len(found) == 4
     assert ss.common_views(found) == (["View1", "View5"], {})
     shutil.copytree(root / "OCT_insertion", tmp_path / "e/OCT_insertion")
@@ -213,11 +316,15 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
 
 
 def test_a_view_that_one_session_lacks_is_said():
-    parts = [SimpleNamespace(name=n, view_names=v) for n, v in (("a", ["View1_left", "View1_right", "View5"]), ("b", ["View1", "View2"]))]
+    parts = [
+        SimpleNamespace(name=n, view_names=v)
+        for n, v in (("a", ["View1_left", "View1_right", "View5"]), ("b", ["View1", "View2"]))
+    ]
     assert ss.common_views(parts) == (["View1"], {"View2": ["a"], "View5": ["b"]})
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------
+
 
 @hypothesis.given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 40), min_size=1), st.floats(0.01, 0.9))
 def test_the_split_is_by_session_and_stable(sizes, fraction):
@@ -242,9 +349,19 @@ def test_statistics_by_hand(tmp_path):
     s.action[:, 6], s.action[:, 2] = 1, 0.5 + rng.uniform(0, 5e-5, 12)
     stats = ss.session_stats([s, s])
     picked = np.concatenate([rows[:6500:10], rows[6500::10]] * 2).astype(np.float64)
-    assert stats["action"]["constant"] == [False, False, True, False, False, False, True] and stats["num_episodes"] == 2 and stats["num_frames"] == 24
-    assert np.allclose(stats["sensor"]["mean"], picked.mean(0)) and stats["sensor"]["std"][9] == 1e-3 and stats["sensor"]["count"] == len(picked)
+    assert (
+        stats["action"]["constant"] == [False, False, True, False, False, False, True]
+        and stats["num_episodes"] == 2
+        and stats["num_frames"] == 24
+    )
+    assert (
+        np.allclose(stats["sensor"]["mean"], picked.mean(0))
+        and stats["sensor"]["std"][9] == 1e-3
+        and stats["sensor"]["count"] == len(picked)
+    )
     assert np.allclose(np.delete(stats["sensor"]["std"], 9), np.delete(picked.std(0), 9))
     normal = Normalizer(stats["action"])
-    assert (normal.normalize(s.action)[:, [2, 6]] == 0).all() and np.allclose(normal.unnormalize(np.zeros((1, 7)))[0, 6], 1)
+    assert (normal.normalize(s.action)[:, [2, 6]] == 0).all() and np.allclose(
+        normal.unnormalize(np.zeros((1, 7)))[0, 6], 1
+    )
     assert ss.session_stats([session(tmp_path / "x")])["sensor"] is None

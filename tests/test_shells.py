@@ -1,4 +1,5 @@
 """Launchers: what they start, from where, with which flags. The program itself is replaced by one that prints its arguments."""
+
 import json
 import os
 import subprocess
@@ -13,16 +14,30 @@ ROOT = Path(__file__).resolve().parent.parent
 def launch(tmp_path):
     """Run a launcher from a folder with a blank in its name, with a Python that prints its own arguments."""
     python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env python3\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ.get("OMP_NUM_THREADS")]))\n')
+    python.write_text(
+        '#!/usr/bin/env python3\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ.get("OMP_NUM_THREADS")]))\n'
+    )
     python.chmod(0o755)
     elsewhere = tmp_path / "some where"
     elsewhere.mkdir()
 
     def call(script, *arguments, ok=True, **environment):
-        env = {k: v for k, v in os.environ.items() if k not in ("NUM_GPUS", "OMP_NUM_THREADS")} | {"PYTHON": str(python)} | environment
-        result = subprocess.run(["bash", str(ROOT / "shells" / script), *arguments], cwd=elsewhere, env=env, capture_output=True, text=True, timeout=60)
+        env = (
+            {k: v for k, v in os.environ.items() if k not in ("NUM_GPUS", "OMP_NUM_THREADS")}
+            | {"PYTHON": str(python)}
+            | environment
+        )
+        result = subprocess.run(
+            ["bash", str(ROOT / "shells" / script), *arguments],
+            cwd=elsewhere,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert (result.returncode == 0) == ok, result.stderr
         return (json.loads(result.stdout)[0] if ok else None), result.stderr
+
     return call
 
 
@@ -33,29 +48,77 @@ LAUNCHERS = sorted(p.name for p in (ROOT / "shells").glob("train_*.sh"))
 def test_a_plain_call_is_one_process_with_the_default_config(launch, name):
     arguments, shown = launch(name)
     script, config = Path(arguments[0]), Path(arguments[2])
-    assert arguments[1] == "--config" and len(arguments) == 3 and script.name == name.replace(".sh", ".py") and script.is_file() and config.is_file()
+    assert (
+        arguments[1] == "--config"
+        and len(arguments) == 3
+        and script.name == name.replace(".sh", ".py")
+        and script.is_file()
+        and config.is_file()
+    )
     assert shown.startswith("+ ") and str(script) in shown
 
 
 def test_several_gpus_go_through_torchrun(launch):
-    arguments, _ = launch("train_nora.sh", "--multi-gpu", "--num-gpus", "4", "--lr", "1e-4", "--cameras", "camera1", "camera 2")
+    arguments, _ = launch(
+        "train_nora.sh", "--multi-gpu", "--num-gpus", "4", "--lr", "1e-4", "--cameras", "camera1", "camera 2"
+    )
     assert arguments[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    assert arguments[5].endswith("train_nora.py") and arguments[6] == "--config" and arguments[8:] == ["--lr", "1e-4", "--cameras", "camera1", "camera 2"]
-    assert launch("train_nora.sh", "--num-gpus=3")[0][4] == "3" and launch("train_nora.sh", NUM_GPUS="2")[0][4] == "2" and launch("train_nora.sh", "--num-gpus", "1")[0][0].endswith("train_nora.py")
+    assert (
+        arguments[5].endswith("train_nora.py")
+        and arguments[6] == "--config"
+        and arguments[8:] == ["--lr", "1e-4", "--cameras", "camera1", "camera 2"]
+    )
+    assert (
+        launch("train_nora.sh", "--num-gpus=3")[0][4] == "3"
+        and launch("train_nora.sh", NUM_GPUS="2")[0][4] == "2"
+        and launch("train_nora.sh", "--num-gpus", "1")[0][0].endswith("train_nora.py")
+    )
 
 
 def test_the_users_config_replaces_the_default(launch):
     assert launch("train_nora.sh", "--config", "my config.yaml")[0][1:] == ["--config", "my config.yaml"]
-    assert launch("train_nora.sh", "--config=mine.yaml", "--mixed-precision", "bf16")[0][1:] == ["--config", "mine.yaml", "--mixed-precision", "bf16"]
+    assert launch("train_nora.sh", "--config=mine.yaml", "--mixed-precision", "bf16")[0][1:] == [
+        "--config",
+        "mine.yaml",
+        "--mixed-precision",
+        "bf16",
+    ]
 
 
 def test_several_machines(launch):
-    arguments, _ = launch("train_nora.sh", "--num-gpus", "4", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint=a:29500", "--resume", "auto")
-    assert arguments[2:9] == ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint=a:29500", "--nproc-per-node", "4"] and arguments[-2:] == ["--resume", "auto"]
+    arguments, _ = launch(
+        "train_nora.sh",
+        "--num-gpus",
+        "4",
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint=a:29500",
+        "--resume",
+        "auto",
+    )
+    assert arguments[2:9] == [
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint=a:29500",
+        "--nproc-per-node",
+        "4",
+    ] and arguments[-2:] == ["--resume", "auto"]
     assert "--standalone" not in arguments
 
 
-@pytest.mark.parametrize("arguments, message", [(["--num-gpus", "0"], "'0'"), (["--num-gpus", "four"], "'four'"), (["--num-gpus"], "needs a value"), (["--config"], "needs a value")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num-gpus", "0"], "'0'"),
+        (["--num-gpus", "four"], "'four'"),
+        (["--num-gpus"], "needs a value"),
+        (["--config"], "needs a value"),
+    ],
+)
 def test_wrong_calls(launch, arguments, message):
     assert message in launch("train_nora.sh", *arguments, ok=False)[1]
 
@@ -64,7 +127,12 @@ def test_the_exit_code_is_the_programs(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 7\n")
     python.chmod(0o755)
-    assert subprocess.run(["bash", str(ROOT / "shells/train_nora.sh")], env=os.environ | {"PYTHON": str(python)}, capture_output=True).returncode == 7
+    assert (
+        subprocess.run(
+            ["bash", str(ROOT / "shells/train_nora.sh")], env=os.environ | {"PYTHON": str(python)}, capture_output=True
+        ).returncode
+        == 7
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "shells").glob("*.sh")), ids=lambda p: p.name)

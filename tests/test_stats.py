@@ -1,4 +1,5 @@
 """Normalisation statistics: known answers, the file, its refusals, and the way to training units and back."""
+
 import json
 
 import numpy as np
@@ -18,25 +19,52 @@ def entry(*columns):
 
 
 def file_of(**changes):
-    action = dict(mean=[0.0, 1.0], std=[1.0, 2.0], min=[-3.0, -4.0], max=[3.0, 4.0], q01=[-2.0, -3.0], q99=[2.0, 3.0], mask=[True, True], count=100)
-    return dict(format_version=FORMAT_VERSION, num_episodes=2, num_frames=100, action_definition=DEFINITION, excluded_episodes=["c.h5"], action=action) | changes
+    action = dict(
+        mean=[0.0, 1.0],
+        std=[1.0, 2.0],
+        min=[-3.0, -4.0],
+        max=[3.0, 4.0],
+        q01=[-2.0, -3.0],
+        q99=[2.0, 3.0],
+        mask=[True, True],
+        count=100,
+    )
+    return (
+        dict(
+            format_version=FORMAT_VERSION,
+            num_episodes=2,
+            num_frames=100,
+            action_definition=DEFINITION,
+            excluded_episodes=["c.h5"],
+            action=action,
+        )
+        | changes
+    )
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
+
 
 def test_known_answers():
     """0..100: quantiles fall on data points. (1, 2, 3, 6): mean 3, population variance (4 + 1 + 0 + 9) / 4 = 3.5, q01 = 1 + 0.03 * 1, q99 = 3 + 0.97 * 3."""
     s = compute_stats({"action": [np.arange(60.0)[:, None], np.arange(60.0, 101)[:, None]]})["action"]
     assert (s["min"], s["max"], s["mean"], s["count"], s["mask"]) == ([0], [100], [50], 101, [True])
-    assert s["q01"] == pytest.approx([1]) and s["q99"] == pytest.approx([99]) and s["std"] == pytest.approx([np.sqrt(850)])
+    assert (
+        s["q01"] == pytest.approx([1]) and s["q99"] == pytest.approx([99]) and s["std"] == pytest.approx([np.sqrt(850)])
+    )
     s = entry([1, 2, 3, 6], [-1, -1, -1, -1])
-    np.testing.assert_allclose([s[k] for k in LISTS], [[3, -1], [np.sqrt(3.5), 0], [1, -1], [6, -1], [1.03, -1], [5.91, -1]], atol=1e-12)
+    np.testing.assert_allclose(
+        [s[k] for k in LISTS], [[3, -1], [np.sqrt(3.5), 0], [1, -1], [6, -1], [1.03, -1], [5.91, -1]], atol=1e-12
+    )
 
 
 def test_the_split_into_parts_and_keys_changes_nothing():
     x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     both = compute_stats({"action": [x[:7], x[7:8], x[8:]], "observation.state": [x[:, :1]]})
-    assert both["action"] == compute_stats({"action": [x]})["action"] and both["observation.state"]["mean"] == both["action"]["mean"][:1]
+    assert (
+        both["action"] == compute_stats({"action": [x]})["action"]
+        and both["observation.state"]["mean"] == both["action"]["mean"][:1]
+    )
 
 
 def test_sums_are_taken_in_double_precision():
@@ -46,6 +74,7 @@ def test_sums_are_taken_in_double_precision():
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=6, max_size=6))
@@ -57,7 +86,9 @@ def test_round_trip_is_exact(tmp_path_factory, suffix, values):
 
 
 def test_computed_statistics_are_plain_and_survive_both_forms(tmp_path):
-    stats = file_of(action=compute_stats({"action": [np.random.default_rng(1).normal(size=(9, 2)).astype(np.float32)]})["action"])
+    stats = file_of(
+        action=compute_stats({"action": [np.random.default_rng(1).normal(size=(9, 2)).astype(np.float32)]})["action"]
+    )
     for name in ("a.yaml", "a.json"):
         save_stats(tmp_path / name, stats)
     assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == json.loads((tmp_path / "a.json").read_text()) == stats
@@ -76,16 +107,64 @@ def without(name, key="action"):
     return {key: {k: v for k, v in file_of()["action"].items() if k != name}}
 
 
-@pytest.mark.parametrize("changes,arguments,words", [
-    (dict(action=None), {}, ["has no complete 'action'"]), (without("q01"), {}, ["has no complete 'action'", "q01"]), (without("std"), {}, ["has no complete 'action'"]),
-    ({}, dict(keys=["action", "observation.state"]), ["has no complete 'observation.state'", "it has", "action_definition"]),
-    *[(dict(action=file_of()["action"] | change), {}, ["'action' must have", "lists of the same length, of finite numbers"])
-      for change in (dict(mean=[0.0]), dict(q99=[1.0, float("nan")]), dict(max=[1.0, float("inf")]), dict(mean=[None, 0.0]), dict(mean=0.5), dict(mask=[True]))],
-    (dict(format_version=0), {}, ["format_version 0", "this code reads"]), (dict(format_version=None), {}, ["format_version None"]),
-    ({}, dict(definition=DEFINITION | dict(source="action")), ["computed for actions", "'ee_pose_delta'", "this run trains on", "'action'"]),
-    ({}, dict(definition=DEFINITION | dict(rotation_unit="deg")), ["'rad'", "'deg'"]),
-    ({}, dict(held_out=["c.h5", "d.h5", "e.h5"]), ["2 episode(s) that this run validates on", "d.h5", "num_val_episodes"])],
-    ids=["no action", "no q01", "no std", "no state", "lengths", "nan", "inf", "null", "scalar", "mask", "version", "no version", "source", "unit", "validation inside"])
+@pytest.mark.parametrize(
+    "changes,arguments,words",
+    [
+        (dict(action=None), {}, ["has no complete 'action'"]),
+        (without("q01"), {}, ["has no complete 'action'", "q01"]),
+        (without("std"), {}, ["has no complete 'action'"]),
+        (
+            {},
+            dict(keys=["action", "observation.state"]),
+            ["has no complete 'observation.state'", "it has", "action_definition"],
+        ),
+        *[
+            (
+                dict(action=file_of()["action"] | change),
+                {},
+                ["'action' must have", "lists of the same length, of finite numbers"],
+            )
+            for change in (
+                dict(mean=[0.0]),
+                dict(q99=[1.0, float("nan")]),
+                dict(max=[1.0, float("inf")]),
+                dict(mean=[None, 0.0]),
+                dict(mean=0.5),
+                dict(mask=[True]),
+            )
+        ],
+        (dict(format_version=0), {}, ["format_version 0", "this code reads"]),
+        (dict(format_version=None), {}, ["format_version None"]),
+        (
+            {},
+            dict(definition=DEFINITION | dict(source="action")),
+            ["computed for actions", "'ee_pose_delta'", "this run trains on", "'action'"],
+        ),
+        ({}, dict(definition=DEFINITION | dict(rotation_unit="deg")), ["'rad'", "'deg'"]),
+        (
+            {},
+            dict(held_out=["c.h5", "d.h5", "e.h5"]),
+            ["2 episode(s) that this run validates on", "d.h5", "num_val_episodes"],
+        ),
+    ],
+    ids=[
+        "no action",
+        "no q01",
+        "no std",
+        "no state",
+        "lengths",
+        "nan",
+        "inf",
+        "null",
+        "scalar",
+        "mask",
+        "version",
+        "no version",
+        "source",
+        "unit",
+        "validation inside",
+    ],
+)
 def test_refusals(tmp_path, changes, arguments, words):
     """Each names the file, what is wrong and the command that makes a right one."""
     path = tmp_path / "dataset_stats.yaml"
@@ -102,7 +181,18 @@ def test_a_missing_file_names_the_command(tmp_path):
     assert AGAIN in str(error.value)
 
 
-@pytest.mark.parametrize("name,content", [("a.json", b"{"), ("a.yaml", b"a: [1"), ("a.yaml", b""), ("a.yaml", b"some words"), ("a.json", b"[1, 2]"), ("a.json", b"3"), ("a.yaml", b"\xff\xfe\x00\x01")])
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("a.json", b"{"),
+        ("a.yaml", b"a: [1"),
+        ("a.yaml", b""),
+        ("a.yaml", b"some words"),
+        ("a.json", b"[1, 2]"),
+        ("a.json", b"3"),
+        ("a.yaml", b"\xff\xfe\x00\x01"),
+    ],
+)
 def test_a_file_that_holds_something_else(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as error:
@@ -112,10 +202,15 @@ def test_a_file_that_holds_something_else(tmp_path, name, content):
 
 # ---- Normalizer ------------------------------------------------------------------------------------------------------
 
+
 def test_normalizer_known_answers():
     s = dict(mean=[1.0], std=[2.0], min=[-10.0], max=[30.0], q01=[-1.0], q99=[3.0])
     x = np.array([[-1.0], [1.0], [2.0], [3.0], [30.0], [-10.0], [50.0]])
-    for mode, expected in (("q01_q99", [-1, 0, 0.5, 1, 1, -1, 1]), ("min_max", [-0.55, -0.45, -0.4, -0.35, 1, -1, 1]), ("mean_std", [-1, 0, 0.5, 1, 14.5, -5.5, 24.5])):
+    for mode, expected in (
+        ("q01_q99", [-1, 0, 0.5, 1, 1, -1, 1]),
+        ("min_max", [-0.55, -0.45, -0.4, -0.35, 1, -1, 1]),
+        ("mean_std", [-1, 0, 0.5, 1, 14.5, -5.5, 24.5]),
+    ):
         y = Normalizer(s, mode).normalize(x)
         assert y.dtype == np.float32 and y.shape == x.shape
         np.testing.assert_allclose(y[:, 0], expected, atol=1e-6)

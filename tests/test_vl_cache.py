@@ -1,4 +1,5 @@
 """The feature cache: the encoder against transformers' own code, files that are whole and refused when anything differs, builds that are killed, shared out or repeated."""
+
 import copy
 import json
 import os
@@ -31,7 +32,9 @@ SMALL = ["--image-resize-height", "56", "--image-resize-width", "84", "--num-wor
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
     """4 preprocessed sessions of 1.5 s in three data sets."""
-    root = make_demo.write_sessions(tmp_path_factory.mktemp("sessions"), 0, white=2, needle=1, new=0, oct=1, seconds=1.5, size=(36, 64))
+    root = make_demo.write_sessions(
+        tmp_path_factory.mktemp("sessions"), 0, white=2, needle=1, new=0, oct=1, seconds=1.5, size=(36, 64)
+    )
     create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
     return root
 
@@ -66,6 +69,7 @@ def images(seed, n=2, size=(36, 64)):
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 
+
 def test_features_equal_transformers_own_processing(qwen_dir, encoder):
     """Image processor, token expansion, rope positions and forward of transformers on the squashed image, mean over all tokens: the same feature."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -73,24 +77,45 @@ def test_features_equal_transformers_own_processing(qwen_dir, encoder):
 
     shown = images(0)
     about = json.loads((qwen_dir / "preprocessor_config.json").read_text())
-    processor = Qwen2VLImageProcessorPil(size=dict(shortest_edge=56 * 84, longest_edge=56 * 84), image_mean=about["image_mean"], image_std=about["image_std"])
+    processor = Qwen2VLImageProcessorPil(
+        size=dict(shortest_edge=56 * 84, longest_edge=56 * 84),
+        image_mean=about["image_mean"],
+        image_std=about["image_std"],
+    )
     squashed = [Image.fromarray(shown[v]).resize((84, 56), Image.BICUBIC) for v in VIEWS]
     pixels = processor(squashed, return_tensors="pt")
     assert pixels["image_grid_thw"].tolist() == [[1, 4, 6]] * 2
     tokenizer = AutoTokenizer.from_pretrained(qwen_dir)
-    text = tokenizer.apply_chat_template([dict(role="user", content=[dict(type="image"), dict(type="image"), dict(type="text", text="go on")])], tokenize=False, add_generation_prompt=False)
-    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 6), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    text = tokenizer.apply_chat_template(
+        [dict(role="user", content=[dict(type="image"), dict(type="image"), dict(type="text", text="go on")])],
+        tokenize=False,
+        add_generation_prompt=False,
+    )
+    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 6), return_tensors="pt", add_special_tokens=False)[
+        "input_ids"
+    ]
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_dir).eval()
     with torch.no_grad():
-        hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"],
-                             mm_token_type_ids=(ids == model.config.image_token_id).int()).last_hidden_state
+        hidden = model.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels["pixel_values"],
+            image_grid_thw=pixels["image_grid_thw"],
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        ).last_hidden_state
     feature = encoder.encode([(shown, "go on")])
     assert feature.shape == (1, 1, 64) and torch.allclose(feature[0, 0], hidden[0].mean(0).half().float(), atol=2e-3)
     for layer in (0, 1, 2):
         with torch.no_grad():
-            states = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"],
-                                 mm_token_type_ids=(ids == model.config.image_token_id).int(), output_hidden_states=True).hidden_states
-        if layer < 2:                                                        # transformers gives the last one normed
+            states = model.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels["pixel_values"],
+                image_grid_thw=pixels["image_grid_thw"],
+                mm_token_type_ids=(ids == model.config.image_token_id).int(),
+                output_hidden_states=True,
+            ).hidden_states
+        if layer < 2:  # transformers gives the last one normed
             got = vc.VLEncoder(qwen_dir, VIEWS, 56, 84, layer=layer, dtype="fp32").encode([(shown, "go on")])
             assert torch.allclose(got[0, 0], states[layer][0].mean(0), atol=1e-4), layer
 
@@ -100,7 +125,9 @@ def test_company_in_the_batch_changes_nothing(encoder):
     rows = [(images(0), "go"), (images(1), "a much longer instruction than that of the others"), (images(2), "go")]
     together, alone = encoder.encode(rows), torch.cat([encoder.encode([r]) for r in rows])
     assert torch.allclose(together, alone, atol=2e-3)
-    assert (encoder.encode([(images(0), "stop")])[0] - alone[0]).abs().max() > 0.01 and (encoder.encode([(images(3), "go")])[0] - alone[0]).abs().max() > 0.01
+    assert (encoder.encode([(images(0), "stop")])[0] - alone[0]).abs().max() > 0.01 and (
+        encoder.encode([(images(3), "go")])[0] - alone[0]
+    ).abs().max() > 0.01
 
 
 def test_views_have_their_own_order(encoder):
@@ -125,14 +152,20 @@ def test_a_path_and_its_pixels_are_the_same(encoder, tmp_path):
     shown = images(0)
     for v, x in shown.items():
         Image.fromarray(x).save(tmp_path / f"{v}.png")
-    assert torch.equal(encoder.encode([({v: tmp_path / f"{v}.png" for v in VIEWS}, "go")]), encoder.encode([(shown, "go")]))
+    assert torch.equal(
+        encoder.encode([({v: tmp_path / f"{v}.png" for v in VIEWS}, "go")]), encoder.encode([(shown, "go")])
+    )
     (tmp_path / "View1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="View1.png cannot be read as an image"):
         encoder.encode([({v: tmp_path / f"{v}.png" for v in VIEWS}, "go")])
 
 
 def test_the_guides_size_is_264_tokens_per_view(qwen_dir):
-    assert vc.VLEncoder(qwen_dir, VIEWS, 360, 640).grid == (12, 22) and vc.VLEncoder(qwen_dir, VIEWS, 270, 480).grid == (9, 17) and vc.VLEncoder(qwen_dir, VIEWS, 540, 960).grid == (19, 34)
+    assert (
+        vc.VLEncoder(qwen_dir, VIEWS, 360, 640).grid == (12, 22)
+        and vc.VLEncoder(qwen_dir, VIEWS, 270, 480).grid == (9, 17)
+        and vc.VLEncoder(qwen_dir, VIEWS, 540, 960).grid == (19, 34)
+    )
 
 
 def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, encoder, tmp_path):
@@ -144,7 +177,15 @@ def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, enc
         vc.VLEncoder.from_recipe(encoder.recipe(), model=other)
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(views=[]), "views is empty"), (dict(layer=3), "layer is 3: expected -1"), (dict(height=20), "at least 28 x 28"), (dict(pooling="max"), "pooling is max")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(views=[]), "views is empty"),
+        (dict(layer=3), "layer is 3: expected -1"),
+        (dict(height=20), "at least 28 x 28"),
+        (dict(pooling="max"), "pooling is max"),
+    ],
+)
 def test_wrong_encoders(qwen_dir, wrong, message):
     with pytest.raises(ValueError, match=message):
         vc.VLEncoder(**dict(model=qwen_dir, views=VIEWS) | wrong)
@@ -152,12 +193,15 @@ def test_wrong_encoders(qwen_dir, wrong, message):
 
 # ---- fingerprint -----------------------------------------------------------------------------------------------------
 
+
 def test_every_field_of_the_fingerprint_counts(recordings, encoder):
     s = ss.find_sessions([recordings])[0]
     ticks = s.ticks(3, VIEWS)
     meta = vc.make_meta(encoder.recipe(), s, ticks)
     seen = {vc.fingerprint(meta)}
-    changes = [("recipe", key) for key in meta["recipe"] if key != "model"] + [(key,) for key in meta if key != "recipe"]
+    changes = [("recipe", key) for key in meta["recipe"] if key != "model"] + [
+        (key,) for key in meta if key != "recipe"
+    ]
     for path in changes:
         other = copy.deepcopy(meta)
         place = other[path[0]] if len(path) == 2 else other
@@ -169,7 +213,9 @@ def test_every_field_of_the_fingerprint_counts(recordings, encoder):
             other["frames"][view][0][part] = "something else"
             seen.add(vc.fingerprint(other))
     assert len(seen) == 1 + len(changes) + 6 and all(len(fp) == 24 for fp in seen)
-    assert vc.fingerprint(meta | dict(recipe=meta["recipe"] | dict(model="/moved/there"))) == vc.fingerprint(meta)   # its files count, not its place
+    assert vc.fingerprint(meta | dict(recipe=meta["recipe"] | dict(model="/moved/there"))) == vc.fingerprint(
+        meta
+    )  # its files count, not its place
 
 
 def test_the_weights_fingerprint_sees_a_changed_shard(qwen_dir, tmp_path):
@@ -179,10 +225,14 @@ def test_the_weights_fingerprint_sees_a_changed_shard(qwen_dir, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-100] ^= 1
     shard.write_bytes(data)
-    assert vc.weight_fingerprint(copy_) != vc.weight_fingerprint(qwen_dir) and vc.weight_fingerprint("no/such-model") is None
+    assert (
+        vc.weight_fingerprint(copy_) != vc.weight_fingerprint(qwen_dir)
+        and vc.weight_fingerprint("no/such-model") is None
+    )
 
 
 # ---- build and read --------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="session")
 def built(recordings, qwen_dir, tmp_path_factory):
@@ -203,10 +253,16 @@ def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder):
     assert recipe == encoder.recipe() and len(files) == 4
     for s in ss.find_sessions([cached]):
         ticks, f = s.ticks(3, VIEWS), files[s.name]
-        assert f.shape == (5, 1, 64) and f.features.dtype == torch.float16 and np.array_equal(f.tick_timestamps, ticks.tick_time)
+        assert (
+            f.shape == (5, 1, 64)
+            and f.features.dtype == torch.float16
+            and np.array_equal(f.tick_timestamps, ticks.tick_time)
+        )
         for t in range(len(ticks)):
             if ticks.complete[t]:
-                want = encoder.encode([({v: s.frame_path(v, ticks.frame_index[v][t]) for v in VIEWS}, s.instruction)])[0]
+                want = encoder.encode([({v: s.frame_path(v, ticks.frame_index[v][t]) for v in VIEWS}, s.instruction)])[
+                    0
+                ]
                 assert torch.allclose(f.features[t].float(), want, atol=2e-3)
             else:
                 assert f.features[t].isnan().all()
@@ -224,15 +280,21 @@ def test_a_second_build_does_nothing_and_a_damaged_root_only_what_is_missing(cac
     folder = cached / "cache/qwen_vl_features"
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     build_vl_cache.main(config(cached, qwen_dir))
-    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before and "4 of 4 sessions are there, 0 to build" in capsys.readouterr().out
+    assert {
+        p.name: p.stat().st_mtime_ns for p in folder.iterdir()
+    } == before and "4 of 4 sessions are there, 0 to build" in capsys.readouterr().out
     gone = sorted(folder.iterdir())[1]
     content = ckpt.load_state(gone)
     kept = content["features"].clone()
     gone.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no features of 1 of 4 sessions: [\s\S]*build_vl_cache\.py[\s\S]*--cache online"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no features of 1 of 4 sessions: [\s\S]*build_vl_cache\.py[\s\S]*--cache online"
+    ):
         read(cached, qwen_dir)
     build_vl_cache.main(config(cached, qwen_dir))
-    assert "1 to build" in capsys.readouterr().out and torch.equal(ckpt.load_state(gone)["features"].nan_to_num(), kept.nan_to_num())
+    assert "1 to build" in capsys.readouterr().out and torch.equal(
+        ckpt.load_state(gone)["features"].nan_to_num(), kept.nan_to_num()
+    )
 
 
 def touch(path):
@@ -250,7 +312,19 @@ def touch_image(root):
 
 
 def another_instruction(root):
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0", "--instruction", "{White_silicone_white_circle: other words}"]))
+    create_datapkl.main(
+        parse_config(
+            create_datapkl.Config,
+            [
+                "--dataset_dirs",
+                str(root),
+                "--workers",
+                "0",
+                "--instruction",
+                "{White_silicone_white_circle: other words}",
+            ],
+        )
+    )
 
 
 def fewer_steps(root):
@@ -267,9 +341,16 @@ def a_new_image(root):
     create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
 
 
-@pytest.mark.parametrize("change, message", [
-    (change_image, r"image View5/\S+ changed"), (touch_image, r"image View5/\S+ was modified"), (another_instruction, "instruction was 'Insert the needle into the white circle', now 'other words'"),
-    (fewer_steps, "ticks were 5, now 4|data.pkl was made again"), (a_new_image, "image of View1 at tick .* was number")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (change_image, r"image View5/\S+ changed"),
+        (touch_image, r"image View5/\S+ was modified"),
+        (another_instruction, "instruction was 'Insert the needle into the white circle', now 'other words'"),
+        (fewer_steps, "ticks were 5, now 4|data.pkl was made again"),
+        (a_new_image, "image of View1 at tick .* was number"),
+    ],
+)
 def test_changed_sessions_are_refused_and_rebuilt(cached, qwen_dir, change, message):
     change(cached)
     with pytest.raises(vc.CacheMismatch, match=message):
@@ -278,9 +359,17 @@ def test_changed_sessions_are_refused_and_rebuilt(cached, qwen_dir, change, mess
     assert len(read(cached, qwen_dir)[0]) == 4
 
 
-@pytest.mark.parametrize("changed, message", [
-    (dict(height=112), "height was 56, now 112"), (dict(width=112), "width was 84, now 112"), (dict(views=["View1"]), r"views was \['View1', 'View5'\], now \['View1'\]"),
-    (dict(layer=1), "layer was -1, now 1"), (dict(tokens=2), "tokens was 1, now 2"), (dict(dtype="fp32"), "dtype was 'fp16', now 'fp32'")])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(height=112), "height was 56, now 112"),
+        (dict(width=112), "width was 84, now 112"),
+        (dict(views=["View1"]), r"views was \['View1', 'View5'\], now \['View1'\]"),
+        (dict(layer=1), "layer was -1, now 1"),
+        (dict(tokens=2), "tokens was 1, now 2"),
+        (dict(dtype="fp32"), "dtype was 'fp16', now 'fp32'"),
+    ],
+)
 def test_other_settings_are_refused(built, qwen_dir, changed, message):
     with pytest.raises(vc.CacheMismatch, match=message):
         read(built, qwen_dir, **changed)
@@ -291,7 +380,7 @@ def test_another_model_is_refused_and_a_moved_one_is_not(built, qwen_dir, tmp_pa
     with pytest.raises(vc.CacheMismatch, match="weights was '.*', now '.*'"):
         read(built, other)
     assert len(read(built, shutil.copytree(qwen_dir, tmp_path / "moved"))[0]) == 4
-    assert len(read(built, f"not/here/{qwen_dir.name}")[0]) == 4             # no model on this machine: its name is all there is
+    assert len(read(built, f"not/here/{qwen_dir.name}")[0]) == 4  # no model on this machine: its name is all there is
     with pytest.raises(vc.CacheMismatch, match="model was"):
         read(built, "Qwen/Qwen2.5-VL-7B-Instruct")
 
@@ -317,7 +406,9 @@ def test_two_kinds_that_fit_are_not_guessed_between(cached, qwen_dir):
     with pytest.raises(vc.CacheMismatch, match="more than one kind of features that fit: tokens is"):
         read(cached, qwen_dir)
     assert next(iter(read(cached, qwen_dir, tokens=2)[0].values())).shape == (5, 2, 64)
-    build_vl_cache.main(config(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune"))           # finer ticks of the same kind, the others go
+    build_vl_cache.main(
+        config(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune")
+    )  # finer ticks of the same kind, the others go
     assert next(iter(read(cached, qwen_dir, reuse=4)[0].values())).shape == (15, 1, 64)
 
 
@@ -341,7 +432,12 @@ def test_prune_leaves_what_is_not_asked_about(cached, qwen_dir, capsys):
     for path in (stranger, old):
         path.write_bytes(b"")
     build_vl_cache.main(config(cached, qwen_dir, "--prune"))
-    assert stranger.exists() and not old.exists() and not (folder / ".tmp-1-x.pt").exists() and "pruned    1 files; 1 of sessions that are not below" in capsys.readouterr().out
+    assert (
+        stranger.exists()
+        and not old.exists()
+        and not (folder / ".tmp-1-x.pt").exists()
+        and "pruned    1 files; 1 of sessions that are not below" in capsys.readouterr().out
+    )
 
 
 def test_a_view_not_all_sessions_have_is_left_out_and_said(root, qwen_dir, capsys):
@@ -364,15 +460,23 @@ def test_out_of_memory_halves_the_micro_batch(recordings, qwen_dir, encoder, mon
         if len(rows) > most[0]:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return whole(rows)
+
     monkeypatch.setattr(encoder, "encode", small)
     builder = build_vl_cache.Builder(encoder, 8, 2)
     features, computed = builder.features(s, ticks)
-    assert builder.micro_batch == 2 and computed == len(build_vl_cache.unique_looks(ticks, VIEWS)[0]) < ticks.complete.sum()
+    assert (
+        builder.micro_batch == 2
+        and computed == len(build_vl_cache.unique_looks(ticks, VIEWS)[0]) < ticks.complete.sum()
+    )
     monkeypatch.undo()
-    assert torch.allclose(features.nan_to_num(), build_vl_cache.Builder(encoder, 1, 1).features(s, ticks)[0].nan_to_num(), atol=2e-3)
+    assert torch.allclose(
+        features.nan_to_num(), build_vl_cache.Builder(encoder, 1, 1).features(s, ticks)[0].nan_to_num(), atol=2e-3
+    )
     monkeypatch.setattr(encoder, "encode", small)
     most[0] = 0
-    with pytest.raises(ValueError, match=f"out of memory at {s.name} with one feature at a time: lower --image-resize-height"):
+    with pytest.raises(
+        ValueError, match=f"out of memory at {s.name} with one feature at a time: lower --image-resize-height"
+    ):
         builder.features(s, ticks)
 
 
@@ -384,10 +488,17 @@ def test_a_stop_signal_keeps_what_is_finished(root, qwen_dir, capsys, monkeypatc
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, *arguments)
+
     monkeypatch.setattr(build_vl_cache.Builder, "features", told_to_stop)
     assert build_vl_cache.main(config(root, qwen_dir)) == 1
-    assert "stopped by signal; 2 of 4 sessions were finished and stay" in capsys.readouterr().out and len(list((root / "cache/qwen_vl_features").iterdir())) == 2
-    assert build_vl_cache.main(config(root, qwen_dir)) == 0 and "2 of 4 sessions are there, 2 to build" in capsys.readouterr().out
+    assert (
+        "stopped by signal; 2 of 4 sessions were finished and stay" in capsys.readouterr().out
+        and len(list((root / "cache/qwen_vl_features").iterdir())) == 2
+    )
+    assert (
+        build_vl_cache.main(config(root, qwen_dir)) == 0
+        and "2 of 4 sessions are there, 2 to build" in capsys.readouterr().out
+    )
 
 
 def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch):
@@ -400,27 +511,40 @@ def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch
 
 def test_the_shipped_config_parses():
     cfg = parse_config(build_vl_cache.Config, ["--config", str(ROOT / "configs/vl_cache.yaml"), "--dataset_dirs", "a"])
-    assert cfg.dataset_dirs == ["a"] and (cfg.image_resize_height, cfg.image_resize_width, cfg.vlm_reuse_count) == (360, 640, 3)
+    assert cfg.dataset_dirs == ["a"] and (cfg.image_resize_height, cfg.image_resize_width, cfg.vlm_reuse_count) == (
+        360,
+        640,
+        3,
+    )
 
 
 def test_shares_are_whole_and_even():
     sizes = [5, 9, 1, 7, 7, 3]
     shares = build_vl_cache.share_out(sizes, 3)
-    assert sorted(i for share in shares for i in share) == list(range(6)) and [sum(sizes[i] for i in share) for share in shares] == [10, 12, 10]
+    assert sorted(i for share in shares for i in share) == list(range(6)) and [
+        sum(sizes[i] for i in share) for share in shares
+    ] == [10, 12, 10]
     assert build_vl_cache.share_out([], 2) == [[], []]
 
 
 def test_check_needs_no_model(recordings, capsys):
     assert build_vl_cache.main(config(recordings, "no/model", "--check")) == 0
     out = capsys.readouterr().out
-    assert "seen as 84x56: 6 tokens per view, 12 per feature" in out and "check passed" in out and not (recordings / "cache").exists()
+    assert (
+        "seen as 84x56: 6 tokens per view, 12 per feature" in out
+        and "check passed" in out
+        and not (recordings / "cache").exists()
+    )
 
 
 def environment(tmp_path):
     """Of a single process; with a torchvision that breaks whoever imports it."""
     (tmp_path / "blocked/torchvision").mkdir(parents=True)
     (tmp_path / "blocked/torchvision/__init__.py").write_text("raise RuntimeError('torchvision is broken')")
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path / "blocked")}
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(tmp_path / "blocked"),
+    }
 
 
 def test_a_killed_build_goes_on_and_two_ranks_make_the_same(tmp_path, root, built, qwen_dir):
@@ -437,7 +561,13 @@ def test_a_killed_build_goes_on_and_two_ranks_make_the_same(tmp_path, root, buil
         assert {"features", "meta"} <= set(ckpt.load_state(path))
     first = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.pt")}
     assert first
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script], env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     assert {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.pt") if p.name in first} == first
     one = {p.name: ckpt.load_state(p)["features"] for p in (built / "cache/qwen_vl_features").glob("*.pt")}
