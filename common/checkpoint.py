@@ -1,49 +1,51 @@
-"""Checkpoints that a kill, a full disk or a stranger's file cannot turn into damage.
+"""Checkpoints that a kill, a full disk or a stranger's file cannot turn into damage, and where a run stands.
 
-A checkpoint is written under a temporary name in the same folder, flushed to disk (files and folder), then renamed: a path
-without the `.tmp-` prefix is always complete. Only tensors and plain types go in, so everything loads with weights_only=True.
-"""
+A checkpoint is a file, or a folder with a meta.json, that says its step. It is written under a temporary name in the
+same folder, flushed to disk (files and folder), then renamed: a path without the `.tmp-` prefix is always complete.
+Only tensors and plain types go in, so everything loads with weights_only=True."""
 
-import atexit
 import contextlib
 import errno
-import multiprocessing.util  # whose own exit handler must be there before ours: the last one runs first
+import json
 import os
 import pickle
 import re
 import shutil
-import signal
+import socket
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 
+from common import MissingFile, UserError, require
+
 TEMPORARY = ".tmp-"
+SET_ASIDE = "set_aside"  # folder for the checkpoints after the one that a run went on from
+OWNED = re.compile(re.escape(TEMPORARY) + r"(?P<pid>\d+)@(?P<host>.+?)~(?P<old>old~)?(?P<name>.+)")
 
 
-class DiskFull(OSError):
+class DiskFull(UserError, OSError):
     """Not enough room for a checkpoint; nothing that existed was touched."""
+
+
+# ---- files that are whole or not there -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(final):
-    """Yield a temporary path (create a file or a folder there); on success fsync it and rename it to `final`, replacing what was there.
-
-    On any error the temporary is removed and `final` stays as it was; no room left raises DiskFull.
-    """
+    """Yield a temporary path (create a file or a folder there); on success fsync it and rename it to `final`, replacing
+    what was there. On any error the temporary is removed and `final` stays as it was; no room left raises DiskFull."""
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f"{TEMPORARY}{os.getpid()}-{final.name}"
-    aside = final.parent / f"{TEMPORARY}{os.getpid()}-old-{final.name}"
+    temporary, aside = _beside(final), _beside(final, "old~")
     _remove(temporary)
     try:
         yield temporary
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            if path.is_file():
-                path.chmod(
-                    0o666 & ~_umask()
-                )  # safetensors makes files that only their owner may read, and labs share a disk
+            if path.is_file():  # safetensors makes files that only their owner may read, and labs share a disk
+                path.chmod(0o666 & ~_umask())
             _fsync(path)
         if final.is_dir():  # a folder cannot be replaced in one call: move the old one aside first, delete it last
             _remove(aside)
@@ -56,12 +58,17 @@ def atomic_path(final):
             os.replace(aside, final)
         _remove(temporary)
         if full:
-            raise DiskFull(
-                errno.ENOSPC,
-                f"no room left while writing {final} ({error}); the checkpoints before it are untouched. Free space and resume",
-            ) from error
+            text = (
+                f"no room left while writing {final} ({error}); what was there before is untouched. Free space, resume"
+            )
+            raise DiskFull(errno.ENOSPC, text) from error
         raise
     _remove(aside)
+
+
+def _beside(final, old=""):
+    """The temporary name for `final`: unique among the processes and machines that share a disk."""
+    return final.parent / f"{TEMPORARY}{os.getpid()}@{socket.gethostname()}~{old}{final.name}"
 
 
 def _umask():
@@ -72,25 +79,64 @@ def _umask():
 
 def _disk_is_full(error, folder):
     """Also where torch.save ("unexpected pos 704 vs 598") and safetensors hide it behind an error of their own."""
-    return isinstance(error, Exception) and (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or "No space left" in str(error)
-        or shutil.disk_usage(folder).free < 2**20
-    )
+    said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return isinstance(error, Exception) and (said or shutil.disk_usage(folder).free < 2**20)
 
 
 def require_space(folder, needed_bytes):
     """Raise DiskFull unless the disk of `folder` has `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise DiskFull(
-            errno.ENOSPC,
-            f"a checkpoint in {folder} needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; the checkpoints there are untouched. Free space and resume",
-        )
+        room = f"needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; what is there is untouched"
+        raise DiskFull(errno.ENOSPC, f"a checkpoint in {folder} {room}. Free space and resume")
+
+
+def remove_temporaries(folder):
+    """Delete what a killed process left half-written, never what a living one writes: of another machine's processes
+    only what nobody has touched for a day. A folder that was moved aside is put back if its successor never came."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        found = OWNED.fullmatch(path.name)
+        if found and found["host"] == socket.gethostname():
+            living = found["pid"] != str(os.getpid()) and Path(f"/proc/{found['pid']}").exists()
+        else:
+            living = max(p.lstat().st_mtime for p in [path, *path.rglob("*")]) > time.time() - 86400
+        if living:
+            continue
+        if found and found["old"] and not (path.parent / found["name"]).exists():
+            os.replace(path, path.parent / found["name"])
+        else:
+            _remove(path)
+
+
+def link(source, target):
+    """Give a file a second name, atomically; a copy where the file system has no hard links."""
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def _fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():  # over NFS a file that somebody reads stays: the next start tries again
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- tensors and plain values ----------------------------------------------------------------------------------------
 
 
 def save_state(path, state):
-    """torch.save of tensors and plain types; refuses, before writing, anything that weights_only could not load back."""
+    """torch.save of tensors and plain types; refuses, before writing, what weights_only could not load back."""
     _check_plain(state, "state")
     torch.save(state, path)
 
@@ -98,83 +144,36 @@ def save_state(path, state):
 def load_state(path):
     """Read what save_state wrote, on the CPU. A pickle with other contents is refused, never executed.
 
-    The tensors are mapped from the file, so that the ranks of a machine share one copy of them: clone what must outlive the file.
-    """
+    The tensors are mapped from the file, so that the ranks of a machine share one copy of them: clone what must outlive
+    the file, and let go of the rest, or a deleted file keeps its room on the disk."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
+        raise MissingFile(f"{path}: no such checkpoint file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text explains how to load it nevertheless
-        raise ValueError(
-            f"{path} is refused: {f'it refers to {found[1]}' if found else 'not a checkpoint'}; a checkpoint holds tensors and plain values only"
-        ) from error
+        why = f"it refers to {found[1]}" if found else "not a checkpoint"
+        raise UserError(f"{path} is refused: {why}; a checkpoint holds tensors and plain values only") from error
     except Exception as error:  # damaged bytes surface as anything: RuntimeError, EOFError, KeyError, OSError...
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 
-def steps_in(folder, pattern=r"steps_(\d+)"):
-    """{step: path} of the complete checkpoints in `folder`, ascending."""
-    found = {int(m[1]): p for p in Path(folder).glob("*") if (m := re.fullmatch(pattern, p.name))}
-    return dict(sorted(found.items()))
-
-
-def rotate(folder, keep, protect=None, pattern=r"steps_(\d+)"):
-    """Delete all but the newest `keep` checkpoints (0 keeps all) and the one of step `protect`. Call it after the new one is in place."""
-    for step, path in list(steps_in(folder, pattern).items())[:-keep] if keep else []:
-        if step != protect:
-            doomed = (
-                path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
-            )  # the name goes first: deleting a folder takes many calls
-            os.replace(path, doomed)
-            _remove(doomed)
-
-
-def remove_temporaries(folder):
-    """Delete what a killed process left half-written. An old checkpoint that was moved aside is put back if its successor never came."""
-    _put_back(folder)
-    for path in Path(folder).glob(f"{TEMPORARY}*"):
-        _remove(path)
-
-
-def _put_back(folder):
-    """A folder whose replacement died between its two renames lies aside, complete, and is given its name again."""
-    for path in Path(folder).glob(f"{TEMPORARY}*"):
-        old = re.fullmatch(re.escape(TEMPORARY) + r"\d+-old-(.+)", path.name)
-        if old and not (path.parent / old[1]).exists():
-            with contextlib.suppress(FileNotFoundError):  # another rank was faster
-                os.replace(path, path.parent / old[1])
-
-
-class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads after a step; a second signal acts as usual."""
-
-    def __init__(self):
-        self.received = None
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        atexit.register(_end_workers)
-
-    def _handle(self, number, frame):
-        self.received = signal.Signals(number).name
-        self.restore()
-
-    def restore(self):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def _end_workers():
-    """After an error Python would wait forever for loader workers: they ignore the SIGTERM with which it ends its daemons."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def ignore_stop_signals(worker):
-    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step being finished needs its data.
-    Goes with a StopSignal in the parent, which ends such workers at exit."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def read_checkpoint(path, script, format_version, names=(), resume=False):
+    """Content of a checkpoint file of `script`; `path` may be a folder, then it is the first of `names` there.
+    `resume`: its optimizer is needed, too."""
+    path = Path(path)
+    if path.is_dir():
+        there = [path / name for name in names if (path / name).is_file()]
+        if not there:
+            raise MissingFile(f"{path} has none of {', '.join(names)}; expected a checkpoint of {script}.py")
+        path = there[0]
+    state = load_state(path)
+    found = state.get("format_version"), state.get("meta", {}).get("script")
+    wrong = f"{path} is format {found[0]} of '{found[1]}', this code reads format {format_version} of {script}"
+    require(found == (format_version, script), wrong)
+    weights_only = f"--resume {path} holds weights only, no optimizer: go on from the newest checkpoint beside it"
+    require(not resume or "optimizer_state_dict" in state, weights_only)
+    return state
 
 
 def _check_plain(value, where):
@@ -193,127 +192,140 @@ def _check_plain(value, where):
         bool,
         str,
         type(None),
-    ):  # no subclasses, no bytes: weights_only does not read them back
+    ):  # weights_only reads no subclass, no bytes
         raise TypeError(f"{where} is a {type(value).__name__}; only tensors and plain values are stored")
 
 
-def _fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ---- one timeline per run --------------------------------------------------------------------------------------------
 
 
-def _remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(
-            path, ignore_errors=True
-        )  # over NFS a file that somebody reads stays for now; the next start tries again
-    elif path.exists() or path.is_symlink():
-        path.unlink()
+def step_of(path):
+    """Optimizer steps behind a checkpoint: of its name (steps_20, checkpoint_step_20.pt), else of its content; None for
+    an export in another program's format, which does not say."""
+    path = Path(path)
+    if match := re.search(r"steps?_(\d+)", path.name):
+        return int(match[1])
+    if path.is_dir():
+        about = path / "meta.json"
+        return json.loads(about.read_text(encoding="utf-8"))["step"] if about.is_file() else None
+    return load_state(path)["step"]
 
 
-# ---- training state ----------------------------------------------------------------------------------------------------
+def checkpoints_in(folder, patterns=("steps_*",)):
+    """Complete checkpoints in `folder` whose names fit one of the glob `patterns`, the newest last."""
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern)}
+    return sorted(found, key=lambda path: (step_of(path) or 0, path.stat().st_mtime))
+
+
+def find_checkpoint(wanted, folder, patterns, beside=()):
+    """`wanted`: None (a new run, refused beside an existing one), a path, or "auto" for the newest -> path to go on
+    from, or None. `patterns`: what can be resumed in `folder`; `beside`: exports, which cannot, but belong to a run."""
+    there, exports = checkpoints_in(folder, patterns), checkpoints_in(folder, beside)
+    own = f"{folder} has {', '.join(path.name for path in there) or 'none'}"
+    if wanted and wanted != "auto":
+        path = Path(wanted)
+        if not path.exists():
+            raise MissingFile(f"--resume {wanted}: no such checkpoint; {own}")
+        fits = any(path.match(pattern) for pattern in patterns)
+        require(fits, f"--resume {wanted} is no checkpoint that can be resumed ({', '.join(patterns)}); {own}")
+        mine = path.resolve().parent == Path(folder).resolve()
+        require(
+            mine or not there, f"--resume {wanted} is of another run than {folder}, which has checkpoints of its own"
+        )
+        return path
+    if wanted == "auto" and there:
+        return there[-1]
+    if found := there or exports:
+        how = "Go on with --resume auto, or choose" if there else "It holds weights without an optimizer: choose"
+        raise UserError(f"{found[-1]} already exists. {how} another folder for this run")
+    return None
+
+
+def set_aside(folder, patterns, step):
+    """Move the checkpoints after `step` into a folder beside them: the run goes on from `step`. -> their new paths."""
+    later = [path for path in checkpoints_in(folder, patterns) if (step_of(path) or 0) > step]
+    number = len(list(Path(folder).glob(f"{SET_ASIDE}_*"))) + 1
+    moved = [path.parent / f"{SET_ASIDE}_{number}" / path.name for path in later]
+    for path, target in zip(later, moved, strict=True):
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    return moved
+
+
+def rotate(folder, pattern, keep):
+    """Delete all but the newest `keep` checkpoints (0 keeps all). Call it after the new one is in place."""
+    for path in checkpoints_in(folder, (pattern,))[:-keep] if keep else []:
+        doomed = _beside(path)
+        os.replace(path, doomed)  # the name goes first: deleting a folder takes many calls
+        _remove(doomed)
+
+
+def check_same_run(path, saved, fingerprint, config, fixed):
+    """Refuse a resume that would silently be another run -> list of "key then -> now" of the changed keys."""
+    put_back = "Put them back, or start a new run in another folder"
+    changed = "the training data or its settings changed since then (added, removed, made again, another split)"
+    require(
+        saved["fingerprint"] == fingerprint, f"--resume {path}: {changed}, this would not be the same run. {put_back}"
+    )
+    then, now = _flat(saved["config"]), _flat(config)
+    differ = {k: f"{k} {then[k]} -> {v}" for k, v in now.items() if k in then and then[k] != v}
+    wrong = "; ".join(text for key, text in differ.items() if key in fixed)
+    require(not wrong, f"--resume {path} was trained with another {wrong}. Set it back, or start a new run")
+    return [text for key, text in differ.items() if key not in ("resume", "resume_from_checkpoint", "check")]
+
+
+def _flat(config, prefix=""):
+    """{"dotted.name": value} of nested dicts."""
+    out = {}
+    for key, value in config.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+# ---- training state --------------------------------------------------------------------------------------------------
 
 
 def training_state(model, optimizer, fsdp=False):
-    """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer), whole and on the CPU; under FSDP2 a
-    collective call whose result only rank 0 holds."""
+    """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer), whole and on the CPU;
+    under FSDP2 a collective call whose result only rank 0 holds."""
     if fsdp:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint import state_dict as dcp
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options), get_optimizer_state_dict(
-            model, optimizer, options=options
-        ).get("state", {})
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        moments = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+        return dcp.get_model_state_dict(model, options=options), moments.get("state", {})
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    return (
-        {n: p.detach().cpu() for p, n in names.items()},
-        {names[p]: {k: v.cpu() for k, v in moments.items()} for p, moments in optimizer.state.items()},
-    )
+    moments = {names[p]: {k: v.cpu() for k, v in state.items()} for p, state in optimizer.state.items()}
+    return {n: p.detach().cpu() for p, n in names.items()}, moments
 
 
 def restore_training_state(model, optimizer, state, fsdp=False):
-    """Put state["trained"] and state["moments"] (of training_state) back; every trained tensor must be there, in its shape."""
-    names, saved = {n: p for n, p in model.named_parameters() if p.requires_grad}, state["trained"]
-    wrong = [
-        n for n, p in names.items() if n not in saved or saved[n].shape != p.shape
-    ]  # copy_ would broadcast (1,) into (8,)
-    if wrong:
-        raise ValueError(
-            f"the checkpoint lacks {len(wrong)} trained tensors or has them in another shape, e.g. {wrong[0]}: it was made with another kind of training or another model"
-        )
+    """Put state["trained"] and state["moments"] (of training_state) back; every trained tensor must be there, in its
+    shape."""
+    trained, saved = {n: p for n, p in model.named_parameters() if p.requires_grad}, state["trained"]
+    wrong = [n for n, p in trained.items() if n not in saved or saved[n].shape != p.shape]  # copy_ would broadcast
+    lacks = f"the checkpoint lacks {len(wrong)} trained tensors or has them in another shape, e.g. {''.join(wrong[:1])}"
+    require(not wrong, f"{lacks}: it was made with another kind of training or another model")
     if fsdp:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint import state_dict as dcp
 
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(model, state["trained"], options=options)
-        group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {
-            "params": list(state["moments"])
-        }
-        set_optimizer_state_dict(
-            model, optimizer, {"state": state["moments"], "param_groups": [group]}, options=options
-        )
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_model_state_dict(model, saved, options=options)
+        group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        whole = dict(state=state["moments"], param_groups=[group | dict(params=list(state["moments"]))])
+        dcp.set_optimizer_state_dict(model, optimizer, whole, options=options)
         return
     with torch.no_grad():
-        for name, p in names.items():
-            p.copy_(state["trained"][name])
+        for name, p in trained.items():
+            p.copy_(saved[name])
+    restore_moments(model, optimizer, state["moments"])
+
+
+def restore_moments(model, optimizer, saved):
+    """Put the optimizer's {parameter name: {exp_avg, ...}} back."""
+    names, fused = dict(model.named_parameters()), optimizer.param_groups[0].get("fused")
     optimizer.state.clear()
-    for name, moments in state["moments"].items():
-        p = names[name]
-        # the step counter of an unfused AdamW stays on the CPU
-        optimizer.state[p] = {
-            k: v.to("cpu" if k == "step" and not optimizer.param_groups[0].get("fused") else p.device, copy=True)
-            for k, v in moments.items()
-        }
-
-
-def find_resume(wanted, folder, pattern=r"steps_(\d+)"):
-    """`wanted`: None, a checkpoint directory, or "auto" for the newest one in `folder` -> path or None (nothing to resume)."""
-    if not wanted:
-        return None
-    _put_back(folder)
-    there = steps_in(folder, pattern)
-    if wanted == "auto":
-        return next(reversed(there.values()), None)
-    if not (Path(wanted) / "state.pt").is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint '{wanted}' has no state.pt: expected a checkpoint directory; '{folder}' has {', '.join(p.name for p in there.values()) or 'none'}"
-        )
-    return Path(wanted)
-
-
-def check_resume(path, meta, expected, config, fixed):
-    """Refuse a resume that would silently mean something else: `expected` {key: value} of `meta` (format, data fingerprint) and the config
-    keys `fixed` must be unchanged. -> list of "key then -> now" for the other changed keys."""
-    for key, value in expected.items():
-        if meta[key] != value:
-            why = (
-                "another version of this code wrote it"
-                if key == "format_version"
-                else "it was trained on other data or data settings (episodes, horizon, cameras, actions)"
-            )
-            raise ValueError(
-                f"{path} has {key} {meta[key]}, this run {value}: {why}. "
-                f"Resume with the same, or start a new run from its weights: --load_model_weights {path}"
-            )
-    for key in fixed:
-        if meta["config"][key] != config[key]:
-            raise ValueError(
-                f"{path} was trained with {key} {meta['config'][key]}, now it is {config[key]}: set it back, or start a new run with --load_model_weights {path}"
-            )
-    ignored = ("resume_from_checkpoint", "output_dir", "check")
-    return [
-        f"{k} {then} -> {config.get(k)}"
-        for k, then in meta["config"].items()
-        if config.get(k) != then and k not in ignored
-    ]
+    for name, moments in saved.items():
+        device = names[name].device
+        where = {k: "cpu" if k == "step" and not fused else device for k in moments}  # unfused AdamW counts on the CPU
+        optimizer.state[names[name]] = {k: v.to(where[k], copy=True) for k, v in moments.items()}

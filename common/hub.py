@@ -1,0 +1,105 @@
+"""Backbones on disk and on the hub: where their files are, and their weights, read by one function that asserts that
+every tensor found its place. Import it before transformers."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from common import MissingFile, UserError, require
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
+try:
+    import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
+except (ImportError, OSError, RuntimeError, AttributeError):
+    sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
+
+TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
+
+
+def local_folder(source, weights=True, why=""):
+    """Directory or hub id -> local directory with config and tokenizer files, and with `weights` the weight files.
+    `why`: said where there is none, e.g. that a checkpoint named it."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    patterns = [*TEXTS, "*.safetensors", "pytorch_model*.bin"] if weights else list(TEXTS)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen types; all mean that the files cannot be had
+        said = f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}){why}"
+        raise MissingFile(f"{said}. Give a local directory; python make_demo.py --help lists tiny ones") from error
+
+
+def hub_file(source, name):
+    """Path of one file of a local directory or a hub repository."""
+    if Path(source).is_dir():
+        require((Path(source) / name).is_file(), f"the directory {source} has no {name}")
+        return Path(source) / name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except Exception as error:  # as above
+        text = f"'{source}' is no directory, and {name} is not on the hub under that name ({type(error).__name__})"
+        raise MissingFile(text) from error
+
+
+def stored_source(source):
+    """How a checkpoint names a backbone: a directory by its absolute path, a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+
+
+def weight_files(folder):
+    """Directory -> its weight files: safetensors, or else pytorch_model.bin, in shards or whole."""
+    folder = Path(folder)
+    for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors"):
+        index = next(iter(sorted(folder.glob(f"{pattern}.index.json"))), None)
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
+        files = [folder / name for name in named] or sorted(folder.glob(pattern))
+        if lost := [file.name for file in files if not file.is_file()]:
+            raise MissingFile(f"{folder} lacks {lost[0]}: not a complete model. Copy or download it again")
+        if files:
+            return files
+    raise MissingFile(f"{folder} has no weights (model*.safetensors): not a complete model. Copy or download it again")
+
+
+def read_tensors(folder):
+    """Yield (name, CPU tensor) of all weights in a directory, or in one .safetensors file, one tensor at a time."""
+    from safetensors import safe_open
+
+    for file in weight_files(folder) if Path(folder).is_dir() else [Path(folder)]:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as f:
+                for name in f.keys():  # noqa: SIM118  safe_open is no dict
+                    yield name, f.get_tensor(name)
+        else:
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+
+
+@torch.no_grad()
+def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=()):
+    """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name) (None: left out).
+
+    UserError names what is missing in `source`, left over, or of another shape; names that begin with one of
+    `missing_ok` (of the model) or `unused_ok` (of the source) may be. Tied weights count as one. -> names not found."""
+    wanted, found, unused = model.state_dict(keep_vars=True), set(), []
+    for name, tensor in tensors:
+        name = rename(name) if rename else name
+        if name in wanted:
+            shapes = f"{source}: {name} is {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}"
+            require(wanted[name].shape == tensor.shape, f"{shapes}: another model")
+            wanted[name].copy_(tensor)
+            found.add(wanted[name].data_ptr())
+        elif name is not None and not name.startswith(tuple(unused_ok)):
+            unused.append(name)
+    missing = [name for name, p in wanted.items() if p.numel() and p.data_ptr() not in found]
+    lost = [name for name in missing if not name.startswith(tuple(missing_ok))]
+    for kind, names in (("lacks", lost), ("has unknown", unused)):
+        if names:
+            shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+            raise UserError(f"{source} {kind} {len(names)} tensors: {shown}. Give the model that this program expects")
+    return missing

@@ -1,0 +1,152 @@
+"""What a training says: one aligned line per log step, the same values in metrics.jsonl and (if wanted) in W&B, a bar,
+a loss plot."""
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import atomic_path
+
+
+@dataclasses.dataclass
+class WandbConfig:
+    mode: Literal["online", "offline", "disabled"] = "disabled"  # online falls back to offline when not logged in
+    entity: str | None = None  # W&B team or user
+    name: str | None = None  # run name; null: the name of the output folder
+    tags: list[str] = dataclasses.field(default_factory=list)  # W&B tags
+    notes: str = ""  # free text beside the run
+
+
+class RunLog:
+    """Log of one run. Only rank 0 writes; on other ranks every method does nothing.
+
+    log(step, values, line) appends {"step", "time", **values} to metrics.jsonl, sends the values to W&B and prints
+    `line`. W&B can never stop a training: its first failure is reported once and W&B is left out from then on."""
+
+    def __init__(self, folder, total_steps, start_step=0, active=True, project="", wandb=None, config=None):
+        self.active, self.folder, self.start, self._wandb = active, Path(folder), start_step, None
+        if not active:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._open_metrics(start_step)
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
+        if wandb and wandb.mode != "disabled":
+            self._wandb_call(lambda: self._start_wandb(project, wandb, config or {}))
+
+    def _open_metrics(self, start_step):
+        """Keep the rows up to the step that is resumed from: what came after it will be done again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() and start_step else []
+        with atomic_path(path) as temporary:  # a kill here must not cost the history
+            temporary.write_text("".join(line + "\n" for line in lines if _step_of(line) <= start_step))
+        return path.open("a", buffering=1)
+
+    def _start_wandb(self, project, cfg, config):
+        import wandb  # optional at run time, and slow to import
+
+        mode = cfg.mode
+        if mode == "online" and not self._logged_in(wandb):
+            later = f"upload later with: wandb sync {self.folder / 'wandb'}"
+            self.print(f"W&B: not logged in, recording offline; {later}")
+            mode = "offline"
+        known = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
+        run_id = known.read_text().strip() if self.start and known.exists() else secrets.token_hex(4)
+        known.write_text(run_id + "\n")
+        name, notes = cfg.name or self.folder.resolve().name, cfg.notes or None
+        about = dict(project=project, entity=cfg.entity, name=name, tags=cfg.tags, notes=notes, config=config)
+        resume = "allow" if self.start else None
+        self._wandb = wandb.init(mode=mode, dir=str(self.folder), id=run_id, resume=resume, **about)
+
+    @staticmethod
+    def _logged_in(wandb):
+        try:
+            return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
+        except TypeError:  # an older wandb: its login has no `prompt` and would wait for a key
+            return bool(wandb.api.api_key)
+
+    def _wandb_call(self, call):
+        try:
+            call()
+        except Exception as error:  # W&B raises many types; none of them may cost a training
+            self._wandb, where = None, self.folder / "metrics.jsonl"
+            self.print(f"W&B: {type(error).__name__}: {error}. Training goes on without W&B; the values are in {where}")
+
+    def print(self, text):
+        if self.active:
+            tqdm.write(text)
+
+    def advance(self, step, shown=None):
+        """Move the bar to `step` finished updates; `shown` {name: text} stands behind it."""
+        if self.active:
+            self._bar.update(step - self._bar.n)
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
+
+    def log(self, step, values, line=None):
+        if not self.active:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        if line:
+            self.print(line)
+        if self._wandb is not None:
+            self._wandb_call(lambda: self._wandb.log(values, step=step))
+
+    def close(self):
+        if self.active:
+            self._bar.close()
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb_call(self._wandb.finish)
+
+
+def memory_gb():
+    """Peak GPU memory, or without a GPU the resident memory of this process, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def read_metrics(folder):
+    """metrics.jsonl of a run -> list of dicts."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_loss(folder, train="loss", validation="val_loss"):
+    """Draw loss.png from metrics.jsonl; return its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in ((train, "-"), (validation, "o-")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, label=key, markersize=4)
+    axis.set(xlabel="optimizer step", ylabel="loss")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend()
+    path = Path(folder) / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _step_of(line):
+    """Step of a metrics row; a half-written last row (the process was killed) counts as beyond every step."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

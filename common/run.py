@@ -1,0 +1,536 @@
+"""One process of a training: ranks, device, precision, where the run stands, loader, optimizer step, log, save, stop.
+
+A script's loop says what is its own: the loss and its divisor, the learning rate, when to log, validate and save.
+
+    run = Run(cfg, out, cfg.batch_size, cfg.accumulation)
+    run.checkpoints(out, "steps_{step}", write, size)  # how it is saved: by cadence, a stop signal, an error
+    for step in run.steps(loader):  # one optimizer step, the same on every rank
+        count = run.sum(sum(len(b["targets"]) for b in step.batches))  # of all micro-batches and ranks
+        for batch in step.micro_batches(model):  # on the device; dropout belongs to the position
+            out = model(batch)
+            step.backward(out["loss_sum"] / count, out["sample_loss"])
+        step.update(optimizer, lr_at(step.index, cfg), cfg.grad_clip)
+        if step.every(cfg.log_steps):
+            step.log(dict(loss=step.mean()["loss"]), f"loss {step.mean()['loss']:.4f}")
+        if step.should_save(cfg.save_steps):
+            run.save()
+    run.finish()
+
+A batch is a dict whose "names" hold one (..., episode, frame) per sample."""
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import gc
+import inspect
+import math
+import multiprocessing.util  # whose own exit handler must be there before ours: the last one runs first
+import os
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch.utils.data import DataLoader
+
+from common import UserError
+from common import checkpoint as ckpt
+from common.config import parse_config
+from common.log import RunLog, memory_gb, plot_loss
+from common.sampler import RankBatches, torch_seed_at
+
+PROGRESS = ("step", "position", "best_val_loss", "best_step", "skipped", "skipped_in_row", "window")
+PATIENCE = datetime.timedelta(hours=2)  # for a rank that saves 50 GB or merges a model
+NON_FINITE = 10  # steps in a row that end a training
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class Run:
+    """rank, world, main (is this rank 0?), device, bf16 | global_batch: samples of an optimizer step | step: updates
+    made, position: samples consumed, total: updates when done | best_val_loss, best_step. cfg has a seed."""
+
+    current = None  # the run of this process, for launch
+
+    def __init__(self, cfg, out, batch_size, accumulation=1, bf16=False, find_unused=False):
+        cuda = torch.cuda.is_available()
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp.find_unused_parameters = find_unused
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep the precision of an earlier run
+            AcceleratorState._reset_state(reset_partial_state=True)
+        precision = "bf16" if bf16 else "no"
+        self.accelerator = a = Accelerator(mixed_precision=precision, cpu=not cuda, kwargs_handlers=[ddp])
+        self.rank, self.world, self.main, self.device = a.process_index, a.num_processes, a.is_main_process, a.device
+        self.print, self.autocast, self.bf16 = a.print, a.autocast, bf16  # print: rank 0 only
+        # counts, flags and waiting go over gloo, beside the GPUs
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
+        self.cfg, self.script, self.out = cfg, Path(inspect.getfile(type(cfg))), Path(out)
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.global_batch = batch_size * accumulation * self.world
+        self.step, self.position, self.total, self.window = 0, 0, None, []  # window: sums since the last log line
+        self.best_val_loss, self.best_step, self.skipped, self.skipped_in_row = None, None, 0, 0
+        self.saved, self.saved_step, self.sound, self.paused = None, 0, True, False
+        self.log, self.error, self._write, self.names = None, None, None, None
+        self.time, self.wait, self.logged = 0.0, 0.0, 0
+        Run.current = self
+
+    # ---- ranks
+
+    def sum(self, *numbers):
+        """Numbers -> their sums over all ranks, float64."""
+        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total, group=self.group)
+        return total.tolist() if len(numbers) > 1 else total.item()
+
+    def gather(self, value):
+        """A plain value of every rank -> list."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def once(self, function, *args):
+        """Call it on rank 0; every rank gets what it returned, or its error."""
+        result, error = None, None
+        if self.main:
+            try:
+                result = function(*args)
+            except Exception as raised:  # the others must not wait for a rank that is gone
+                error = raised
+        result = [(result, error and str(error))]
+        if self.world > 1:
+            dist.broadcast_object_list(result, group=self.group)
+        if result[0][1] is not None:
+            raise error or UserError(result[0][1])
+        return result[0][0]
+
+    def prepare(self, model, shards=()):
+        """-> the model as the loop calls it: autocast in its forward, gradients averaged over the ranks; with `shards`,
+        its layers, split over them by FSDP2. The optimizer is made afterwards."""
+        if not shards:
+            return self.accelerator.prepare_model(model, device_placement=False)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # targets stay what they are; autocast does the rest
+        if self.bf16:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for module in [*shards, model]:
+            fully_shard(module, mp_policy=policy)
+        model.forward = self.autocast()(model.forward)
+        return model
+
+    # ---- where the run stands
+
+    def find(self, wanted, folder, patterns, beside=()):
+        """--resume (a path, "auto", or nothing) -> the checkpoint in `folder` to go on from, or None for a new run.
+        `patterns`: names of what can be resumed; `beside`: of exports, which belong to a run, too."""
+        if self.main:
+            ckpt.remove_temporaries(folder)
+        self.sum(0)
+        path = ckpt.find_checkpoint(wanted, folder, patterns, beside)
+        if wanted == "auto" and not path:
+            self.print(f"resume    auto: no checkpoint in {folder}, starting a new run")
+        self.folder, self.all_names = Path(folder), (*patterns, *beside)
+        self.sum(0)  # all ranks have looked before rank 0 writes
+        return path
+
+    def progress(self):
+        """What a checkpoint must hold beside tensors so that a run can go on from it; plain values."""
+        return {key: getattr(self, key) for key in PROGRESS} | dict(config=dataclasses.asdict(self.cfg))
+
+    def restore(self, path, saved, fingerprint, fixed=()):
+        """Go on where `saved` (progress() and the data's fingerprint) stands, unless that would be another run. What
+        was saved after it is set aside: a run is one timeline."""
+        changed = ckpt.check_same_run(path, saved, fingerprint, dataclasses.asdict(self.cfg), fixed)
+        vars(self).update({key: saved[key] for key in PROGRESS}, saved=path, saved_step=saved["step"])
+        self.print("; ".join([f"resume    {path}, step {self.step}", *changed]))
+        moved = self.once(ckpt.set_aside, self.folder, self.all_names, self.step)
+        if moved:
+            self.print(f"set aside {', '.join(p.name for p in moved)}, of later steps: now in {moved[0].parent}")
+        if any("best" in p.name for p in moved):  # it had replaced the one known at this step: another will come
+            self.best_val_loss, self.best_step = None, None
+
+    def plan(self, total, how):
+        """Train up to `total` updates; -> False if they are made already. `how`: the flag that allows more."""
+        self.total = total
+        if self.step >= total:
+            self.print(f"nothing to do: the checkpoint is of step {self.step} of {total}. Raise {how} to train on")
+        return self.step < total
+
+    def describe(self, model, samples, size, folder, note=""):
+        parameters, kind = list(model.parameters()), "bf16 autocast" if self.bf16 else "fp32"
+        whole, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        per_step = f"{self.batch_size} x {self.world} ranks x {self.accumulation} accumulation = {self.global_batch}"
+        epoch = f"{samples} samples = {samples / self.global_batch:.1f} steps per epoch"
+        self.print(f"model     {trained:,} of {whole:,} parameters trainable{note}; {kind}; on {self.device.type}")
+        self.print(f"batch     {per_step} samples per step; {epoch}")
+        self.print(f"steps     {self.step} -> {self.total}; a checkpoint is about {size / 1e9:.2g} GB, in {folder}")
+
+    def write(self, name, text):
+        """A file beside the log."""
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / name).write_text(text, encoding="utf-8")
+
+    # ---- saving
+
+    def checkpoints(self, folder, name, write, size, keep=0, gather=None):
+        """How this run is saved: write(path) makes a file or folder `name` ("steps_{step}") of about `size` bytes, on
+        rank 0; the newest `keep` stay (0: all). `gather`: called by all ranks before, its result goes to write, too."""
+        self._folder, self._name, self._write, self._size = Path(folder), name, write, size
+        self._keep, self._gather = keep, gather
+
+    def save(self):
+        """Save as said to checkpoints() -> is it there?"""
+        gathered = (self._gather(),) if self._gather else ()
+        path = self._folder / self._name.format(step=self.step)
+        if not self.save_as(path, self._write, self._size, *gathered):
+            return False
+        self.saved, self.saved_step = path, self.step
+        if self.main and "{step}" in self._name:
+            ckpt.rotate(self._folder, self._name.format(step="*"), self._keep)
+        return True
+
+    def save_as(self, path, write, size, *args):
+        """write(temporary path, *args) on rank 0, then rename it -> is it there? What fails costs no old file."""
+        self.paused, ok = True, True
+        if self.main:
+            try:
+                self._save_here(Path(path), write, size, *args)
+            except OSError as error:
+                self.log.print(f"NOT SAVED at step {self.step}: {path}: {error}")
+                ok = False
+        return self.sum(ok) == self.world  # the others are ok by default
+
+    def save_best(self, path, write, size):
+        """Save what step.validated() found to be the best so far; recorded only if that succeeded."""
+        before = self.best_val_loss, self.best_step
+        self.best_val_loss, self.best_step = self._candidate
+        if not self.save_as(path, write, size):
+            self.best_val_loss, self.best_step = before
+            return False
+        return True
+
+    def _save_here(self, path, write, size, *args):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ckpt.require_space(path.parent, int(1.1 * size))
+        with ckpt.atomic_path(path) as temporary:
+            write(temporary, *args)
+
+    def save_after_error(self):
+        """The last complete step, where rank 0 can still write it: other ranks may be gone or wait for each other."""
+        unsaved = self.main and self._write is not None and self.log is not None and self.step > self.saved_step
+        if not unsaved:
+            return
+        self.log.close()
+        path = self._folder / self._name.format(step=self.step)
+        if not self.sound or self._gather:
+            print(
+                f"NOT SAVED: the weights are not whole on one process; the newest checkpoint: {self.saved}", flush=True
+            )
+            return
+        try:
+            self._save_here(path, self._write, self._size)
+            print(f"saved {path} after the error. Continue with the same command and --resume auto", flush=True)
+        except Exception as error:  # the first error is the one to be told
+            print(f"NOT SAVED after the error: {path}: {error}", flush=True)
+
+    # ---- loop
+
+    def loader(self, dataset, order, collate, workers):
+        """This rank's micro-batches, from where the run stands."""
+        left, cuda, self.workers = self.total - self.step, self.device.type == "cuda", workers
+        share = RankBatches(order, self.batch_size, self.accumulation, self.rank, self.world, self.position, left)
+        prefetch = max(4, math.ceil(self.accumulation / workers)) if workers else None
+        ahead = dict(num_workers=workers, prefetch_factor=prefetch, pin_memory=cuda)
+        return DataLoader(dataset, batch_sampler=share, collate_fn=collate, worker_init_fn=ignore_stop_signals, **ahead)
+
+    def steps(self, loader, project="", wandb=None, names=None):
+        """Yield every Step that is left. A signal, or data that cannot be read, makes one the last, and it is saved.
+        `names` {samples_per_s, data_wait, memory_gb, skipped_steps: the metric's name}."""
+        config, self.logged, self.names = dataclasses.asdict(self.cfg), self.step, names or {}
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        self.write(self.script.name, self.script.read_text(encoding="utf-8"))
+        self.log = RunLog(self.out, self.total, self.step, self.main, project, wandb, config)
+        self.metrics, self.queue, self.left = None, deque(), (self.total - self.step) * self.accumulation
+        self.iterator = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports a killed worker in the middle of a step
+        with StopSignal() as self.signal:
+            for _ in range(self.accumulation):
+                self._fetch()
+            self._raise_data_error()
+            self.wait = 0.0  # of the start, before there was anything to do meanwhile
+            while self.step < self.total:
+                self.began, self.paused = time.perf_counter(), False
+                step = Step(self, [self.queue.popleft() for _ in range(self.accumulation)])
+                yield step
+                assert self.step == step.number, "the loop's body must call step.update once"
+                self.log.advance(self.step, step.shown)
+                if self._is_over(step):
+                    break
+        self.log.close()
+
+    def _fetch(self):
+        """The next micro-batch; what the data raises waits in `error` until the weights are safe."""
+        if self.error is not None or self.left == 0:
+            return
+        begin, self.left = time.perf_counter(), self.left - 1
+        try:
+            self.queue.append(next(self.iterator))
+        except Exception as error:
+            self.error = error
+            if str(error).startswith("DataLoader worker"):  # was killed, mostly for memory
+                how = f"Lower num_workers (now {self.workers}), or load in the main process: --num_workers 0"
+                self.error = UserError(f"DataLoader worker crashed: {error}. {how}")
+        self.wait += time.perf_counter() - begin
+
+    def _raise_data_error(self):
+        """The data's error on any rank ends all of them."""
+        texts = self.gather(None if self.error is None else f"{type(self.error).__name__}: {self.error}")
+        if any(text is not None for text in texts):
+            raise self.error or UserError(next(text for text in texts if text is not None))
+
+    def _is_over(self, step):
+        """After a step: was it the last one, for now? Then it is saved."""
+        stopping, last = step.stopping, self.step == self.total
+        if self.paused and not last:  # a signal during validation or a save: no further step for it
+            stopping = self.sum(self.signal.received is not None) > 0 or stopping
+        if not stopping and not last:
+            return False
+        if self.saved_step != self.step and not self.save():
+            newest = f"the newest, {self.saved}, is of step {self.saved_step}. Free space and use --resume auto"
+            raise ckpt.DiskFull(28, f"the last checkpoint could not be written; {newest}")
+        if not last:
+            data = any(self.gather(self.error is not None))
+            how = f"saved {self.saved}. Continue with the same command and --resume auto"
+            self.log.print(f"stopped by {'an error' if data else 'signal'} after step {self.step}; {how}")
+            self._raise_data_error()
+        return True
+
+    def report_nonfinite(self, step, batches, sample_losses):
+        """Name the samples behind a skipped step; UserError after ten in a row. A collective call."""
+        bad, everything = [], [name for batch in batches for name in batch["names"]]
+        for batch, losses in zip(batches, sample_losses, strict=True):
+            bad += [n for n, v in zip(batch["names"], losses.tolist(), strict=True) if not math.isfinite(v)]
+        gathered = self.gather((bad, everything))
+        bad = [list(name) for theirs, _ in gathered for name in theirs]
+        shown = bad or [list(name) for _, theirs in gathered for name in theirs]
+        listed = ", ".join(f"{name[-2]} frame {name[-1]}" for name in shown[:8])
+        listed += f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+        what = f"loss of {listed}" if bad else f"gradient (every loss is finite); the batch was {listed}"
+        self.log.log(step, dict(nonfinite=shown), f"NON-FINITE step {step} skipped, weights unchanged: {what}")
+        if self.skipped_in_row >= NON_FINITE:
+            many = f"{self.skipped_in_row} steps in a row were not finite, the last one {step}: {what}"
+            raise UserError(f"{many}. Look at these frames, or lower the learning rate")
+
+    def finish(self, *lines, plot=("loss", "val_loss")):
+        """After a loop that came to its end: draw the metrics `plot` (training, validation), say `lines`."""
+        if self.main and self.step == self.total:
+            print(f"loss plot: {plot_loss(self.out, *plot)}", *lines, sep="\n", flush=True)
+
+
+class Step:
+    """index: updates before it, number: with it | batches: this rank's micro-batches, on the CPU | known after update,
+    the same on every rank: lr, loss, grad_norm, finite (was it made?), stopping (is it the last one for now?)."""
+
+    def __init__(self, run, batches):
+        self.run, self.batches, self.index, self.number = run, batches, run.step, run.step + 1
+        self.first, self.shown, self._sums, self._sample_losses = run.position, None, {"loss": 0.0}, []
+
+    def micro_batches(self, model):
+        """Yield the batches on the device. Dropout belongs to their position; the last backward averages the ranks."""
+        run = self.run
+        for m, batch in enumerate(self.batches):
+            position = run.position + (m * run.world + run.rank) * run.batch_size
+            torch.manual_seed(torch_seed_at(run.cfg.seed, position, "dropout"))
+            # FSDP2 reduces every micro-batch: whole fp32 gradients would not fit
+            together = m + 1 == len(self.batches) or hasattr(model, "set_requires_gradient_sync")
+            with contextlib.nullcontext() if together else run.accelerator.no_sync(model):
+                yield to_device(batch, run.device)
+            assert len(self._sample_losses) == m + 1, "the loop's body must call step.backward once per micro-batch"
+            run._fetch()
+
+    def backward(self, loss, sample_loss):
+        """`loss`: this micro-batch's share of the step's loss; `sample_loss` (B,): for a report."""
+        self.run.accelerator.backward(loss * self.run.world)  # ranks are averaged, so times world
+        self._sample_losses.append(sample_loss.detach())
+        self.add(loss=loss.detach())
+
+    def add(self, **sums):
+        """Numbers or () tensors to be added up over micro-batches and ranks, only for the log: see mean()."""
+        for name, value in sums.items():
+            value = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def update(self, optimizer, lr, clip=None):
+        """Clip, set the learning rate (times a group's lr_scale), step. A non-finite step never reaches the weights."""
+        run = self.run
+        assert len(self._sample_losses) == len(self.batches), "every micro-batch needs its step.backward before update"
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        stop = dict(stop=run.signal.received is not None, error=run.error is not None, grad_norm=norm / run.world)
+        names = ["grad_norm", "stop", "error", *sorted(self._sums)]  # in one order on every rank
+        if run.metrics is None:
+            assert len(set(map(tuple, run.gather(names)))) == 1, "step.add must get the same names on every rank"
+            run.metrics = names
+        assert names == run.metrics, f"step.add must get the same names in every step: {run.metrics}, now {names}"
+        sums = [torch.as_tensor(float(v) if isinstance(v, bool) else v) for v in (stop | self._sums).values()]
+        sums = dict(zip(stop | self._sums, sums, strict=True))
+        total = torch.stack([sums[n].to(run.device, torch.float64, non_blocking=True) for n in names])
+        if run.world > 1:
+            dist.all_reduce(total)
+        values = dict(zip(names, total.tolist(), strict=True))  # the one wait for the GPU in a step
+        self.stopping = values.pop("stop") + values.pop("error") > 0
+        self.lr, self.loss, self.grad_norm = lr, values["loss"], values["grad_norm"]
+        self.finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        if self.finite:
+            run.sound = False
+            optimizer.step()
+            run.sound, run.skipped_in_row = True, 0
+            run.window.append(values)
+        else:  # the same on every rank
+            run.skipped, run.skipped_in_row = run.skipped + 1, run.skipped_in_row + 1
+        optimizer.zero_grad(set_to_none=True)
+        run.step, run.position = run.step + 1, run.position + run.global_batch
+        run.time += time.perf_counter() - run.began  # what comes now (log, validation, save) is not training time
+        if not self.finite:
+            run.report_nonfinite(self.number, self.batches, self._sample_losses)
+
+    def every(self, n):
+        """Every `n` steps (0: never) and at the end of the training."""
+        return n > 0 and (self.number % n == 0 or self.number == self.run.total)
+
+    def passed(self, samples):
+        """Did an epoch of so many samples end with this step? Also at the end of the training."""
+        crossed = self.run.position // samples > self.first // samples
+        return crossed or self.number == self.run.total
+
+    def should_save(self, n=0, also=False):
+        """Every `n` steps, at the end, when it is `also` time, and when this step is the last one for now."""
+        return also or self.every(n) or self.number == self.run.total or self.stopping
+
+    def mean(self):
+        """{loss, grad_norm, added sums: mean over the updates since the last log line}; NaN if there were none."""
+        window = self.run.window
+        names = [name for name in self.run.metrics if name not in ("stop", "error")]
+        return {k: sum(w[k] for w in window) / len(window) if window else math.nan for k in names}
+
+    def speed(self):
+        """-> (samples per second, share of the time that waited for data, memory in GB) since the last log line."""
+        run = self.run
+        seconds = max(run.time, 1e-9)
+        return (self.number - run.logged) * run.global_batch / seconds, run.wait / seconds, memory_gb()
+
+    def log(self, values, text="", line=None):
+        """The same values to one line, metrics.jsonl, W&B and bar; speed, wait and memory come along. `line` replaces
+        the whole line."""
+        run = self.run
+        speed, wait, memory = self.speed()
+        own = dict(samples_per_s=speed, data_wait=wait, memory_gb=memory, skipped_steps=run.skipped)
+        tail = f"lr {self.lr:.2e} | {speed:.1f} samples/s | wait {wait:.1%} | {memory:.1f} GB"
+        line = line or f"step {self.number:>7}/{run.total} | {text} | {tail}"
+        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        run.log.log(self.number, {run.names.get(k, k): v for k, v in own.items()} | values, line)
+        self.shown = dict(loss=f"{self.loss:.4f}", lr=f"{self.lr:.1e}", wait=f"{wait:.0%}")
+        self.shown["samples/s"] = f"{speed:.1f}"
+        run.window, run.time, run.wait, run.logged = [], 0.0, 0.0, self.number
+
+    def validated(self, values, loss, text):
+        """Log a validation; -> is `loss` the lowest so far? Then save it with run.save_best."""
+        run = self.run
+        run.paused, run._candidate = True, (loss, self.number)
+        run.log.log(self.number, values, f"validation {self.number} | {text}")
+        return math.isfinite(loss) and (run.best_val_loss is None or loss < run.best_val_loss)
+
+
+class StopSignal:
+    """Within it SIGTERM and SIGINT only set `received`, which the loop reads after a step: torchrun and batch systems
+    may send them twice. A second Ctrl-C, two seconds later, acts as usual."""
+
+    def __enter__(self):
+        self.received, self.at = None, 0.0
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if number == signal.SIGINT and self.received == "SIGINT" and time.monotonic() - self.at > 2:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self.at = signal.Signals(number).name, time.monotonic()
+
+
+def ignore_stop_signals(worker):
+    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step that is
+    being finished needs its data."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """Python would wait forever for loader workers at exit: they ignore the SIGTERM with which it ends its daemons."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+atexit.register(end_workers)
+
+
+def launch(main, config, aliases=None, memory="", accepted=None):
+    """Run main(config of the command line). A user's mistake ends it with one line and exit code 2, a defect of ours
+    with a traceback; where a training was under way, its last complete step is saved first. `memory`: what to change
+    when it is out, with the config's {keys}; `accepted`: see parse_config."""
+    rank, cfg = int(os.environ.get("RANK", 0)), None
+    try:
+        cfg = parse_config(config, aliases=aliases, accepted=accepted)
+        main(cfg)
+    except Exception as error:
+        if Run.current is not None:
+            Run.current.save_after_error()
+        text = _explain(error, cfg, memory)
+        if text is None:
+            raise
+        end_workers()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5 if rank else 0)  # by then rank 0 has said the same, and torchrun has ended this one
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # no thread, worker or process group may change the exit code or hold it up
+    Run.current = None
+    if dist.is_initialized():
+        gc.collect()  # a DDP reducer that outlives the process group would join gloo's threads with Python's lock held
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _explain(error, cfg, memory):
+    """One line for what a user can change; None for a defect."""
+    text = str(error).strip()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
+        keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} if cfg else {}
+        first = text.splitlines()[0] if text else "of the host"
+        return f"CUDA out of memory ({first}). {memory.format(**keys)}"
+    if text.startswith("Caught UserError"):  # of a loader worker, with its traceback
+        text, error = text.rpartition("UserError: ")[2], UserError()
+    if dist.is_initialized() and "Connection closed by peer" in text:
+        return "another process of this training ended first: its message says why"
+    return text if isinstance(error, UserError) else None
