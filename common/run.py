@@ -30,6 +30,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -119,7 +120,9 @@ class Run:
         """-> the model as the loop calls it: autocast in its forward, gradients averaged over the ranks; with `shards`,
         its layers, split over them by FSDP2. The optimizer is made afterwards."""
         if not shards:
-            return self.accelerator.prepare_model(model, device_placement=False)
+            with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers, accelerate has not
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+                return self.accelerator.prepare_model(model, device_placement=False)
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # targets stay what they are; autocast does the rest
@@ -293,13 +296,18 @@ class Run:
             if str(error).startswith("DataLoader worker"):  # was killed, mostly for memory
                 how = f"Lower num_workers (now {self.workers}), or load in the main process: --num_workers 0"
                 self.error = UserError(f"DataLoader worker crashed: {error}. {how}")
+            elif isinstance(error, UserError):  # a worker's comes with its traceback
+                kind = f"\n{type(error).__module__}.{type(error).__qualname__}: "
+                self.error = UserError(str(error).rpartition(kind)[2])
         self.wait += time.perf_counter() - begin
 
     def _raise_data_error(self):
         """The data's error on any rank ends all of them."""
-        texts = self.gather(None if self.error is None else f"{type(self.error).__name__}: {self.error}")
-        if any(text is not None for text in texts):
-            raise self.error or UserError(next(text for text in texts if text is not None))
+        texts = [text for text in self.gather(None if self.error is None else repr(self.error)) if text is not None]
+        if self.error is not None:
+            raise self.error
+        if texts:
+            raise UserError(f"another process could not read its data: {texts[0]}")
 
     def _is_over(self, step):
         """After a step: was it the last one, for now? Then it is saved."""
@@ -458,8 +466,8 @@ class Step:
 
 
 class StopSignal:
-    """Within it SIGTERM and SIGINT only set `received`, which the loop reads after a step: torchrun and batch systems
-    may send them twice. A second Ctrl-C, two seconds later, acts as usual."""
+    """Within it SIGTERM and SIGINT only set `received`, which the loop reads after a step. Launchers and batch systems
+    send them twice, so after the first they stay harmless to the end; a second Ctrl-C, two seconds later, acts."""
 
     def __enter__(self):
         self.received, self.at = None, 0.0
@@ -467,7 +475,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.previous.items():
+        for number, handler in self.previous.items() if self.received is None else ():
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
@@ -529,8 +537,6 @@ def _explain(error, cfg, memory):
         keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} if cfg else {}
         first = text.splitlines()[0] if text else "of the host"
         return f"CUDA out of memory ({first}). {memory.format(**keys)}"
-    if text.startswith("Caught UserError"):  # of a loader worker, with its traceback
-        text, error = text.rpartition("UserError: ")[2], UserError()
-    if dist.is_initialized() and "Connection closed by peer" in text:
+    if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
         return "another process of this training ended first: its message says why"
     return text if isinstance(error, UserError) else None
