@@ -13,7 +13,6 @@ import io
 import re
 import sys
 import typing
-from pathlib import Path
 
 import tyro
 import yaml
@@ -45,7 +44,7 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         lines = [
             line.strip("│─ ") for line in said.getvalue().splitlines() if line.startswith("│")
         ]  # a box -> one line
-        text = " ".join(line for line in lines if line and "helptext" not in line)
+        text = " ".join(line for line in lines if line and not re.search("full helptext| --help$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
 
 
@@ -89,7 +88,8 @@ def _words(name, given, kinds):
 
 def _read_yaml(path):
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {error}; ready-made files are in configs/") from error
     require(isinstance(tree, dict), f"--config {path} must hold 'key: value' lines, found a {type(tree).__name__}")

@@ -1,7 +1,6 @@
-"""The run log: metrics.jsonl, W&B that may fail, the report of a non-finite step, the loss plot."""
+"""The run log: metrics.jsonl, W&B that may fail, the loss plot."""
 
 import json
-import math
 import sys
 import types
 import warnings
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.runlog import RunLog, WandbConfig, memory_gb, plot_loss, read_metrics, report_nonfinite
+from common.log import RunLog, WandbConfig, memory_gb, plot_loss, read_metrics
 
 
 def rows(folder):
@@ -20,7 +19,7 @@ def rows(folder):
 def test_rows_line_and_bar(tmp_path, capsys):
     log = RunLog(tmp_path / "new" / "run", total_steps=3)
     for step in (1, 2):
-        log.step(step, loss=0.5, lr=1e-4, samples_per_s=10.0, wait=0.0)
+        log.advance(step, dict(loss="0.5"))
         log.log(step, {"loss": 1 / step, "lr": 1e-4}, f"step {step}  loss {1 / step:.3f}")
     log.log(2, {"val_loss": 3.0})
     assert [(r["step"], r.get("loss"), r.get("val_loss")) for r in rows(tmp_path / "new" / "run")] == [
@@ -35,8 +34,11 @@ def test_rows_line_and_bar(tmp_path, capsys):
 
 
 def test_other_ranks_do_nothing(tmp_path, capsys):
-    log = RunLog(tmp_path / "run", 3, rank=1, wandb=WandbConfig(mode="online"))
-    log.step(1, loss=1.0), log.log(1, {"loss": 1.0}, "line"), log.print("text"), log.close()
+    log = RunLog(tmp_path / "run", 3, active=False, wandb=WandbConfig(mode="online"))
+    log.advance(1)
+    log.log(1, {"loss": 1.0}, "line")
+    log.print("text")
+    log.close()
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
@@ -184,51 +186,6 @@ def test_a_resumed_run_continues_its_own_wandb_run(tmp_path, fake_wandb):
         and second["resume"] == "allow"
         and elsewhere["id"] != first["id"]
     )
-
-
-# ---- non-finite steps ------------------------------------------------------------------------------------------------
-
-NAMES = [[("a.h5", 1), ("b.h5", 22)], [("c.h5", 3), ("d.h5", 4)]]
-LOSSES = [torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 2.0])]
-
-
-def test_the_samples_behind_a_bad_loss_are_named(tmp_path, capsys):
-    log = RunLog(tmp_path, 10)
-    report_nonfinite(log, 5, NAMES, LOSSES, in_row=1)
-    log.close()
-    assert rows(tmp_path)[0]["step"] == 5 and rows(tmp_path)[0]["nonfinite"] == [["b.h5", 22], ["c.h5", 3]]
-    assert (
-        "NON-FINITE step 5 skipped, weights unchanged: loss of b.h5 frame 22, c.h5 frame 3\n" in capsys.readouterr().out
-    )
-
-
-def test_a_bad_gradient_names_the_whole_batch(tmp_path, capsys):
-    log = RunLog(tmp_path, 10)
-    report_nonfinite(log, 6, [[(f"{i}.h5", i) for i in range(12)]], [torch.ones(12)], in_row=9)
-    log.close()
-    out = capsys.readouterr().out
-    assert (
-        "gradient (every loss is finite)" in out
-        and "0.h5 frame 0" in out
-        and "7.h5 frame 7 and 4 more" in out
-        and "8.h5" not in out
-    )
-    assert len(rows(tmp_path)[0]["nonfinite"]) == 12
-
-
-@pytest.mark.parametrize("in_row,stops", [(9, False), (10, True), (11, True)])
-def test_ten_in_a_row_stop_the_training(tmp_path, in_row, stops):
-    log = RunLog(tmp_path, 100)
-    if stops:
-        with pytest.raises(
-            FloatingPointError,
-            match=f"{in_row} steps in a row were not finite, the last one 33: loss of b.h5 frame 22.*lower the learning rate",
-        ):
-            report_nonfinite(log, 33, NAMES, LOSSES, in_row)
-    else:
-        report_nonfinite(log, 33, NAMES, LOSSES, in_row)
-    assert rows(tmp_path)[0]["step"] == 33, "the last step is in the log as well"
-    log.close()
 
 
 # ---- plot, memory ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,242 @@
+"""The YAML + command line parser: ways of writing a value, ways of getting it wrong."""
+
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import UserError
+from common.config import config_from, parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+
+
+@dataclass
+class Data:
+    horizon: int = 1  # future actions
+    augment: bool = False  # colour augmentation
+    size: list[int] = field(default_factory=lambda: [224, 224])  # height, width
+    cameras: list[str] = field(default_factory=lambda: ["camera1"])  # views
+    weights: dict[str, float] = field(default_factory=dict)  # share per data set
+    seed: int = 0  # of the order
+
+
+@dataclass
+class Model:
+    name: str = "base"  # backbone
+    seed: int = 1  # of the weights
+
+
+@dataclass
+class Config:
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    learning_rate: float = 5e-5  # peak
+    clip: float | None = 1.0  # largest norm; null: none
+    resume: str | None = None  # checkpoint
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # autocast
+    pin: bool = True  # pin memory
+
+
+def parse(*argv, cls=Config, **options):
+    return parse_config(cls, argv, **options)
+
+
+def from_yaml(tmp_path, text, *argv, **options):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return parse("--config", str(path), *argv, **options)
+
+
+# ---- ways to write a value -------------------------------------------------------------------------------------------
+
+
+def test_nothing_given_is_the_dataclass():
+    assert parse() == Config()
+
+
+@pytest.mark.parametrize("text", ["--data.horizon 10", "--data.horizon=10", "--horizon 10", "--horizon 1e1"])
+def test_dotted_and_unique_leaf_flags(text):
+    assert parse(*text.split()) == Config(data=Data(horizon=10))
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--learning_rate", "--lr"])
+def test_minus_is_underscore_and_aliases(flag):
+    assert parse(flag, "3e-4", aliases={"lr": "learning_rate"}).learning_rate == 3e-4
+    assert parse(f"{flag}=3e-4", aliases={"lr": "learning_rate"}).learning_rate == 3e-4
+
+
+def test_a_leaf_of_two_groups_must_be_written_whole():
+    with pytest.raises(UserError, match=r"--seed could be --data.seed or --model.seed"):
+        parse("--seed", "3")
+    assert parse("--model.seed", "3").model.seed == 3
+
+
+@pytest.mark.parametrize("text", ["--augment", "--augment True", "--augment=true", "--data.augment TRUE"])
+def test_true(text):
+    assert parse(*text.split()).data.augment is True
+
+
+@pytest.mark.parametrize("text", ["--no-pin", "--no_pin", "--pin false", "--pin=False"])
+def test_false(text):
+    assert parse(*text.split()).pin is False
+
+
+@pytest.mark.parametrize("text", ["5e-5", "'5e-5'", "0.00005", "5.0e-5"])
+def test_exponent_without_dot_is_a_number(tmp_path, text):
+    assert from_yaml(tmp_path, f"learning_rate: {text}\n").learning_rate == 5e-5
+
+
+def test_whole_floats_are_ints_and_large_ints_stay_exact(tmp_path):
+    assert from_yaml(tmp_path, "data: {horizon: 1e3, seed: 9007199254740993}").data == Data(1000, seed=2**53 + 1)
+    assert from_yaml(tmp_path, "data: {horizon: 100.0}").data.horizon == 100
+
+
+@pytest.mark.parametrize("text", ["--cameras a b", "--data.cameras a b"])
+def test_lists_and_dicts(tmp_path, text):
+    assert parse(*text.split()).data.cameras == ["a", "b"]
+    cfg = from_yaml(tmp_path, "data: {cameras: [a, b], size: [112, 56], weights: {sim: 1, real: 2.5}}")
+    assert cfg.data == Data(cameras=["a", "b"], size=[112, 56], weights={"sim": 1.0, "real": 2.5})
+    assert parse("--cameras").data.cameras == []
+
+
+def test_negative_numbers_and_null(tmp_path):
+    assert parse("--clip", "-1").clip == -1.0
+    assert parse("--clip", "null").clip is None and from_yaml(tmp_path, "clip: null\nresume:\n").clip is None
+
+
+def test_the_choice_no_needs_no_quotes_in_yaml(tmp_path):
+    """YAML 1.1 reads a bare `no` as false; who writes `mixed_precision: no` means the choice."""
+    assert from_yaml(tmp_path, "mixed_precision: no").mixed_precision == "no"
+    assert from_yaml(tmp_path, "model: {name: yes}").model.name == "yes"
+
+
+def test_flags_win_over_yaml_wherever_they_stand(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {horizon: 5}\nclip: 3\n")
+    assert parse("--horizon", "7", "--config", str(tmp_path / "c.yaml")) == Config(data=Data(horizon=7), clip=3.0)
+    assert from_yaml(tmp_path, "data:\nclip: 3") == Config(clip=3.0), "an empty group is no error"
+    assert from_yaml(tmp_path, "") == Config(), "nor is an empty file"
+
+
+def test_partial_reads_what_it_knows_of_another_programs_yaml(tmp_path):
+    text = "training: {steps: 5, data: {horizon: 9}}\noptimizer: adam\ndata: {horizon: 3, stride: 2}\nclip: 2\n"
+    assert from_yaml(tmp_path, text, partial=True) == Config(data=Data(horizon=3), clip=2.0)
+    with pytest.raises(UserError, match="unknown key 'training.steps'"):
+        from_yaml(tmp_path, text)
+
+
+def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
+    accepted = {"trainer_type": ("lightning", "ddp"), "data.kind": None, "save_last": (True,)}
+    for text in ("trainer_type: ddp", "data: {kind: anything}", "save_last: true", "save_last: True"):
+        assert from_yaml(tmp_path, text, accepted=accepted) == Config()
+    for text, said in (("trainer_type: deepspeed", "lightning or ddp only"), ("save_last: false", "true only")):
+        with pytest.raises(UserError, match=said):
+            from_yaml(tmp_path, text, accepted=accepted)
+
+
+# ---- ways to get it wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("--learning_rat 1", "unknown flag --learning_rat; the nearest is --learning_rate"),
+        ("--horizn 1", "the nearest is --data.horizon"),
+        ("--dataset.horizon 1", "the nearest is --data.horizon"),
+        ("--horizon 2.5", "data.horizon"),
+        ("--horizon ten", "data.horizon"),
+        ("--horizon 1 2", "2"),
+        ("--learning_rate", "learning_rate"),
+        ("--mixed_precision fp16", "bf16"),
+        ("--no-clip", "Error parsing --clip"),
+        ("--augment maybe", "True"),
+        ("train", "unexpected argument 'train'"),
+        ("--config", "ready-made files are in configs/"),
+        ("--config nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_wrong_flags(text, said):
+    with pytest.raises(UserError) as error:
+        parse(*text.split())
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("learning_rte: 1", "unknown key 'learning_rte'; the nearest is learning_rate"),
+        ("data: {horizn: 1}", "unknown key 'data.horizn'; the nearest is data.horizon"),
+        ("horizon: 3", "the nearest is data.horizon"),
+        ("data: {horizon: true}", "data.horizon"),
+        ("learning_rate:", "learning_rate"),
+        ("clip: 1\nclip: 2\n", "'clip' is written twice"),
+        ("data:\n  horizon: 1\n  horizon: 2\n", "'horizon' is written twice"),
+        ("a: [1", "config.yaml"),
+        ("- 1\n- 2\n", "found a list"),
+        ("just words", "found a str"),
+        ("data: 3", "unknown key 'data'"),
+    ],
+)
+def test_wrong_files(tmp_path, text, said):
+    with pytest.raises(UserError, match="config.yaml|learning_rate|horizon") as error:
+        from_yaml(tmp_path, text)
+    assert said in str(error.value)
+
+
+def test_a_file_in_another_encoding(tmp_path):
+    (tmp_path / "korean.yaml").write_bytes("resume: 바늘".encode("cp949"))
+    with pytest.raises(UserError, match="korean.yaml"):
+        parse("--config", str(tmp_path / "korean.yaml"))
+
+
+# ---- the scripts' own configs ----------------------------------------------------------------------------------------
+
+
+def script_config(name):
+    module = __import__(name)
+    return module.Config, getattr(module, "ALIASES", {}), getattr(module, "ACCEPTED", {})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shipped_configs_parse_and_every_key_is_explained(script, capsys):
+    cls, aliases, accepted = script_config(script)
+    for folder in ("configs", "configs/demo"):
+        parse("--config", f"{ROOT}/{folder}/{script[6:]}.yaml", cls=cls, aliases=aliases, accepted=accepted)
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", cls=cls, aliases=aliases)
+    assert stop.value.code == 0
+    entries = capsys.readouterr().out.replace("│", " ").split(" --")[2:]
+    bare = [entry.split()[0] for entry in entries if len(entry.partition("(default")[0].split()) < 3]
+    assert not bare, "keys without a comment"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_script_does_no_work_and_help_is_quick(script):
+    code = f"import sys; sys.argv = ['x', '--nonsense']; import {script}; assert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stderr[-2000:]
+
+
+def test_a_checkpoint_opens_after_a_field_came_and_another_went():
+    saved = asdict(Config(data=Data(horizon=7))) | dict(gone=3)
+    del saved["clip"], saved["data"]["seed"]
+    assert config_from(Config, saved) == Config(data=Data(horizon=7))
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
+    lambda s: not s.startswith("-") and s not in ("~", "null", "none", "None")
+)
+
+
+@given(st.builds(Data, st.integers(), st.booleans(), st.lists(st.integers()), st.lists(texts)), st.floats(1e-9, 1e9))
+def test_whatever_is_saved_is_read_back_equal(tmp_path_factory, data, rate):
+    cfg, path = Config(data=data, learning_rate=rate), tmp_path_factory.mktemp("c") / "c.yaml"
+    path.write_text(yaml.safe_dump(asdict(cfg), allow_unicode=True), encoding="utf-8")
+    assert parse("--config", str(path)) == cfg

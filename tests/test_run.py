@@ -1,0 +1,300 @@
+"""The runtime, on the smallest script there can be (tests/toy.py): resume, stop, errors, ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy
+from common import UserError
+from common import checkpoint as ckpt
+from common.log import read_metrics
+from common.run import Run, StopSignal, launch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def outer_signals():
+    """A run that was stopped keeps its handlers to the end of its process, which is not the tests'."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train(folder, **options):
+    return toy.main(toy.Config(output_dir=str(folder), **options))
+
+
+def weights(folder, step):
+    return ckpt.load_state(Path(folder) / f"steps_{step}" / "state.pt")["trained"]
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def meta(path):
+    return json.loads((path / "meta.json").read_text())
+
+
+def processes(folder, *argv, count=2, **popen):
+    """torchrun of the toy -> the finished process."""
+    env = os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*torchrun, ROOT / "tests" / "toy.py", "--output_dir", folder, *argv]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=120)
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, capsys, workers, step):
+    train(tmp_path / "a", num_workers=workers)
+    train(tmp_path / "b", num_workers=workers, signal_step=step)
+    assert f"stopped by signal after step {step}; saved {tmp_path / 'b'}/steps_{step}" in capsys.readouterr().out
+    train(tmp_path / "b", num_workers=workers, resume="auto")
+    assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
+    losses = [[(r["step"], r.get("loss"), r.get("val_loss")) for r in read_metrics(tmp_path / f)] for f in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_accumulation_is_one_big_batch_but_for_dropout(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    train(tmp_path / "a", batch_size=4, accumulation=1)
+    train(tmp_path / "b", batch_size=1, accumulation=4)
+    for a, b in zip(weights(tmp_path / "a", 6).values(), weights(tmp_path / "b", 6).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_checkpoints_of_a_run(tmp_path):
+    run = train(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("steps_*")) == ["steps_4", "steps_6"]
+    best = meta(tmp_path / "best")
+    values = {r["step"]: r["val_loss"] for r in read_metrics(tmp_path) if "val_loss" in r}
+    assert best["best_step"] == min(values, key=values.get) and best["best_val_loss"] == min(values.values())
+    assert run.best_step == best["best_step"] and (tmp_path / "loss.png").is_file() and (tmp_path / "toy.py").is_file()
+    with pytest.raises(UserError, match="steps_6 already exists. Go on with --resume auto"):
+        train(tmp_path)
+
+
+def test_resume_auto_of_a_finished_run_and_of_none(tmp_path, capsys):
+    train(tmp_path, resume="auto")
+    assert "no checkpoint" in capsys.readouterr().out
+    before = weights(tmp_path, 6)
+    train(tmp_path, resume="auto")
+    assert "nothing to do: the checkpoint is of step 6 of 6" in capsys.readouterr().out
+    assert same(before, weights(tmp_path, 6))
+
+
+def test_a_resume_from_an_earlier_checkpoint_is_one_timeline(tmp_path, capsys):
+    train(tmp_path, keep=1, save_steps=0)
+    train(tmp_path, keep=0, steps=10, resume="auto")
+    newest = ckpt.find_checkpoint("auto", tmp_path, ["steps_*"])
+    assert newest.name == "steps_10" and (tmp_path / "steps_6").is_dir()
+    train(tmp_path, steps=8, resume=str(tmp_path / "steps_6"), seed=1)
+    assert sorted(p.name for p in tmp_path.glob("steps_*")) == ["steps_6", "steps_8"]
+    assert (tmp_path / "set_aside_1" / "steps_10").is_dir()
+    assert ckpt.find_checkpoint("auto", tmp_path, ["steps_*"]).name == "steps_8", "auto goes on where this run stands"
+    with pytest.raises(UserError, match="trained with another seed 1 -> 2"):
+        train(tmp_path, steps=12, resume="auto", seed=2)
+
+
+def test_a_best_of_a_later_step_is_set_aside_too(tmp_path):
+    train(tmp_path, steps=2, val_steps=0)
+    train(tmp_path, steps=6, val_steps=6, resume="auto")
+    train(tmp_path, steps=6, val_steps=3, resume=str(tmp_path / "steps_2"))
+    assert meta(tmp_path / "set_aside_1" / "best")["best_step"] == 6 and meta(tmp_path / "best")["best_step"] in (3, 6)
+
+
+def test_a_folder_without_a_checkpoint_is_no_obstacle(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"):
+        train(tmp_path, error_step=1, error="boom")
+    train(tmp_path)
+
+
+def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, capsys):
+    train(tmp_path / "a", full_step=4)
+    assert "NOT SAVED at step 4" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "a").glob("steps_*")) == ["steps_2", "steps_6"]
+    with pytest.raises(ckpt.DiskFull, match=r"last checkpoint could not be written.*steps_4, is of step 4"):
+        train(tmp_path / "b", full_step=6)
+
+
+@pytest.mark.parametrize("nan", [[7], list(range(20))])
+def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, capsys, nan):
+    if len(nan) == 20:
+        with pytest.raises(
+            UserError, match="10 steps in a row were not finite, the last one 10: loss of episode frame"
+        ):
+            train(tmp_path, nan_samples=nan, steps=12, save_steps=9)
+        assert meta(tmp_path / "steps_9")["skipped_in_row"] == 9, "a resume does not forget them"
+        with pytest.raises(UserError, match="10 steps in a row"):
+            train(tmp_path, nan_samples=nan, steps=12, resume="auto")
+    else:
+        train(tmp_path, nan_samples=nan)
+        said = [line for line in capsys.readouterr().out.splitlines() if "NON-FINITE" in line]
+        assert said and all("skipped, weights unchanged: loss of episode frame 7" in line for line in said)
+        assert read_metrics(tmp_path)[-2]["skipped_steps"] == len(said) == meta(tmp_path / "steps_6")["skipped"]
+        assert all(torch.isfinite(v).all() for v in weights(tmp_path, 6).values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_cannot_be_read_is_told_after_saving(tmp_path, workers):
+    bad = 12  # not in the first step
+    with pytest.raises(UserError, match=f"^sample {bad}: cannot be read$"):
+        train(tmp_path, bad_sample=bad, num_workers=workers, save_steps=0, steps=20)
+    (saved,) = tmp_path.glob("steps_*")
+    step = ckpt.step_of(saved)
+    train(tmp_path / "whole", steps=step, save_steps=0)
+    assert same(weights(tmp_path, step), weights(tmp_path / "whole", step))
+
+
+def test_a_killed_worker_is_told_after_saving(tmp_path):
+    with pytest.raises(UserError, match="DataLoader worker crashed.*Lower num_workers .now 1.*--num_workers 0"):
+        train(tmp_path, kill_sample=12, num_workers=1, save_steps=0, steps=20)
+    assert list(tmp_path.glob("steps_*"))
+
+
+def test_the_loops_own_mistakes_are_named(tmp_path):
+    cfg = toy.Config(output_dir=str(tmp_path))
+    run = Run(cfg, tmp_path, 2, 2)
+    run.find(None, tmp_path, ["steps_*"])
+    run.plan(3, "--steps")
+    model = torch.nn.Linear(4, 1)
+    run.checkpoints(tmp_path, "steps_{step}", lambda folder: folder.mkdir(), 0)
+    for step in run.steps(run.loader(toy.Data(cfg), toy.GlobalOrder(20, 1), toy.collate, 0)):
+        batches = iter(step.micro_batches(model))
+        batch = next(batches)
+        with pytest.raises(AssertionError, match="step.backward once per micro-batch"):
+            next(batches)
+        with pytest.raises(AssertionError, match="before update"):
+            step.update(torch.optim.SGD(model.parameters()), 0.1)
+        assert batch["x"].shape == (2, 4)
+        break
+
+
+# ---- errors at the command line --------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, main, *argv, **options):
+    """launch(main) in this process -> (exit code or exception, stdout, stderr)"""
+    monkeypatch.setattr(sys, "argv", ["train_toy.py", *map(str, argv)])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    try:
+        launch(main, toy.Config, **options)
+        code = 0
+    except (SystemExit, Exception) as error:
+        code = error.code if isinstance(error, SystemExit) else error
+    return code, *capsys.readouterr()
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    code, _, err = command(monkeypatch, capsys, toy.main, "--step", 3)
+    assert code == 2 and err == "train_toy.py: unknown flag --step; the nearest is --steps (--help lists all)\n"
+    code, _, err = command(monkeypatch, capsys, toy.main, "--output_dir", tmp_path, "--bad_sample", 12, "--steps", 20)
+    assert code == 2 and err == "train_toy.py: sample 12: cannot be read\n"
+
+
+def test_a_defect_keeps_its_traceback_and_saves_first(monkeypatch, capsys, tmp_path):
+    argv = ("--output_dir", tmp_path, "--error_step", 4, "--error", "boom", "--save_steps", 0)
+    code, out, _ = command(monkeypatch, capsys, toy.main, *argv)
+    assert str(code) == "boom" and f"saved {tmp_path}/steps_3 after the error" in out
+    train(tmp_path, resume="auto", save_steps=0)
+    train(tmp_path / "whole")
+    assert same(weights(tmp_path, 6), weights(tmp_path / "whole", 6))
+
+
+def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
+    argv = ("--output_dir", tmp_path, "--error_step", 4, "--error", "memory")
+    advice = "Lower batch_size (now {batch_size}), see {wandb.mode}"
+    code, out, err = command(monkeypatch, capsys, toy.main, *argv, memory=advice)
+    said = "train_toy.py: CUDA out of memory (tried). Lower batch_size (now 2), see disabled\n"
+    assert code == 2 and err == said and "steps_3 after the error" in out
+
+
+def test_signals_are_harmless_after_the_first_and_a_second_ctrl_c_acts(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == "SIGINT"
+        now[0] += 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)  # a launcher's second one, while the program ends
+
+
+def test_an_error_with_live_loader_workers_ends_the_program(tmp_path):
+    """The workers ignore SIGTERM, with which Python ends its daemons before it waits for them."""
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    argv = ["--output_dir", tmp_path, "--num_workers", 2, "--error_step", 2, "--error", "boom"]
+    command = [sys.executable, ROOT / "tests" / "toy.py", *argv]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 1 and "RuntimeError: boom" in done.stderr and "steps_1 after the error" in done.stdout
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    done = processes(tmp_path / "two", "--batch_size", 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(tmp_path / "one", batch_size=2)
+    for a, b in zip(weights(tmp_path / "one", 6).values(), weights(tmp_path / "two", 6).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)  # but for dropout, whose keys are per micro-batch
+
+
+def test_a_signal_to_one_process_stops_and_saves_all(tmp_path):
+    done = processes(tmp_path, "--signal_step", 3, "--signal_rank", 1)
+    assert done.returncode == 0 and "stopped by signal after step 3" in done.stdout, done.stderr[-3000:]
+    assert meta(tmp_path / "steps_3")["position"] == 3 * 8
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_saves_first(tmp_path, rank):
+    done = processes(tmp_path, "--error_step", 4, "--error", "boom", "--error_rank", rank, "--save_steps", 0)
+    assert done.returncode == 1 and "RuntimeError: boom" in done.stderr
+    assert f"saved {tmp_path}/steps_3 after the error" in done.stdout
+
+
+def test_data_that_one_process_cannot_read_stops_all(tmp_path):
+    done = processes(tmp_path, "--bad_sample", 12, "--steps", 40, "--save_steps", 0)
+    assert done.returncode == 1 and done.stderr.count("sample 12: cannot be read\n") == 1
+    assert done.stderr.count("Traceback") == 1, "torchrun's own"
+    assert list(tmp_path.glob("steps_*"))
+
+
+def test_launch_sh_passes_a_signal_on(tmp_path):
+    """torchrun itself would end with 1, and kill the processes after 30 s."""
+    (tmp_path / "shells").mkdir()
+    (tmp_path / "shells" / "launch.sh").write_text((ROOT / "shells" / "launch.sh").read_text())
+    (tmp_path / "toy.py").write_text((ROOT / "tests" / "toy.py").read_text())
+    (tmp_path / "toy.yaml").write_text("steps: 100000\nsave_steps: 0\nval_steps: 0\n")
+    argv = ["bash", tmp_path / "shells" / "launch.sh", "toy.py", "toy.yaml", "--num-gpus", "2", "--output_dir", "out"]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHON=sys.executable)
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen(list(map(str, argv)), cwd=tmp_path, env=env, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 90
+            while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            time.sleep(0.5)
+            running.send_signal(signal.SIGTERM)
+            code = running.wait(timeout=60)
+        finally:
+            running.kill()
+    said = (tmp_path / "log").read_text()
+    assert code == 0 and "stopped by signal after step" in said, said[-3000:]
+    assert len(list((tmp_path / "out").glob("steps_*"))) == 1
