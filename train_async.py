@@ -18,7 +18,6 @@ Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor r
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from torch import nn
 from common import checkpoint as ckpt
 from common import require
 from common.config import config_from
+from common.hub import load_weights
 from common.log import WandbConfig
 from common.run import Run, launch
 from common.sampler import GlobalOrder
@@ -35,7 +35,7 @@ from common.session_data import check_data, describe, held_out_batches, load_dat
 from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 
-FORMAT = 1  # of the checkpoints
+FORMAT = 2  # of the checkpoints
 NAME, PROJECT = "qwen_vla_async", "QwenVLA-Async"
 LATEST, BEST, FINAL = f"{NAME}.pt", f"{NAME}_best.pt", f"{NAME}_final.pt"
 METRICS = {key: f"train/{key}" for key in ("samples_per_s", "data_wait", "memory_gb", "skipped_steps")}
@@ -61,13 +61,12 @@ class Config:
     sensor_window_size: int = 65  # W, newest sensor rows at the step (650 per second)
     # VLM features
     cache_root: str | None = None  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
-    cache: Literal["required", "online"] = "required"  # online: the VLM runs in every step, slow
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the VLM: hub id or directory; with a cache it is compared, not loaded
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the VLM: hub id or directory; compared with the cache, not loaded
     views: list[str] = field(default_factory=list)  # camera views; empty: the cache's, or all in common
     image_resize_height: int = 360  # pixels, of the images that the VLM sees
     image_resize_width: int = 640  # pixels
     vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
-    vlm_latency_ms: float = 0.0  # a feature can be used this long after its images; 0: as in the guide
+    vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
     # model
     hidden_dim: int = 1024  # D
@@ -97,17 +96,13 @@ class Config:
     eval_epochs: int = 1  # validate and save every so many epochs
     save_steps: int = 0  # save every so many optimizer steps within an epoch, too; 0: no
     log_steps: int = 10  # optimizer steps
+    init_from: str | None = None  # a checkpoint whose weights and statistics a new run, on more sessions, begins with
     resume: str | None = None  # a checkpoint, or "auto": the newest in checkpoint_dir
     check: bool = False  # read the data, build and print one batch, stop
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-ALIASES = {
-    "dataset_dirs": "dataset_dir",
-    "grad_accum": "grad_accum_steps",
-    "sensor": "sensor_enabled",
-    "wandb": "wandb.mode",
-}
+ALIASES = dict(dataset_dirs="dataset_dir", grad_accum="grad_accum_steps", sensor="sensor_enabled", wandb="wandb.mode")
 # what a resume must not change: the moments or the order of the samples would belong to another run
 FIXED = (
     *("seed", "dataset_weight", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms"),
@@ -124,9 +119,10 @@ def check_config(cfg):
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
-    width, heads = cfg.hidden_dim, 2 * cfg.num_heads
-    require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 2 * num_heads ({heads})")
-    require(cfg.vlm_latency_ms >= 0, f"vlm_latency_ms is {cfg.vlm_latency_ms}: expected 0 or more")
+    width, heads = cfg.hidden_dim, 4 * cfg.num_heads
+    require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
+    latency = cfg.vlm_latency_ms
+    require(len(latency) in (1, 2) and min(latency) >= 0, f"vlm_latency_ms is {latency}: expected a number, or a range")
     require(cfg.sensor_loss_weight > 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0")
     low, both = min(cfg.warmup_ratio, cfg.hold_ratio), cfg.warmup_ratio + cfg.hold_ratio
     require(low >= 0 and both < 1, f"warmup_ratio + hold_ratio is {both}: expected shares below 1")
@@ -136,13 +132,13 @@ def check_config(cfg):
 
 
 class SensorEncoder(nn.Module):
-    """(B, W, 1026) normalised sensor rows, newest last, of which the last `length` are real -> (B, out). Four
+    """(B, W, channels) normalised sensor rows, newest last, of which the last `length` are real -> (B, out). Four
     convolutions of stride 2, two transformer layers, the mean over time. What stands in the padding changes nothing: it
     is zeroed after every layer, and no norm looks along time."""
 
-    def __init__(self, width, out, heads, dropout):
+    def __init__(self, channels, width, out, heads, dropout):
         super().__init__()
-        sizes = [CHANNELS, width // 2, width, width, width]
+        sizes = [channels, width // 2, width, width, width]
         self.convs = nn.ModuleList(
             nn.Conv1d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
         )
@@ -168,14 +164,14 @@ class SensorEncoder(nn.Module):
 
 def sinusoid(t, width):
     """(n,) numbers -> (n, width): sines, then cosines, of frequencies 1 to 1e-4."""
-    frequency = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / (width // 2 - 1)))
+    frequency = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / max(1, width // 2 - 1)))
     angle = t[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Condition(nn.Module):
-    """VL feature and sensor -> one condition token (B, D). A sample without sensor data gets a learned embedding
-    instead."""
+    """VL feature and sensor -> one condition token (B, D). The force has an encoder of its own: it drowns as one of
+    1,026 channels. A sample without sensor data gets a learned embedding instead."""
 
     def __init__(self, vl_shape, sensor_dim, width, heads, dropout, stats):
         super().__init__()
@@ -184,17 +180,20 @@ class Condition(nn.Module):
             known = stats.get(name) or dict(mean=[0.0] * size, std=[1.0] * size)
             self.register_buffer(f"{name}_mean", torch.tensor(known["mean"]))
             self.register_buffer(f"{name}_std", torch.tensor(known["std"]))
-        self.sensor = SensorEncoder(width, sensor_dim, heads, dropout) if sensor_dim else None
-        self.no_sensor = nn.Parameter(torch.zeros(sensor_dim)) if sensor_dim else None
-        self.fuse = nn.Linear(tokens * vl_width + sensor_dim, width)
+        felt = sensor_dim + sensor_dim // 4
+        ascan = SensorEncoder(CHANNELS - 1, width, sensor_dim, heads, dropout) if felt else None
+        force = SensorEncoder(1, width // 4, sensor_dim // 4, heads, dropout) if felt else None
+        self.sensor = nn.ModuleDict(dict(ascan=ascan, force=force)) if felt else None
+        self.no_sensor = nn.Parameter(torch.zeros(felt)) if felt else None
+        self.fuse = nn.Linear(tokens * vl_width + felt, width)
 
     def forward(self, batch):
         # z-scored: a few of the VLM's dimensions are a hundred times larger than the others and hardly vary
         parts = [((batch["vl_features"] - self.vl_mean) / self.vl_std).flatten(1)]
         if self.sensor is not None:  # run for every row, so that all ranks have the same gradients to average
-            length = batch["sensor_length"]
-            encoded = self.sensor((batch["sensor"] - self.sensor_mean) / self.sensor_std, length)
-            parts.append(torch.where((length > 0)[:, None], encoded.float(), self.no_sensor))
+            length, rows = batch["sensor_length"], (batch["sensor"] - self.sensor_mean) / self.sensor_std
+            felt = [self.sensor["ascan"](rows[..., 1:], length), self.sensor["force"](rows[..., :1], length)]
+            parts.append(torch.where((length > 0)[:, None], torch.cat(felt, dim=1).float(), self.no_sensor))
         return self.fuse(torch.cat(parts, dim=1))
 
 
@@ -313,10 +312,10 @@ def validate(core, policy, dataset, run):
     """-> ChunkErrors' values: loss and errors of predicted chunks, every held-out step once."""
     errors = ChunkErrors(core.active)
     core.eval()
-    for items, batch in held_out_batches(dataset, policy, run):
+    for items, batch, swapped in held_out_batches(dataset, policy, run):
         with torch.no_grad(), policy.autocast():
-            loss = core(batch)["loss_sum"]
-        errors.add(policy.decode(batch), items, loss, batch["weight"].sum())
+            loss = core(batch)["sample_loss"]
+        errors.add(items, loss, policy.decode(batch), {name: policy.decode(b) for name, b in swapped.items()})
     core.train()
     return errors.values(run)
 
@@ -332,9 +331,12 @@ def main(cfg):
     run = Run(cfg, folder / NAME, cfg.batch_size, cfg.grad_accum_steps, bf16)
     path = run.find(cfg.resume, folder, [LATEST], beside=[BEST, FINAL])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, resume=True) if path else None
-    data = load_data(cfg, run, saved)
+    start = saved
+    if cfg.init_from and not saved:
+        start = ckpt.read_checkpoint(cfg.init_from, Path(__file__).stem, FORMAT, (BEST, FINAL, LATEST))
+    data = load_data(cfg, run, start)
     if saved:
-        run.restore(path, saved, data.fingerprint, fixed=FIXED)
+        run.restore(path, saved, data.about["fingerprint"], fixed=FIXED)
 
     # ---- data
     dataset, held_out = (SessionDataset(part, data.features, cfg) for part in (data.train, data.validation))
@@ -345,20 +347,20 @@ def main(cfg):
         return run.once(write_final, path, folder / FINAL)
 
     # ---- model, optimizer
-    encoder, about = data.open_features(dataset, run)
-    core = build_model(cfg, about, run.device)
-    policy = Policy(core, cfg, about, run.device, encoder)
+    core = build_model(cfg, data.about, run.device)
+    policy = Policy(core, cfg, data.about, run.device)
     optimizer = make_optimizer(core, cfg, fused=run.device.type == "cuda" or None)
+    if start:
+        load_weights(core, start["model_state_dict"].items(), path or cfg.init_from)
     if saved:
-        core.load_state_dict(saved["model_state_dict"])
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     model = run.prepare(core.train())
     size = 12 * sum(p.numel() for p in core.parameters())  # fp32 weights and two moments
-    run.describe(core, len(dataset), size, folder, f" (the VLM is {'frozen' if encoder else 'not loaded'})")
+    run.describe(core, len(dataset), size, folder, " (the VLM is not loaded)")
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed, weights), policy.collate, cfg.num_workers)
     names = [s.name for s in data.validation]
     run.write("validation_episodes.txt", "".join(f"{name}\n" for name in names))
-    about |= dict(format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=names))
+    about = data.about | dict(format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=names))
 
     def write(path):
         save_model(path, about | run.progress(), core, optimizer)
@@ -373,7 +375,7 @@ def main(cfg):
         # sum of weights of the whole optimizer step over all ranks: what the loss is divided by
         weight = run.sum(sum(b["weight"].sum() for b in step.batches))
         for batch in step.micro_batches(model):
-            out = model(policy.with_features(batch))
+            out = model(batch)
             step.backward(out["loss_sum"] / weight, out["sample_loss"])
             step.add(reuse=batch["reuse_step"].sum(), with_sensor=batch["has_sensor"].sum())
         step.update(optimizer, lr_at(step.index, run.total, cfg), cfg.grad_clip)

@@ -22,7 +22,6 @@ of noise."""
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from common import checkpoint as ckpt
 from common import require, session_data
 from common.config import config_from
 from common.ema import Ema
+from common.hub import load_weights
 from common.log import WandbConfig
 from common.run import Run, launch
 from common.sampler import GlobalOrder, generator_at
@@ -41,7 +41,7 @@ from common.session_data import check_data, describe, held_out_batches, load_dat
 from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 
-FORMAT = 1  # of the checkpoints
+FORMAT = 2  # of the checkpoints
 NAME, PROJECT = "diffusion_stage1", "QwenVLA-Diffusion"
 LATEST, BEST = f"{NAME}_latest.pt", f"{NAME}_best.pt"
 VALIDATION_TIMES = 10  # timesteps at which the validation loss looks, spread over 0..T-1
@@ -69,13 +69,12 @@ class Config:
     sensor_window_size: int = 650  # W, newest sensor rows at the step (650 per second)
     # VLM features
     cache_root: str | None = None  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
-    cache: Literal["required", "online"] = "required"  # online: the VLM runs in every step, slow
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the VLM: hub id or directory; with a cache it is compared, not loaded
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the VLM: hub id or directory; compared with the cache, not loaded
     views: list[str] = field(default_factory=list)  # camera views; empty: the cache's, or all in common
     image_resize_height: int = 360  # pixels, of the images that the VLM sees
     image_resize_width: int = 640  # pixels
     vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
-    vlm_latency_ms: float = 0.0  # a feature can be used this long after its images; 0: as in the guide
+    vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
     # model
     hidden_dim: int = 1024  # D
@@ -86,7 +85,7 @@ class Config:
     horizon: int = 8  # H, actions per prediction, 100 ms each
     diffusion_timesteps: int = 100  # T, DDPM with a squared-cosine schedule
     ddim_steps: int = 10  # network calls per prediction
-    noise_draws: int = 1  # K, noises and timesteps per sample and step; more cost little beside a wide sensor window
+    noise_draws: int = 8  # K, noises and timesteps per sample and step; with 1 the sensor is not learned
     # training
     epochs: int = 20  # passes over as many samples as there are
     max_steps: int | None = None  # optimizer steps instead of epochs
@@ -108,17 +107,13 @@ class Config:
     eval_epochs: int = 1  # validate and save every so many epochs
     save_steps: int = 0  # save every so many optimizer steps within an epoch, too; 0: no
     log_steps: int = 10  # optimizer steps
+    init_from: str | None = None  # a checkpoint whose weights and statistics a new run, on more sessions, begins with
     resume: str | None = None  # a checkpoint, or "auto": the newest in checkpoint_dir
     check: bool = False  # read the data, build and print one batch, stop
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-ALIASES = {
-    "dataset_dirs": "dataset_dir",
-    "grad_accum": "grad_accum_steps",
-    "sensor": "sensor_enabled",
-    "wandb": "wandb.mode",
-}
+ALIASES = dict(dataset_dirs="dataset_dir", grad_accum="grad_accum_steps", sensor="sensor_enabled", wandb="wandb.mode")
 # what a resume must not change: the moments or the order of the samples would belong to another run
 FIXED = (
     *("seed", "dataset_weight", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms"),
@@ -136,9 +131,10 @@ def check_config(cfg):
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
-    width, heads = cfg.hidden_dim, 2 * cfg.num_heads
-    require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 2 * num_heads ({heads})")
-    require(cfg.vlm_latency_ms >= 0, f"vlm_latency_ms is {cfg.vlm_latency_ms}: expected 0 or more")
+    width, heads = cfg.hidden_dim, 4 * cfg.num_heads
+    require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
+    latency = cfg.vlm_latency_ms
+    require(len(latency) in (1, 2) and min(latency) >= 0, f"vlm_latency_ms is {latency}: expected a number, or a range")
     require(cfg.sensor_loss_weight > 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0")
     T, stage = cfg.diffusion_timesteps, cfg.training_stage
     require(stage == "stage1", f"training_stage is {stage}: not supported, only stage1 (VLM frozen) is")
@@ -169,13 +165,13 @@ class SessionDataset(session_data.SessionDataset):
 
 
 class SensorEncoder(nn.Module):
-    """(B, W, 1026) normalised sensor rows, newest last, of which the last `length` are real -> (B, out). Four
+    """(B, W, channels) normalised sensor rows, newest last, of which the last `length` are real -> (B, out). Four
     convolutions of stride 2, two transformer layers, the mean over time. What stands in the padding changes nothing: it
     is zeroed after every layer, and no norm looks along time."""
 
-    def __init__(self, width, out, heads, dropout):
+    def __init__(self, channels, width, out, heads, dropout):
         super().__init__()
-        sizes = [CHANNELS, width // 2, width, width, width]
+        sizes = [channels, width // 2, width, width, width]
         self.convs = nn.ModuleList(
             nn.Conv1d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
         )
@@ -201,14 +197,14 @@ class SensorEncoder(nn.Module):
 
 def sinusoid(t, width):
     """(n,) numbers -> (n, width): sines, then cosines, of frequencies 1 to 1e-4."""
-    frequency = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / (width // 2 - 1)))
+    frequency = torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / max(1, width // 2 - 1)))
     angle = t[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Condition(nn.Module):
-    """VL feature and sensor -> one condition token (B, D). A sample without sensor data gets a learned embedding
-    instead."""
+    """VL feature and sensor -> one condition token (B, D). The force has an encoder of its own: it drowns as one of
+    1,026 channels. A sample without sensor data gets a learned embedding instead."""
 
     def __init__(self, vl_shape, sensor_dim, width, heads, dropout, stats):
         super().__init__()
@@ -217,17 +213,20 @@ class Condition(nn.Module):
             known = stats.get(name) or dict(mean=[0.0] * size, std=[1.0] * size)
             self.register_buffer(f"{name}_mean", torch.tensor(known["mean"]))
             self.register_buffer(f"{name}_std", torch.tensor(known["std"]))
-        self.sensor = SensorEncoder(width, sensor_dim, heads, dropout) if sensor_dim else None
-        self.no_sensor = nn.Parameter(torch.zeros(sensor_dim)) if sensor_dim else None
-        self.fuse = nn.Linear(tokens * vl_width + sensor_dim, width)
+        felt = sensor_dim + sensor_dim // 4
+        ascan = SensorEncoder(CHANNELS - 1, width, sensor_dim, heads, dropout) if felt else None
+        force = SensorEncoder(1, width // 4, sensor_dim // 4, heads, dropout) if felt else None
+        self.sensor = nn.ModuleDict(dict(ascan=ascan, force=force)) if felt else None
+        self.no_sensor = nn.Parameter(torch.zeros(felt)) if felt else None
+        self.fuse = nn.Linear(tokens * vl_width + felt, width)
 
     def forward(self, batch):
         # z-scored: a few of the VLM's dimensions are a hundred times larger than the others and hardly vary
         parts = [((batch["vl_features"] - self.vl_mean) / self.vl_std).flatten(1)]
         if self.sensor is not None:  # run for every row, so that all ranks have the same gradients to average
-            length = batch["sensor_length"]
-            encoded = self.sensor((batch["sensor"] - self.sensor_mean) / self.sensor_std, length)
-            parts.append(torch.where((length > 0)[:, None], encoded.float(), self.no_sensor))
+            length, rows = batch["sensor_length"], (batch["sensor"] - self.sensor_mean) / self.sensor_std
+            felt = [self.sensor["ascan"](rows[..., 1:], length), self.sensor["force"](rows[..., :1], length)]
+            parts.append(torch.where((length > 0)[:, None], torch.cat(felt, dim=1).float(), self.no_sensor))
         return self.fuse(torch.cat(parts, dim=1))
 
 
@@ -309,29 +308,32 @@ class DiffusionVLA(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, noise, steps):
-        """noise (B, H, 7) -> normalised actions (B, H, 7); a dimension that never moves is 0."""
-        condition = self.condition(batch)
-        actions = self.schedule.ddim(lambda x, t: self.predict_noise(condition, x, t), noise * self.active, steps)
-        return actions * self.active
+        """noise (B, K, H, 7) -> normalised actions (B, H, 7), the mean of K draws; a resting dimension is 0."""
+        B, K = noise.shape[:2]
+        condition = self.condition(batch).repeat_interleave(K, 0)
+        noise = noise.flatten(0, 1) * self.active
+        actions = self.schedule.ddim(lambda x, t: self.predict_noise(condition, x, t), noise, steps)
+        return (actions * self.active).view(B, K, *actions.shape[1:]).mean(1)
 
 
 class Policy(SessionPolicy):
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
-    def predict(self, observations, noise=None):
-        """list of observations (see SessionPolicy.inputs) -> (B, H, 7) float32: pose deltas in mm and degrees, 100 ms
-        each, and the constant gripper. `noise` (B, H, 7): start of the sampling; default: the same draw for every
-        observation and call, so that equal observations give equal actions."""
-        return self.decode(self.inputs(observations), noise)
+    def reset(self, seed=0):
+        """The noise of the calls that follow begins anew: the same calls then give the same actions."""
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def decode(self, batch, noise=None):
-        """A batch on the device -> (B, H, 7) float32 in mm and degrees."""
-        if noise is None:
-            noise = torch.randn(1, self.cfg.horizon, len(ACTIONS), generator=torch.Generator().manual_seed(0))
-            noise = noise.expand(len(batch["vl_features"]), -1, -1)
-        noise = torch.as_tensor(noise).to(self.device)
+    def predict(self, observations, samples=1):
+        """list of observations (see SessionPolicy.inputs) -> (B, H, 7) float32: pose deltas in mm and degrees, 100 ms
+        each, and the constant gripper; the mean of `samples` draws. Every observation and call starts from new noise:
+        the same one each time would shift all actions of a run to the same side."""
+        shape, batch = (samples, self.cfg.horizon, len(ACTIONS)), self.inputs(observations)
+        return self.decode(batch, torch.stack([torch.randn(shape, generator=self.generator) for _ in observations]))
+
+    def decode(self, batch, noise):
+        """A batch on the device, noise (B, K, H, 7) -> (B, H, 7) float32 in mm and degrees, the mean of K draws."""
         with self.autocast():
-            actions = self.model.sample(batch, noise, self.cfg.ddim_steps)
+            actions = self.model.sample(batch, noise.to(self.device), self.cfg.ddim_steps)
         return self.collate.action.unnormalize(actions.float().cpu().numpy())
 
 
@@ -393,11 +395,12 @@ def validate(core, policy, dataset, run):
     T, errors = run.cfg.diffusion_timesteps, ChunkErrors(core.active)
     times = torch.linspace(0, T - 1, min(VALIDATION_TIMES, T)).round().long().to(policy.device)
     core.eval()
-    for items, batch in held_out_batches(dataset, policy, run):
-        noise = batch["noise"][:, :1].expand(-1, len(times), -1, -1)
+    for items, batch, swapped in held_out_batches(dataset, policy, run):
+        noise = batch["noise"][:, :1]
         with torch.no_grad(), policy.autocast():
-            loss = core.noise_loss(batch, noise, times.expand(len(items), -1))["loss_sum"]
-        errors.add(policy.decode(batch), items, loss, batch["weight"].sum())
+            loss = core.noise_loss(batch, noise.expand(-1, len(times), -1, -1), times.expand(len(items), -1))
+        chunks = {name: policy.decode(b, noise) for name, b in swapped.items()}
+        errors.add(items, loss["sample_loss"], policy.decode(batch, noise), chunks)
     core.train()
     return errors.values(run)
 
@@ -413,9 +416,12 @@ def main(cfg):
     run = Run(cfg, folder / NAME, cfg.batch_size, cfg.grad_accum_steps, bf16)
     path = run.find(cfg.resume, folder, [LATEST], beside=[BEST])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, resume=True) if path else None
-    data = load_data(cfg, run, saved)
+    start = saved
+    if cfg.init_from and not saved:
+        start = ckpt.read_checkpoint(cfg.init_from, Path(__file__).stem, FORMAT, (BEST, LATEST))
+    data = load_data(cfg, run, start)
     if saved:
-        run.restore(path, saved, data.fingerprint, fixed=FIXED)
+        run.restore(path, saved, data.about["fingerprint"], fixed=FIXED)
 
     # ---- data
     dataset, held_out = (SessionDataset(part, data.features, cfg) for part in (data.train, data.validation))
@@ -426,21 +432,21 @@ def main(cfg):
         return
 
     # ---- model, optimizer
-    encoder, about = data.open_features(dataset, run)
-    core = build_model(cfg, about, run.device)
-    policy = Policy(core, cfg, about, run.device, encoder)
+    core = build_model(cfg, data.about, run.device)
+    policy = Policy(core, cfg, data.about, run.device)
     optimizer = make_optimizer(core, cfg, fused=run.device.type == "cuda" or None)
+    if start:
+        load_weights(core, start["raw_state_dict" if saved else "model_state_dict"].items(), path or cfg.init_from)
     if saved:
-        core.load_state_dict(saved["raw_state_dict"])
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(dict(core.named_parameters()), cfg.ema_decay, saved=saved and saved["model_state_dict"])
     model = run.prepare(core.train())
     size = 16 * sum(p.numel() for p in core.parameters())  # fp32 weights, their average, and two moments
-    run.describe(core, len(dataset), size, folder, f" (the VLM is {'frozen' if encoder else 'not loaded'})")
+    run.describe(core, len(dataset), size, folder, " (the VLM is not loaded)")
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed, weights), policy.collate, cfg.num_workers)
     names = [s.name for s in data.validation]
     run.write("validation_episodes.txt", "".join(f"{name}\n" for name in names))
-    about |= dict(format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=names))
+    about = data.about | dict(format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=names))
 
     def write(path):
         save_model(path, about | run.progress(), core, ema, optimizer)
@@ -455,7 +461,7 @@ def main(cfg):
         # sum of weights of the whole optimizer step over all ranks: what the loss is divided by
         weight = run.sum(sum(b["weight"].sum() for b in step.batches))
         for batch in step.micro_batches(model):
-            out = model(policy.with_features(batch))
+            out = model(batch)
             step.backward(out["loss_sum"] / weight, out["sample_loss"])
             step.add(reuse=batch["reuse_step"].sum(), with_sensor=batch["has_sensor"].sum(), t=batch["t"].sum())
         step.update(optimizer, lr_at(step.index, run.total, cfg), cfg.grad_clip)
