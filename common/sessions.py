@@ -324,9 +324,7 @@ class Session:
         out = np.zeros((window, CHANNELS), np.float32)
         if not self.has_sensor:
             return out, 0
-        end = int(np.searchsorted(self.sensor_stamps, self.starts[k], side="right"))
-        oldest = int(np.searchsorted(self.sensor_stamps, self.starts[k] - window / SENSOR_HZ - 0.1))
-        begin = max(end - window, oldest, 0)
+        begin, end = sensor_rows(self.sensor_stamps, self.starts[k], window)
         if end > begin:
             out[window - (end - begin) :] = _map_sensor(str(self.sensor_path))[begin:end]
         return out, max(0, end - begin)
@@ -336,6 +334,14 @@ class Session:
         last = self._last[self._row[k]]
         at = np.arange(k, k + horizon)
         return self.action[np.minimum(at, last - 1)], at < last
+
+
+def sensor_rows(stamps, time, window):
+    """Stamps (n,) in order -> (begin, end): the newest `window` rows up to `time`, without those that are older than the
+    window's own duration plus one step; in training and on the robot."""
+    end = int(np.searchsorted(stamps, time, side="right"))
+    oldest = int(np.searchsorted(stamps, time - window / SENSOR_HZ - 0.1))
+    return max(end - window, oldest, 0), end
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,120 +1,146 @@
 """Two-rate inference: a slow eye and a fast hand, for any policy with encode(images) and predict(observations).
 
-Training pairs step k with the feature of an older tick; here the same happens on a robot's clock. Used by train_async.py and train_diffusion.py.
+Training pairs step k with the feature of an older tick; here the same happens on a robot's clock.
+
+    loop = TwoRateLoop(load_policy("checkpoints/qwen_vla_async_best.pt"), "Touch the red point")
+    loop.warm_up(*camera())  # loads the VLM
+    loop.run(camera, execute, seconds=60)
+    print("\\n".join(loop.report()))
 """
 
 import contextlib
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import torch
 
+from common import require
 from common import sessions as ss
 
 
 class TwoRateLoop:
-    """Runs a policy on a robot at two rates. A thread turns the newest images into a feature and publishes it with the time at which they were taken; the
-    loop acts every 100 ms on the newest feature and the newest sensor rows, and never waits for the VLM. A feature older than `max_age_s`, or none yet, means
-    hold. `clock` has monotonic() and sleep(s), like the module time."""
+    """Runs a policy on a robot at two rates. A thread turns the newest images into a feature and publishes it with the
+    time at which they were taken; the loop acts every 100 ms on the newest feature and the newest sensor rows, and
+    never waits for the VLM. A feature older than `max_age_s` (None: than in training), or none yet, means hold. All
+    times are of `clock`, which has monotonic() and sleep(s), like the module time."""
 
     def __init__(self, policy, instruction=None, max_age_s=1.0, clock=time):
-        if instruction is None and len(policy.instructions) != 1:
-            raise ValueError(
-                f"say which instruction: the policy was trained on {len(policy.instructions)}, e.g. {policy.instructions[:3]}"
-            )
-        self.policy, self.instruction, self.max_age_s, self.clock = (
-            policy,
-            instruction or policy.instructions[0],
-            max_age_s,
-            clock,
-        )
-        if self.instruction not in policy.instructions:
-            print(f"warning: the policy has not been trained on {self.instruction!r}, but on {policy.instructions[:3]}")
-        self.lock, self.error, self.stopped = threading.Lock(), None, threading.Event()
+        texts = policy.instructions
+        which = f"say which instruction: the policy was trained on {len(texts)}, e.g. {texts[:3]}"
+        require(instruction is not None or len(texts) == 1, which)
+        self.policy, self.instruction, self.clock = policy, instruction or texts[0], clock
+        if self.instruction not in texts:
+            print(f"warning: the policy has not been trained on {self.instruction!r}, but on {texts[:3]}")
+        cfg = policy.cfg
+        self.trained_age_s = cfg.vlm_reuse_count / ss.ACTION_HZ + max(cfg.vlm_latency_ms) / 1000
+        self.max_age_s = self.trained_age_s if max_age_s is None else max_age_s
+        self.lock = threading.Lock()
         self.stream = torch.cuda.Stream() if policy.device.type == "cuda" else None
-        self.newest = None  # (feature (N, V), capture time), replaced as a whole
-        self.ring, self.rows_seen = np.zeros((policy.cfg.sensor_window_size, ss.CHANNELS), np.float32), 0
-        self.sensed, self.rows_last = (
-            -math.inf,
-            policy.cfg.sensor_window_size / ss.SENSOR_HZ + 1 / ss.ACTION_HZ,
-        )  # when rows came last, and how long they count: Session.sensor_window's rule
-        self.ages, self.holds, self.late = (
-            Counter(),
-            0,
-            0,
-        )  # actions per age of their feature in 100 ms, holds, ticks that came too late
+        self.sensor = deque(maxlen=cfg.sensor_window_size)  # (stamp, row), oldest first
+        self.reset()
 
-    def push_sensor(self, rows):
-        """Take (n, 1026) raw sensor rows, in the order of time, as they come; from any thread. A sensor that has stopped counts as absent, not as frozen."""
+    def reset(self):
+        """Forget the last run's feature, error and counts; sensor rows stay, they grow old by their stamps."""
+        self.policy.reset()
+        self.stopped = threading.Event()  # a new one: an old run's thread may still be in its last look
+        self.newest, self.error = None, None  # (feature (N, V), capture time), replaced as a whole
+        # actions per age of their feature in 100 ms, holds, ticks that came too late, actions on too old a feature
+        self.ages, self.holds, self.late, self.older = Counter(), 0, 0, 0
+
+    def push_sensor(self, rows, stamps=None):
+        """Take (n, 1026) raw sensor rows in the order of time, or one (1026,), as they come; from any thread. `stamps`
+        (n,): when they were measured; default: at 650 Hz, the last one now."""
+        rows = np.atleast_2d(np.asarray(rows, np.float32))
+        wrong = f"sensor rows are {rows.shape}, expected (n, {ss.CHANNELS}): force, then the A-scan"
+        require(rows.ndim == 2 and rows.shape[1] == ss.CHANNELS, wrong)
+        if stamps is None:
+            stamps = self.clock.monotonic() - np.arange(len(rows))[::-1] / ss.SENSOR_HZ
+        self._same_clock(np.max(stamps, initial=-math.inf), "a sensor row")
         with self.lock:
-            self.sensed = self.clock.monotonic()
-            for row in rows[-len(self.ring) :]:
-                self.ring[self.rows_seen % len(self.ring)] = row
-                self.rows_seen += 1
+            self.sensor.extend(zip(np.broadcast_to(stamps, len(rows)).tolist(), rows.copy(), strict=True))
+
+    def _same_clock(self, stamp, what):
+        ahead = stamp - self.clock.monotonic()
+        require(ahead < 0.05, f"{what} is stamped {ahead:.1f} s in the future: not the loop's clock, time.monotonic()")
 
     def see(self, images, captured):
         """Encode {view: (h, w, 3)} taken at `captured` (the clock's time) and publish the feature; the slow part."""
-        with (
-            torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
-        ):  # on the default stream the next action would queue up behind the VLM
+        self._same_clock(captured, "an image")
+        far = f"an image is stamped {self.clock.monotonic() - captured:.0f} s in the past: not the loop's clock"
+        require(self.clock.monotonic() - captured < 600, far)
+        # on the default stream the next action would queue up behind the VLM
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             feature = self.policy.encode([(images, self.instruction)])[0]
         with self.lock:
             self.newest = (feature, captured)
 
+    def warm_up(self, images, captured):
+        """One look and one action that is not sent: loads the VLM and compiles what must be, before a run counts."""
+        self.see(images, captured)
+        self.policy.predict([self._observation(self.newest[0], self.clock.monotonic())])
+        self.reset()
+
+    def _observation(self, feature, now):
+        with self.lock:
+            stamps, rows = np.array([s for s, _ in self.sensor]), [row for _, row in self.sensor]
+        begin, end = ss.sensor_rows(stamps, now, self.sensor.maxlen)  # as in training: a stopped sensor is absent
+        return dict(vl_features=feature, sensor=np.stack(rows[begin:end]) if end > begin else None)
+
     def act(self):
         """-> (7,) the next action, or None: hold."""
-        with self.lock:
-            newest, seen = self.newest, self.rows_seen if self.clock.monotonic() - self.sensed <= self.rows_last else 0
-            rows = np.roll(self.ring, -(seen % len(self.ring)), axis=0)[len(self.ring) - min(seen, len(self.ring)) :]
-        age = math.inf if newest is None else self.clock.monotonic() - newest[1]
+        newest, now = self.newest, self.clock.monotonic()
+        age = math.inf if newest is None else now - newest[1]
         if age > self.max_age_s:
             self.holds += 1
             return None
+        if age > self.trained_age_s:
+            if not self.older:
+                most = (
+                    f"{1000 * self.trained_age_s:.0f} ms in training: see --vlm-latency-ms, or max_age_s=None to hold"
+                )
+                print(f"warning: a feature is {1000 * age:.0f} ms old, at most {most}")
+            self.older += 1
         self.ages[int(age * ss.ACTION_HZ + 1e-6)] += 1
-        return self.policy.predict([dict(vl_features=newest[0], sensor=rows if len(rows) else None)])[0, 0]
+        return self.policy.predict([self._observation(newest[0], now)])[0, 0]
+
+    def _look(self, camera, stopped):
+        try:
+            while not stopped.is_set():
+                following = self.clock.monotonic() + self.policy.cfg.vlm_reuse_count / ss.ACTION_HZ
+                self.see(*camera())
+                self.clock.sleep(max(0.0, following - self.clock.monotonic()))
+        except Exception as error:  # whatever it is, a robot must not go on without eyes
+            self.error = error
 
     def run(self, camera, execute, seconds):
-        """camera() -> ({view: (h, w, 3)}, capture time); execute(action (7,) or None: hold) sends one 100 ms motion. Ends with a hold; an error of the VLM
-        thread holds, ends the loop and is raised here."""
-
-        def look():
-            try:
-                while not self.stopped.is_set():
-                    began = self.clock.monotonic()
-                    self.see(*camera())
-                    self.clock.sleep(
-                        max(0.0, began + self.policy.cfg.vlm_reuse_count / ss.ACTION_HZ - self.clock.monotonic())
-                    )
-            except Exception as error:  # whatever it is, a robot must not go on without eyes
-                self.error = error
-
-        eyes = threading.Thread(target=look, daemon=True)
+        """camera() -> ({view: (h, w, 3)}, capture time); execute(action (7,) or None: hold) sends one 100 ms motion and
+        returns. Ends with a hold; an error of camera, VLM, policy or execute holds, ends the loop and is raised."""
+        self.reset()
+        eyes = threading.Thread(target=self._look, args=(camera, self.stopped), daemon=True)
         eyes.start()
         begin, tick = self.clock.monotonic(), 0
         try:
             while tick < seconds * ss.ACTION_HZ and self.error is None:
                 execute(self.act())
-                missed = int((self.clock.monotonic() - begin) * ss.ACTION_HZ + 1e-6) - tick
-                self.late, tick = self.late + max(0, missed), tick + 1 + max(0, missed)
+                missed = max(0, int((self.clock.monotonic() - begin) * ss.ACTION_HZ + 1e-6) - tick)
+                self.late, tick = self.late + missed, tick + 1 + missed
                 self.clock.sleep(max(0.0, begin + tick / ss.ACTION_HZ - self.clock.monotonic()))
         finally:
             self.stopped.set()
-            execute(None)
-            eyes.join(
-                timeout=10
-            )  # at most the look that is under way: a thread inside the VLM would crash the end of the program
+            try:
+                execute(None)
+            finally:
+                eyes.join(timeout=10)  # the look under way: a thread inside the VLM would crash the program's end
         if self.error is not None:
-            raise RuntimeError(
-                f"the VLM thread failed ({type(self.error).__name__}: {self.error}); the robot was told to hold"
-            ) from self.error
+            why = f"the VLM thread failed ({type(self.error).__name__}: {self.error}); the robot was told to hold"
+            raise RuntimeError(why) from self.error
 
     def report(self):
         """-> lines that say how old the features were."""
-        total = sum(self.ages.values())
-        lines = [f"{total} actions, {self.holds} holds, {self.late} late ticks; age of the feature at the action:"]
-        return lines + [
-            f"  {100 * b:4d}-{100 * (b + 1):4d} ms {n:5d} {n / total:6.1%}" for b, n in sorted(self.ages.items())
-        ]
+        total, old = sum(self.ages.values()), f"{self.older} on features older than in training"
+        lines = [f"{total} actions ({old}), {self.holds} holds, {self.late} late ticks; age of the feature:"]
+        ages = [f"  {100 * b:4d}-{100 * (b + 1):4d} ms {n:5d} {n / total:6.1%}" for b, n in sorted(self.ages.items())]
+        return lines + ages

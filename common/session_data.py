@@ -1,0 +1,426 @@
+"""Robot sessions as training samples: what train_async.py and train_diffusion.py agree on around their networks.
+
+One sample is one 100 ms step k: the VL feature of the newest tick, the newest sensor rows -> the next H actions.
+Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), H actions (the chunk).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from common import require, vl_cache
+from common import sessions as ss
+from common.run import to_device
+from common.sampler import GlobalOrder, generator_at
+from common.stats import Normalizer
+
+ACTIONS = [("dx", "mm"), ("dy", "mm"), ("dz", "mm"), ("da", "deg"), ("db", "deg"), ("dr", "deg"), ("gripper", "")]
+
+
+# ---- sessions and features -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """Sessions of a run, split and described."""
+
+    train: list  # common.sessions.Session, sorted by name
+    validation: list
+    features: object  # Features
+    about: dict  # what a checkpoint tells about them: stats, recipe, vl_shape, instructions, fingerprint
+
+
+class Features:
+    """The cached VL features of the sessions, read without opening an image.
+
+    `expected`: keys of the features' recipe that must be so; None: those of the config. `optional`: errors of the cache
+    after which images are read instead, for a VLM that runs now; `missing` then says why."""
+
+    def __init__(self, cfg, part, expected=None, optional=()):
+        self.cfg, self.files, self.missing, self.shape = cfg, None, None, None
+        self.stride, self.ticks, self.root = cfg.vlm_reuse_count, {}, cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
+        size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
+        expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
+        try:
+            found = vl_cache.read_features(self.root, part, expected, cfg.vlm_reuse_count, cfg.max_image_age)
+            self.files, self.recipe = found
+            first = next(iter(self.files.values()))
+            self.stride, self.shape = first.meta["stride"], first.shape[1:]
+        except optional as error:
+            common, lacking = ss.common_views(part)
+            self.missing, self.recipe = str(error), expected | dict(views=expected["views"] or common)
+            some = "choose some with --views, or leave sessions out"
+            require(self.recipe["views"], f"no view is in all of the {len(part)} sessions: {some}; missing: {lacking}")
+
+    def usable(self, session):
+        """-> (m,) steps whose tick has a fresh image of every view, (m,) their tick, the newest there can be."""
+        c, views = self.cfg, self.recipe["views"]
+        self.ticks[session.name] = session.ticks(self.stride, views, c.max_image_age)
+        latency = min(c.vlm_latency_ms) / 1000
+        return session.usable_steps(self.stride, c.vlm_reuse_count, views, c.max_image_age, latency)
+
+    def read(self, session, tick):
+        """-> dict(vl_features (N, V) float32), or dict(images {view: (h, w, 3) uint8}, instruction)."""
+        if self.files:
+            return dict(vl_features=self.files[session.name].features[tick].float())
+        index = {view: int(i[tick]) for view, i in self.ticks[session.name].frame_index.items()}
+        images = {view: vl_cache.read_image(session.frame_path(view, i)) for view, i in index.items()}
+        return dict(images=images, instruction=session.instruction)
+
+
+def load_data(cfg, run=None, saved=None, optional=()):
+    """Find, split and describe the sessions. `saved`: a checkpoint to go on from, whose statistics are kept;
+    `optional`: see Features."""
+    found = ss.find_sessions(cfg.dataset_dir)
+    for s in found:
+        rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
+        require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
+    train, validation = ss.split_sessions(found, cfg.val_split)
+    features = Features(cfg, found, optional=optional)
+    none = f"no step of the {len(train)} training sessions has an image of {', '.join(features.recipe['views'])}"
+    how = f"at most {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
+    require(any(len(features.usable(s)[0]) for s in train), f"{none} that is {how}")
+    facts = []
+    for s in train:
+        stamps = s.sensor_stamps.tobytes() if s.has_sensor else b""
+        content = hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + stamps).hexdigest()
+        facts.append([s.name, content, features.files[s.name].path.stem[-24:] if features.files else None])
+    if saved:
+        differs = "; ".join(vl_cache.different(saved["recipe"], features.recipe))
+        require(not differs, f"the checkpoint was trained on other features than those of {features.root}: {differs}")
+        stats = saved["stats"]
+    else:  # reads a tenth of all sensor rows: once is enough
+        stats = run.once(all_stats, train, features, cfg) if run else all_stats(train, features, cfg)
+    require(not all(stats["action"]["constant"]), "no action dimension moves in the training sessions")
+    about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape or ()))
+    about["instructions"] = sorted({s.instruction for s in train})
+    about["fingerprint"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Data(train, validation, features, about)
+
+
+def all_stats(train, features, cfg, samples=512):
+    """sessions.session_stats, and with a cache mean and std (V numbers) of the features of `samples` steps."""
+    stats, dataset = ss.session_stats(train), SessionDataset(train, features, cfg)
+    if features.files:
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, samples).astype(int))
+        ticks = [(train[dataset.owner[i]], dataset.ticks[i]) for i in chosen]
+        x = torch.cat([features.read(*tick)["vl_features"] for tick in ticks]).double()  # (n, V)
+        mean, std = x.mean(0), x.std(0, correction=0)
+        std = std.clamp(min=1e-3 * (1 + mean.abs()))  # not below the rounding of fp16
+        stats["vl"] = dict(mean=mean.tolist(), std=std.tolist())
+    return stats
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+class SessionDataset(Dataset):
+    """One item per usable step k of the sessions (its VLM tick has a fresh image of every view). Item (position, i):
+
+    vl_features (N, V) float32, or without a cache images {view: (h, w, 3) uint8} and instruction |
+    sensor (n <= W, 1026) float32 raw rows, newest last, or None |
+    actions (H, 7) float32 in mm and degrees, action_mask (H,) bool: False past the end of the segment |
+    previous (7,) the action before, zeros at a segment's start | weight float32, in the loss |
+    reuse_step, steps since the feature's images: 0..R-1 without latency | name (session, k)
+
+    owner, steps, ticks (n,): session, step and newest tick of each item."""
+
+    def __init__(self, part, features, cfg):
+        self.sessions, self.features, self.cfg = list(part), features, cfg
+        usable = [features.usable(s) for s in self.sessions]
+        self.owner = np.repeat(np.arange(len(usable)), [len(steps) for steps, _ in usable])
+        self.steps, self.ticks = np.concatenate([np.zeros((2, 0), int), *map(np.stack, usable)], axis=1)
+        self.datasets = np.array([s.dataset for s in self.sessions])[self.owner]
+
+    def __len__(self):
+        return len(self.steps)
+
+    def sample_weights(self, table, changes=()):
+        """{data set: weight} (others 1), changes ["NAME=W"] -> (n,) weight of each sample."""
+        names = sorted({s.dataset for s in self.sessions})
+        weights = {name: table.get(name, 1.0) for name in names}
+        for name, _, value in (text.rpartition("=") for text in changes):
+            with contextlib.suppress(ValueError):
+                weights[name] = float(value) if name in names else math.nan
+            wanted = f"expected NAME=W: one of {', '.join(names)}, and a weight above 0"
+            good = 0 < weights.get(name, 0) < math.inf and value.replace(".", "", 1).isdigit()
+            require(good, f"dataset_weight '{name}={value}': {wanted}")
+        return np.array([weights[name] for name in self.datasets], np.float64)
+
+    def __getitem__(self, key):
+        """Where vlm_latency_ms is a range, the age of the feature is drawn by the position."""
+        position, i = key
+        s, k, tick, cfg = self.sessions[self.owner[i]], int(self.steps[i]), int(self.ticks[i]), self.cfg
+        ticks, (low, high) = self.features.ticks[s.name], (min(cfg.vlm_latency_ms), max(cfg.vlm_latency_ms))
+        if high > low:
+            latency = generator_at(cfg.seed, position, "latency").uniform(low, high) / 1000
+            older = int(s.tick_of_step(k, self.features.stride, cfg.vlm_reuse_count, latency))
+            tick = older if ticks.complete[older] else tick
+        actions, mask = s.targets(k, cfg.horizon)
+        first, sensor = k == 0 or s.segment[k - 1] != s.segment[k], None
+        if cfg.sensor_enabled and s.has_sensor:
+            window, length = s.sensor_window(k, cfg.sensor_window_size)
+            sensor = window[len(window) - length :] if length else None
+        return self.features.read(s, tick) | dict(
+            sensor=sensor,
+            actions=actions,
+            action_mask=mask,
+            previous=np.zeros_like(s.action[0]) if first else s.action[k - 1],
+            weight=np.float32(cfg.sensor_loss_weight if sensor is not None else 1),
+            reuse_step=k - int(ticks.start[tick]),
+            name=(s.name, k),
+        )
+
+
+class Collate:
+    """Lists of raw observations -> model inputs, the same function in training and predict."""
+
+    def __init__(self, cfg, stats):
+        self.window, self.sensor_enabled = cfg.sensor_window_size, cfg.sensor_enabled
+        self.action = Normalizer(stats["action"])
+
+    def inputs(self, observations):
+        """vl_features (B, N, V) float32 | sensor (B, W, 1026) float32 raw, zeros on the left where rows are missing |
+        sensor_length (B,), 0 without sensor."""
+        batch = dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
+        if self.sensor_enabled:
+            sensor, length = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32), []
+            for b, o in enumerate(observations):
+                rows = [] if o.get("sensor") is None else np.asarray(o["sensor"])[-self.window :]
+                if len(rows):
+                    sensor[b, self.window - len(rows) :] = rows
+                length.append(len(rows))
+            batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor(length))
+        return batch
+
+    def __call__(self, items):
+        """List of dataset items -> inputs() plus actions (B, H, 7) normalised, has_sensor (B,), names, and every other
+        number or array of the items, stacked: action_mask (B, H), weight, reuse_step (B,), ..."""
+        ours = ("sensor", "vl_features", "instruction", "actions", "previous", "name")
+        rest = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key not in ours}
+        return self.inputs(items) | dict(
+            actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))),
+            has_sensor=torch.tensor([item["sensor"] is not None for item in items]),
+            names=[item["name"] for item in items],
+            **rest,
+        )
+
+
+# ---- policy ----------------------------------------------------------------------------------------------------------
+
+
+class SessionPolicy:
+    """What a policy on sessions does around its network: observations -> batch, features of images, episodes for
+    evaluate.py. A script adds predict(observations) -> (B, H, 7) in mm and degrees. Used by common.two_rate.
+
+    `about`: Data.about, from the training or out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
+
+    def __init__(self, model, cfg, about, device, vlm=None):
+        self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
+        self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
+        self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, Collate(cfg, self.stats)
+        self.reset()
+
+    def reset(self):
+        """Begin anew, as if just loaded."""
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def encode(self, pictures):
+        """list of ({view: (h, w, 3) uint8 RGB}, instruction) -> (B, N, V) float32 features, rounded as in the cache.
+        Loads the VLM at the first call."""
+        if self.encoder is None:
+            self.encoder = vl_cache.VLEncoder.from_recipe(self.recipe, self.device, self.vlm)
+        return self.encoder.encode(pictures)
+
+    def inputs(self, observations):
+        """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; sensor: (n, 1026) raw
+        rows (force, A-scan) up to now, newest last, or None} -> Collate.inputs' batch on the device."""
+        observations = list(observations)
+        for o in observations:
+            shape, right = np.shape(o.get("sensor")), f"expected (n, {ss.CHANNELS}): force, then the A-scan"
+            good = o.get("sensor") is None or (len(shape) == 2 and shape[1] == ss.CHANNELS)
+            require(good, f"the observation's sensor is {shape}, {right}")
+            missing = [] if "vl_features" in o else [v for v in self.recipe["views"] if v not in o["images"]]
+            require(not missing, f"{', '.join(missing)} is missing in the observation's images")
+        if seen := [b for b, o in enumerate(observations) if "vl_features" not in o]:
+            encoded = self.encode([(observations[b]["images"], observations[b]["instruction"]) for b in seen])
+            for b, feature in zip(seen, encoded, strict=True):
+                observations[b] = observations[b] | dict(vl_features=feature)
+        return to_device(self.collate.inputs(observations), self.device)
+
+    def open_episodes(self, root, names=None):
+        """For evaluate.py: yields per session, and per stretch of it without a gap, {name, sample: callable(t) ->
+        observation, target (M, 7), hold (M, 7): the action that stands still, phase None}."""
+        found = ss.find_sessions([root])
+        unknown, some = sorted(set(names or []) - {s.name for s in found}), ", ".join(s.name for s in found[:5])
+        require(not unknown, f"'{root}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
+        chosen = [s for s in found if names is None or s.name in names]
+        cfg = dataclasses.replace(self.cfg, dataset_dir=[str(root)])
+        expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}
+        features = Features(cfg, chosen, expected, optional=(FileNotFoundError, vl_cache.CacheMismatch))
+        if features.missing:
+            why = features.missing.splitlines()[0]
+            print(f"features  computed now by {self.vlm or self.recipe['model']}, for in the cache {why}")
+        dataset, action = SessionDataset(chosen, features, cfg), self.stats["action"]
+        still = np.where(action["constant"], action["mean"], 0.0).astype(np.float32)
+        for e, s in enumerate(chosen):
+            items = np.flatnonzero(dataset.owner == e)
+            steps = dataset.steps[items]
+            breaks = np.flatnonzero((np.diff(steps) != 1) | (np.diff(s.segment[steps]) != 0)) + 1
+            parts = [part for part in np.split(items, breaks) if len(part)]
+            for n, part in enumerate(parts):
+                yield dict(
+                    name=s.name if len(parts) == 1 else f"{s.name}#{n + 1}",
+                    sample=lambda t, part=part: dataset[(int(part[t]), int(part[t]))],
+                    target=s.action[dataset.steps[part]],
+                    hold=np.repeat(still[None], len(part), 0),
+                    phase=None,
+                )
+
+    def action_names(self):
+        """[(name, unit)] per action dim, for reports."""
+        return ACTIONS
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def held_out_batches(dataset, policy, run):
+    """This rank's share of the held-out steps, each once -> (items, their batch, {input: the batch with this input of
+    samples far away}), on the device: an error that stays the same there says that the input is not used."""
+    n, size = len(dataset), policy.cfg.batch_size
+    mine = range(run.rank, n, run.world)
+    for i in range(0, len(mine), size):
+        items = [dataset[(k, k)] for k in mine[i : i + size]]
+        others = [dataset[(k, k)] for k in ((k + n // 2) % n for k in mine[i : i + size])]
+        batch, other = (to_device(policy.collate(part), policy.device) for part in (items, others))
+        swapped = dict(feature=batch | dict(vl_features=other["vl_features"]))
+        if "sensor" in batch:
+            fits = (other["sensor_length"] >= batch["sensor_length"])[:, None, None]
+            here, there = batch["sensor"], torch.where(fits, other["sensor"], batch["sensor"])
+            swapped["sensor"] = batch | dict(sensor=there)
+            swapped["force"] = batch | dict(sensor=torch.cat([there[..., :1], here[..., 1:]], -1))
+            swapped["ascan"] = batch | dict(sensor=torch.cat([here[..., :1], there[..., 1:]], -1))
+        yield items, batch, swapped
+
+
+class ChunkErrors:
+    """Sums over held-out steps: the loss, every sample weighing 1; the absolute error of predicted chunks beside two
+    baselines (no motion; the last action again) and with inputs of other samples; its signed mean, the bias. Padded
+    steps and dimensions that never move do not count."""
+
+    WHO = ("", "_zero", "_last", "_swap_feature", "_swap_sensor", "_swap_force", "_swap_ascan")
+
+    def __init__(self, active):
+        self.active, self.counts = active.cpu().numpy(), np.zeros(3)  # loss, samples, steps
+        self.sums = {who: np.zeros(len(ACTIONS)) for who in (*self.WHO, "bias")}
+
+    def add(self, items, sample_loss, predicted, swapped):
+        """predicted (B, H, 7), swapped {input: (B, H, 7)}"""
+        target = np.stack([item["actions"] for item in items])
+        real = np.stack([item["action_mask"] for item in items])
+        last = np.stack([item["previous"] for item in items])[:, None]
+        guesses = {"": predicted, "_zero": np.where(self.active, 0.0, target), "_last": last}
+        for who, guess in (guesses | {f"_swap_{name}": guess for name, guess in swapped.items()}).items():
+            self.sums[who] += np.abs(guess - target)[real].sum(0)
+        self.sums["bias"] += (predicted - target)[real].sum(0)
+        self.counts += [float(sample_loss.sum()), len(items), real.sum()]
+
+    def values(self, run):
+        """Over all ranks -> {val/loss_epoch, val/mae_mm, val/mae_deg, the same of each of WHO, val/mae_<dim>,
+        val/bias_<dim>}."""
+        loss, samples, steps, *sums = run.sum(*self.counts, *np.concatenate(list(self.sums.values())))
+        rows = dict(zip(self.sums, np.reshape(sums, (-1, len(ACTIONS))) / steps, strict=True))
+        values = {"val/loss_epoch": loss / samples}
+        for unit in ("mm", "deg"):
+            dims = [d for d, (_, u) in enumerate(ACTIONS) if u == unit and self.active[d]]
+            for who in self.WHO:
+                if dims and rows[who].any():  # without a sensor there is nothing to swap
+                    values[f"val/mae_{unit}{who}"] = float(rows[who][dims].mean())
+        for d in np.flatnonzero(self.active):
+            values[f"val/mae_{ACTIONS[d][0]}"], values[f"val/bias_{ACTIONS[d][0]}"] = rows[""][d], rows["bias"][d]
+        return values
+
+    @staticmethod
+    def text(values):
+        parts = [f"loss {values['val/loss_epoch']:.4f}"]
+        for unit in ("mm", "deg"):
+            if f"val/mae_{unit}" in values:
+                mae, zero, last = (values[f"val/mae_{unit}{who}"] for who in ("", "_zero", "_last"))
+                parts.append(f"MAE {unit} {mae:.4g} (no motion {zero:.4g}, last action {last:.4g})")
+        swaps = {k.rpartition("_")[2]: v for k, v in values.items() if k.startswith("val/mae_mm_swap")}
+        return " | ".join(parts) + " | mm with another sample's " + ", ".join(f"{k} {v:.4g}" for k, v in swaps.items())
+
+
+# ---- what a run says about its data ----------------------------------------------------------------------------------
+
+
+def describe(cfg, data, dataset, held_out, weights, print0):
+    """Say what was found: sessions, steps and shares per data set, features, sensor, actions, ranges and what clipping
+    to them removes. `weights`: of the samples of `dataset`."""
+    held, where = f"{len(data.validation)} validation sessions, {len(held_out)} steps", ", ".join(cfg.dataset_dir)
+    usable = f"{len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image)"
+    print0(f"data      {len(data.train)} training sessions, {usable}; {held}; {where}")
+    for name in sorted({s.dataset for s in data.train}):
+        mine, felt = dataset.datasets == name, [s.has_sensor for s in data.train if s.dataset == name]
+        share = f"{mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}"
+        sensor = f"sensor in {sum(felt)} of {len(felt)} sessions"
+        print0(f"          {name:<30} weight {weights[mine].mean():g}, {share}, {sensor}")
+    rate, reuse, recipe = ss.ACTION_HZ, cfg.vlm_reuse_count, data.features.recipe
+    views = f"views {', '.join(recipe['views'])} at {recipe['height']}x{recipe['width']}"
+    hz = f"{reuse} steps share one: a VLM at {rate / reuse:.2f} Hz"
+    print0(f"features  {recipe['model']}, {views}, every {data.features.stride} steps, {data.features.root}; {hz}")
+    if max(cfg.vlm_latency_ms) > 1000 / rate * reuse:
+        slow = f"vlm_latency_ms is {cfg.vlm_latency_ms}: a VLM that slow cannot look every {reuse} steps"
+        enough = math.ceil(max(cfg.vlm_latency_ms) * rate / 1000)
+        print0(f"warning   {slow}. Use --vlm-reuse-count {enough}, fewer views, or smaller images")
+    window, weight = cfg.sensor_window_size, f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
+    rows = f"the newest {window} rows, {window / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; {weight}"
+    print0(f"sensor    {rows if cfg.sensor_enabled else 'not used'}")
+    stats, normalizer = data.about["stats"]["action"], Normalizer(data.about["stats"]["action"])
+    print0(
+        f"action    {cfg.horizon} steps of {1000 // rate} ms; per step:"
+        + "".join(f"{f'{n} {u}':>11}" for n, u in ACTIONS)
+    )
+    for name in ("q01", "q99", "mean", "std"):
+        print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in stats[name]))
+    action = np.concatenate([s.action for s in data.train])
+    lost = np.abs(action - normalizer.unnormalize(normalizer.normalize(action)))
+    shares = lost.sum(0) / np.maximum(np.abs(action).sum(0), 1e-9)
+    print0(f"          {'clipping removes at most':<30}" + "".join(f"{v:11.4g}" for v in lost.max(0)))
+    print0(f"          {'                 of all motion':<30}" + "".join(f"{v:11.2%}" for v in shares))
+    texts = data.about["instructions"]
+    print0(f"text      {len(texts)} instruction(s), e.g. {texts[0]!r}")
+
+
+def check_data(cfg, dataset_class, table):
+    """--check: read the data, build one batch, print what the model would see. Needs no weights; without a cache the
+    features stay unread, and it says so."""
+    data = load_data(cfg, optional=FileNotFoundError)
+    dataset, held_out = (dataset_class(part, data.features, cfg) for part in (data.train, data.validation))
+    weights = dataset.sample_weights(table, cfg.dataset_weight)
+    describe(cfg, data, dataset, held_out, weights, print)
+    order = GlobalOrder(len(dataset), cfg.seed, weights)
+    items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
+    name, k = items[0]["name"]
+    print(f"samples   {len(dataset)}; batch of {len(items)}, first: {name} step {k}")
+    for item in items:
+        for view, image in item.pop("images", {}).items():
+            print(f"          {view:<14} {image.shape} {image.dtype}, {item['name'][0]} step {item['name'][1]}")
+        item["vl_features"] = item.get("vl_features", torch.zeros(0))
+    for key, value in Collate(cfg, data.about["stats"])(items).items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            dtype, low, high = str(value.dtype).removeprefix("torch."), value.min().item(), value.max().item()
+            print(f"          {key:<14} {str(tuple(value.shape)):<18} {dtype:<8} {low:.4g} .. {high:.4g}")
+    if data.features.missing:
+        print(f"note      the features are not there yet: {data.features.missing}")
+    print("check passed")
