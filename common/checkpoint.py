@@ -292,8 +292,8 @@ def training_state(model, optimizer, fsdp=False):
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        moments = dcp.get_optimizer_state_dict(model, optimizer, options=options)
-        return dcp.get_model_state_dict(model, options=options), moments.get("state", {})
+        weights = dcp.get_model_state_dict(model, options=options)  # first: it shards again what validation gathered
+        return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     moments = {names[p]: {k: v.cpu() for k, v in state.items()} for p, state in optimizer.state.items()}
     return {n: p.detach().cpu() for p, n in names.items()}, moments

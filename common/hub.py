@@ -1,6 +1,7 @@
 """Backbones on disk and on the hub: where their files are, and their weights, read by one function that asserts that
 every tensor found its place. Import it before transformers."""
 
+import hashlib
 import json
 import os
 import sys
@@ -103,3 +104,13 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
             shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
             raise UserError(f"{source} {kind} {len(names)} tensors: {shown}. Give the model that this program expects")
     return missing
+
+
+def weight_digest(folder):
+    """sha256 of the weight files: what an adapter stands on."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        with open(file, "rb") as f:
+            while block := f.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()

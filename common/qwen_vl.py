@@ -1,30 +1,48 @@
-"""Qwen2.5-VL without torchvision and without its processor classes: image patches, rope positions, vision attention.
+"""Qwen2.5-VL without its processor classes: prompt ids, image patches, rope positions, vision attention.
 
-Every program here squashes images to one fixed size first, so all images of a batch have the same patch grid. The numbers (mean, std,
-patch 14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and rope code.
+Images are squashed to one fixed size first, so all of a batch have the same patch grid. The numbers (mean, std, patch
+14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and rope code.
 """
 
-import importlib.util
+import json
+from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+
+from common import UserError, require
+
+TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
+
+
+def chat_text(tokenizer, image_token, images, text, answer=False):
+    """One user turn of `images` places and `text`, through the chat template; `answer`: up to where it begins."""
+    if tokenizer.chat_template is None:  # an older snapshot keeps it in the processor's files
+        turn = TURN.format(images=f"<|vision_start|>{image_token}<|vision_end|>" * images, text=text)
+        return turn + "<|im_start|>assistant\n" * answer
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    turn = [{"role": "user", "content": content}]
+    turn = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=answer)
+    places = turn.count(image_token)
+    require(places == images, f"the chat template has {places} image places for {images} cameras: {turn!r}")
+    return turn
 
 
 def image_patches(images, mean, std, patch=14, merge=2, temporal=2):
-    """(N, h, w, 3) uint8 -> (N * h/patch * w/patch, 3 * temporal * patch * patch) float32, in the order of Qwen2VLImageProcessor: the merge x merge
-    patches of one token together. `mean`, `std` (3, 1, 1) in 0..255 units. A still image is repeated `temporal` times."""
+    """(N, h, w, 3) uint8 -> (N * h/patch * w/patch, 3 * temporal * patch * patch) float32 as Qwen2VLImageProcessor: the
+    merge x merge patches of a token together, a still image `temporal` times. `mean`, `std` (3, 1, 1) in 0..255."""
     x = (images.permute(0, 3, 1, 2).float() - mean) / std  # (N, 3, h, w)
     n, c, h, w = x.shape
     rows, columns = h // patch, w // patch
-    x = x.reshape(n, c, rows // merge, merge, patch, columns // merge, merge, patch).permute(
-        0, 2, 5, 3, 6, 1, 4, 7
-    )  # (n, rows, columns, merge, merge, c, patch, patch)
+    x = x.reshape(n, c, rows // merge, merge, patch, columns // merge, merge, patch)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (n, rows, columns, merge, merge, c, patch, patch)
     return x.unsqueeze(-3).expand(*x.shape[:6], temporal, patch, patch).reshape(n * rows * columns, -1)
 
 
 def rope_positions(ids, image_token_id, grid):
-    """Token ids of one row -> (3, L) int64 positions (time, row, column): text counts up; an image of `grid` = (rows, columns) tokens spans
-    its grid and then moves on by its longer side. Replaces get_rope_index, which synchronises the GPU once per image."""
+    """Token ids of one row -> (3, L) int64 (time, row, column): text counts up; an image of `grid` = (rows, columns)
+    tokens spans its grid, then moves on by its longer side. get_rope_index would synchronise the GPU once per image."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     out, position, i = np.zeros((3, len(ids)), np.int64), 0, 0
     while i < len(ids):
@@ -37,18 +55,25 @@ def rope_positions(ids, image_token_id, grid):
 
 
 def pick_attention(choice, device):
-    """attn_implementation "auto" -> flash_attention_2 where it can run, else sdpa; asking for flash where it cannot is an error."""
-    can_flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
-    if choice == "flash_attention_2" and not can_flash:
-        raise ValueError(
-            "Flash Attention not supported here: it needs CUDA and the flash_attn package. Use --attn_implementation auto (sdpa where flash is missing)"
+    """attn_implementation "auto" -> flash_attention_2 where it runs, else sdpa; flash where it does not is an error."""
+    if choice not in ("auto", "flash_attention_2"):
+        return choice
+    try:  # an installed flash_attn may be broken, or too new for the GPU
+        from flash_attn import flash_attn_func
+
+        flash_attn_func(*torch.zeros(3, 1, 16, 1, 64, dtype=torch.bfloat16, device=device))
+        return "flash_attention_2"
+    except Exception as error:
+        why = (
+            f"Flash Attention not supported here: {error!r}. Use --attn_implementation auto (sdpa where it is missing)"
         )
-    return choice if choice != "auto" else "flash_attention_2" if can_flash else "sdpa"
+        require(choice == "auto", why)
+        return "sdpa"
 
 
 def batch_vision_attention():
-    """Let the vision tower attend to all windows of equal size in one call. transformers loops over them (64 calls per layer at batch 16,
-    224x224) unless flash attention is used; equal windows are simply a batch dimension. Same result."""
+    """Let the vision tower attend to windows of equal size in one call, as a batch dimension. transformers loops over
+    them unless flash attention is used (64 calls per layer at batch 16, 224x224). Same result."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
     attention = qwen.Qwen2_5_VLVisionAttention
@@ -57,16 +82,33 @@ def batch_vision_attention():
     attention.looped_forward = attention.forward
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
-        n = len(cu_seqlens) - 1
-        length = hidden_states.shape[0] // n
-        if self.config._attn_implementation != "sdpa" or not bool((cu_seqlens[1:] - cu_seqlens[:-1] == length).all()):
+        n, length = len(cu_seqlens) - 1, hidden_states.shape[0] // (len(cu_seqlens) - 1)
+        if self.config._attn_implementation != "sdpa" or not bool((cu_seqlens.diff() == length).all()):
             return self.looped_forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         q, k, v = self.qkv(hidden_states).reshape(n * length, 3, self.num_heads, -1).unbind(1)
         q, k = qwen.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        q, k, v = (
-            x.reshape(n, length, self.num_heads, -1).transpose(1, 2) for x in (q, k, v)
-        )  # (windows, heads, length, head dim)
+        q, k, v = (x.reshape(n, length, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))  # (windows, heads, ...)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
         return self.proj(out.transpose(1, 2).reshape(n * length, -1))
 
     attention.forward = forward
+
+
+def open_backbone(folder):
+    """-> (config, tokenizer, image mean, image std) of a directory. The numbers are read from files: the image
+    processor classes of some releases need torchvision."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        path = Path(folder) / "preprocessor_config.json"
+        if path.is_file():
+            about = json.loads(path.read_text())
+        else:  # transformers 5 writes one file for the whole processor
+            about = json.loads((Path(folder) / "processor_config.json").read_text())["image_processor"]
+        mean, std = about["image_mean"], about["image_std"]
+    except (OSError, ValueError, KeyError) as error:
+        lacks = f"model '{folder}' has no config.json, tokenizer and preprocessor_config.json that can be used"
+        raise UserError(f"{lacks}: {str(error).splitlines()[0]}. Set --model to a directory that has them") from error
+    require(config.model_type == "qwen2_5_vl", f"model '{folder}' is a {config.model_type}, not a qwen2_5_vl")
+    return config, tokenizer, mean, std

@@ -1,0 +1,175 @@
+"""FAST action tokens (Pertsch et al. 2025, arXiv 2501.09747), re-implemented from the published description.
+
+A chunk (H, A) in [-1, 1] -> DCT along time -> rounding -> one character per coefficient -> byte-level BPE. The files
+are the public ones: tokenizer.json and processor_config.json (scale, min_token).
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common import UserError, require
+from common.hub import hub_file
+
+NUM_IDS = 2048  # action tokens of the published models; coefficients are characters 0 .. 2047 as well
+
+
+class FastTokenizer:
+    """(H, A) chunk <-> list of ids. Every id stands for fixed bytes of UTF-8 text, one character per DCT coefficient,
+    ordered (frequency, dim); `allowed` uses this to keep an answer on exactly H*A coefficients."""
+
+    def __init__(self, bpe, scale, min_token):
+        self.bpe, self.scale, self.min_token, self.vocab_size = bpe, float(scale), int(min_token), bpe.get_vocab_size()
+        self.clipped = 0  # coefficients that had no symbol, since construction
+        self.bytes = _token_bytes(bpe)
+        shape = np.array([_utf8_shape(b) for b in self.bytes])  # (V, 4)
+        self.lead, self.starts, self.tail, usable = shape.T
+        closes = (self.lead == 1) & (self.starts == 0) & (self.tail == 0) & (usable == 1)
+        self.valid = (usable == 1) & ((self.tail == 0) | closes.any())  # some token must close an open character
+        # a coefficient can be coded only if its character survives the round trip: probe, as the file does not say
+        codable = [v for v in range(NUM_IDS) if bpe.decode(bpe.encode(chr(v)).ids, skip_special_tokens=False) == chr(v)]
+        require(codable, "the FAST tokenizer.json cannot code a single coefficient; expected a byte-level BPE")
+        wanted, codable = np.arange(NUM_IDS), np.array(codable)
+        above = np.searchsorted(codable, wanted).clip(max=len(codable) - 1)
+        lower, upper = codable[(above - 1).clip(min=0)], codable[above]
+        self.nearest = np.where(np.abs(lower - wanted) <= np.abs(upper - wanted), lower, upper)
+
+    @classmethod
+    def load(cls, source):
+        """From a directory in the public layout or a hub id. No remote code."""
+        name = "processor_config.json"
+        try:
+            meta = json.loads(hub_file(source, name).read_text())
+            scale, min_token = float(meta["scale"]), int(meta["min_token"])
+            name = "tokenizer.json"
+            bpe = Tokenizer.from_file(str(hub_file(source, name)))
+        except Exception as error:  # tokenizers raises nothing more specific
+            how = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
+            layout = "the public layout is processor_config.json with scale and min_token, and tokenizer.json"
+            raise UserError(f"FAST tokenizer '{source}', {name}: {error!r}; {layout}: {how}") from error
+        return cls(bpe, scale, min_token)
+
+    def save(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = dict(action_dim=None, min_token=self.min_token, processor_class="UniversalActionProcessor")
+        about |= dict(scale=self.scale, time_horizon=None, vocab_size=self.vocab_size)
+        plain = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+        self.bpe.save(str(folder / "tokenizer.json"))
+        (folder / "processor_config.json").write_text(json.dumps(about, indent=2))
+        (folder / "tokenizer_config.json").write_text(json.dumps(plain, indent=2))
+
+    @classmethod
+    def fit(cls, chunks, scale=10.0, vocab_size=1024):
+        """Train on a list of (H, A) chunks. All 256 byte symbols are in the alphabet, so no coefficient can vanish
+        (the published fit leaves out bytes it did not see)."""
+        sizes = f"256 (one per byte) to {NUM_IDS} (the model's action tokens)"
+        require(256 <= vocab_size <= NUM_IDS, f"fast_vocab_size is {vocab_size}: expected {sizes}")
+        quantised = [_quantise(c, scale) for c in chunks]
+        low, high = min(q.min() for q in quantised), max(q.max() for q in quantised)
+        # room below for actions that the fit did not see: |x| <= 1 bounds a coefficient by scale * sqrt(H)
+        low = min(low, -math.ceil(scale * math.sqrt(max(len(c) for c in chunks))))
+        spans = f"DCT coefficients span {low}..{high}: actions must be normalised to [-1, 1] before FAST"
+        require(high - low < NUM_IDS, spans)
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            max_token_length=10000,
+            show_progress=False,
+        )
+        bpe.train_from_iterator(["".join(map(chr, q - low)) for q in quantised], trainer)
+        return cls(bpe, scale, low)
+
+    def encode(self, chunk):
+        """(H, A) -> ids. A coefficient without a symbol becomes the nearest one that has, counted in `clipped`."""
+        wanted = _quantise(np.asarray(chunk, np.float64), self.scale) - self.min_token
+        coded = self.nearest[np.clip(wanted, 0, NUM_IDS - 1)]
+        self.clipped += int((coded != wanted).sum())
+        return self.bpe.encode("".join(map(chr, coded))).ids
+
+    def decode(self, ids, horizon, dim):
+        """ids -> ((H, A) float32, status "ok" | "short" | "long" | "invalid").
+
+        Short is filled with zero coefficients, long is cut, bytes that are no UTF-8 become zero coefficients
+        ("invalid"); a coefficient is bounded by what |x| <= 1 allows, so a wrong token cannot become a huge motion."""
+        text = b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
+        count, q = horizon * dim, np.array([ord(c) for c in text], np.int64) + self.min_token
+        broken = np.array([c == "\ufffd" for c in text], bool)
+        status = ["short", "ok", "long"][int(np.sign(len(q) - count)) + 1]
+        q[broken] = 0
+        q = np.pad(q[:count], (0, max(0, count - len(q))))
+        bound = math.ceil(self.scale * math.sqrt(horizon))
+        c = np.clip(q, -bound, bound).reshape(horizon, dim) / self.scale
+        return (dct_matrix(horizon).T @ c).astype(np.float32), "invalid" if broken.any() else status
+
+
+def dct_matrix(n):
+    """(n, n) float64 orthonormal DCT-II: coefficients = matrix @ x, x = matrix.T @ coefficients."""
+    k, i = np.mgrid[:n, :n]
+    return np.sqrt(np.where(k == 0, 1, 2) / n) * np.cos(np.pi * (i + 0.5) * k / n)
+
+
+def _quantise(chunk, scale):
+    """(H, A) -> (H*A,) rounded DCT coefficients in steps of 1/scale, ordered (frequency, dim)."""
+    return np.rint(dct_matrix(len(chunk)) @ chunk * scale).astype(np.int64).ravel()
+
+
+def _token_bytes(bpe):
+    """The bytes of every id, by the GPT-2 byte <-> character table of ByteLevel; a token with other characters stands
+    for itself."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    tokens = [bpe.id_to_token(i) for i in range(bpe.get_vocab_size())]
+    return [bytes(table[c] for c in t) if all(c in table for c in t) else t.encode("utf-8") for t in tokens]
+
+
+def _utf8_shape(b):
+    """bytes -> (continuation bytes at the start, characters begun, continuation bytes missing at the end, 1 if usable).
+
+    Usable: one- and two-byte characters only (coefficients 0..2047), at most one continuation byte at the start."""
+    lead = 0
+    while lead < len(b) and 0x80 <= b[lead] < 0xC0:
+        lead += 1
+    begun, i = 0, lead
+    while i < len(b):
+        begun += 1
+        if b[i] < 0x80:
+            i += 1
+        elif 0xC2 <= b[i] < 0xE0 and (i + 1 == len(b) or 0x80 <= b[i + 1] < 0xC0):
+            i += 2
+        else:
+            return lead, begun, 0, 0
+    return lead, begun, i - len(b), int(len(b) > 0 and lead <= 1)
+
+
+class ActionsOnly:
+    """Logits processor for greedy generation: leaves only action ids that keep the answer on `count` coefficients, then
+    the end. malformed (B,): where free decoding would have left the format."""
+
+    def __init__(self, fast, first_action, end, prompts, count):
+        self.first, self.end, self.count, self.length = first_action, end, count, prompts.shape[1]
+        tables = (fast.valid, fast.lead, fast.starts, fast.tail)
+        self.valid, self.lead, self.starts, self.tail = (torch.tensor(t, device=prompts.device) for t in tables)
+        self.malformed = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+
+    def __call__(self, input_ids, scores):
+        answer = input_ids[:, self.length :]
+        done = (answer == self.end).any(1)
+        ids = (answer - self.first).clamp(0, len(self.valid) - 1)
+        remaining = self.count - self.starts[ids].sum(1)
+        open_ = self.tail[ids[:, -1]] if ids.shape[1] else torch.zeros_like(remaining)  # a second byte is missing
+        allowed = self.valid & (self.lead == open_[:, None]) & (self.starts <= remaining[:, None])
+        finished = done | (remaining == 0) & (open_ == 0)
+        masked, actions = torch.full_like(scores, -torch.inf), slice(self.first, self.first + len(self.valid))
+        masked[:, actions] = scores[:, actions].masked_fill(~allowed | finished[:, None], -torch.inf)
+        masked[:, self.end] = torch.where(finished, scores[:, self.end], -torch.inf)
+        self.malformed |= ~done & (scores.argmax(-1) != masked.argmax(-1))
+        return masked
