@@ -345,6 +345,7 @@ def insertion_stats(train, definition, held_out, state_keys=()):
         num_episodes=len(train),
         num_frames=int(sum(e.num_frames for e in train)),
         action_definition=asdict(definition),
+        episodes=[e.name for e in train],
         excluded_episodes=list(held_out),
         **compute_stats(arrays),
     )
