@@ -457,11 +457,11 @@ class Step:
         self.shown["samples/s"] = f"{speed:.1f}"
         run.window, run.time, run.wait, run.logged = [], 0.0, 0.0, self.number
 
-    def validated(self, values, loss, text):
-        """Log a validation; -> is `loss` the lowest so far? Then save it with run.save_best."""
+    def validated(self, values, loss, text="", line=None):
+        """Log a validation; -> is `loss` the lowest so far? Then save it with run.save_best. `line`: the whole line."""
         run = self.run
         run.paused, run._candidate = True, (loss, self.number)
-        run.log.log(self.number, values, f"validation {self.number} | {text}")
+        run.log.log(self.number, values, line or f"validation {self.number} | {text}")
         return math.isfinite(loss) and (run.best_val_loss is None or loss < run.best_val_loss)
 
 

@@ -1,8 +1,8 @@
 """Normalisation statistics: computed by one function, stored in one file form, applied by one class.
 
-File (YAML or JSON by suffix):
-    format_version, num_episodes, num_frames, action_definition {source, dim, rotation_unit}, excluded_episodes [names held out],
-    action, observation.state: {mean, std, min, max, q01, q99, mask, count}, lists of one number per dimension, in the data's own units.
+File (YAML or JSON by suffix): format_version, num_episodes, num_frames, action_definition {source, dim, rotation_unit},
+episodes [names it was computed over], excluded_episodes [names held out], and for action and observation.state
+{mean, std, min, max, q01, q99, mask, count}, lists of one number per dimension in the data's own units.
 """
 
 import json
@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from common import UserError, require
+
 FORMAT_VERSION = 1
 LISTS = ("mean", "std", "min", "max", "q01", "q99")
+MODES = dict(q01_q99=("q01", "q99"), min_max=("min", "max"), mean_std=("mean", "std"), identity=())
 
 
 def compute_stats(arrays):
@@ -29,98 +32,85 @@ def compute_stats(arrays):
 def save_stats(path, stats):
     """Write `stats` as YAML or JSON, by the suffix of `path`."""
     path = Path(path)
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"statistics file '{path}': the suffix must be .yaml, .yml or .json")
-    text = (
-        json.dumps(stats, indent=2)
-        if path.suffix == ".json"
-        else yaml.safe_dump(stats, sort_keys=False, default_flow_style=None, width=1000)
-    )
-    path.write_text(text)
+    known = path.suffix in (".yaml", ".yml", ".json")
+    require(known, f"statistics file '{path}': the suffix must be .yaml, .yml or .json")
+    if path.suffix == ".json":
+        path.write_text(json.dumps(stats, indent=2))
+    else:
+        path.write_text(yaml.safe_dump(stats, sort_keys=False, default_flow_style=None, width=1000))
 
 
-def load_stats(path, keys=("action",), definition=None, held_out=()):
-    """Read and check a statistics file.
-
-    `definition` (a dict) must equal the file's action_definition; every name in `held_out` must be among the file's
-    excluded_episodes, or its numbers contain validation data. Raises FileNotFoundError or ValueError with the next command.
-    """
+def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(), command=None):
+    """Read and check a statistics file. `definition` (a dict) must equal its action_definition; none of the episodes
+    `held_out` may be in its numbers; of those `trained` on at least one must. `command` makes the right file."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.name} not found: '{path}' does not exist. Make it with: python compute_stats.py --dataset.root_dir DATA --output {path}"
-        )
-    again = f"Make it again: python compute_stats.py --dataset.root_dir DATA --output {path}"
+    again = f"Make it with: {command or f'python compute_stats.py --dataset.root_dir DATA --output {path}'}"
+    require(path.is_file(), f"{path.name} not found: '{path}' does not exist. {again}")
     try:
         text = path.read_text(encoding="utf-8")
         stats = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:  # ValueError: not JSON, or not text
-        raise ValueError(f"{path} is not a statistics file ({error}). {again}") from error
-    if not isinstance(stats, dict):
-        raise ValueError(f"{path} is not a statistics file (it holds a {type(stats).__name__}). {again}")
+        raise UserError(f"{path} is not a statistics file ({error}). {again}") from error
+    kind = type(stats).__name__
+    require(isinstance(stats, dict), f"{path} is not a statistics file (it holds a {kind}). {again}")
     for key in keys:
         entry = stats.get(key)
-        if not isinstance(entry, dict) or any(name not in entry for name in LISTS):
-            raise ValueError(f"{path} has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}. {again}")
-        try:
-            values, mask = (
-                np.array([entry[name] for name in LISTS], np.float64),
-                np.array(entry.get("mask", entry["mean"])),
-            )
-        except (TypeError, ValueError):  # a list is shorter than the others, or holds something else
-            values = mask = np.zeros(0)
-        if values.ndim != 2 or not np.isfinite(values).all() or mask.shape != values[0].shape:
-            raise ValueError(
-                f"{path}: '{key}' must have {', '.join(LISTS)} and mask as lists of the same length, of finite numbers. {again}"
-            )
-    if stats.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {stats.get('format_version')}, this code reads {FORMAT_VERSION}. {again}"
-        )
-    if definition is not None and stats.get("action_definition") != definition:
-        raise ValueError(
-            f"{path} was computed for actions {stats.get('action_definition')}, this run trains on {definition}. {again}"
-        )
-    seen = sorted(set(held_out) - set(stats.get("excluded_episodes") or ()))
-    if seen:
-        raise ValueError(
-            f"{path} was computed over {len(seen)} episode(s) that this run validates on, e.g. {seen[0]}. Use the same num_val_episodes: {again}"
-        )
+        complete = isinstance(entry, dict) and all(name in entry for name in LISTS)
+        require(complete, f"{path} has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}. {again}")
+        wanted = f"{', '.join(LISTS)} and mask as lists of the same length, of finite numbers"
+        require(_is_table(entry), f"{path}: '{key}' must have {wanted}. {again}")
+    version, made_for = stats.get("format_version"), stats.get("action_definition")
+    require(
+        version == FORMAT_VERSION, f"{path} has format_version {version}, this code reads {FORMAT_VERSION}. {again}"
+    )
+    same = definition is None or made_for == definition
+    require(same, f"{path} was computed for actions {made_for}, this run trains on {definition}. {again}")
+    inside, outside = stats.get("episodes"), set(stats.get("excluded_episodes") or ())
+    seen = sorted(set(held_out) - outside if inside is None else set(held_out) & set(inside))
+    known = inside is None or not trained or set(trained) & set(inside)
+    require(known, f"{path} was computed over other data: {len(inside or ())} episodes, none of this run's. {again}")
+    example = f"{len(seen)} episode(s) that this run validates on, e.g. {seen[0] if seen else ''}"
+    require(not seen, f"{path} was computed over {example}. {again}")
     return stats
+
+
+def _is_table(entry):
+    try:
+        values = np.array([entry[name] for name in LISTS], np.float64)
+        mask = np.array(entry.get("mask", entry["mean"]))
+    except (TypeError, ValueError):  # a list is shorter than the others, or holds something else
+        return False
+    return values.ndim == 2 and bool(np.isfinite(values).all()) and mask.shape == values[0].shape
 
 
 class Normalizer:
     """Maps data to training units and back, per dimension, for arrays (..., D) in NumPy.
 
-    "q01_q99" and "min_max" map [low, high] to [-1, 1] and clip; "mean_std" subtracts and divides. A dimension whose mask is
-    False passes unchanged. A constant dimension maps to 0 and back to its constant. Where q01 = q99 although the data moves
-    (a rare jump), min and max are used, so that the jump survives.
+    "q01_q99" and "min_max" map [low, high] to [-1, 1] and clip, unless `clip` is false; "mean_std" subtracts and
+    divides; "identity" and a dimension whose mask is False pass unchanged. A constant dimension maps to 0 and back to
+    its constant. Where q01 = q99 although the data moves (a rare jump), min and max are used, so that it survives.
     """
 
-    def __init__(self, entry, mode="q01_q99"):
-        if mode not in ("q01_q99", "min_max", "mean_std"):
-            raise ValueError(f"normalisation mode '{mode}': expected q01_q99, min_max or mean_std")
-        values = {name: np.asarray(entry[name], np.float64) for name in LISTS}
-        self.mode, self.dim, self.mask = (
-            mode,
-            len(entry["mean"]),
-            np.asarray(entry.get("mask", [True] * len(entry["mean"])), bool),
-        )
-        if mode == "mean_std":
-            self.center, self.half = values["mean"], values["std"]
-        else:
-            low, high = (values["q01"], values["q99"]) if mode == "q01_q99" else (values["min"], values["max"])
-            flat = high - low <= 1e-12 * np.maximum(np.abs(low), np.abs(high))
-            low, high = np.where(flat, values["min"], low), np.where(flat, values["max"], high)
+    def __init__(self, entry, mode="q01_q99", clip=True):
+        require(mode in MODES, f"normalisation mode '{mode}': expected {', '.join(MODES)}")
+        missing = [name for name in MODES[mode] if name not in entry]
+        require(not missing, f"the statistics lack {missing}, which mode {mode} needs; they have {sorted(entry)}")
+        self.mode, self.dim = mode, len(next(v for v in entry.values() if isinstance(v, list)))
+        self.mask = np.asarray(entry.get("mask", [True] * self.dim), bool) & (mode != "identity")
+        self.clip = clip and mode in ("q01_q99", "min_max")
+        first, second = (np.asarray(entry[name], np.float64) for name in MODES[mode] or ("mean", "mean"))
+        self.center, self.half = first, second
+        if mode in ("q01_q99", "min_max"):
+            flat = second - first <= 1e-12 * np.maximum(np.abs(first), np.abs(second))
+            low, high = np.where(flat, entry.get("min", first), first), np.where(flat, entry.get("max", second), second)
             self.center, self.half = (low + high) / 2, (high - low) / 2
         # float32 noise around a constant is no motion: relative to the size of the value it is below 1e-7
-        self.constant = self.half <= 1e-7 * np.abs(self.center)
+        self.constant = self.mask & (self.half <= 1e-7 * np.abs(self.center))
 
     def normalize(self, x):
         """(..., D) in data units -> float32 in training units."""
-        y = (x - self.center) / np.where(self.constant, 1.0, self.half)
-        if self.mode != "mean_std":
-            y = np.clip(y, -1.0, 1.0)
+        y = (x - self.center) / np.where(self.constant | ~self.mask, 1.0, self.half)
+        y = np.clip(y, -1.0, 1.0) if self.clip else y
         return np.where(self.mask, np.where(self.constant, 0.0, y), x).astype(np.float32)
 
     def unnormalize(self, y):
