@@ -34,6 +34,7 @@ frame, L text tokens, D width of the text model, T frames of an episode.
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -65,15 +66,13 @@ from common.stats import Normalizer, compute_stats
 
 SCRIPT, FORMAT = Path(__file__).stem, 2  # of a .ckpt
 TAGS = (  # Kosmos-2's, in the order of their ids
-    "</doc> <image> </image> </chunk> </line> <phrase> </phrase> <object> </object> "
-    "</delimiter_of_multi_objects/> <grounding>"
-).split()
+    *("</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>"),
+    *("</delimiter_of_multi_objects/>", "<grounding>"),
+)
 PUBLISHED_IDS = {65037: [64003, 64004]}  # size of a vocabulary -> its ids of <image> and </image>
 DEAD_BAND = 0.3  # of the action scale: a smaller velocity has no direction
-SIDE_TEXTS = {
-    side: f"Navigate around obstacles and reach the front of the beverage bottle on the {side}"
-    for side in ("left", "right")
-}
+SIDE_TEXT = "Navigate around obstacles and reach the front of the beverage bottle on the {}"
+SIDE_TEXTS = {side: SIDE_TEXT.format(side) for side in ("left", "right")}
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -87,9 +86,7 @@ class DatasetConfig:
     split: Literal["group", "chronological"] = "group"  # hold out the newest of every scenario (see Episode), or of all
     instruction: str = "Navigate to the target location"  # where neither the file nor its name tells
     name_instructions: dict[str, str] = field(default_factory=SIDE_TEXTS.copy)  # word of a file name -> its instruction
-    swap_instructions: dict[str, str] = field(
-        default_factory=dict
-    )  # text -> its opposite; default: by driven direction
+    swap_instructions: dict[str, str] = field(default_factory=dict)  # text -> its opposite; default: see below
     max_text_len: int = 256  # text tokens
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
@@ -101,16 +98,12 @@ class DatasetConfig:
 
 @dataclass
 class TrainSetupConfig:
-    precision: Literal["16-mixed", "bf16-mixed", "32-true"] = (
-        "16-mixed"  # of CUDA, 16-mixed as bf16; the CPU has 32-true
-    )
+    precision: Literal["16-mixed", "bf16-mixed", "32-true"] = "16-mixed"  # of CUDA: both mixed ones are bf16
     lora_enable: bool = True  # false: only the action token and the head are trained
     lora_r: int = 32  # rank
     lora_alpha: int = 16  # scale = alpha / r
     lora_dropout: float = 0.1  # on the adapters' input
-    lora_scope: Literal["text", "text_attention", "all"] = (
-        "text"  # linears of the text model, its attention, or the tower too
-    )
+    lora_scope: Literal["text", "text_attention", "all"] = "text"  # linears: text model, its attention, tower too
 
 
 @dataclass
@@ -137,9 +130,7 @@ class Config:
     seed: int = 123  # of the sample order, dropout and new weights
     window_size: int = 8  # W, observed frames
     fwd_pred_next_n: int = 10  # N, predicted velocities
-    label_offset: int = (
-        1  # first label of a step: 1 the action after its newest image, 0 (the guide's) the one it shows
-    )
+    label_offset: int = 1  # first label of a step: 1 the action after its newest image, 0 (the guide) the one it shows
     batch_size: int = 1  # windows per GPU and micro-batch
     num_workers: int = 2  # loader processes per rank; 0: in the main process
     learning_rate: float = 1e-4  # AdamW
@@ -167,16 +158,11 @@ ALIASES = {
 ACCEPTED = {
     "trainer_type": ("MobileVLATrainer",),
     "optimizer": ("adamw",),
-    "use_hand_rgb": ("false",),
-    "act_head.type": ("MobileVLALSTMDecoder",),
-    "act_head.action_dim": ("2",),
-    "act_head.latent": ("1",),
-    "act_head.down_sample": ("none",),
     "dataset.type": ("MobileVLAH5Dataset",),
     "train_setup.freeze_backbone": ("true",),
-    "train_setup.lora_bias": ("none",),
+    "act_head.type": ("MobileVLALSTMDecoder",),
+    "act_head.down_sample": ("none",),
     "trainer.monitor": ("val_loss",),
-    "trainer.mode": ("min",),
     "trainer.save_last": ("true",),
 }
 # without these the order, the noise, the labels or the moments would belong to another run
@@ -190,26 +176,14 @@ FIXED = (
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    d, t, dropout = cfg.dataset, cfg.trainer, cfg.train_setup.lora_dropout
-    whole = dict(
-        window_size=cfg.window_size,
-        fwd_pred_next_n=cfg.fwd_pred_next_n,
-        batch_size=cfg.batch_size,
-        lora_r=cfg.train_setup.lora_r,
-        hidden_size=cfg.act_head.hidden_size,
-        num_layers=cfg.act_head.num_layers,
-        max_epochs=t.max_epochs,
-        accumulate_grad_batches=t.accumulate_grad_batches,
-        every_n_epochs=t.every_n_epochs,
-        log_every_n_steps=t.log_every_n_steps,
-    )
-    for name, value in whole.items():
-        require(value >= 1, f"{name} is {value}: expected 1 or more")
-    for name, value in dict(save_top_k=t.save_top_k, max_steps=t.max_steps, num_workers=cfg.num_workers).items():
-        require(value >= 0, f"{name} is {value}: expected 0 or more")
+    d, dropout = cfg.dataset, cfg.train_setup.lora_dropout
+    for group in (cfg, cfg.train_setup, cfg.act_head, cfg.trainer):
+        for name, value in vars(group).items():
+            least = 0 if name in ("seed", "label_offset", "num_workers", "max_steps", "save_top_k") else 1
+            require(type(value) is not int or value >= least, f"{name} is {value}: expected {least} or more")
+    require(cfg.label_offset < 2, f"label_offset is {cfg.label_offset}: expected 0 or 1")
     share = f"dataset.train_split is {d.train_split}: expected a share above 0, up to 1 (no validation)"
     require(0 < d.train_split <= 1, share)
-    require(cfg.label_offset in (0, 1), f"label_offset is {cfg.label_offset}: expected 0 or 1")
     speeds = f"dataset.action_scale is {d.action_scale}: expected two speeds above 0, of linear_x and linear_y"
     require(len(d.action_scale) == 2 and min(d.action_scale) > 0, speeds)
     require(0 <= dropout < 1, f"train_setup.lora_dropout is {dropout}: expected 0 to below 1")
@@ -238,9 +212,9 @@ class Episode:
 
     @property
     def side(self):
-        """left | right | other: where it drove on the whole. So metrics are split, and instructions told apart."""
+        """-1 right, 1 left, 0 neither: where it drove on the whole. So metrics are split, and texts told apart."""
         drift = self.actions[:, 1].mean()
-        return "other" if abs(drift) < 0.02 else "left" if drift > 0 else "right"
+        return int(np.sign(drift)) if abs(drift) > 0.02 else 0
 
 
 def read_episode(path, d, images_too=False):
@@ -257,7 +231,9 @@ def read_episode(path, d, images_too=False):
             images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep.read_instruction(f, path)
             kind = f"dataset 'images' is {images.dtype} {images.shape}; expected uint8 (T, H, W, 3)"
             check(images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8, kind)
-            shape = f"dataset 'actions' has shape {actions.shape}; expected ({len(images)}, 3): linear_x, linear_y, angular_z"
+            shape = (
+                f"dataset 'actions' has shape {actions.shape}; expected ({len(images)}, 3): linear_x, linear_y, turn"
+            )
             check(actions.ndim == 2 and actions.shape[1] >= 2 and len(actions) == len(images) > 0, shape)
             bad = np.flatnonzero(~np.isfinite(actions).all(1))
             check(not len(bad), f"dataset 'actions' frame {bad[:1]} is not finite ({len(bad)} such frames)")
@@ -278,14 +254,10 @@ def read_episode(path, d, images_too=False):
 def load_episodes(d, names=None, progress=iter):
     """Every file of dataset.episode_pattern below data_dir, or those called `names` -> (episodes, the oldest first,
     messages of excluded files)."""
-    require(
-        Path(d.data_dir).is_dir(), f"dataset.data_dir '{d.data_dir}' is not a folder: give the one of your episodes"
-    )
+    require(Path(d.data_dir).is_dir(), f"dataset.data_dir '{d.data_dir}' is not a folder: give the one of the episodes")
     found = {os.path.relpath(path, d.data_dir): path for path in ep.find_episodes(d.data_dir)}
-    unknown = sorted(set(names or ()) - set(found))
-    require(
-        not unknown, f"'{d.data_dir}' has no episode '{''.join(unknown[:1])}'; it has {', '.join([*found][:5])}, ..."
-    )
+    for name in names or ():
+        require(name in found, f"'{d.data_dir}' has no episode '{name}'; it has {', '.join([*found][:5])}, ...")
     paths = [p for name, p in found.items() if fnmatch.fnmatch(os.path.basename(p), d.episode_pattern)]
     how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
     require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
@@ -321,17 +293,15 @@ def split_episodes(episodes, train_split, how):
 
 def opposite_instructions(train, episodes, configured):
     """{instruction of `episodes`: what to say instead, to see whether the policy listens}: the most alike text of the
-    `train` episodes that drove to the other side. None for a text that has no such."""
-    drifts = {}
+    `train` episodes that drove to the other side; a text that has no such is left out."""
+    drifts, opposites = Counter(), dict(configured)
     for e in episodes:
-        drifts.setdefault(e.instruction, []).append({"left": 1, "right": -1, "other": 0}[e.side])
-    sides, known = {text: np.sign(sum(values)) for text, values in drifts.items()}, {e.instruction for e in train}
-    out = {}
-    for text, side in sides.items():
-        others = sorted(t for t in known if side and sides[t] == -side)
+        drifts[e.instruction] += e.side
+    for text in drifts.keys() - configured.keys():
+        others = sorted({e.instruction for e in train if drifts[e.instruction] * drifts[text] < 0})
         if others:
-            out[text] = difflib.get_close_matches(text, others, 1, cutoff=0)[0]
-    return out | configured
+            opposites[text] = difflib.get_close_matches(text, others, 1, cutoff=0)[0]
+    return opposites
 
 
 @dataclass
@@ -347,13 +317,13 @@ class Data:
 def load_data(cfg, quiet=False):
     """Find, read and split the episodes."""
     d = cfg.dataset
-    bar = lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=quiet or None, leave=False)
+    bar = functools.partial(tqdm, desc="reading episodes", unit="file", disable=quiet or None, leave=False)
     episodes, excluded = load_episodes(d, progress=bar)
     train, validation = ([episodes[i] for i in part] for part in split_episodes(episodes, d.train_split, d.split))
     digest = hashlib.sha256(d.windows.encode())
     for e in train:
         digest.update(json.dumps([e.name, e.num_frames, e.instruction]).encode() + e.actions.tobytes())
-    stats, opposites = compute_stats(dict(action=[e.actions for e in train])), d.swap_instructions
+    stats = compute_stats(dict(action=[e.actions for e in train]))
     opposites = opposite_instructions(train, episodes, d.swap_instructions)
     return Data(train, validation, excluded, stats, opposites, digest.hexdigest()[:16])
 
@@ -404,9 +374,6 @@ class Frames:
         self.kept.move_to_end(episode.path)
         return self.kept[episode.path]
 
-    def __getstate__(self):
-        return self.__dict__ | {"kept": OrderedDict()}
-
 
 class MobileVLAH5Dataset(Dataset):
     """One item per window of F = W + N frames. Item (position, i); keys of the guide, F = 18:
@@ -433,13 +400,11 @@ class MobileVLAH5Dataset(Dataset):
         index, mask = np.minimum(places, episode.num_frames - 1), torch.from_numpy(places < episode.num_frames)
         text, text_mask = self.prompt.tokens(episode.instruction) if self.prompt else (None, None)
         rgb = self.frames.of(episode)[index]
-        return dict(
+        masks = dict.fromkeys(("action_mask", "image_mask", "attention_mask"), mask)
+        return masks | dict(
             rgb=rgb,
             hand_rgb=torch.zeros(1, dtype=torch.uint8).expand(rgb.shape),
             actions=torch.from_numpy(self.normalizer.normalize(episode.actions[index])),
-            action_mask=mask,
-            image_mask=mask,
-            attention_mask=mask,
             text=text,
             text_mask=text_mask,
             lang=episode.instruction,
@@ -491,28 +456,11 @@ class MobileVLAH5Dataset(Dataset):
 
 
 def process_batch(batch):
-    """Batch -> the guide's 19-tuple (its _process_batch). language and text_mask are cut to the longest text of the
-    batch; velocity is action's first W rows."""
+    """Batch -> the guide's 19-tuple (its _process_batch), in the order of TUPLE; None: what the base does not have."""
     W, L = batch["attention_mask"].shape[1], batch["text_len"]
-    return (
-        batch["rgb"],
-        batch["hand_rgb"],
-        batch["attention_mask"],
-        batch["text"][:, :L],
-        batch["text_mask"][:, :L],
-        batch["fwd_rgb_chunck"],
-        batch["fwd_hand_rgb_chunck"],
-        batch["action"][:, :W],  # velocity (B, W, 2)
-        None,  # gripper_action
-        batch["action_chunck"],  # velocity_chunck (B, S, N, 2)
-        None,  # gripper_action_chunck
-        batch["chunck_mask"],
-        batch["fwd_mask"],
-        *(None, None, None),  # instr_and_action_ids, _labels, _mask: no discrete actions
-        batch["raw_text"],
-        None,  # rel_state: the base has none
-        batch["data_source"],
-    )
+    own = dict(language=batch["text"][:, :L], text_mask=batch["text_mask"][:, :L])  # cut to the longest text
+    own |= dict(velocity=batch["action"][:, :W], velocity_chunck=batch["action_chunck"])
+    return tuple((batch | own).get(name) for name in TUPLE)
 
 
 class Prompt:
@@ -542,6 +490,12 @@ class Prompt:
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
+TUPLE = (
+    *("rgb", "hand_rgb", "attention_mask", "language", "text_mask", "fwd_rgb_chunck", "fwd_hand_rgb_chunck"),
+    *("velocity", "gripper_action", "velocity_chunck", "gripper_action_chunck", "chunck_mask", "fwd_mask"),
+    *("instr_and_action_ids", "instr_and_action_labels", "instr_and_action_mask", "raw_text", "rel_state"),
+    "data_source",
+)
 LORA_SCOPES = dict(
     text_attention=r"text_model\..*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     text=r"text_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
@@ -552,9 +506,9 @@ LORA_SCOPES = dict(
 class MobileVLALSTMDecoder(nn.Module):
     """Action-token states over time -> velocities in (-1, 1). One direction only: step i knows frames 0..i."""
 
-    def __init__(self, in_features, hidden_size, num_layers, window_size, fwd_pred_next_n, action_dim=2):
+    def __init__(self, in_features, hidden_size, num_layers, fwd_pred_next_n, action_dim=2):
         super().__init__()
-        self.window_size, self.fwd_pred_next_n, self.action_dim = window_size, fwd_pred_next_n, action_dim
+        self.fwd_pred_next_n, self.action_dim = fwd_pred_next_n, action_dim
         self.rnn = nn.LSTM(in_features, hidden_size, num_layers, batch_first=True)
         sizes, layers = (hidden_size, 1024, 512, 256, fwd_pred_next_n * action_dim), []
         for wide, narrow in zip(sizes, sizes[1:], strict=False):
@@ -562,26 +516,10 @@ class MobileVLALSTMDecoder(nn.Module):
             nn.init.xavier_uniform_(layers[-2].weight)
             nn.init.zeros_(layers[-2].bias)
         self.mlp = nn.Sequential(*layers[:-1], nn.Tanh())
-        self.reset()
 
-    def reset(self):
-        """Forget the frames that were streamed."""
-        self.history_memory, self.hidden_state = [], None
-
-    def forward(self, tok_seq, h_0=None, stream=False):
-        """tok_seq (B, S, latent, D) or (B, S, latent * D) -> (velocities (B, S, N, 2), None: no gripper). `stream`: one
-        new step, S = 1, of the frames since reset(). Up to W frames the LSTM's state is carried on; from then on it
-        sees the last W of them from a fresh state, as every training window does."""
-        x = tok_seq.flatten(2)
-        if not stream:
-            x, _ = self.rnn(x, h_0)
-        else:
-            assert x.shape[1] == 1, f"streaming takes one step at a time, got {x.shape[1]}"
-            self.history_memory = [*self.history_memory, x][-self.window_size - 1 :]
-            if len(self.history_memory) <= self.window_size:
-                x, self.hidden_state = self.rnn(x, self.hidden_state)
-            else:
-                x = self.rnn(torch.cat(self.history_memory[1:], dim=1))[0][:, -1:]
+    def forward(self, tok_seq, h_0=None):
+        """tok_seq (B, S, latent, D) or (B, S, latent * D) -> (velocities (B, S, N, 2), None: no gripper)."""
+        x, _ = self.rnn(tok_seq.flatten(2), h_0)
         return self.mlp(x).unflatten(-1, (self.fwd_pred_next_n, self.action_dim)), None
 
     def loss(self, pred_action, labels, attention_mask, count=None):
@@ -602,9 +540,7 @@ class MobileVLA(nn.Module):
         width, head = backbone.config.text_config.embed_dim, cfg.act_head
         self.backbone, self.queries = vlm, backbone.config.latent_query_num
         self.action_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.act_head = MobileVLALSTMDecoder(
-            width, head.hidden_size, head.num_layers, cfg.window_size, cfg.fwd_pred_next_n
-        )
+        self.act_head = MobileVLALSTMDecoder(width, head.hidden_size, head.num_layers, cfg.fwd_pred_next_n)
         for name, value in dict(image_ids=image_ids, mean=backbone.mean, std=backbone.std).items():
             self.register_buffer(name, torch.tensor(value), persistent=False)
         adapters = [name for name, _ in vlm.named_parameters() if "lora_" in name]
@@ -672,12 +608,12 @@ class Policy:
 
     def __init__(self, model, prompt, cfg, image_size, stats, opposites, bf16=False):
         self.model, self.prompt, self.cfg, self.image_size, self.stats = model, prompt, cfg, image_size, stats
-        self.opposites, self.bf16, self.normalizer, self._instruction = opposites, bf16, action_normalizer(cfg), None
+        self.opposites, self.bf16, self.normalizer = opposites, bf16, action_normalizer(cfg)
+        self.reset()
 
     def reset(self):
         """Forget the frames seen so far: call it at the start of every episode."""
-        self.model.act_head.reset()
-        self._instruction = None
+        self._instruction, self._states = None, None
 
     def pixels(self, images):
         """list of (h, w, 3) uint8 RGB of any size -> (n, 3, side, side) uint8"""
@@ -696,42 +632,38 @@ class Policy:
             return self.model.encode(self.model.image_embeds(vision_x.to(device)), text, mask).float()
 
     @torch.no_grad()
-    def head(self, tok_seq, stream=False):
-        """(B, S, D) -> (B, S, N, 2) float32 in [-1, 1]"""
-        return self.model.act_head(tok_seq[:, :, None], stream=stream)[0].cpu().numpy()
+    def velocities(self, rows):
+        """list of (t, D) states of 1 to W frames, oldest first -> (B, N, 2) float32 in [-1, 1], after their newest."""
+        answers = self.model.act_head(nn.utils.rnn.pad_sequence(rows, batch_first=True))[0]
+        return answers[range(len(rows)), [len(row) - 1 for row in rows]].cpu().numpy()
 
     def predict(self, images, instruction=None):
         """On the robot: predict(images, instruction) with the newest image (h, w, 3) uint8 RGB, or several, oldest
-        first -> (N, 2) float32 m/s, linear_x and linear_y of the next steps (see label_offset). It remembers the frames
+        first -> (N, 2) float32 m/s, linear_x and linear_y of the next steps (see label_offset). It remembers W frames
         since reset(); a changed instruction starts anew, because no training window ever mixed two.
 
         Without an instruction: predict([{images: 1 to W frames, oldest first, instruction: str}, ...]) -> (B, N, 2), no
         memory.
         """
+        W, rows = self.cfg.window_size, []
         if instruction is not None:
             frames = self.pixels([images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images))
-            if instruction != self._instruction:
-                self.reset()
-                self._instruction = instruction
-            for state in self.action_states(frames, instruction):
-                answer = self.head(state[None, None], stream=True)
-            return self.normalizer.unnormalize(answer[0, 0])
-        rows = []
+            states = self.action_states(frames, instruction)
+            known = [self._states] if instruction == self._instruction else []
+            self._instruction, self._states = instruction, torch.cat([*known, states])[-W:]
+            return self.normalizer.unnormalize(self.velocities([self._states])[0])
         for o in images:
-            count, W = len(o["images"]), self.cfg.window_size
+            count = len(o["images"])
             require(1 <= count <= W, f"an observation has {count} images; expected 1 to {W} frames, oldest first")
             rows.append(self.action_states(self.pixels(o["images"]), o["instruction"]))
-        answers = self.head(nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        return self.normalizer.unnormalize(answers[np.arange(len(rows)), [len(row) - 1 for row in rows]])
+        return self.normalizer.unnormalize(self.velocities(rows))
 
     def rollout(self, vision_x, instruction):
         """A whole episode as the robot would have driven it: uint8 (T, 3, side, side) -> (T, N, 2) float32 in [-1, 1],
         row t from the last W frames up to t."""
         W, T = self.cfg.window_size, len(vision_x)
         states = torch.cat([self.action_states(vision_x[i : i + 2 * W], instruction) for i in range(0, T, 2 * W)])
-        first = [max(0, t - W + 1) for t in range(T)]
-        windows = nn.utils.rnn.pad_sequence([states[a : t + 1] for t, a in enumerate(first)], batch_first=True)
-        return self.head(windows)[np.arange(T), [t - a for t, a in enumerate(first)]]
+        return self.velocities([states[max(0, t - W + 1) : t + 1] for t in range(T)])
 
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per episode {name, sample: callable(t) -> observation, target (M, 2) m/s, hold
@@ -774,19 +706,18 @@ class Backbone:
         from transformers import AutoConfig, AutoTokenizer
 
         folder = local_folder(source, weights, why)
-        about = [
-            folder / name for name in ("preprocessor_config.json", "processor_config.json")
-        ]  # of old and new releases
-        texts = [json.loads(path.read_text(encoding="utf-8")) for path in about if path.is_file()]
-        pixels = [p for p in (text.get("image_processor", text) for text in texts) if "image_mean" in p]
-        lacks = next((n for n in ("config.json", "tokenizer_config.json") if not (folder / n).is_file()), "")
-        lacks = lacks or ("" if pixels else "preprocessor_config.json with the pixels' image_mean")
-        require(not lacks, f"model '{source}' has no {lacks}; expected a Kosmos-2 directory as transformers saves it")
-        config = AutoConfig.from_pretrained(folder)
+        need = f"model '{source}' has no {{}}; expected a Kosmos-2 directory as transformers saves it"
+        for name in ("config.json", "tokenizer_config.json"):
+            require((folder / name).is_file(), need.format(name))
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         another = f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. {Config.model}"
         require(config.model_type == "kosmos-2", another)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(folder, config, tokenizer, pixels[0]["image_mean"], pixels[0]["image_std"])
+        for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # of older, newer releases
+            about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            about = about.get("image_processor", about)
+            if "image_mean" in about:
+                return cls(folder, config, tokenizer, about["image_mean"], about["image_std"])
+        raise MissingFile(need.format("preprocessor_config.json with the pixels' image_mean"))
 
     @property
     def image_size(self):
@@ -809,31 +740,33 @@ class Backbone:
             parts[name] = f"{name}{list(tensor.shape)}".encode() + values
         return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
 
+    def check(self, path, digest):
+        """A .ckpt holds what was trained on one backbone: is it this one?"""
+        found = self.digest()
+        another = f"{path} was trained on a backbone with digest {digest}; '{self.folder}' has {found}"
+        require(found == digest, f"{another}. Give the right one")
 
-def build_model(cfg, backbone, prompt, device, dtype=torch.float32, weights=True):
-    """-> MobileVLA on `device`: adapters, action token and head in fp32, the frozen backbone in `dtype`. `weights`
-    False: the backbone stays random."""
+
+def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
+    """-> MobileVLA on `device`: adapters, action token and head in fp32, the frozen backbone in `dtype`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
 
-    s, known = cfg.train_setup, backbone.config.text_config.vocab_size
-    strange = (
-        f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {prompt.image_ids}; its model has {known}"
-    )
-    fits = max(prompt.image_ids) < known and PUBLISHED_IDS.get(known, prompt.image_ids) == prompt.image_ids
-    require(fits, f"{strange} ids: tokenizer and weights do not belong together")
+    s, ids, known = cfg.train_setup, prompt.image_ids, backbone.config.text_config.vocab_size
+    strange = f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {ids}; its model has {known} ids"
+    fits = max(ids) < known and PUBLISHED_IDS.get(known, ids) == ids
+    require(fits, f"{strange}: tokenizer and weights do not belong together")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         with torch.device(device):
             vlm = AutoModel.from_config(backbone.config, dtype=dtype)
-        if weights:
-            load_weights(vlm, backbone.tensors(), cfg.model)
+        load_weights(vlm, backbone.tensors(), backbone.folder)
         vlm.requires_grad_(False)
         torch.manual_seed(cfg.seed)
         if s.lora_enable:
             shape = dict(r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, bias="none")
             vlm = get_peft_model(vlm, LoraConfig(target_modules=LORA_SCOPES[s.lora_scope], **shape))
-        return MobileVLA(vlm, backbone, prompt.image_ids, cfg).to(device)
+        return MobileVLA(vlm, backbone, ids, cfg).to(device)
 
 
 def save_model(path, core, optimizer, about):
@@ -876,7 +809,7 @@ def load_policy(path, device=None, model=None):
     cfg = config_from(Config, saved["config"])
     why = "" if model else f", where the training of {path} found its backbone: load_policy(path, model=DIR)"
     backbone = Backbone.open(model or cfg.model, why=why)
-    check_backbone(path, saved, backbone)
+    backbone.check(path, saved["backbone"])
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = device.type == "cuda" and cfg.train_setup.precision != "32-true"
     prompt = Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
@@ -886,16 +819,9 @@ def load_policy(path, device=None, model=None):
     return Policy(core, prompt, cfg, backbone.image_size, saved["stats"], saved["opposites"], bf16)
 
 
-def check_backbone(path, saved, backbone):
-    """A .ckpt holds what was trained on one backbone -> its digest."""
-    digest = backbone.digest()
-    another = f"{path} was trained on a backbone with digest {saved['backbone']}; '{backbone.folder}' has {digest}"
-    require(digest == saved["backbone"], f"{another}. Give the right one")
-    return digest
-
-
 # ---- validation ------------------------------------------------------------------------------------------------------
 
+WHO = ("val_", "val_left_", "val_right_", "blind_zeros_", "blind_mean_", "blind_per_time_")
 SUMS = ("huber", "abs_x", "abs_y", "sq_x", "sq_y", "steps", "turns", "turned", "class9")
 SHORT = ("loss", "mae_linear_x", "mae_linear_y", "direction_accuracy")
 
@@ -907,36 +833,28 @@ def labels_of(actions, cfg):
 
 
 def measure(predicted, target, exists, scale):
-    """(T, N, 2) in [-1, 1] twice, exists (T, N) -> SUMS: Huber, absolute and squared error (m/s) per axis, steps; of the
-    steps whose linear_y leaves the dead band (turns) those with the right sign (turned); steps whose (x, y) falls into
-    the right one of 3 x 3 directions."""
-
-    def directions(v):
-        return np.sign(v) * (np.abs(v) > DEAD_BAND)
-
-    error = predicted - target
+    """(T, N, 2) in [-1, 1] twice, exists (T, N) -> {SUMS: Huber, absolute and squared error (m/s) per axis, steps; of
+    the steps whose linear_y leaves the dead band (turns) those with the right sign (turned); steps whose (x, y) falls
+    into the right one of 3 x 3 directions}."""
+    error, turns = predicted - target, exists & (np.abs(target[..., 1]) > DEAD_BAND)
     huber = np.where(np.abs(error) <= 1, error**2 / 2, np.abs(error) - 0.5)
     metres = error[exists] * np.asarray(scale)
-    turns = exists & (np.abs(target[..., 1]) > DEAD_BAND)
     turned = (np.sign(predicted[..., 1]) == np.sign(target[..., 1]))[turns]
-    class9 = (directions(predicted) == directions(target)).all(-1)[exists]
-    sums = [huber[exists].sum(), *np.abs(metres).sum(0), *(metres**2).sum(0)]
-    return np.array([*sums, exists.sum(), turns.sum(), turned.sum(), class9.sum()], np.float64)
+    directions, right = (np.sign(v) * (np.abs(v) > DEAD_BAND) for v in (predicted, target))
+    sums = [huber[exists].sum(), *np.abs(metres).sum(0), *(metres**2).sum(0), exists.sum(), turns.sum(), turned.sum()]
+    return dict(zip(SUMS, [*sums, (directions == right).all(-1)[exists].sum()], strict=True))
 
 
-def named(sums, prefix, only=None):
-    """SUMS -> {prefix + loss, mae_linear_x, rmse_linear_x (m/s), direction_accuracy, class9_accuracy (shares), ...};
-    what has no steps is left out."""
-    s = dict(zip(SUMS, sums.tolist(), strict=True))
-    n, out = s["steps"], {}
+def named(sums):
+    """{SUMS} -> {loss, mae_linear_x, rmse_linear_x (m/s), direction_accuracy, class9_accuracy (shares), ...}; what has
+    no steps is left out."""
+    n, out = sums["steps"], {}
     if n:
-        out = dict(loss=s["huber"] / (2 * n), class9_accuracy=s["class9"] / n)
+        out = dict(loss=sums["huber"] / (2 * n), class9_accuracy=sums["class9"] / n)
         for axis in "xy":
-            out[f"mae_linear_{axis}"] = s[f"abs_{axis}"] / n
-            out[f"rmse_linear_{axis}"] = math.sqrt(s[f"sq_{axis}"] / n)
-    if s["turns"]:
-        out["direction_accuracy"] = s["turned"] / s["turns"]
-    return {prefix + key: value for key, value in out.items() if only is None or key in only}
+            out[f"mae_linear_{axis}"] = sums[f"abs_{axis}"] / n
+            out[f"rmse_linear_{axis}"] = math.sqrt(sums[f"sq_{axis}"] / n)
+    return out | (dict(direction_accuracy=sums["turned"] / sums["turns"]) if sums["turns"] else {})
 
 
 class Blind:
@@ -946,23 +864,15 @@ class Blind:
     def __init__(self, episodes, cfg):
         actions = [action_normalizer(cfg).normalize(e.actions) for e in episodes]
         self.cfg, self.mean = cfg, np.concatenate(actions).mean(0)
-        longest = max(len(a) for a in actions)
-        self.at = np.stack([np.mean([a[t] for a in actions if t < len(a)], axis=0) for t in range(longest)])
+        at = [np.mean([a[t] for a in actions if t < len(a)], axis=0) for t in range(max(map(len, actions)))]
+        self.at = np.stack([*at, self.mean])  # beyond the longest episode: the mean
 
     def predictions(self, frames):
         """-> {name: (T, N, 2) in [-1, 1]}"""
-        n = self.cfg.fwd_pred_next_n
-        index = np.arange(frames)[:, None] + np.arange(n) + self.cfg.label_offset
-        timed = np.where((index < len(self.at))[..., None], self.at[np.minimum(index, len(self.at) - 1)], self.mean)
-        zeros, mean = np.zeros((frames, n, 2), np.float32), np.broadcast_to(self.mean, (frames, n, 2))
-        return dict(blind_zeros_=zeros, blind_mean_=mean, blind_per_time_=timed)
-
-
-def listening(answer, swapped, turns, exists, scale):
-    """Two answers (T, N, 2) to the same frames -> sums: change in m/s, its elements, turns to the other side, turns."""
-    change = (np.abs(swapped - answer) * np.asarray(scale))[exists]
-    flips = (np.sign(swapped[..., 1]) == -np.sign(answer[..., 1]))[turns]
-    return np.array([change.sum(), change.size, flips.sum(), turns.sum()], np.float64)
+        index = np.arange(frames)[:, None] + np.arange(self.cfg.fwd_pred_next_n) + self.cfg.label_offset
+        timed = self.at[np.minimum(index, len(self.at) - 1)]
+        mean = np.broadcast_to(self.mean, timed.shape)
+        return dict(blind_zeros_=np.zeros_like(timed), blind_mean_=mean, blind_per_time_=timed)
 
 
 def validate(policy, dataset, blind, run):
@@ -972,49 +882,48 @@ def validate(policy, dataset, blind, run):
     swap_change: mean |velocity(text) - velocity(opposite text)| in m/s on the same frames; swap_flip: of the steps that
     turn, how many turn the other way (linear_y changes its sign). A policy that does not read has 0 and 0.
     """
-    cfg, scale = policy.cfg, policy.cfg.dataset.action_scale
-    who = ("val_", "val_left_", "val_right_", "blind_zeros_", "blind_mean_", "blind_per_time_")
-    rows = {name: np.zeros(len(SUMS)) for name in who}
-    swap, per_step = np.zeros(4), np.zeros((cfg.fwd_pred_next_n, 2))
+    cfg, scale, steps = policy.cfg, np.array(policy.cfg.dataset.action_scale), range(policy.cfg.fwd_pred_next_n)
+    names = [(who, name) for who in WHO for name in SUMS] + [(kind, j) for kind in ("error", "count") for j in steps]
+    sums = Counter(dict.fromkeys([*names, "change", "changes", "flips", "flippable"], 0.0))  # the same on every rank
     policy.model.eval()
     for e in dataset.episodes[run.rank :: run.world]:
         target, exists = labels_of(policy.normalizer.normalize(e.actions), cfg)
-        vision_x = dataset.frames.of(e)
-        answer = policy.rollout(vision_x, e.instruction)
-        answers = {"val_": answer, f"val_{e.side}_": answer} | blind.predictions(e.num_frames)
-        for name in rows.keys() & answers.keys():
-            rows[name] += measure(answers[name], target, exists, scale)
-        error = (np.abs(answer - target) * np.asarray(scale)).mean(-1)
-        per_step += np.stack([(error * exists).sum(0), exists.sum(0)], axis=1)
+        rgb = dataset.frames.of(e)
+        answer = policy.rollout(rgb, e.instruction)
+        side = {1: "val_left_", -1: "val_right_"}.get(e.side, "val_")
+        for who, values in ({"val_": answer, side: answer} | blind.predictions(e.num_frames)).items():
+            sums.update({(who, name): v for name, v in measure(values, target, exists, scale).items()})
+        error = (np.abs(answer - target) * scale).mean(-1) * exists
+        sums.update(
+            {("error", j): error[:, j].sum() for j in steps} | {("count", j): exists[:, j].sum() for j in steps}
+        )
         if e.instruction in policy.opposites:
-            swapped = policy.rollout(vision_x, policy.opposites[e.instruction])
-            swap += listening(answer, swapped, exists & (np.abs(target[..., 1]) > DEAD_BAND), exists, scale)
+            swapped, turns = policy.rollout(rgb, policy.opposites[e.instruction]), np.abs(target[..., 1]) > DEAD_BAND
+            flips = (np.sign(swapped[..., 1]) == -np.sign(answer[..., 1])) & turns & exists
+            change = (np.abs(swapped - answer) * scale)[exists]
+            sums.update(change=change.sum(), changes=change.size, flips=flips.sum(), flippable=(turns & exists).sum())
     policy.model.train()
-    total = np.array(run.sum(*np.concatenate([*rows.values(), swap, per_step.ravel()])))
-    *rows, swap = np.split(total[: len(who) * len(SUMS) + 4], range(len(SUMS), len(who) * len(SUMS) + 1, len(SUMS)))
-    per_step = total[-per_step.size :].reshape(-1, 2)
-    out = named(rows[0], "val_")
+    sums = dict(zip(sums, run.sum(*sums.values()), strict=True))
+    out = {}
+    for who in WHO:
+        values = named({name: sums[who, name] for name in SUMS})
+        out |= {who + name: v for name, v in values.items() if who == "val_" or name in SHORT}
     out |= dict(val_loss_velocity_act=out["val_loss"], val_loss_arm_act=out["val_loss"])  # the guide's names
-    for name, row in zip(who[1:], rows[1:], strict=True):
-        out |= named(row, name, SHORT)
-    out |= {f"val_mae_step_{j + 1}": a / n for j, (a, n) in enumerate(per_step) if n}
-    out |= dict(swap_change=swap[0] / swap[1]) if swap[1] else {}
-    out |= dict(swap_flip=swap[2] / swap[3]) if swap[3] else {}
-    return {k: float(v) for k, v in out.items()}
+    out |= {f"val_mae_step_{j + 1}": sums["error", j] / sums["count", j] for j in steps if sums["count", j]}
+    out |= dict(swap_change=sums["change"] / sums["changes"]) if sums["changes"] else {}
+    return out | (dict(swap_flip=sums["flips"] / sums["flippable"]) if sums["flippable"] else {})
 
 
 def validation_text(v):
-    def percent(key):
-        return f"{v[key]:.1%}" if key in v else "-"
-
+    shares = {k: f"{v[k]:.1%}" for k in v if k.endswith("_accuracy") or k == "swap_flip"}
+    turns, timed = (shares.get(f"{who}_direction_accuracy", "-") for who in ("val", "blind_per_time"))
     swap = "no instruction of the opposite direction: no swap test"
     if "swap_change" in v:
-        swap = f"opposite text: {v['swap_change']:.3f} m/s, {percent('swap_flip')} of turns flip"
+        swap = f"opposite text: {v['swap_change']:.3f} m/s, {shares.get('swap_flip', '-')} of turns flip"
         swap += " (it does not listen to the text)" if v["swap_change"] < 0.01 else ""
     mae = f"MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s"
     blind = ", ".join(f"{n} {v[f'blind_{n}_loss']:.4f}" for n in ("zeros", "mean", "per_time"))
-    turns = f"direction {percent('val_direction_accuracy')} (per_time {percent('blind_per_time_direction_accuracy')})"
-    return f"val_loss {v['val_loss']:.4f} | {mae} | {turns} | {swap} | blind loss: {blind}"
+    return f"val_loss {v['val_loss']:.4f} | {mae} | direction {turns} (per_time {timed}) | {swap} | blind loss: {blind}"
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1034,36 +943,32 @@ def lr_at(step, cfg, steps_per_epoch):
 def describe(cfg, data, say):
     """Say what was found: episodes, scenarios, instructions and their sources, action ranges; and what looks wrong."""
     d, train, held = cfg.dataset, data.train, data.validation
-    everything, texts = [*train, *held], {e.instruction for e in train}
-    frames = sum(e.num_frames for e in train)
+    texts, frames = {e.instruction for e in train}, sum(e.num_frames for e in train)
     say(f"data      {len(train)} training episodes, {frames} frames; {len(held)} validation episodes; {d.data_dir}")
     for message in data.excluded:
         say(f"excluded  {message}")
     kept, out = (Counter(e.recorded[1] or "(no scenario in the name)" for e in part) for part in (train, held))
     for group in sorted(kept | out)[:12]:
         say(f"group     {group}: {kept[group]} to train on, {out[group]} held out")
-    sources = Counter(e.source for e in everything)
+    sources = Counter(e.source for e in [*train, *held])
     where = f"from the file {sources['file']}, from its name {sources['name']}, from the config {sources['config']}"
     say(f"text      {where}; {len(texts)} instruction(s), e.g. {train[0].instruction!r}")
-    if data.opposites:
-        text, other = next(iter(data.opposites.items()))
-        say(
-            f"opposite  of {len(data.opposites)} instruction(s), to test whether the policy listens: {text!r} -> {other!r}"
-        )
+    for text, other in sorted(data.opposites.items())[:4]:
+        say(f"opposite  {text!r} -> {other!r}: to test whether the policy listens")
     s = data.stats["action"]
     numbers = "; ".join(f"{k} {s[k][0]:.3g} {s[k][1]:.3g}" for k in ("mean", "std", "min", "max"))
     say(f"action    linear_x, linear_y in m/s: {numbers}; {d.action_scale} becomes 1")
     cut = sum(int((np.abs(e.actions) > 1.001 * np.array(d.action_scale)).any(1).sum()) for e in train)
     replays = sum(any(np.array_equal(e.actions, t.actions) for t in train) for e in held)
-    turning = sum(e.turns for e in everything)
-    for wrong, text in (
-        (len(texts) == 1, "every training episode has the same instruction: the policy cannot learn to listen to it"),
-        (cut, f"{cut} of {frames} actions exceed dataset.action_scale {d.action_scale} and are cut"),
-        (turning, f"{turning} episode(s) turn (angular_z is not 0); the policy learns linear_x and linear_y only"),
-        (replays, f"{replays} of {len(held)} validation episodes repeat the actions of a training episode exactly"),
-    ):
-        if wrong:
-            say(f"warning   {text}")
+    turning = sum(e.turns for e in [*train, *held])
+    warnings = {
+        "every training episode has the same instruction: the policy cannot learn to listen to it": len(texts) == 1,
+        f"{cut} of {frames} actions exceed dataset.action_scale {d.action_scale} and are cut": cut,
+        f"{turning} episode(s) turn (angular_z is not 0); the policy learns linear_x and linear_y only": turning,
+        f"{replays} of {len(held)} validation episodes repeat the actions of a training episode exactly": replays,
+    }
+    for text in (text for text, wrong in warnings.items() if wrong):
+        say(f"warning   {text}")
 
 
 def check_data(cfg):
@@ -1093,12 +998,6 @@ def check_data(cfg):
     print(f"lang      {samples[0]['lang']!r} -> {decoded}\ncheck passed")
 
 
-def epoch_after(before, position, n):
-    """Number, from 0, of the epoch that a step from position `before` to `position` finished, else of the one it is in.
-    Steps may cross the end of an epoch."""
-    return position // n - (position // n > before // n)
-
-
 def main(cfg):
     check_config(cfg)
     if cfg.check:
@@ -1109,19 +1008,17 @@ def main(cfg):
     cfg.model = stored_source(cfg.model)
     bf16 = torch.cuda.is_available() and wanted != "32-true"
     run = Run(cfg, cfg.output_dir, cfg.batch_size, t.accumulate_grad_batches, bf16)
-    if wanted != (done := "bf16-mixed" if bf16 else "32-true"):
-        run.print(
-            f"precision {wanted} is run as {done}" + (": the same speed, and no loss scale" if bf16 else " on a CPU")
-        )
+    if run.bf16 and wanted == "16-mixed":
+        run.print("precision 16-mixed is run as bf16-mixed: as fast, and it needs no loss scale")
     path = run.find(cfg.resume, folder, ["last.ckpt", "epoch_*.ckpt"])
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT) if path else None
     backbone = Backbone.open(cfg.model)
-    digest = check_backbone(path, saved, backbone) if saved else backbone.digest()
     prompt = Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     data = load_data(cfg, quiet=not run.main)
     for e in [*data.train, *data.validation]:
         prompt.tokens(e.instruction)  # too long a text is found now
     if saved:
+        backbone.check(path, saved["backbone"])
         run.restore(path, saved, data.fingerprint, FIXED)
 
     # ---- data
@@ -1152,7 +1049,7 @@ def main(cfg):
         about = {key: saved[key] for key in about}
         saved = None  # the file's memory
     meta = dict(script=SCRIPT, validation=[e.name for e in data.validation])
-    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, backbone=digest)
+    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, backbone=backbone.digest())
     about |= dict(stats=data.stats, opposites=data.opposites)
     size = 12 * sum(p.numel() for p in trained)  # fp32 weights and two moments
     run.describe(core, n, size, folder, " (LoRA r {lora_r} on {lora_scope})".format_map(vars(cfg.train_setup)))
@@ -1182,9 +1079,10 @@ def main(cfg):
         epoch_end = step.passed(n * t.every_n_epochs)
         if epoch_end and data.validation:
             values = validate(policy, held_out, blind, run)
-            epoch = min(epoch_after(step.first, run.position, n), t.max_epochs - 1)
+            # from 0: the one that this step finished, else the one it is in
+            epoch = run.position // n - (run.position // n > step.first // n)
             step.validated(values, values["val_loss"], f"epoch {epoch} | {validation_text(values)}")
-            about |= dict(epoch=epoch, val_loss=values["val_loss"])
+            about |= dict(epoch=min(epoch, t.max_epochs - 1), val_loss=values["val_loss"])
             keep_best(run, folder, about, t.save_top_k, write, size)
         if step.should_save(0, epoch_end):
             run.save()
@@ -1196,8 +1094,6 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    memory = (
-        "Lower batch_size (now {batch_size}) and raise trainer.accumulate_grad_batches (now {trainer.accumulate_grad_batches})"
-        " in proportion; or --lora_scope text_attention, or a smaller --window_size (now {window_size})"
-    )
+    memory = "Lower batch_size (now {batch_size}) and raise trainer.accumulate_grad_batches in proportion; or train "
+    memory += "fewer adapters (--lora_scope text_attention), on a smaller --window_size (now {window_size})"
     launch(main, Config, ALIASES, memory, ACCEPTED)
