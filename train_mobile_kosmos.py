@@ -10,31 +10,25 @@ names ("chunck") are guide 4's.
 
 Output, in output_dir: checkpoints/epoch_E-val_loss=L.ckpt (the best three; E counts from 0), checkpoints/last.ckpt
 (both resume, and open with load_policy), config.yaml, metrics.jsonl, validation_episodes.txt, loss.png. A checkpoint
-holds what was trained, not the backbone: that one is opened again from its own directory or hub id, and refused if it
-is another.
+holds what was trained; the backbone is opened again from its own directory or hub id, and refused if it is another.
 
-Which action is which. W = 8 frames are observed, N = 10 velocities follow each; a sample has F = W + N = 18 frames. The
-LSTM answers at every observed step i:
+Which action is which: W = 8 frames are observed, N = 10 velocities follow each, and the LSTM answers at every one:
 
     step i   sees images   label_offset 1: supervised with actions   label_offset 0
     0        0             1 .. 10                                   0 .. 9
-    1        0 .. 1        2 .. 11                                   1 .. 10
     7        0 .. 7        8 .. 17, action 0 unused                  7 .. 16, action 17 unused
 
-So S = F - N = 8 label steps, one per observed step. The guide writes 7: that appears when one frame more is dropped,
-and would leave the newest step, the only one a robot uses, without a label. The recorder sends action t and then takes
-image t, which shows that motion already. With label_offset 1 the first velocity of a chunk is the next motion: the row
-that a robot sends. With 0, the guide's counting, it is the motion that is over: send the second row. Steps and labels
-beyond an episode's end are masked.
+So S = 8 label steps. The guide writes 7: that appears when one frame more is dropped, and would leave the newest step,
+the only one a robot uses, without a label. The recorder sends action t and then takes image t, which shows that motion
+already. With label_offset 1 the first velocity of a chunk is the next motion: the row that a robot sends. With 0, the
+guide's counting, it is the motion that is over: send the second row.
 
-Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N, Q image tokens of a
-frame, L text tokens, D width of the text model, T frames of an episode.
-"""
+Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N frames of a sample, Q
+image tokens of a frame, L text tokens, D width of the text model, T frames of an episode."""
 
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import hashlib
 import json
 import math
@@ -86,7 +80,9 @@ class DatasetConfig:
     split: Literal["group", "chronological"] = "group"  # hold out the newest of every scenario (see Episode), or of all
     instruction: str = "Navigate to the target location"  # where neither the file nor its name tells
     name_instructions: dict[str, str] = field(default_factory=SIDE_TEXTS.copy)  # word of a file name -> its instruction
-    swap_instructions: dict[str, str] = field(default_factory=dict)  # text -> its opposite; default: see below
+    swap_instructions: dict[str, str] = field(
+        default_factory=dict
+    )  # text -> its opposite; default: by driven direction
     max_text_len: int = 256  # text tokens
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
@@ -231,9 +227,7 @@ def read_episode(path, d, images_too=False):
             images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep.read_instruction(f, path)
             kind = f"dataset 'images' is {images.dtype} {images.shape}; expected uint8 (T, H, W, 3)"
             check(images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8, kind)
-            shape = (
-                f"dataset 'actions' has shape {actions.shape}; expected ({len(images)}, 3): linear_x, linear_y, turn"
-            )
+            shape = f"dataset 'actions' has shape {actions.shape}; expected ({len(images)}, 3): linear_x, linear_y, _"
             check(actions.ndim == 2 and actions.shape[1] >= 2 and len(actions) == len(images) > 0, shape)
             bad = np.flatnonzero(~np.isfinite(actions).all(1))
             check(not len(bad), f"dataset 'actions' frame {bad[:1]} is not finite ({len(bad)} such frames)")
@@ -241,17 +235,18 @@ def read_episode(path, d, images_too=False):
         raise
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:  # h5py's, for damage
         raise ep.BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it") from error
-    words = Path(path).stem.split("_")
+    words, name = Path(path).stem.split("_"), os.path.relpath(path, d.data_dir)
     by_name = next((t for word, t in d.name_instructions.items() if word in words), None)
-    source = "file" if text else "name" if by_name else "config"
-    name, turns = os.path.relpath(path, d.data_dir), bool(actions[:, 2:].any())
-    episode = Episode(str(path), name, len(actions), actions[:, :2], text or by_name or d.instruction, source, turns)
+    texts = dict(file=text, name=by_name, config=d.instruction)
+    source = next((key for key, text in texts.items() if text), "config")
+    turns = bool(actions[:, 2:].any())
+    episode = Episode(str(path), name, len(actions), actions[:, :2], texts[source], source, turns)
     if images_too:
         read_stored(episode)
     return episode
 
 
-def load_episodes(d, names=None, progress=iter):
+def load_episodes(d, names=None, quiet=True):
     """Every file of dataset.episode_pattern below data_dir, or those called `names` -> (episodes, the oldest first,
     messages of excluded files)."""
     require(Path(d.data_dir).is_dir(), f"dataset.data_dir '{d.data_dir}' is not a folder: give the one of the episodes")
@@ -262,7 +257,8 @@ def load_episodes(d, names=None, progress=iter):
     how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
     require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
     episodes, excluded = [], []
-    for path in progress(paths if names is None else [found[name] for name in names]):
+    paths = paths if names is None else [found[name] for name in names]
+    for path in tqdm(paths, desc="reading episodes", unit="file", disable=quiet or None, leave=False):
         try:
             episodes.append(read_episode(path, d, d.skip_bad_episodes))
         except ep.BadEpisode as error:
@@ -297,7 +293,7 @@ def opposite_instructions(train, episodes, configured):
     drifts, opposites = Counter(), dict(configured)
     for e in episodes:
         drifts[e.instruction] += e.side
-    for text in drifts.keys() - configured.keys():
+    for text in sorted(drifts.keys() - configured.keys()):
         others = sorted({e.instruction for e in train if drifts[e.instruction] * drifts[text] < 0})
         if others:
             opposites[text] = difflib.get_close_matches(text, others, 1, cutoff=0)[0]
@@ -317,8 +313,11 @@ class Data:
 def load_data(cfg, quiet=False):
     """Find, read and split the episodes."""
     d = cfg.dataset
-    bar = functools.partial(tqdm, desc="reading episodes", unit="file", disable=quiet or None, leave=False)
-    episodes, excluded = load_episodes(d, progress=bar)
+    found, excluded = load_episodes(d, quiet=quiet)
+    episodes = [e for e in found if e.num_frames > cfg.label_offset]
+    short = f"too short: with label_offset {cfg.label_offset} an episode needs {cfg.label_offset + 1} frames"
+    excluded += [f"{e.path}: {short}" for e in found if e not in episodes]
+    require(episodes, f"none of the {len(found)} episodes can be used: {short}")
     train, validation = ([episodes[i] for i in part] for part in split_episodes(episodes, d.train_split, d.split))
     digest = hashlib.sha256(d.windows.encode())
     for e in train:
@@ -389,7 +388,7 @@ class MobileVLAH5Dataset(Dataset):
         self.windows = []
         for e, episode in enumerate(episodes):
             starts = episode.num_frames - cfg.label_offset  # a window needs a label at its first step
-            self.windows += [(e, s) for s in range(starts if cfg.dataset.windows == "all" else min(1, starts))]
+            self.windows += [(e, s) for s in range(starts if cfg.dataset.windows == "all" else 1)]
 
     def __len__(self):
         return len(self.windows)
@@ -821,40 +820,29 @@ def load_policy(path, device=None, model=None):
 
 # ---- validation ------------------------------------------------------------------------------------------------------
 
-WHO = ("val_", "val_left_", "val_right_", "blind_zeros_", "blind_mean_", "blind_per_time_")
-SUMS = ("huber", "abs_x", "abs_y", "sq_x", "sq_y", "steps", "turns", "turned", "class9")
 SHORT = ("loss", "mae_linear_x", "mae_linear_y", "direction_accuracy")
 
 
-def labels_of(actions, cfg):
-    """(T, 2) actions in [-1, 1] -> (chunk (T, N, 2), exists (T, N)): what each frame is followed by."""
-    index = np.arange(len(actions))[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset
-    return actions[np.minimum(index, len(actions) - 1)], index < len(actions)
+def rows_after(frames, cfg):
+    """(T, N): number of the action that each row of each frame's chunk means."""
+    return np.arange(frames)[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset
 
 
-def measure(predicted, target, exists, scale):
-    """(T, N, 2) in [-1, 1] twice, exists (T, N) -> {SUMS: Huber, absolute and squared error (m/s) per axis, steps; of
-    the steps whose linear_y leaves the dead band (turns) those with the right sign (turned); steps whose (x, y) falls
-    into the right one of 3 x 3 directions}."""
-    error, turns = predicted - target, exists & (np.abs(target[..., 1]) > DEAD_BAND)
-    huber = np.where(np.abs(error) <= 1, error**2 / 2, np.abs(error) - 0.5)
-    metres = error[exists] * np.asarray(scale)
-    turned = (np.sign(predicted[..., 1]) == np.sign(target[..., 1]))[turns]
-    directions, right = (np.sign(v) * (np.abs(v) > DEAD_BAND) for v in (predicted, target))
-    sums = [huber[exists].sum(), *np.abs(metres).sum(0), *(metres**2).sum(0), exists.sum(), turns.sum(), turned.sum()]
-    return dict(zip(SUMS, [*sums, (directions == right).all(-1)[exists].sum()], strict=True))
-
-
-def named(sums):
-    """{SUMS} -> {loss, mae_linear_x, rmse_linear_x (m/s), direction_accuracy, class9_accuracy (shares), ...}; what has
-    no steps is left out."""
-    n, out = sums["steps"], {}
-    if n:
-        out = dict(loss=sums["huber"] / (2 * n), class9_accuracy=sums["class9"] / n)
-        for axis in "xy":
-            out[f"mae_linear_{axis}"] = sums[f"abs_{axis}"] / n
-            out[f"rmse_linear_{axis}"] = math.sqrt(sums[f"sq_{axis}"] / n)
-    return out | (dict(direction_accuracy=sums["turned"] / sums["turns"]) if sums["turns"] else {})
+def measure(predicted, target, mask, scale):
+    """(n, N, 2) in [-1, 1] twice, mask (n, N): the steps that count -> {loss (Huber), mae_linear_x, rmse_linear_x (m/s),
+    class9_accuracy: share in the right one of 3 x 3 directions, direction_accuracy: of the steps whose linear_y leaves
+    the dead band, share with its sign}; what has no steps is left out."""
+    a, b = (v[mask].astype(np.float64) for v in (predicted, target))  # (k, 2)
+    error, turns, out = np.abs(a - b), np.abs(b[:, 1]) > DEAD_BAND, {}
+    if len(a):
+        out = dict(loss=np.where(error <= 1, error**2 / 2, error - 0.5).mean())
+        for axis, e, unit in zip("xy", error.T, scale, strict=True):
+            out |= {f"mae_linear_{axis}": unit * e.mean(), f"rmse_linear_{axis}": unit * math.sqrt((e**2).mean())}
+        directions = [np.sign(v) * (np.abs(v) > DEAD_BAND) for v in (a, b)]
+        out["class9_accuracy"] = np.equal(*directions).all(1).mean()
+    if turns.any():
+        out["direction_accuracy"] = (np.sign(a[:, 1]) == np.sign(b[:, 1]))[turns].mean()
+    return out
 
 
 class Blind:
@@ -869,10 +857,9 @@ class Blind:
 
     def predictions(self, frames):
         """-> {name: (T, N, 2) in [-1, 1]}"""
-        index = np.arange(frames)[:, None] + np.arange(self.cfg.fwd_pred_next_n) + self.cfg.label_offset
-        timed = self.at[np.minimum(index, len(self.at) - 1)]
+        timed = self.at[np.minimum(rows_after(frames, self.cfg), len(self.at) - 1)]
         mean = np.broadcast_to(self.mean, timed.shape)
-        return dict(blind_zeros_=np.zeros_like(timed), blind_mean_=mean, blind_per_time_=timed)
+        return dict(zeros=np.zeros_like(timed), mean=mean, per_time=timed)
 
 
 def validate(policy, dataset, blind, run):
@@ -882,36 +869,37 @@ def validate(policy, dataset, blind, run):
     swap_change: mean |velocity(text) - velocity(opposite text)| in m/s on the same frames; swap_flip: of the steps that
     turn, how many turn the other way (linear_y changes its sign). A policy that does not read has 0 and 0.
     """
-    cfg, scale, steps = policy.cfg, np.array(policy.cfg.dataset.action_scale), range(policy.cfg.fwd_pred_next_n)
-    names = [(who, name) for who in WHO for name in SUMS] + [(kind, j) for kind in ("error", "count") for j in steps]
-    sums = Counter(dict.fromkeys([*names, "change", "changes", "flips", "flippable"], 0.0))  # the same on every rank
+    cfg, scale, rows = policy.cfg, np.array(policy.cfg.dataset.action_scale), []
     policy.model.eval()
     for e in dataset.episodes[run.rank :: run.world]:
-        target, exists = labels_of(policy.normalizer.normalize(e.actions), cfg)
-        rgb = dataset.frames.of(e)
-        answer = policy.rollout(rgb, e.instruction)
-        side = {1: "val_left_", -1: "val_right_"}.get(e.side, "val_")
-        for who, values in ({"val_": answer, side: answer} | blind.predictions(e.num_frames)).items():
-            sums.update({(who, name): v for name, v in measure(values, target, exists, scale).items()})
-        error = (np.abs(answer - target) * scale).mean(-1) * exists
-        sums.update(
-            {("error", j): error[:, j].sum() for j in steps} | {("count", j): exists[:, j].sum() for j in steps}
+        rgb, actions, after = (
+            dataset.frames.of(e),
+            policy.normalizer.normalize(e.actions),
+            rows_after(e.num_frames, cfg),
         )
-        if e.instruction in policy.opposites:
-            swapped, turns = policy.rollout(rgb, policy.opposites[e.instruction]), np.abs(target[..., 1]) > DEAD_BAND
-            flips = (np.sign(swapped[..., 1]) == -np.sign(answer[..., 1])) & turns & exists
-            change = (np.abs(swapped - answer) * scale)[exists]
-            sums.update(change=change.sum(), changes=change.size, flips=flips.sum(), flippable=(turns & exists).sum())
+        answer, other = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
+        row = dict(answer=answer, target=actions[np.minimum(after, len(actions) - 1)], exists=after < len(actions))
+        row["swapped"] = policy.rollout(rgb, other) if other else np.full_like(answer, np.nan)
+        rows.append(row | dict(side=np.full(after.shape, e.side)) | blind.predictions(e.num_frames))
     policy.model.train()
-    sums = dict(zip(sums, run.sum(*sums.values()), strict=True))
-    out = {}
-    for who in WHO:
-        values = named({name: sums[who, name] for name in SUMS})
-        out |= {who + name: v for name, v in values.items() if who == "val_" or name in SHORT}
+    rows = [row for part in run.gather(rows) for row in part]
+    v = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+    answer, swapped, target, exists, side = (v[key] for key in ("answer", "swapped", "target", "exists", "side"))
+    out = {f"val_{name}": value for name, value in measure(answer, target, exists, scale).items()}
     out |= dict(val_loss_velocity_act=out["val_loss"], val_loss_arm_act=out["val_loss"])  # the guide's names
-    out |= {f"val_mae_step_{j + 1}": sums["error", j] / sums["count", j] for j in steps if sums["count", j]}
-    out |= dict(swap_change=sums["change"] / sums["changes"]) if sums["changes"] else {}
-    return out | (dict(swap_flip=sums["flips"] / sums["flippable"]) if sums["flippable"] else {})
+    parts = dict(val_left=(answer, exists & (side > 0)), val_right=(answer, exists & (side < 0)))
+    parts |= {f"blind_{name}": (v[name], exists) for name in ("zeros", "mean", "per_time")}
+    for prefix, (predicted, mask) in parts.items():
+        values = measure(predicted, target, mask, scale)
+        out |= {f"{prefix}_{name}": values[name] for name in SHORT if name in values}
+    error, change = np.abs(answer - target) * scale, np.abs(swapped - answer) * scale
+    for j in range(cfg.fwd_pred_next_n):
+        out |= {f"val_mae_step_{j + 1}": error[exists[:, j], j].mean()} if exists[:, j].any() else {}
+    swap = exists & np.isfinite(change[..., 0])
+    turns = swap & (np.abs(target[..., 1]) > DEAD_BAND)
+    out |= dict(swap_change=change[swap].mean()) if swap.any() else {}
+    out |= dict(swap_flip=(np.sign(swapped[turns, 1]) == -np.sign(answer[turns, 1])).mean()) if turns.any() else {}
+    return {name: float(value) for name, value in out.items()}
 
 
 def validation_text(v):
@@ -1023,13 +1011,9 @@ def main(cfg):
 
     # ---- data
     describe(cfg, data, run.print)
-    dataset, held_out = (
-        MobileVLAH5Dataset(part, cfg, backbone.image_size, prompt) for part in (data.train, data.validation)
-    )
+    dataset = MobileVLAH5Dataset(data.train, cfg, backbone.image_size, prompt)
+    held_out = MobileVLAH5Dataset(data.validation, cfg, backbone.image_size, prompt)
     n = len(dataset)
-    require(
-        n, f"no training window: with label_offset {cfg.label_offset} an episode needs {cfg.label_offset + 1} frames"
-    )
     steps_per_epoch = n / run.global_batch
     # positions go on over the end of an epoch: no window is dropped
     total = run.step + math.ceil((t.max_epochs * n - run.position) / run.global_batch)
@@ -1080,9 +1064,9 @@ def main(cfg):
         if epoch_end and data.validation:
             values = validate(policy, held_out, blind, run)
             # from 0: the one that this step finished, else the one it is in
-            epoch = run.position // n - (run.position // n > step.first // n)
+            epoch = min(run.position // n - (run.position // n > step.first // n), t.max_epochs - 1)
             step.validated(values, values["val_loss"], f"epoch {epoch} | {validation_text(values)}")
-            about |= dict(epoch=min(epoch, t.max_epochs - 1), val_loss=values["val_loss"])
+            about |= dict(epoch=epoch, val_loss=values["val_loss"])
             keep_best(run, folder, about, t.save_top_k, write, size)
         if step.should_save(0, epoch_end):
             run.save()
