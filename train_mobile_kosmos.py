@@ -59,10 +59,6 @@ from common.sampler import GlobalOrder
 from common.stats import Normalizer, compute_stats
 
 SCRIPT, FORMAT = Path(__file__).stem, 2  # of a .ckpt
-TAGS = (  # Kosmos-2's, in the order of their ids
-    *("</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>"),
-    *("</delimiter_of_multi_objects/>", "<grounding>"),
-)
 PUBLISHED_IDS = {65037: [64003, 64004]}  # size of a vocabulary -> its ids of <image> and </image>
 DEAD_BAND = 0.3  # of the action scale: a smaller velocity has no direction
 SIDE_TEXT = "Navigate around obstacles and reach the front of the beverage bottle on the {}"
@@ -80,9 +76,7 @@ class DatasetConfig:
     split: Literal["group", "chronological"] = "group"  # hold out the newest of every scenario (see Episode), or of all
     instruction: str = "Navigate to the target location"  # where neither the file nor its name tells
     name_instructions: dict[str, str] = field(default_factory=SIDE_TEXTS.copy)  # word of a file name -> its instruction
-    swap_instructions: dict[str, str] = field(
-        default_factory=dict
-    )  # text -> its opposite; default: by driven direction
+    swap_instructions: dict[str, str] = field(default_factory=dict)  # text -> opposite; default: as they drove
     max_text_len: int = 256  # text tokens
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
@@ -241,8 +235,8 @@ def read_episode(path, d, images_too=False):
     source = next((key for key, text in texts.items() if text), "config")
     turns = bool(actions[:, 2:].any())
     episode = Episode(str(path), name, len(actions), actions[:, :2], texts[source], source, turns)
-    if images_too:
-        read_stored(episode)
+    for _ in stored_images(episode) if images_too else ():  # can all of them be read?
+        pass
     return episode
 
 
@@ -341,19 +335,16 @@ def resize(image, side):
     return image.transpose(2, 0, 1)
 
 
-def read_stored(episode):
-    """All images of a file as they are stored -> (T, H, W, 3) uint8, or a list of them."""
-    with h5py.File(episode.path, "r", locking=False) as f:
-        try:
-            return f["images"][:]  # at once: a compressed chunk spans frames
-        except (OSError, RuntimeError):
-            for t in range(episode.num_frames):  # one by one, to name the frame
-                try:
-                    f["images"][t]
-                except (OSError, RuntimeError) as error:
-                    where = f"{episode.path}: dataset 'images' frame {t} cannot be read ({error})"
-                    raise ep.BadEpisode(f"{where}. Re-copy the file, or train with --skip_bad_episodes") from error
-            raise
+def stored_images(episode):
+    """Yield the images of a file as they are stored, (H, W, 3) uint8; a chunk that spans frames is unpacked once."""
+    with h5py.File(episode.path, "r", locking=False, rdcc_nbytes=2**28, rdcc_nslots=10007) as f:
+        for t in range(episode.num_frames):
+            try:
+                image = f["images"][t]
+            except (OSError, RuntimeError) as error:
+                where = f"{episode.path}: dataset 'images' frame {t} cannot be read ({error})"
+                raise ep.BadEpisode(f"{where}. Re-copy the file, or train with --skip_bad_episodes") from error
+            yield image
 
 
 class Frames:
@@ -366,7 +357,7 @@ class Frames:
         """-> (T, 3, side, side) uint8 RGB"""
         if episode.path not in self.kept:
             order = slice(None, None, -1) if self.colour_order == "bgr" else slice(None)
-            images = [resize(image[..., order], self.side) for image in read_stored(episode)]
+            images = [resize(image[..., order], self.side) for image in stored_images(episode)]
             self.kept[episode.path] = torch.from_numpy(np.stack(images))
             while len(self.kept) > 1 and sum(a.nbytes for a in self.kept.values()) > self.limit:
                 self.kept.popitem(last=False)
@@ -467,10 +458,6 @@ class Prompt:
     trained."""
 
     def __init__(self, tokenizer, max_text_len):
-        from tokenizers import AddedToken
-
-        tags = [AddedToken(tag, lstrip=True, rstrip=False, normalized=False) for tag in TAGS]
-        tokenizer.add_tokens(tags)  # nothing happens where it has them
         self.tokenizer, self.max_text_len, self._known = tokenizer, max_text_len, {}
         self.image_ids = tokenizer.convert_tokens_to_ids(["<image>", "</image>"])
 
@@ -669,18 +656,16 @@ class Policy:
         (M, 2): standing still, phase: None}."""
         W, offset = self.cfg.window_size, self.cfg.label_offset
         d = dataclasses.replace(self.cfg.dataset, data_dir=str(root), episode_pattern="*")
-        frames = Frames(d.colour_order, self.image_size, 0)
-        episodes, excluded = load_episodes(d, names)
+        frames, (episodes, excluded) = Frames(d.colour_order, self.image_size, 0), load_episodes(d, names)
         for message in excluded:
             print(f"excluded  {message}")
         for e in episodes:
-            if e.num_frames > offset:
-                images, target = frames.of(e).numpy().transpose(0, 2, 3, 1), e.actions[offset:]
+            images, target = frames.of(e).numpy().transpose(0, 2, 3, 1), e.actions[offset:]
 
-                def sample(t, images=images, text=e.instruction):
-                    return dict(images=list(images[max(0, t - W + 1) : t + 1]), instruction=text)
+            def sample(t, images=images, text=e.instruction):
+                return dict(images=list(images[max(0, t - W + 1) : t + 1]), instruction=text)
 
-                yield dict(name=e.name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
+            yield dict(name=e.name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""
@@ -702,21 +687,18 @@ class Backbone:
 
     @classmethod
     def open(cls, source, weights=True, why=""):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig, AutoProcessor
 
         folder = local_folder(source, weights, why)
-        need = f"model '{source}' has no {{}}; expected a Kosmos-2 directory as transformers saves it"
-        for name in ("config.json", "tokenizer_config.json"):
-            require((folder / name).is_file(), need.format(name))
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        try:
+            config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+            tokenizer, pixels = processor.tokenizer, processor.image_processor
+        except (OSError, ValueError, AttributeError) as error:  # a file is missing, or of something else
+            text = f"model '{source}' is no Kosmos-2 directory as transformers saves it ({str(error).splitlines()[0]})"
+            raise MissingFile(text) from error
         another = f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. {Config.model}"
         require(config.model_type == "kosmos-2", another)
-        for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # of older, newer releases
-            about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            about = about.get("image_processor", about)
-            if "image_mean" in about:
-                return cls(folder, config, tokenizer, about["image_mean"], about["image_std"])
-        raise MissingFile(need.format("preprocessor_config.json with the pixels' image_mean"))
+        return cls(folder, config, tokenizer, list(pixels.image_mean), list(pixels.image_std))
 
     @property
     def image_size(self):
@@ -733,11 +715,11 @@ class Backbone:
     def digest(self):
         """16 hex digits that another set of weights would change: names, shapes, and the values of all vectors (norms
         and biases), read without the rest."""
-        parts = {}
-        for name, tensor in self.tensors():
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors(), key=lambda pair: pair[0]):
             values = tensor.float().numpy().tobytes() if tensor.ndim == 1 else b""
-            parts[name] = f"{name}{list(tensor.shape)}".encode() + values
-        return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
+            digest.update(f"{name}{list(tensor.shape)}".encode() + values)
+        return digest.hexdigest()[:16]
 
     def check(self, path, digest):
         """A .ckpt holds what was trained on one backbone: is it this one?"""
@@ -829,9 +811,9 @@ def rows_after(frames, cfg):
 
 
 def measure(predicted, target, mask, scale):
-    """(n, N, 2) in [-1, 1] twice, mask (n, N): the steps that count -> {loss (Huber), mae_linear_x, rmse_linear_x (m/s),
-    class9_accuracy: share in the right one of 3 x 3 directions, direction_accuracy: of the steps whose linear_y leaves
-    the dead band, share with its sign}; what has no steps is left out."""
+    """(n, N, 2) in [-1, 1] twice, mask (n, N): the steps that count -> {loss (Huber), mae_linear_x, rmse_linear_x
+    (m/s), class9_accuracy: share in the right one of 3 x 3 directions, direction_accuracy: of the steps whose linear_y
+    leaves the dead band, share with its sign}; what has no steps is left out."""
     a, b = (v[mask].astype(np.float64) for v in (predicted, target))  # (k, 2)
     error, turns, out = np.abs(a - b), np.abs(b[:, 1]) > DEAD_BAND, {}
     if len(a):
@@ -845,21 +827,12 @@ def measure(predicted, target, mask, scale):
     return out
 
 
-class Blind:
-    """Predictors that see nothing: standing still, the training actions' mean, and their mean at the same time of an
-    episode."""
-
-    def __init__(self, episodes, cfg):
-        actions = [action_normalizer(cfg).normalize(e.actions) for e in episodes]
-        self.cfg, self.mean = cfg, np.concatenate(actions).mean(0)
-        at = [np.mean([a[t] for a in actions if t < len(a)], axis=0) for t in range(max(map(len, actions)))]
-        self.at = np.stack([*at, self.mean])  # beyond the longest episode: the mean
-
-    def predictions(self, frames):
-        """-> {name: (T, N, 2) in [-1, 1]}"""
-        timed = self.at[np.minimum(rows_after(frames, self.cfg), len(self.at) - 1)]
-        mean = np.broadcast_to(self.mean, timed.shape)
-        return dict(zeros=np.zeros_like(timed), mean=mean, per_time=timed)
+def blind_table(episodes, cfg):
+    """What predictors that see nothing say: the mean action in [-1, 1] at every time of an episode, and in the last row
+    over all times -> (n + 1, 2)."""
+    actions = [action_normalizer(cfg).normalize(e.actions) for e in episodes]
+    at = [np.mean([a[t] for a in actions if t < len(a)], axis=0) for t in range(max(map(len, actions)))]
+    return np.stack([*at, np.concatenate(actions).mean(0)])
 
 
 def validate(policy, dataset, blind, run):
@@ -880,7 +853,9 @@ def validate(policy, dataset, blind, run):
         answer, other = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
         row = dict(answer=answer, target=actions[np.minimum(after, len(actions) - 1)], exists=after < len(actions))
         row["swapped"] = policy.rollout(rgb, other) if other else np.full_like(answer, np.nan)
-        rows.append(row | dict(side=np.full(after.shape, e.side)) | blind.predictions(e.num_frames))
+        timed = blind[np.minimum(after, len(blind) - 1)]
+        row |= dict(zeros=np.zeros_like(timed), mean=np.broadcast_to(blind[-1], timed.shape), per_time=timed)
+        rows.append(row | dict(side=np.full(after.shape, e.side)))
     policy.model.train()
     rows = [row for part in run.gather(rows) for row in part]
     v = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
@@ -903,15 +878,15 @@ def validate(policy, dataset, blind, run):
 
 
 def validation_text(v):
-    shares = {k: f"{v[k]:.1%}" for k in v if k.endswith("_accuracy") or k == "swap_flip"}
-    turns, timed = (shares.get(f"{who}_direction_accuracy", "-") for who in ("val", "blind_per_time"))
+    share = {key: f"{v.get(key, math.nan):.1%}" for key in ("val_direction_accuracy", "swap_flip")}
     swap = "no instruction of the opposite direction: no swap test"
     if "swap_change" in v:
-        swap = f"opposite text: {v['swap_change']:.3f} m/s, {shares.get('swap_flip', '-')} of turns flip"
+        swap = f"opposite text: {v['swap_change']:.3f} m/s, {share['swap_flip']} of turns flip"
         swap += " (it does not listen to the text)" if v["swap_change"] < 0.01 else ""
     mae = f"MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s"
     blind = ", ".join(f"{n} {v[f'blind_{n}_loss']:.4f}" for n in ("zeros", "mean", "per_time"))
-    return f"val_loss {v['val_loss']:.4f} | {mae} | direction {turns} (per_time {timed}) | {swap} | blind loss: {blind}"
+    turns = f"direction {share['val_direction_accuracy']}"
+    return f"val_loss {v['val_loss']:.4f} | {mae} | {turns} | {swap} | blind loss: {blind}"
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1040,7 +1015,7 @@ def main(cfg):
     loader = run.loader(dataset, GlobalOrder(n, cfg.seed), dataset.collater, cfg.num_workers)
     run.write("meta.json", json.dumps(meta))  # for evaluate.py
     run.write("validation_episodes.txt", "".join(f"{e.name}\n" for e in data.validation))
-    blind = Blind(data.train, cfg)
+    blind = blind_table(data.train, cfg)
 
     def write(path):
         save_model(path, core, optimizer, about | run.progress())
