@@ -28,7 +28,6 @@ image tokens of a frame, L text tokens, D width of the text model, T frames of a
 
 import dataclasses
 import difflib
-import fnmatch
 import hashlib
 import json
 import math
@@ -120,7 +119,9 @@ class Config:
     seed: int = 123  # of the sample order, dropout and new weights
     window_size: int = 8  # W, observed frames
     fwd_pred_next_n: int = 10  # N, predicted velocities
-    label_offset: int = 1  # first label of a step: 1 the action after its newest image, 0 (the guide) the one it shows
+    label_offset: Literal[0, 1] = (
+        1  # first label of a step: 1 the action after its image, 0 (the guide's) the one it shows
+    )
     batch_size: int = 1  # windows per GPU and micro-batch
     num_workers: int = 2  # loader processes per rank; 0: in the main process
     learning_rate: float = 1e-4  # AdamW
@@ -171,7 +172,6 @@ def check_config(cfg):
         for name, value in vars(group).items():
             least = 0 if name in ("seed", "label_offset", "num_workers", "max_steps", "save_top_k") else 1
             require(type(value) is not int or value >= least, f"{name} is {value}: expected {least} or more")
-    require(cfg.label_offset < 2, f"label_offset is {cfg.label_offset}: expected 0 or 1")
     share = f"dataset.train_split is {d.train_split}: expected a share above 0, up to 1 (no validation)"
     require(0 < d.train_split <= 1, share)
     speeds = f"dataset.action_scale is {d.action_scale}: expected two speeds above 0, of linear_x and linear_y"
@@ -240,28 +240,28 @@ def read_episode(path, d, images_too=False):
     return episode
 
 
-def load_episodes(d, names=None, quiet=True):
-    """Every file of dataset.episode_pattern below data_dir, or those called `names` -> (episodes, the oldest first,
-    messages of excluded files)."""
+def load_episodes(d, names=None, say=print):
+    """Every file of dataset.episode_pattern below data_dir, or those called `names` -> episodes, the oldest first."""
     require(Path(d.data_dir).is_dir(), f"dataset.data_dir '{d.data_dir}' is not a folder: give the one of the episodes")
     found = {os.path.relpath(path, d.data_dir): path for path in ep.find_episodes(d.data_dir)}
     for name in names or ():
         require(name in found, f"'{d.data_dir}' has no episode '{name}'; it has {', '.join([*found][:5])}, ...")
-    paths = [p for name, p in found.items() if fnmatch.fnmatch(os.path.basename(p), d.episode_pattern)]
+    paths = [path for path in found.values() if Path(path).match(d.episode_pattern)]
     how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
     require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
-    episodes, excluded = [], []
+    episodes = []
+    quiet = int(os.environ.get("RANK", 0)) > 0 or None  # None: where there is no terminal
     paths = paths if names is None else [found[name] for name in names]
-    for path in tqdm(paths, desc="reading episodes", unit="file", disable=quiet or None, leave=False):
+    for path in tqdm(paths, desc="reading episodes", unit="file", disable=quiet, leave=False):
         try:
             episodes.append(read_episode(path, d, d.skip_bad_episodes))
         except ep.BadEpisode as error:
             if not d.skip_bad_episodes:
                 advice = "a training with --skip_bad_episodes, and its evaluation, leave such files out"
                 raise ep.BadEpisode(f"{error} ({advice})") from error
-            excluded.append(str(error))
-    require(episodes, f"none of the {len(excluded)} files of '{d.data_dir}' is usable; the first: {excluded[:1]}")
-    return sorted(episodes, key=lambda e: (e.recorded[0], e.name)), excluded
+            say(f"excluded  {error}")
+    require(episodes, f"none of the {len(paths)} files of '{d.data_dir}' is usable")
+    return sorted(episodes, key=lambda e: (e.recorded[0], e.name))
 
 
 def split_episodes(episodes, train_split, how):
@@ -298,27 +298,26 @@ def opposite_instructions(train, episodes, configured):
 class Data:
     train: list  # of Episode
     validation: list  # of Episode
-    excluded: list  # messages of files left out by skip_bad_episodes
     stats: dict  # of the training actions, m/s
     opposites: dict  # see opposite_instructions
     fingerprint: str  # changes when the training windows or their order would
 
 
-def load_data(cfg, quiet=False):
+def load_data(cfg, say=print):
     """Find, read and split the episodes."""
-    d = cfg.dataset
-    found, excluded = load_episodes(d, quiet=quiet)
-    episodes = [e for e in found if e.num_frames > cfg.label_offset]
-    short = f"too short: with label_offset {cfg.label_offset} an episode needs {cfg.label_offset + 1} frames"
-    excluded += [f"{e.path}: {short}" for e in found if e not in episodes]
-    require(episodes, f"none of the {len(found)} episodes can be used: {short}")
+    d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
+    episodes = [e for e in found if e.num_frames > offset]
+    short = f"{len(found) - len(episodes)} episode(s) are too short for label_offset {offset}: {offset} frame or less"
+    require(episodes, short)
+    if len(episodes) < len(found):
+        say(f"excluded  {short}")
     train, validation = ([episodes[i] for i in part] for part in split_episodes(episodes, d.train_split, d.split))
     digest = hashlib.sha256(d.windows.encode())
     for e in train:
         digest.update(json.dumps([e.name, e.num_frames, e.instruction]).encode() + e.actions.tobytes())
     stats = compute_stats(dict(action=[e.actions for e in train]))
     opposites = opposite_instructions(train, episodes, d.swap_instructions)
-    return Data(train, validation, excluded, stats, opposites, digest.hexdigest()[:16])
+    return Data(train, validation, stats, opposites, digest.hexdigest()[:16])
 
 
 def action_normalizer(cfg):
@@ -656,10 +655,10 @@ class Policy:
         (M, 2): standing still, phase: None}."""
         W, offset = self.cfg.window_size, self.cfg.label_offset
         d = dataclasses.replace(self.cfg.dataset, data_dir=str(root), episode_pattern="*")
-        frames, (episodes, excluded) = Frames(d.colour_order, self.image_size, 0), load_episodes(d, names)
-        for message in excluded:
-            print(f"excluded  {message}")
-        for e in episodes:
+        frames = Frames(d.colour_order, self.image_size, 0)
+        for e in load_episodes(d, names):
+            if e.num_frames <= offset:
+                continue
             images, target = frames.of(e).numpy().transpose(0, 2, 3, 1), e.actions[offset:]
 
             def sample(t, images=images, text=e.instruction):
@@ -684,6 +683,7 @@ class Backbone:
     tokenizer: object
     mean: list  # (3,) of the pixels in 0..1
     std: list
+    image_size: int  # pixels of the square that it sees
 
     @classmethod
     def open(cls, source, weights=True, why=""):
@@ -698,11 +698,8 @@ class Backbone:
             raise MissingFile(text) from error
         another = f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. {Config.model}"
         require(config.model_type == "kosmos-2", another)
-        return cls(folder, config, tokenizer, list(pixels.image_mean), list(pixels.image_std))
-
-    @property
-    def image_size(self):
-        return self.config.vision_config.image_size
+        mean, std, size = list(pixels.image_mean), list(pixels.image_std), config.vision_config.image_size
+        return cls(folder, config, tokenizer, mean, std, size)
 
     def tensors(self):
         """(name in Kosmos2Model, tensor) of its files; the language model's head is the tied embedding, or not used."""
@@ -757,25 +754,22 @@ def save_model(path, core, optimizer, about):
     ckpt.save_state(path, about | dict(trained=trained, moments=moments))
 
 
-def top_files(folder):
-    """{path: (epoch, val_loss)} of the epoch checkpoints in `folder`, from the files themselves: a resumed run, or one
-    that was killed while saving, knows all of them."""
-    out = {}
-    for path in sorted(Path(folder).glob("epoch_*.ckpt")):
-        loss = ckpt.load_state(path)["val_loss"]
-        out[path] = int(path.name.split("-")[0].removeprefix("epoch_")), loss if math.isfinite(loss) else math.inf
-    return out
+def best_files(folder):
+    """{path: val_loss} of the epoch checkpoints in `folder`, the best first; from the files themselves: a resumed run,
+    or one that was killed while saving, knows all of them."""
+    found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")}
+    return {path: found[path] for path in sorted(found, key=found.get)}
 
 
 def keep_best(run, folder, about, k, write, size):
     """Write the file of the epoch that was just validated if it is among the best `k`, then delete what fell out. An
     epoch that is done again replaces its file."""
-    there, epoch, loss = run.once(top_files, folder), about["epoch"], about["val_loss"]
-    own = folder / f"epoch_{epoch:02d}-val_loss={loss:.3f}.ckpt"
-    others = [(value, path) for path, (number, value) in there.items() if number != epoch]
-    best = [path for _, path in sorted([*others, (loss if math.isfinite(loss) else math.inf, own)])[:k]]
+    there, epoch = run.once(best_files, folder), f"epoch_{about['epoch']:02d}-"
+    own = folder / f"{epoch}val_loss={about['val_loss']:.3f}.ckpt"
+    losses = {path: loss for path, loss in there.items() if not path.name.startswith(epoch)} | {own: about["val_loss"]}
+    best = sorted(losses, key=losses.get)[:k]
     if own not in best or run.save_as(own, write, size):
-        run.once(lambda: [path.unlink(missing_ok=True) for path in set(there) - set(best)])
+        run.once(lambda: [path.unlink(missing_ok=True) for path in there if path not in best])
 
 
 def load_policy(path, device=None, model=None):
@@ -784,8 +778,7 @@ def load_policy(path, device=None, model=None):
     path = Path(path)
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        top = top_files(folder)
-        path = min(top, key=lambda p: top[p][1]) if top else folder / "last.ckpt"
+        path = next(iter(best_files(folder)), folder / "last.ckpt")
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT)
     cfg = config_from(Config, saved["config"])
     why = "" if model else f", where the training of {path} found its backbone: load_policy(path, model=DIR)"
@@ -908,8 +901,6 @@ def describe(cfg, data, say):
     d, train, held = cfg.dataset, data.train, data.validation
     texts, frames = {e.instruction for e in train}, sum(e.num_frames for e in train)
     say(f"data      {len(train)} training episodes, {frames} frames; {len(held)} validation episodes; {d.data_dir}")
-    for message in data.excluded:
-        say(f"excluded  {message}")
     kept, out = (Counter(e.recorded[1] or "(no scenario in the name)" for e in part) for part in (train, held))
     for group in sorted(kept | out)[:12]:
         say(f"group     {group}: {kept[group]} to train on, {out[group]} held out")
@@ -922,13 +913,11 @@ def describe(cfg, data, say):
     numbers = "; ".join(f"{k} {s[k][0]:.3g} {s[k][1]:.3g}" for k in ("mean", "std", "min", "max"))
     say(f"action    linear_x, linear_y in m/s: {numbers}; {d.action_scale} becomes 1")
     cut = sum(int((np.abs(e.actions) > 1.001 * np.array(d.action_scale)).any(1).sum()) for e in train)
-    replays = sum(any(np.array_equal(e.actions, t.actions) for t in train) for e in held)
     turning = sum(e.turns for e in [*train, *held])
     warnings = {
         "every training episode has the same instruction: the policy cannot learn to listen to it": len(texts) == 1,
         f"{cut} of {frames} actions exceed dataset.action_scale {d.action_scale} and are cut": cut,
         f"{turning} episode(s) turn (angular_z is not 0); the policy learns linear_x and linear_y only": turning,
-        f"{replays} of {len(held)} validation episodes repeat the actions of a training episode exactly": replays,
     }
     for text in (text for text, wrong in warnings.items() if wrong):
         say(f"warning   {text}")
@@ -977,7 +966,7 @@ def main(cfg):
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT) if path else None
     backbone = Backbone.open(cfg.model)
     prompt = Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
-    data = load_data(cfg, quiet=not run.main)
+    data = load_data(cfg, run.print)
     for e in [*data.train, *data.validation]:
         prompt.tokens(e.instruction)  # too long a text is found now
     if saved:
@@ -1046,8 +1035,7 @@ def main(cfg):
         if step.should_save(0, epoch_end):
             run.save()
 
-    top = run.once(top_files, folder)
-    best = min(top, key=lambda p: top[p][1]) if top else folder / "last.ckpt"
+    best = next(iter(run.once(best_files, folder)), folder / "last.ckpt")
     evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset.data_dir}"
     run.finish(f"model: {best}", evaluate, plot=("train_loss", "val_loss"))
 
