@@ -1,8 +1,8 @@
 """One global sample order: a pure function of (seed, position), the same for any number of ranks, workers and restarts.
 
-Position p counts the samples that training has consumed since step 0, over all ranks. The sample at p is order(epoch p // n)[p % n].
-An optimizer step takes `global_batch` consecutive positions; micro-batch m of rank r takes its own slice of them, so k
-micro-batches, or r ranks, see together exactly what one big batch sees.
+Position p counts the samples that training has consumed since step 0, over all ranks. The sample at p is
+order(epoch p // n)[p % n]. An optimizer step takes `global_batch` consecutive positions; micro-batch m of rank r takes
+its own slice of them, so k micro-batches, or r ranks, see together exactly what one big batch sees.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import numpy as np
 
 
 def epoch_order(n, seed, epoch, weights=None):
-    """(n,) int64, the samples of one epoch in order. Without weights a permutation; with `weights` (n,) > 0, n draws in which
-    sample i occurs floor or ceil of n * w_i / sum(w) times (systematic resampling), so every epoch has the right shares."""
-    rng = np.random.Generator(np.random.Philox(_key(seed, epoch, "order")))
+    """(n,) int64, the samples of one epoch in order. Without weights a permutation; with `weights` (n,) > 0, n draws in
+    which sample i occurs floor or ceil of n * w_i / sum(w) times (systematic resampling), so every epoch has the right
+    shares."""
+    rng = generator_at(seed, epoch, "order")
     if weights is None:
         return rng.permutation(n)
     edges = np.cumsum(weights, dtype=np.float64)
@@ -37,24 +38,15 @@ class GlobalOrder:
 
 
 class RankBatches:
-    """Batch sampler of one rank: yields its micro-batches as lists of (position, index), `accumulation` of them per optimizer step.
-
-    `start` is the first position (a resumed run passes the position it stopped at), `steps` the number of optimizer steps.
-    """
+    """Batch sampler of one rank: yields its micro-batches as lists of (position, index), `accumulation` of them per
+    optimizer step. `start`: the first position, where a resumed run stopped; `steps`: how many optimizer steps."""
 
     def __init__(self, order, batch_size, accumulation=1, rank=0, world=1, start=0, steps=1):
-        self.order, self.batch_size, self.accumulation, self.rank, self.world, self.start, self.steps = (
-            order,
-            batch_size,
-            accumulation,
-            rank,
-            world,
-            start,
-            steps,
-        )
+        self.order, self.batch_size, self.accumulation, self.steps = order, batch_size, accumulation, steps
+        self.rank, self.world, self.start = rank, world, start
 
     def __iter__(self):
-        for k in range(self.steps * self.accumulation):
+        for k in range(len(self)):
             first = self.start + (k * self.world + self.rank) * self.batch_size
             yield [(p, self.order.index(p)) for p in range(first, first + self.batch_size)]
 
@@ -62,16 +54,17 @@ class RankBatches:
         return self.steps * self.accumulation
 
 
-def _key(seed, number, purpose):
-    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "little")
+def torch_seed_at(seed, position, purpose):
+    """63-bit seed for torch.manual_seed / torch.Generator: the random choices of one sample. `purpose` ("augment",
+    "noise", ...) keeps their streams apart."""
+    return _key(seed, position, purpose) & (2**63 - 1)
 
 
 def generator_at(seed, position, purpose):
-    """NumPy generator for the random choices of one sample; `purpose` ("augment", "noise", ...) keeps their streams apart."""
+    """A NumPy generator, same idea."""
     return np.random.Generator(np.random.Philox(_key(seed, position, purpose)))
 
 
-def torch_seed_at(seed, position, purpose):
-    """63-bit seed for torch.manual_seed / torch.Generator, same idea."""
-    return _key(seed, position, purpose) & (2**63 - 1)
+def _key(seed, number, purpose):
+    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")

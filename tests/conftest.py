@@ -4,12 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: tests fork and spawn, and two busy cores are worth more than eight waiting threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests fork, and two busy cores beat eight waiting threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
 import hypothesis
@@ -18,6 +15,7 @@ import torch
 
 import make_demo
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 # the same examples on every run: a red test stays red until the code changes
 hypothesis.settings.register_profile(

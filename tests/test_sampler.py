@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from common.sampler import GlobalOrder, RankBatches, epoch_order, generator_at, torch_seed_at
 
 
+few = st.integers(1, 4)
+
+
 def truth(n, seed, position, weights=None):
     """The definition, without any state: order(epoch p // n)[p % n]."""
     return int(epoch_order(n, seed, position // n, weights)[position % n])
@@ -23,48 +26,24 @@ def one_step(n, seed, world, batch, accumulation, start, steps, step, weights=No
     return out
 
 
-@given(
-    st.integers(1, 40),
-    st.integers(0, 5),
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(1, 4),
-    st.integers(0, 200),
-    st.integers(1, 4),
-    st.booleans(),
-)
-def test_all_ranks_and_micro_batches_together_are_one_stream(
-    n, seed, world, batch, accumulation, start, steps, weighted
-):
+@given(st.integers(1, 40), few, few, st.integers(1, 5), few, st.integers(0, 200), few, st.booleans())
+def test_all_ranks_and_micro_batches_are_one_stream(n, seed, world, batch, accumulation, start, steps, weighted):
     weights = np.arange(1, n + 1) if weighted else None
     size = world * batch * accumulation
     for step in range(steps):
         pairs = one_step(n, seed, world, batch, accumulation, start, steps, step, weights)
         first = start + step * size
-        assert sorted(p for p, _ in pairs) == list(range(first, first + size)), (
-            "every position of the step exactly once"
-        )
+        assert sorted(p for p, _ in pairs) == list(range(first, first + size)), "every position exactly once"
         assert all(i == truth(n, seed, p, weights) for p, i in pairs)
 
 
-@given(
-    st.integers(1, 30),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(0, 8),
-    st.integers(1, 5),
-    st.integers(0, 40),
-)
+@given(st.integers(1, 30), few, few, few, st.integers(0, 8), few, st.integers(0, 40))
 def test_a_resumed_sampler_continues(n, world, batch, accumulation, done, more, start):
     """Also across the end of an epoch, and with an order object that is new."""
+    at = start + done * world * batch * accumulation
     for rank in range(world):
         whole = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, start, done + more))
-        resumed = list(
-            RankBatches(
-                GlobalOrder(n, 7), batch, accumulation, rank, world, start + done * world * batch * accumulation, more
-            )
-        )
+        resumed = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, at, more))
         assert whole[done * accumulation :] == resumed
 
 
@@ -79,9 +58,8 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert len(set(orders.values())) == 16
     assert orders[2, 3] == tuple(epoch_order(50, 2, 3)), "a function, not a state"
     assert tuple(range(50)) not in orders.values(), "shuffled"
-    assert len({tuple(epoch_order(50, seed, epoch)) for seed, epoch in ((1, 23), (12, 3))}) == 2, (
-        "the digits of seed and epoch do not run together"
-    )
+    apart = {tuple(epoch_order(50, seed, epoch)) for seed, epoch in ((1, 23), (12, 3))}
+    assert len(apart) == 2, "the digits of seed and epoch do not run together"
 
 
 def test_every_place_sees_every_sample():
@@ -100,7 +78,7 @@ def test_weighted_shares_are_floor_or_ceil_in_every_epoch(n, seed, epoch, data):
 
 
 def test_weighted_groups_are_right_within_one_percent():
-    """Three data sets of 500, 300 and 200 samples mixed 1 : 1 : 2 per data set; and no sample is left out over a few epochs."""
+    """Three data sets of 500, 300 and 200 samples mixed 1 : 1 : 2; no sample is left out over a few epochs."""
     sizes, shares = [500, 300, 200], np.array([0.25, 0.25, 0.5])
     group = np.repeat([0, 1, 2], sizes)
     weights = (shares / sizes)[group]
@@ -109,10 +87,7 @@ def test_weighted_groups_are_right_within_one_percent():
         np.testing.assert_allclose(np.bincount(group[order], minlength=3) / 1000, shares, atol=0.01)
     assert set(np.concatenate([epoch_order(1000, 5, e, weights) for e in range(12)])) == set(range(1000))
     assert np.abs(np.diff(order)).mean() > 100, "shuffled, not sorted by group"
-
-
-def test_equal_weights_are_a_permutation():
-    assert sorted(epoch_order(40, 3, 1, np.full(40, 0.1))) == list(range(40))
+    assert sorted(epoch_order(40, 3, 1, np.full(40, 0.1))) == list(range(40)), "equal weights: a permutation"
 
 
 def test_index_does_not_depend_on_what_was_asked_before():
@@ -128,27 +103,12 @@ def test_an_empty_data_set_is_refused():
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
 def test_generators_depend_on_seed_position_and_purpose_alone(seed, position):
-    first = generator_at(seed, position, "augment")
-    first.random(1000)
-    np.testing.assert_array_equal(
-        generator_at(seed, position, "augment").random(4), generator_at(seed, position, "augment").random(4)
-    )
-    others = [
-        generator_at(*key).random()
-        for key in (
-            (seed, position, "augment"),
-            (seed, position, "noise"),
-            (seed, position + 1, "augment"),
-            (seed + 1, position, "augment"),
-        )
-    ]
-    assert len(set(others)) == 4
-    assert (
-        torch_seed_at(seed, position, "dropout")
-        == torch_seed_at(seed, position, "dropout")
-        != torch_seed_at(seed, position + 1, "dropout")
-    )
-    assert 0 <= torch_seed_at(seed, position, "dropout") < 2**63
+    first, again = generator_at(seed, position, "augment").random(4), generator_at(seed, position, "augment").random(4)
+    np.testing.assert_array_equal(first, again)
+    keys = [(seed, position, "augment"), (seed, position, "noise"), (seed, position + 1, "augment")]
+    assert len({generator_at(*key).random() for key in [*keys, (seed + 1, position, "augment")]}) == 4
+    seeds = [torch_seed_at(seed, position + i, "dropout") for i in (0, 0, 1)]
+    assert seeds[0] == seeds[1] != seeds[2] and 0 <= seeds[0] < 2**63
 
 
 def test_neighbouring_positions_are_uncorrelated():
@@ -160,7 +120,5 @@ def test_neighbouring_positions_are_uncorrelated():
 def test_the_order_is_the_one_of_earlier_versions():
     """A checkpoint resumes with the order it began with: a change here is a change of the checkpoint format."""
     assert GlobalOrder(10, 42).index(3) == truth(10, 42, 3)
-    assert (
-        epoch_order(10, 42, 0).tolist() == [3, 9, 2, 4, 6, 8, 0, 7, 5, 1]
-        and torch_seed_at(42, 7, "dropout") == 8270223534084020472
-    )
+    assert epoch_order(10, 42, 0).tolist() == [3, 9, 2, 4, 6, 8, 0, 7, 5, 1]
+    assert torch_seed_at(42, 7, "dropout") == 8270223534084020472
