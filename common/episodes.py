@@ -1,6 +1,6 @@
 """Insertion episodes in HDF5: one file is one episode, one sample dict whatever the recorder wrote.
 
-    action                       (N, A) float     what the recorder stored: a pose delta or a joint target, see ActionDefinition
+    action                       (N, A) float     what the recorder stored: a pose delta or a joint target
     observations/ee_pose         (N, 6) float     x y z, roll pitch yaw; optional
     observations/qpos            (N, 6) float     joints; optional
     observations/images/<cam>    (N,) variable-length uint8 (JPEG), or (N, H, W, 3) uint8 RGB, any compression
@@ -21,12 +21,13 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from common import MissingFile, UserError, require
 from common.stats import FORMAT_VERSION, compute_stats
 
 MAX_OPEN_FILES = 64  # per process; `ulimit -n` is 1024 on most machines and a training has many workers
 
 
-class BadEpisode(ValueError):
+class BadEpisode(UserError, ValueError):
     """A file or frame that cannot be used. The message names file, dataset and frame."""
 
 
@@ -46,15 +47,13 @@ class Episode:
 
 
 def find_episodes(root):
-    """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder once. FileNotFoundError when there is none."""
+    """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder
+    once."""
+    none = "No HDF5 files found"
     if not str(root):
-        raise FileNotFoundError(
-            "No HDF5 files found: dataset.root_dir is empty. Set it to the folder with your .h5 episodes (--dataset.root_dir DIR)"
-        )
+        raise MissingFile(f"{none}: dataset.root_dir is empty. Set it to the folder with your .h5 episodes")
     if not Path(root).is_dir():
-        raise FileNotFoundError(
-            f"No HDF5 files found: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})"
-        )
+        raise MissingFile(f"{none}: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})")
     paths, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -62,71 +61,53 @@ def find_episodes(root):
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort(
-            key=lambda name: (os.path.islink(os.path.join(folder, name)), name)
-        )  # a recording keeps its real name
+        # links last: a recording keeps its real name
+        subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
     if not paths:
-        raise FileNotFoundError(
-            f"No HDF5 files found under '{root}' (searched for *.h5 and *.hdf5, recursively). Check dataset.root_dir"
-        )
+        raise MissingFile(f"{none} under '{root}' (*.h5 and *.hdf5, recursively). Check dataset.root_dir")
     return sorted(paths)
 
 
 def read_episode(path, root=None):
-    """Read and check one file -> Episode (images stay on disk). BadEpisode names what is missing, misshapen or not finite."""
+    """Read and check one file -> Episode (images stay on disk)."""
     try:
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
-            if "observations/images" not in f or not len(f["observations/images"]):
-                raise BadEpisode(
-                    f"{path}: no 'observations/images/<camera>'; the file has {sorted(f)}. Re-record it or move it away"
-                )
-            action = _lowdim(f, path, "action", required=True)
-            n = len(action)
-            if n == 0:
-                raise BadEpisode(f"{path}: dataset 'action' has 0 rows; expected one per frame")
-            cameras = {}
-            for name in sorted(f["observations/images"]):
-                images = f["observations/images"][name]
-                if len(images) != n:
-                    raise BadEpisode(
-                        f"{path}: dataset 'observations/images/{name}' has {len(images)} frames, 'action' has {n} rows"
-                    )
-                cameras[name] = _layout(path, name, images)
-            phase = f["phase"][:].astype(int) if "phase" in f else None
-            if phase is not None and phase.shape != (n,):
-                raise BadEpisode(f"{path}: dataset 'phase' has shape {phase.shape}, expected ({n},)")
-            return Episode(
-                path=str(path),
-                name=os.path.relpath(path, root) if root else Path(path).name,
-                num_frames=n,
-                cameras=cameras,
-                action=action,
-                ee_pose=_lowdim(f, path, "observations/ee_pose", n),
-                qpos=_lowdim(f, path, "observations/qpos", n),
-                phase=phase,
-                instruction=read_instruction(f, path),
-            )
+            return _read_arrays(f, path, os.path.relpath(path, root) if root else Path(path).name)
     except BadEpisode:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:  # what h5py raises for damage, or a group where a dataset should be
-        raise BadEpisode(
-            f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out"
-        ) from error
+    # what h5py raises for damage, or a group where a dataset should be
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        how = "It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out"
+        raise BadEpisode(f"{path}: not a readable HDF5 file ({error}). {how}") from error
+
+
+def _read_arrays(f, path, name):
+    if "observations/images" not in f or not len(f["observations/images"]):
+        raise BadEpisode(f"{path}: no 'observations/images/<camera>'; the file has {sorted(f)}. Re-record it")
+    action, cameras = _lowdim(f, path, "action"), {}
+    if action is None or not len(action):
+        raise BadEpisode(f"{path}: no dataset 'action' or one with 0 rows; the file has {sorted(f)}. Re-record it")
+    n = len(action)
+    for camera in sorted(f["observations/images"]):
+        images, where = f["observations/images"][camera], f"{path}: dataset 'observations/images/{camera}'"
+        if len(images) != n:
+            raise BadEpisode(f"{where} has {len(images)} frames, 'action' has {n} rows")
+        jpeg = h5py.check_vlen_dtype(images.dtype) == np.uint8 and images.ndim == 1
+        if not jpeg and not (images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3):
+            wanted = "(N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
+            raise BadEpisode(f"{where} is {images.dtype} {images.shape}; expected {wanted}")
+        cameras[camera] = "jpeg" if jpeg else "raw"
+    phase = f["phase"][:].astype(int) if "phase" in f else None
+    if phase is not None and phase.shape != (n,):
+        raise BadEpisode(f"{path}: dataset 'phase' has shape {phase.shape}, expected ({n},)")
+    pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
+    return Episode(str(path), name, n, cameras, action, pose, qpos, phase, read_instruction(f, path))
 
 
 def load_episodes(root, skip_bad=False, progress=None):
-    """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by `skip_bad`.
-
-    All episodes must agree on cameras and dimensions; the first one that does not is named. `progress` wraps the path list (tqdm).
-    """
+    """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by
+    `skip_bad`. All must agree on cameras and dimensions. `progress` wraps the path list (tqdm)."""
     episodes, excluded = [], []
     for path in (progress or iter)(find_episodes(root)):
         try:
@@ -143,46 +124,41 @@ def load_episodes(root, skip_bad=False, progress=None):
     return episodes, excluded
 
 
+def open_episodes(root, names=None):
+    """The episodes of a report: all below `root`, or those of these names."""
+    found, _ = load_episodes(root)
+    there = [e.name for e in found]
+    unknown = sorted(set(names or []) - set(there))
+    have = f"it has {', '.join(there[:5])}, ...: choose some with --episodes"
+    require(not unknown, f"'{root}' has no episode '{''.join(unknown[:1])}'; {have}")
+    return [e for e in found if names is None or e.name in names]
+
+
 def _check_agreement(first, other):
     def signature(e):
-        return {
-            "cameras": list(e.cameras),
-            "action dims": e.action.shape[1],
-            "ee_pose dims": None if e.ee_pose is None else e.ee_pose.shape[1],
-            "qpos dims": None if e.qpos is None else e.qpos.shape[1],
+        dims = {
+            f"{k} dims": None if (x := getattr(e, k)) is None else x.shape[1] for k in ("action", "ee_pose", "qpos")
         }
+        return {"cameras": list(e.cameras)} | dims
 
     for what, expected in signature(first).items():
-        if signature(other)[what] != expected:
-            raise BadEpisode(
-                f"{other.path}: {what} {signature(other)[what]} do not match {expected} of {first.path}. Train on one kind of recording at a time: move one away"
-            )
+        if (found := signature(other)[what]) != expected:
+            how = "Train on one kind of recording at a time: move one away"
+            raise BadEpisode(f"{other.path}: {what} {found} do not match {expected} of {first.path}. {how}")
 
 
-def _lowdim(f, path, key, rows=None, required=False):
+def _lowdim(f, path, key, rows=None):
+    """(rows, dims) float32, or None where there is none."""
     if key not in f:
-        if required:
-            raise BadEpisode(f"{path}: no dataset '{key}'; the file has {sorted(f)}. Re-record it or move it away")
         return None
     array = f[key][:].astype(np.float32)
     if array.ndim != 2 or (rows is not None and len(array) != rows):
         raise BadEpisode(f"{path}: dataset '{key}' has shape {array.shape}, expected ({rows or 'frames'}, dims)")
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
-        raise BadEpisode(
-            f"{path}: dataset '{key}' frame {bad[0]} is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)"
-        )
+        what = f"frame {bad[0]} is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)"
+        raise BadEpisode(f"{path}: dataset '{key}' {what}")
     return array
-
-
-def _layout(path, name, images):
-    if h5py.check_vlen_dtype(images.dtype) == np.uint8 and images.ndim == 1:
-        return "jpeg"
-    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
-        return "raw"
-    raise BadEpisode(
-        f"{path}: dataset 'observations/images/{name}' is {images.dtype} {images.shape}; expected (N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
-    )
 
 
 def read_instruction(f, path):
@@ -204,15 +180,14 @@ class ImageReader:
         self.max_open, self._files, self._pid = max_open, OrderedDict(), None
 
     def read(self, episode, camera, frame, at_least=None):
-        """-> (h, w, 3) uint8 RGB of `camera` (recorder's name). A JPEG is decoded at the smallest DCT scale whose size is not below
-        `at_least` = (height, width); the caller resizes to its exact input size."""
+        """-> (h, w, 3) uint8 RGB of `camera` (recorder's name). `at_least` (height, width): a JPEG may be decoded at a
+        smaller DCT scale, not below that size."""
         where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
         try:
             value = self._open(episode.path)["observations/images"][camera][frame]
         except (OSError, RuntimeError, KeyError, IndexError) as error:
-            raise BadEpisode(
-                f"{where} cannot be read ({error}). Re-copy the file, or move it away and start again"
-            ) from error
+            how = "Re-copy the file, or move it away and start again"
+            raise BadEpisode(f"{where} cannot be read ({error}). {how}") from error
         if episode.cameras[camera] == "raw":
             return value
         try:
@@ -221,9 +196,8 @@ class ImageReader:
                 image.draft("RGB", (at_least[1], at_least[0]))
             return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise BadEpisode(
-                f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). Re-record the episode, or move it away and start again"
-            ) from error
+            how = "Re-record the episode, or move it away and start again"
+            raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). {how}") from error
 
     def _open(self, path):
         if self._pid != os.getpid():
@@ -247,16 +221,15 @@ class ImageReader:
 class ActionDefinition:
     """What one row of the training target is; two programs that share statistics must agree on it.
 
-    source "action": the recorded row. source "ee_pose_delta": ee_pose[t+1] - ee_pose[t], the motion that follows frame t.
-    rotation_unit "rad" | "deg" is the unit of the rotation columns 3:6 of ee_pose; a delta is wrapped to half a turn in it.
-    """
+    source "action": the recorded row. source "ee_pose_delta": ee_pose[t+1] - ee_pose[t], the motion that follows t.
+    rotation_unit "rad" | "deg": of the rotation columns 3:6 of ee_pose; a delta is wrapped to half a turn in it."""
 
     source: str
     dim: int
     rotation_unit: str = "rad"
 
     def targets(self, episode):
-        """(M, A) float32; row t belongs to frame t. M = N for "action", N-1 for "ee_pose_delta" (the last frame has no next)."""
+        """(M, A) float32; row t belongs to frame t. M = N for "action", N-1 for "ee_pose_delta"."""
         if self.source == "action":
             return episode.action
         delta = np.diff(episode.ee_pose, axis=0)
@@ -265,48 +238,54 @@ class ActionDefinition:
         # a resting joint flickers in the last bits of its float32 pose; normalised, that would look like full motion
         return np.where(np.abs(delta) <= 2 * np.spacing(np.abs(episode.ee_pose[1:])), np.float32(0), delta)
 
+    def still(self, episode):
+        """(M, A), the target that stands still: the joints or the pose, where the recorded action is near them, else
+        no motion."""
+        target = self.targets(episode)
+        for where in (episode.qpos, episode.ee_pose) if self.source == "action" else ():
+            fits = where is not None and where.shape == target.shape
+            if fits and np.abs(target - where).mean() < np.abs(target).mean():
+                return where
+        return np.zeros_like(target)
+
 
 def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
-    """ActionDefinition for these episodes. rotation_unit "auto": degrees if any |rotation| exceeds a full turn in radians."""
+    """ActionDefinition for these episodes. rotation_unit "auto": degrees if any |rotation| exceeds a full turn in
+    radians."""
+    unit = detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit
     if not use_ee_pose_delta:
-        return ActionDefinition(
-            "action",
-            episodes[0].action.shape[1],
-            detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit,
-        )
+        return ActionDefinition("action", episodes[0].action.shape[1], unit)
     pose = episodes[0].ee_pose
     if pose is None or pose.shape[1] != 6:
-        raise BadEpisode(
-            f"{episodes[0].path}: use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {None if pose is None else pose.shape}. "
-            "Set dataset.use_ee_pose_delta_as_action: false to train on the recorded 'action'"
-        )
-    return ActionDefinition(
-        "ee_pose_delta", 6, detect_rotation_unit(episodes) if rotation_unit == "auto" else rotation_unit
-    )
+        found = f"found {None if pose is None else pose.shape}"
+        how = "Set dataset.use_ee_pose_delta_as_action: false to train on the recorded 'action'"
+        wanted = "use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6)"
+        raise BadEpisode(f"{episodes[0].path}: {wanted}, {found}. {how}")
+    return ActionDefinition("ee_pose_delta", 6, unit)
 
 
 def detect_rotation_unit(episodes):
     """ "deg" if any rotation of ee_pose lies beyond 2 pi, else "rad" ("rad" when there is none to look at)."""
-    peaks = [np.abs(e.ee_pose[:, 3:6]).max() for e in episodes if e.ee_pose is not None and e.ee_pose.shape[1] == 6]
-    return "deg" if peaks and max(peaks) > 2 * np.pi + 1e-3 else "rad"
+    poses = [e.ee_pose for e in episodes if e.ee_pose is not None and e.ee_pose.shape[1] == 6]
+    return "deg" if any(np.abs(pose[:, 3:6]).max() > 2 * np.pi + 1e-3 for pose in poses) else "rad"
 
 
 def detect_position_unit(episodes):
-    """ "mm" or "m" from the size of ee_pose[:, :3] (a desktop arm reaches less than 2 m, and more than 2 mm), None without poses.
-    Episodes that disagree raise BadEpisode: their deltas differ by a factor of 1000."""
+    """ "mm" or "m" from the size of ee_pose[:, :3] (a desktop arm reaches less than 2 m, and more than 2 mm), None
+    without poses. Episodes that disagree raise BadEpisode: their deltas differ by a factor of 1000."""
     units = {}
     for e in episodes:
         if e.ee_pose is not None:
             units.setdefault("mm" if np.abs(e.ee_pose[:, :3]).max() > 2.0 else "m", e.path)
     if len(units) > 1:
-        raise BadEpisode(
-            f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}. Convert one, or move it away"
-        )
+        looks = f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}"
+        raise BadEpisode(f"{looks}. Convert one, or move it away")
     return next(iter(units), None)
 
 
 def records_past_motion(episodes):
-    """True if `action` is the motion already made, action[t] = ee_pose[t] - ee_pose[t-1]: trained on, it teaches yesterday's action."""
+    """True if `action` is the motion already made, action[t] = ee_pose[t] - ee_pose[t-1]: it teaches yesterday's
+    action."""
     e = episodes[0]
     if e.ee_pose is None or e.ee_pose.shape != e.action.shape or e.num_frames < 3:
         return False
@@ -327,7 +306,7 @@ def action_chunk(targets, frame, horizon, hold):
     return chunk, np.arange(horizon) >= horizon - missing
 
 
-# ---- statistics and split -----------------------------------------------------------------------------------------------------------
+# ---- statistics and split --------------------------------------------------------------------------------------------
 
 
 def robot_state(episode, keys):
@@ -336,49 +315,39 @@ def robot_state(episode, keys):
 
 
 def insertion_stats(train, definition, held_out, state_keys=()):
-    """Statistics of the training episodes in the file form of common/stats.py; `held_out` are the names of the validation episodes."""
+    """Statistics of the training episodes in the file form of common/stats.py; `held_out`: names of the validation
+    episodes."""
     arrays = {"action": [definition.targets(e) for e in train]}
     if state_keys:
         arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
-    return dict(
-        format_version=FORMAT_VERSION,
-        num_episodes=len(train),
-        num_frames=int(sum(e.num_frames for e in train)),
-        action_definition=asdict(definition),
-        episodes=[e.name for e in train],
-        excluded_episodes=list(held_out),
-        **compute_stats(arrays),
-    )
+    about = dict(format_version=FORMAT_VERSION, num_episodes=len(train))
+    about |= dict(num_frames=int(sum(e.num_frames for e in train)), action_definition=asdict(definition))
+    about |= dict(episodes=[e.name for e in train], excluded_episodes=list(held_out))
+    return about | compute_stats(arrays)
+
+
+def _check_count(key, count, episodes):
+    fits = 0 <= count < len(episodes)
+    require(fits, f"{key} is {count}, but there are {len(episodes)} usable episodes: hold out fewer")
 
 
 def hold_out_last(episodes, count):
-    """(training, validation): the last `count` episodes of the sorted list; recorders put the time into the name, so these are the newest."""
-    if not 0 <= count < len(episodes):
-        raise ValueError(f"num_val_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer")
+    """(training, validation): the last `count` episodes of the sorted list; recorders put the time into the name, so
+    these are the newest."""
+    _check_count("num_val_episodes", count, episodes)
     return episodes[: len(episodes) - count], episodes[len(episodes) - count :]
 
 
 def hold_out_random(episodes, count, seed):
     """(training, validation) as sorted lists of indices: `count` episodes drawn with `seed`, as guide 2 splits."""
-    if not 0 <= count < len(episodes):
-        raise ValueError(
-            f"validation.num_episodes is {count}, but there are {len(episodes)} usable episodes: hold out fewer (--validation.num_episodes N, or --validation.enable false)"
-        )
+    _check_count("validation.num_episodes", count, episodes)
     validation = sorted(random.Random(seed).sample(range(len(episodes)), count))
     return sorted(set(range(len(episodes))) - set(validation)), validation
 
 
 def write_validation_list(path, episodes, validation):
     """validation_episodes.txt: `validation` holds indices into the sorted list `episodes`."""
-    lines = [
-        "Validation episodes",
-        "=" * 80,
-        f"Total episodes: {len(episodes)}",
-        f"Validation episodes: {len(validation)}",
-        f"Validation episode indices: {list(validation)}",
-        "",
-        "Validation episode paths:",
-    ]
-    Path(path).write_text(
-        "\n".join(lines + [f"  [{i}] {episodes[i].path}" for i in validation]) + "\n", encoding="utf-8"
-    )
+    head = ["Validation episodes", "=" * 80, f"Total episodes: {len(episodes)}"]
+    head += [f"Validation episodes: {len(validation)}", f"Validation episode indices: {list(validation)}", ""]
+    lines = [*head, "Validation episode paths:", *(f"  [{i}] {episodes[i].path}" for i in validation)]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
