@@ -18,22 +18,23 @@ action steps (the chunk), A padded action dims, D width of the VLM, W width of t
 """
 
 import copy
-import csv
 import dataclasses
 import functools
 import hashlib
-import io
+import itertools
 import json
 import math
+import operator
 import os
 import re
-import tempfile
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -48,12 +49,12 @@ from common.config import config_from
 from common.ema import Ema
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
-from common.stats import LISTS, MODES as STATS_OF, Normalizer, load_stats, save_stats
+from common.stats import LISTS, MODES, Normalizer, load_stats, save_stats
 
-FORMAT = 2  # of checkpoint_step_N.pt and of policy.json in an exported folder
+FORMAT = 2  # of checkpoint_step_N.pt and of meta.json in an exported folder
 ROPE_BASE = 10_000.0  # SmolVLA's own; the VLM's config says 100,000 and is not asked
 HEADS = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
-MODES = dict(MEAN_STD="mean_std", MIN_MAX="min_max", QUANTILES="q01_q99", IDENTITY="identity")  # LeRobot's -> ours
+NORMALIZERS = dict(MEAN_STD="mean_std", MIN_MAX="min_max", QUANTILES="q01_q99", IDENTITY="identity")  # LeRobot's: ours
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -69,7 +70,6 @@ class DatasetConfig:
     use_ee_pose: bool = True  # the state contains ee_pose
     use_ee_pose_delta_as_action: bool = False  # target = ee_pose[t+1] - ee_pose[t] instead of the recorded action[t]
     rotation_unit: Literal["auto", "rad", "deg"] = "auto"  # of ee_pose[:, 3:6]; auto: deg if a value exceeds 2 pi
-    weights: dict[str, float] = field(default_factory=dict)  # {subfolder: share of the samples}; empty: by frames
     skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
     augment: bool = False  # colour augmentation of training images (simulated data is already randomised)
     augment_brightness: float = 0.2  # +- this share of full scale
@@ -95,7 +95,6 @@ class PolicyConfig:
     expert_width_multiplier: float = 0.75  # W / D
     self_attn_every_n_layers: int = 2  # of the expert; the others attend to the prefix only
     attention_mode: Literal["cross_attn", "self_attn"] = "cross_attn"  # self_attn: all expert layers are joint
-    n_obs_steps: int = 1  # frames seen; SmolVLA knows 1 only
     chunk_size: int = 50  # S
     n_action_steps: int = 50  # actions that a robot executes of a chunk, for LeRobot's queue
     num_steps: int = 10  # Euler steps of sampling
@@ -107,7 +106,6 @@ class PolicyConfig:
     max_period: float = 4.0  # of the time embedding
     freeze_vision_encoder: bool = True  # the vision tower keeps its weights
     train_expert_only: bool = True  # the whole VLM keeps its weights
-    train_state_proj: bool = True  # false: the state's projection keeps its weights
 
 
 @dataclass
@@ -122,8 +120,6 @@ class TrainingConfig:
     lambda_temporal: float = 0.1  # weight of the smoothness of the predicted clean actions; 0: plain SmolVLA
     loss_spike_threshold: float = 10.0  # a loss above this times the mean of the last 100 is recorded
     use_bfloat16: bool = True  # bf16 autocast on CUDA, frozen weights bf16; trained weights are fp32 in any case
-    use_torch_compile: bool = False  # compile the model's forward
-    feature_cache: str | None = None  # folder for a frozen VLM's image features: computed once, then no image is read
     ema_decay: float = 0.0  # average of the trained weights, for validation and export; 0: off, 0.999 is usual
 
 
@@ -182,43 +178,37 @@ class Config:
 
 
 ALIASES = {"max_steps": "training.steps", "resume_from_checkpoint": "resume"}
-ACCEPTED = {"training.use_amp": (False,), "training.pin_memory": None}  # fp16 is not offered; CUDA pins by itself
+# keys of the guide's YAML that have one meaning here
+ACCEPTED = {"training.use_amp": (False,), "training.use_torch_compile": (False,), "policy.train_state_proj": (True,)}
+ACCEPTED |= {"training.pin_memory": None, "policy.n_obs_steps": (1,)}
 PATTERNS = ("checkpoint_step_*.pt", "checkpoint_latest.pt")  # what can be resumed
 NAMES = dict(samples_per_s="train/samples_per_sec", data_wait="train/data_wait", skipped_steps="train/skipped_steps")
 NAMES["memory_gb"] = "system/vram_allocated_gb"
 # without these the moments, the noise or the order of the samples would belong to another run
+FREE = ("vlm_model_name", "pretrained_model_id", "num_steps", "n_action_steps")
 FIXED = (
-    *("seed", "train", "lora_rank", "lora_alpha", "normalization.enable", "normalization.mode"),
-    *("dataset.cameras", "dataset.use_qpos", "dataset.use_ee_pose", "dataset.use_ee_pose_delta_as_action"),
-    *("dataset.rotation_unit", "dataset.task_instruction"),
-    *("policy.num_vlm_layers", "policy.num_expert_layers", "policy.expert_width_multiplier", "policy.attention_mode"),
-    *("policy.self_attn_every_n_layers", "policy.chunk_size", "policy.max_state_dim", "policy.max_action_dim"),
-    *("policy.resize_imgs_with_padding", "policy.tokenizer_max_length", "policy.min_period", "policy.max_period"),
-    *("policy.freeze_vision_encoder", "policy.train_expert_only", "policy.train_state_proj"),
+    *("seed", "train", "lora_rank", "lora_alpha", "normalization.enable", "normalization.mode", "dataset.cameras"),
+    *("dataset.use_qpos", "dataset.use_ee_pose", "dataset.use_ee_pose_delta_as_action", "dataset.rotation_unit"),
+    *(f"policy.{f.name}" for f in dataclasses.fields(PolicyConfig) if f.name not in FREE),
 )
+POSITIVE = ("training.steps", "training.batch_size", "training.gradient_accumulation_steps", "training.log_freq")
+POSITIVE += ("training.save_freq", "validation.val_freq", "validation.num_samples", "policy.num_steps")
 # weights mean nothing with another value of these, though their shapes may fit
 SAME_NETWORK = ("num_vlm_layers", "attention_mode", "self_attn_every_n_layers", "min_period", "max_period")
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    d, p, t, v = cfg.dataset, cfg.policy, cfg.training, cfg.validation
-    counts = {f"training.{k}": getattr(t, k) for k in ("steps", "batch_size", "log_freq", "save_freq")}
-    counts["training.gradient_accumulation_steps"] = t.gradient_accumulation_steps
-    counts |= {"validation.val_freq": v.val_freq, "validation.num_samples": v.num_samples}
-    counts["policy.num_steps"] = p.num_steps
-    for key, value in counts.items():
+    d, p, t = cfg.dataset, cfg.policy, cfg.training
+    for key in POSITIVE:
+        value = operator.attrgetter(key)(cfg)
         require(value > 0, f"{key} is {value}: expected 1 or more")
     equal = "expected the same number"
     require(d.horizon == p.chunk_size, f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: {equal}")
     executed = f"policy.n_action_steps is {p.n_action_steps}: expected 1..{p.chunk_size} (policy.chunk_size)"
     require(1 <= p.n_action_steps <= p.chunk_size, executed)
-    require(p.n_obs_steps == 1, f"policy.n_obs_steps is {p.n_obs_steps}: SmolVLA sees 1 frame")
     require(0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1")
     require(t.lambda_temporal >= 0, f"training.lambda_temporal is {t.lambda_temporal}: expected 0 or more")
-    frozen = p.train_expert_only and not d.augment
-    needs = "training.feature_cache needs policy.train_expert_only: true (a frozen VLM) and dataset.augment: false"
-    require(frozen or not t.feature_cache, needs)
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"
     require(not (cfg.resume and cfg.init_from), both)
     alone = "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"
@@ -237,18 +227,16 @@ class DataSpec:
     state_keys: list  # of ["qpos", "ee_pose"], in this order
     state_dim: int
     action_definition: dict  # common.episodes.ActionDefinition
-    joint_unit: str | None  # rad or deg if the action is a target for qpos: standing still is the present qpos
-    position_unit: str | None  # of ee_pose deltas, for reports
+    action_names: list  # [[name, unit]] per action dim, for reports: q1..: a target for qpos
     normalization: str  # MEAN_STD, MIN_MAX, QUANTILES or IDENTITY
     task_instruction: str
+    stats: dict  # common.stats
 
-    @property
-    def action_dim(self):
-        return self.action_definition["dim"]
-
-    @property
-    def definition(self):
-        return ep.ActionDefinition(**self.action_definition)
+    def __post_init__(self):
+        self.definition = ep.ActionDefinition(**self.action_definition)
+        mode = NORMALIZERS[self.normalization]
+        self.state_scale = Normalizer(self.stats["observation.state"], mode, clip=False)
+        self.action_scale = Normalizer(self.stats["action"], mode, clip=False)
 
 
 @dataclass
@@ -260,55 +248,45 @@ class Data:
     validation: list  # indices into episodes
     excluded: list  # messages: files left out by skip_bad_episodes, and since the checkpoint
     spec: DataSpec
-    stats: dict
     fingerprint: str  # changes when the training samples or their order would
     names: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
 
 
-def read_spec(cfg, found):
-    """Episodes -> DataSpec; refuses cameras, states and sizes that the recordings or the network do not have."""
-    d, p, first = cfg.dataset, cfg.policy, found[0]
-    known = list(first.cameras)
+def read_cameras(cfg, first):
+    """-> recorded names in policy order"""
+    known, wanted = list(first.cameras), list(cfg.dataset.cameras)
     numbered = {f"camera{k + 1}": name for k, name in enumerate(known)}
-    cameras = [c if c in known else numbered.get(c, c) for c in d.cameras]
+    cameras = [c if c in known else numbered.get(c, c) for c in wanted]
     usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
     names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
-    require(usable, f"dataset.cameras is {list(d.cameras)}; expected one or more of {names}, each once")
-    state_keys = [k for k, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose)) if use]
+    require(usable, f"dataset.cameras is {wanted}; expected one or more of {names}, each once")
+    return cameras
+
+
+def read_state_keys(cfg, first):
+    """-> which arrays make the state, in this order"""
+    wanted = [k for k in ("qpos", "ee_pose") if getattr(cfg.dataset, f"use_{k}")]
     there = [k for k in ("qpos", "ee_pose") if getattr(first, k) is not None]
-    made = f"the state is made of {state_keys or 'nothing'} (dataset.use_qpos, dataset.use_ee_pose)"
-    require(state_keys and set(state_keys) <= set(there), f"{made}; {first.path} has {there or 'neither'}")
-    definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
-    state_dim = sum(getattr(first, k).shape[1] for k in state_keys)
-    for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
-        how = "raise it (a pretrained policy cannot be used then), or choose fewer"
-        require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
-    reader = ep.ImageReader()
-    return DataSpec(
-        cameras=cameras,
-        image_shapes=[list(reader.read(first, c, 0).shape[:2]) for c in cameras],
-        state_keys=state_keys,
-        state_dim=state_dim,
-        action_definition=dataclasses.asdict(definition),
-        joint_unit=joint_unit(found) if definition.source == "action" else None,
-        position_unit=ep.detect_position_unit(found),
-        normalization=cfg.normalization.mode if cfg.normalization.enable else "IDENTITY",
-        task_instruction=d.task_instruction,
-    )
+    made = f"the state is made of {wanted or 'nothing'} (dataset.use_qpos, dataset.use_ee_pose)"
+    require(wanted and set(wanted) <= set(there), f"{made}; {first.path} has {there or 'neither'}")
+    return wanted
 
 
-def joint_unit(found):
-    """ "rad" or "deg" if the recorded action is a joint target (qpos tells more about it than its own mean), or None."""
-    first = found[0]
-    if first.qpos is None or first.qpos.shape != first.action.shape:
-        return None
-    if np.abs(first.action - first.qpos).mean() >= 0.5 * np.abs(first.action - first.action.mean(0)).mean():
-        return None
-    return "deg" if max(np.abs(e.qpos).max() for e in found) > 2 * np.pi + 1e-3 else "rad"
+def name_actions(found, definition):
+    """-> [[name, unit]] per action dim. It is a joint target if qpos tells more about it than its own mean does."""
+    if definition.source == "ee_pose_delta":
+        position, turns = ep.detect_position_unit(found) or "", ("droll", "dpitch", "dyaw")
+        return [[n, position] for n in ("dx", "dy", "dz")] + [[n, definition.rotation_unit] for n in turns]
+    action, qpos = found[0].action, found[0].qpos
+    comparable = qpos is not None and qpos.shape == action.shape
+    if not comparable or np.abs(action - qpos).mean() > 0.5 * np.abs(action - action.mean(0)).mean():
+        return [[f"action{i + 1}", ""] for i in range(definition.dim)]
+    unit = "deg" if max(np.abs(e.qpos).max() for e in found) > 2 * np.pi + 1e-3 else "rad"
+    return [[f"q{i + 1}", unit] for i in range(definition.dim)]
 
 
 def split_episodes(cfg, found, saved):
-    """-> indices of (training, validation), and the names of files of `saved`, a checkpoint, that were left out since."""
+    """-> indices of (training, validation), and names of files of the checkpoint `saved` that were left out since."""
     here, then = {e.name: e.num_frames for e in found}, saved["episodes"] if saved else {}
     gone = [name for name in then if name not in here] if cfg.dataset.skip_bad_episodes else []
     if gone and all(name in then and then[name][0] == frames for name, frames in here.items()):
@@ -327,26 +305,32 @@ def load_data(cfg, main=True, saved=None):
     train, validation, gone = split_episodes(cfg, found, saved)
     notes += [f"{name}: left out since the checkpoint was written" for name in gone]
     require(train, f"no training episode is left under '{d.root_dir}'")
-    spec, trained = read_spec(cfg, found), [found[i] for i in train]
-    names = [[e.name, e.num_frames] for e in trained]
-    fingerprint = hashlib.sha256(json.dumps([names, d.weights]).encode()).hexdigest()[:16]
+    trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
+    fingerprint = hashlib.sha256(json.dumps([[e.name, e.num_frames] for e in trained]).encode()).hexdigest()[:16]
     fingerprint = saved["fingerprint"] if gone else fingerprint
-    held_out = [found[i].name for i in validation]
+    cameras, state_keys = read_cameras(cfg, found[0]), read_state_keys(cfg, found[0])
+    definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
+    plain = dataclasses.asdict(definition)
     if saved and saved["fingerprint"] == fingerprint:
         stats = saved["normalization_stats"]
     elif n.enable and n.stats_file:
-        keys, again = ("action", "observation.state"), stats_command(cfg)
-        trained_names = [e.name for e in trained]
-        stats = load_stats(n.stats_file, keys, spec.action_definition, held_out, trained_names, again)
+        names, keys = [e.name for e in trained], ("action", "observation.state")
+        stats = load_stats(n.stats_file, keys, plain, held_out, names, stats_command(cfg))
     else:
-        stats = ep.insertion_stats(trained, spec.definition, held_out, spec.state_keys)
-    for key, dim in (("action", spec.action_dim), ("observation.state", spec.state_dim)):
-        has = len(stats[key]["mean"])
-        wrong = f"the statistics have {has} dims for '{key}', the data has {dim}"
-        require(has == dim, f"{wrong}. Make them with: {stats_command(cfg)}")
+        stats = ep.insertion_stats(trained, definition, held_out, state_keys)
+    state_dim, has = ep.robot_state(found[0], state_keys).shape[1], len(stats["observation.state"]["mean"])
+    wrong = f"the statistics have {has} dims for 'observation.state', the data has {state_dim}"
+    require(has == state_dim, f"{wrong}. Make them with: {stats_command(cfg)}")
+    p, reader = cfg.policy, ep.ImageReader()
+    for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
+        how = "raise it (a pretrained policy cannot be used then), or choose fewer"
+        require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
+    shapes = [list(reader.read(found[0], c, 0).shape[:2]) for c in cameras]
+    mode, names = n.mode if n.enable else "IDENTITY", name_actions(found, definition)
+    spec = DataSpec(cameras, shapes, state_keys, state_dim, plain, names, mode, d.task_instruction, stats)
     part = {i: "validation" for i in validation}
     episodes = {e.name: [e.num_frames, part.get(i, "train")] for i, e in enumerate(found)}
-    return Data(found, train, validation, notes, spec, stats, fingerprint, episodes)
+    return Data(found, train, validation, notes, spec, fingerprint, episodes)
 
 
 def stats_command(cfg):
@@ -391,44 +375,27 @@ def augment_image(image, cfg, rng):
 class SmolVLADataset(Dataset):
     """One item per frame that has a target. Item (position, i), where `position` seeds noise, flow time, augmentation:
 
-    images list of K (h, w, 3) uint8, or features (K, T, D) of the cache | state (state_dim,), action (S, action_dim)
-    float32 in data units | is_pad (S,) bool: past the episode's end | noise (S, A) float32 ~ N(0, 1), time float ~
-    0.001 + 0.999 Beta(1.5, 1) | instruction str | name (episode index, episode, frame)
+    images list of K (h, w, 3) uint8 | state (state_dim,), action (S, action_dim) float32 in data units | is_pad (S,)
+    bool: past the episode's end | noise (S, A) float32 ~ N(0, 1), time float ~ 0.001 + 0.999 Beta(1.5, 1) | instruction
+    str | name (episode index, episode, frame)
     """
 
-    def __init__(self, data, which, cfg, augment=False, cache=None):
-        self.spec, self.cfg, self.augment, self.cache = data.spec, cfg, augment, cache
+    def __init__(self, data, which, cfg, augment=False):
+        self.spec, self.cfg, self.augment = data.spec, cfg, augment
         self.which, self.episodes = list(which), [data.episodes[i] for i in which]
         self.targets = [data.spec.definition.targets(e) for e in self.episodes]
         self.states = [ep.robot_state(e, data.spec.state_keys) for e in self.episodes]
         self.hold = "zero" if data.spec.definition.source == "ee_pose_delta" else "repeat"
-        self.ends = np.cumsum([len(t) for t in self.targets])
-        self.reader = ep.ImageReader()
+        self.reader, self.samples = ep.ImageReader(), []  # (episode number within this part, frame)
+        for e, target in enumerate(self.targets):
+            self.samples += [(e, t) for t in range(len(target))]
 
     def __len__(self):
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def locate(self, i):
-        """Sample -> (episode number within this part, frame)."""
-        e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, int(i - (self.ends[e - 1] if e else 0))
-
-    def sample_weights(self):
-        """dataset.weights {subfolder: share} -> (len,) weight per sample, None without weights."""
-        weights, frames = self.cfg.dataset.weights, {}
-        if not weights:
-            return None
-        folders = [next((k for k in weights if e.name.startswith(k.rstrip("/") + "/")), None) for e in self.episodes]
-        for folder, target in zip(folders, self.targets, strict=True):
-            frames[folder] = frames.get(folder, 0) + len(target)
-        rule = "every training episode must lie in one of these subfolders, each must have episodes and a share above 0"
-        usable = set(frames) == set(weights) and min(weights.values()) > 0
-        require(usable, f"dataset.weights is {weights}: {rule}; frames found: {frames}")
-        return np.repeat([weights[f] / frames[f] for f in folders], [len(t) for t in self.targets])
+        return len(self.samples)
 
     def __getitem__(self, key):
         position, i = key
-        e, t = self.locate(i)
+        e, t = self.samples[i]
         episode, p, rng = self.episodes[e], self.cfg.policy, generator_at(self.cfg.seed, position, "noise")
         action, is_pad = ep.action_chunk(self.targets[e], t, p.chunk_size, self.hold)
         item = dict(
@@ -440,8 +407,6 @@ class SmolVLADataset(Dataset):
             instruction=episode.instruction or self.spec.task_instruction,
             name=(self.which[e], episode.name, t),
         )
-        if self.cache is not None:
-            return item | dict(features=self.cache.read(episode, t))
         images = [self.reader.read(episode, c, t) for c in self.spec.cameras]
         if self.augment:
             rng = generator_at(self.cfg.seed, position, "augment")
@@ -452,36 +417,22 @@ class SmolVLADataset(Dataset):
 class Collate:
     """Lists of raw observations -> model inputs, the same function in training and predict."""
 
-    def __init__(self, tokenizer, policy, spec, stats):
-        self.tokenizer, self.policy, self.spec, self.stats, self._tokens = tokenizer, policy, spec, stats, {}
-        mode = MODES[spec.normalization]
-        self.state = Normalizer(stats["observation.state"], mode, clip=False)
-        self.action = Normalizer(stats["action"], mode, clip=False)
-
-    def tokens(self, text):
-        """Instruction -> (ids, mask) of length L; the text ends with a newline, as in LeRobot's preprocessor."""
-        if text not in self._tokens:
-            length = dict(padding="max_length", max_length=self.policy.tokenizer_max_length, truncation=True)
-            out = self.tokenizer(text if text.endswith("\n") else text + "\n", padding_side="right", **length)
-            self._tokens[text] = (out["input_ids"], out["attention_mask"])
-        return self._tokens[text]
+    def __init__(self, tokenizer, policy, spec):
+        self.tokenizer, self.policy, self.spec = tokenizer, policy, spec
 
     def inputs(self, observations):
-        """images: [(rows (n,), pictures (n, h, w, 3))], one group per size, of the B*K pictures; or features (B, K, T, D)
-        | tokens, token_mask (B, L) | state (B, max_state_dim) normalised, zero-padded."""
-        tokens = [self.tokens(o.get("instruction") or self.spec.task_instruction) for o in observations]
-        state = self.state.normalize(np.stack([np.asarray(o["state"]) for o in observations]))
-        batch = dict(
-            tokens=torch.tensor([ids for ids, _ in tokens]),
-            token_mask=torch.tensor([mask for _, mask in tokens], dtype=torch.bool),
+        """images: list of the B*K pictures, (h, w, 3) | tokens, token_mask (B, L): the text ends with a newline, as in
+        LeRobot's preprocessor | state (B, max_state_dim) normalised, zero-padded."""
+        texts = [(o.get("instruction") or self.spec.task_instruction).rstrip("\n") + "\n" for o in observations]
+        length = dict(max_length=self.policy.tokenizer_max_length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(texts, padding="max_length", padding_side="right", **length)
+        state = self.spec.state_scale.normalize(np.stack([np.asarray(o["state"]) for o in observations]))
+        return dict(
+            images=[torch.from_numpy(image) for image in itertools.chain(*(o["images"] for o in observations))],
+            tokens=tokens["input_ids"],
+            token_mask=tokens["attention_mask"].bool(),
             state=pad_last(state, self.policy.max_state_dim),
         )
-        if "features" in observations[0]:
-            return batch | dict(features=torch.stack([o["features"] for o in observations]))
-        pictures = []
-        for o in observations:
-            pictures += o["images"]
-        return batch | dict(images=group_by_size(pictures))
 
     def __call__(self, items):
         """List of dataset items -> inputs() plus action, noise (B, S, A), time (B,), is_pad (B, S), names."""
@@ -490,20 +441,12 @@ class Collate:
             return np.stack([item[key] for item in items])
 
         return self.inputs(items) | dict(
-            action=pad_last(self.action.normalize(stack("action")), self.policy.max_action_dim),
+            action=pad_last(self.spec.action_scale.normalize(stack("action")), self.policy.max_action_dim),
             noise=torch.from_numpy(stack("noise")),
             time=torch.from_numpy(stack("time")).float(),
             is_pad=torch.from_numpy(stack("is_pad")),
             names=[item["name"] for item in items],
         )
-
-
-def group_by_size(pictures):
-    """list of (h, w, 3) arrays -> [(rows (n,), (n, h, w, 3))], one group per size."""
-    groups = {}
-    for row, image in enumerate(pictures):
-        groups.setdefault((image.shape, image.dtype), []).append(row)
-    return [(torch.tensor(rows), torch.from_numpy(np.stack([pictures[r] for r in rows]))) for rows in groups.values()]
 
 
 def pad_last(array, dim):
@@ -600,11 +543,6 @@ class FlowModel(nn.Module):
     def vlm(self):
         return self.vlm_with_expert.vlm.model
 
-    def embed_images(self, images):
-        """(n, 3, side, side) in [-1, 1] -> (n, T, D)."""
-        images = images.to(self.vlm.vision_model.post_layernorm.weight.dtype)
-        return self.vlm.connector(self.vlm.vision_model(images).last_hidden_state)
-
     def vlm_layers(self, x, positions, mask, past=None):
         """Tokens x (B, n, D) through the VLM's text layers, after `past` -> per layer keys (RoPE applied) and values
         (B, kv_heads, n + past, d)."""
@@ -675,22 +613,17 @@ class SmolVLA(nn.Module):
         super().__init__()
         self.model, self.policy, self.action_dim = FlowModel(vlm_config, policy), policy, action_dim
 
-    def features(self, images, cameras):
-        """Collate's groups of images -> (B, K*T, D)."""
-        device, side = self.model.action_in_proj.weight.device, self.policy.resize_imgs_with_padding[0]
-        parts = []
-        for _, pictures in images:
-            x = pictures.to(device, non_blocking=True).permute(0, 3, 1, 2)
-            parts.append(resize_with_pad(x.float() / (255 if x.dtype == torch.uint8 else 1), side))
-        order = torch.cat([rows for rows, _ in images]).argsort().to(device)
-        return self.model.embed_images(torch.cat(parts)[order]).unflatten(0, (-1, cameras)).flatten(1, 2)
-
     def prefix(self, batch):
-        if "features" in batch:
-            features = batch["features"].flatten(1, 2)
-        else:
-            pictures = sum(len(rows) for rows, _ in batch["images"])
-            features = self.features(batch["images"], pictures // len(batch["tokens"]))
+        """-> FlowModel.prefix of a batch"""
+        device, side = batch["state"].device, self.policy.resize_imgs_with_padding[0]
+        pictures = []
+        for image in batch["images"]:  # of any size
+            x = image.to(device, non_blocking=True).permute(2, 0, 1)[None]
+            pictures.append(resize_with_pad(x.float() / (255 if x.dtype == torch.uint8 else 1), side))
+        vlm, x = self.model.vlm, torch.cat(pictures)
+        x = vlm.vision_model(x.to(vlm.vision_model.post_layernorm.weight.dtype)).last_hidden_state
+        features = vlm.connector(x)  # (B*K, T, D)
+        features = features.unflatten(0, (len(batch["tokens"]), -1)).flatten(1, 2)
         return self.model.prefix(features, batch["tokens"], batch["token_mask"], batch["state"])
 
     def forward(self, batch):
@@ -727,7 +660,13 @@ class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
     def __init__(self, model, collate, bf16=False):
-        self.model, self.collate, self.spec, self.stats, self.bf16 = model, collate, collate.spec, collate.stats, bf16
+        self.model, self.collate, self.spec, self.stats, self.bf16 = (
+            model,
+            collate,
+            collate.spec,
+            collate.spec.stats,
+            bf16,
+        )
 
     def predict(self, observations, noise=None):
         """list of {images: {camera1: (h, w, 3) uint8 RGB or float in [0, 1], ...}, state: (state_dim,) in data units,
@@ -748,94 +687,57 @@ class Policy:
 
     def decode(self, batch, noise=None):
         """Collate.inputs' batch -> (B, S, action_dim) float32 in data units."""
-        device, p = self.model.model.action_in_proj.weight.device, self.collate.policy
+        device, p = next(self.model.parameters()).device, self.collate.policy
         if noise is None:
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(1, p.chunk_size, p.max_action_dim, generator=generator)
             noise = noise.expand(len(batch["tokens"]), -1, -1)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             actions = self.model.sample(to_device(batch, device), torch.as_tensor(noise).to(device))
-        return self.collate.action.unnormalize(actions.float().cpu().numpy())
+        return self.spec.action_scale.unnormalize(actions.float().cpu().numpy())
 
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per episode {name, sample: callable(t) -> observation, target (M, A), hold (M, A):
         the action that stands still, phase (M,) or None}, in data units."""
-        found, _ = ep.load_episodes(root)
-        unknown = sorted(set(names or []) - {e.name for e in found})
-        has = f"it has {', '.join(e.name for e in found[:5])}, ..."
-        require(not unknown, f"'{root}' has no episode '{unknown[0] if unknown else ''}'; {has}")
+        found, reader, definition = ep.open_episodes(root, names), ep.ImageReader(), self.spec.definition
         wrong = [c for c in self.spec.cameras if c not in found[0].cameras]
         require(not wrong, f"'{root}' has cameras {list(found[0].cameras)}, the policy needs {wrong}")
-        reader, keys, definition = ep.ImageReader(), self.spec.state_keys, self.spec.definition
-        for e in found:
-            if names is None or e.name in names:
-                target = definition.targets(e)
-                yield dict(
-                    name=e.name,
-                    sample=functools.partial(self._observe, reader, e, ep.robot_state(e, keys)),
-                    target=target,
-                    hold=standing_still(e, target, definition),
-                    phase=None if e.phase is None else e.phase[: len(target)],
-                )
 
-    def _observe(self, reader, episode, states, t):
-        images = {f"camera{k + 1}": reader.read(episode, c, t) for k, c in enumerate(self.spec.cameras)}
-        return dict(images=images, instruction=episode.instruction, state=states[t])
+        def observe(episode, states, t):
+            images = {f"camera{k + 1}": reader.read(episode, c, t) for k, c in enumerate(self.spec.cameras)}
+            return dict(images=images, instruction=episode.instruction, state=states[t])
+
+        for e in found:
+            sample = functools.partial(observe, e, ep.robot_state(e, self.spec.state_keys))
+            target, phase = definition.targets(e), None if e.phase is None else e.phase
+            yield dict(name=e.name, sample=sample, target=target, hold=definition.still(e), phase=phase)
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""
-        s = self.spec
-        if s.definition.source == "ee_pose_delta":
-            turns = [(f"d{n}", s.definition.rotation_unit) for n in ("roll", "pitch", "yaw")]
-            return [(f"d{n}", s.position_unit or "") for n in "xyz"] + turns
-        return [(f"{'q' if s.joint_unit else 'action'}{i + 1}", s.joint_unit or "") for i in range(s.action_dim)]
-
-
-def standing_still(episode, target, definition):
-    """(M, A): the joints or the pose where they are, if the recorded action is a target near them, else no motion."""
-    for where in (episode.qpos, episode.ee_pose) if definition.source == "action" else ():
-        near = where is not None and where.shape == target.shape
-        if near and np.abs(target - where).mean() < np.abs(target).mean():
-            return where
-    return np.zeros_like(target)
+        return [tuple(pair) for pair in self.spec.action_names]
 
 
 # ---- build, save, load -----------------------------------------------------------------------------------------------
 
 
-def read_vlm_files(folder):
-    """{name: text} of the VLM's config, tokenizer and processor files: a checkpoint keeps them, so that it opens
-    without the hub."""
-    kinds = (".json", ".txt", ".jinja")
-    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix in kinds and not f.name.endswith(".index.json")]
-    files = {f.name: f.read_text() for f in files}
-    complete = "config.json" in files and "tokenizer_config.json" in files
-    has = f"policy.vlm_model_name '{folder}' has {sorted(files) or 'no files'}"
-    require(complete, f"{has}: expected config.json and tokenizer files of a SmolVLM2")
-    return files
-
-
-def open_vlm_files(files):
-    """-> (transformers config, tokenizer)"""
+def open_vlm(source, why=""):
+    """The VLM's folder or hub id -> (transformers config, tokenizer); no weights. `why`: who names it."""
     from transformers import AutoConfig, AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            (Path(folder) / name).write_text(text)
-        config = AutoConfig.from_pretrained(folder)
-        kind = config.model_type
-        require(kind == "smolvlm", f"policy.vlm_model_name is a {kind}; SmolVLA needs a smolvlm (SmolVLM2)")
-        return config, AutoTokenizer.from_pretrained(folder)
+    folder = hub.local_folder(source, weights=False, why=why)
+    require((folder / "config.json").is_file(), f"policy.vlm_model_name '{folder}' has no config.json of a SmolVLM2")
+    config = AutoConfig.from_pretrained(folder)
+    kind = config.model_type
+    require(kind == "smolvlm", f"policy.vlm_model_name is a {kind}; SmolVLA needs a smolvlm (SmolVLM2)")
+    return config, AutoTokenizer.from_pretrained(folder)
 
 
 class Unread:
     """Stands for a numpy array in the guide's own checkpoints (action_mean, ...), which is not needed."""
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, *_): ...
 
-    def __setstate__(self, _):
-        pass
+    def __setstate__(self, _): ...
 
 
 NUMPY = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
@@ -901,12 +803,10 @@ def choose_trained(core, cfg):
             lora_alpha=cfg.lora_alpha,
             lora_dropout=cfg.lora_dropout,
             target_modules=rf"model.vlm_with_expert.{layers}.layers.\d+.(self_attn|mlp).\w+_proj",
-            modules_to_save=[f"model.{name}" for name in HEADS if p.train_state_proj or name != "state_proj"],
+            modules_to_save=[f"model.{name}" for name in HEADS],
         )
         torch.manual_seed(cfg.seed)
         adapters = get_peft_model(core, lora)
-    elif not p.train_state_proj:
-        model.state_proj.requires_grad_(False)
     text, last = vlm.model.text_model, vlm.model.text_model.layers[model.last_used]
     attention = (last.self_attn.q_proj, last.self_attn.o_proj)
     behind = text.layers[model.last_used + 1 :]
@@ -916,7 +816,7 @@ def choose_trained(core, cfg):
 
 
 def build_model(cfg, vlm_config, action_dim, dtype=torch.float32, saved=None):
-    """-> (SmolVLA on the CPU, its peft model or None, a line that says where its weights come from). Trained weights and
+    """-> (SmolVLA on the CPU, its peft model or None, a line about where its weights come from). Trained weights and
     the small heads fp32, what is frozen of VLM and expert in `dtype`. `saved`: state dict of a resumed run."""
     torch.manual_seed(cfg.seed)
     core = SmolVLA(vlm_config, cfg.policy, action_dim)
@@ -948,10 +848,17 @@ UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 # of LeRobot's config: an unknown field is an error there, a missing one takes its default: what 0.3.4 to 0.6.2 know
 LEROBOT = dict(type="smolvla", use_amp=False, push_to_hub=False, repo_id=None, private=None, tags=None, license=None)
 LEROBOT |= dict(pretrained_path=None, empty_cameras=0, adapt_to_pi_aloha=False, use_delta_joint_actions_aloha=False)
-LEROBOT |= dict(use_cache=True, add_image_special_tokens=False, prefix_length=-1, pad_language_to="max_length")
+LEROBOT |= dict(
+    n_obs_steps=1,
+    train_state_proj=True,
+    use_cache=True,
+    add_image_special_tokens=False,
+    prefix_length=-1,
+    pad_language_to="max_length",
+)
 
 
-def save_model(folder, tensors, cfg, collate, vlm_files, about, device="cpu"):
+def save_model(folder, tensors, cfg, collate, about, device="cpu"):
     """Write LeRobot's saved-policy format: config.json, model.safetensors (`tensors`: export_weights), pre- and
     post-processor with the statistics. Beside it meta.json (what load_policy and evaluate.py need; `about`: step and
     validation episodes) and vlm/ (the backbone's config and tokenizer files, for use without the hub)."""
@@ -959,8 +866,9 @@ def save_model(folder, tensors, cfg, collate, vlm_files, about, device="cpu"):
 
     folder, spec, p = Path(folder), collate.spec, cfg.policy
     (folder / "vlm").mkdir(parents=True)
-    for name, text in vlm_files.items():
-        (folder / "vlm" / name).write_text(text)
+    for file in hub.local_folder(p.vlm_model_name, weights=False).iterdir():
+        if file.suffix in (".json", ".txt", ".jinja"):
+            shutil.copyfile(file, folder / "vlm" / file.name)
 
     def write(name, value):
         (folder / name).write_text(json.dumps(value, indent=2))
@@ -968,7 +876,7 @@ def save_model(folder, tensors, cfg, collate, vlm_files, about, device="cpu"):
     cameras = {f"observation.images.camera{k + 1}": [3, *shape] for k, shape in enumerate(spec.image_shapes)}
     inputs = {name: dict(type="VISUAL", shape=shape) for name, shape in cameras.items()}
     inputs["observation.state"] = dict(type="STATE", shape=[spec.state_dim])
-    output = dict(action=dict(type="ACTION", shape=[spec.action_dim]))
+    output = dict(action=dict(type="ACTION", shape=[spec.definition.dim]))
     modes = dict(VISUAL="IDENTITY", STATE=spec.normalization, ACTION=spec.normalization)
     network = dataclasses.asdict(p) | dict(load_vlm_weights=False)  # all are in our file
     network.pop("pretrained_model_id")
@@ -997,32 +905,32 @@ def save_model(folder, tensors, cfg, collate, vlm_files, about, device="cpu"):
     after.append(step("device_processor", device="cpu", float_dtype=None))
     write("policy_preprocessor.json", dict(name="policy_preprocessor", steps=before))
     write("policy_postprocessor.json", dict(name="policy_postprocessor", steps=after))
-    stats = lerobot_stats(collate)
+    stats = lerobot_stats(spec)
     for name in (NORMALIZER, UNNORMALIZER):
         save_file(stats, folder / name)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    own = dict(format_version=FORMAT, script=Path(__file__).stem, spec=dataclasses.asdict(spec), stats=collate.stats)
+    own = dict(format_version=FORMAT, spec=dataclasses.asdict(spec))
     write("meta.json", own | about)
 
 
-def lerobot_stats(collate):
+def lerobot_stats(spec):
     """{"action.mean": tensor, ...} with which LeRobot computes what ours does, also in a dimension that never moves:
     the constant comes back whatever was sampled, the state's noise is not divided by 1e-8."""
     out = {}
-    for key, n, spread in (("action", collate.action, 0.0), ("observation.state", collate.state, 1.0)):
-        half, values = np.where(n.constant, spread, n.half), dict(collate.stats[key])
+    for key, n, spread in (("action", spec.action_scale, 0.0), ("observation.state", spec.state_scale, 1.0)):
+        half, values = np.where(n.constant, spread, n.half), dict(spec.stats[key])
         if n.mode == "mean_std":
             values |= dict(mean=n.center, std=half)
         elif n.mode != "identity":
-            low, high = STATS_OF[n.mode]
+            low, high = MODES[n.mode]
             values |= {low: n.center - half, high: n.center + half}
         out |= {f"{key}.{k}": torch.tensor(np.asarray(values[k]), dtype=torch.float32) for k in LISTS if k in values}
     return out
 
 
 def read_lerobot(folder):
-    """A LeRobot policy directory -> (PolicyConfig, DataSpec, stats). What LeRobot does not write down (the recorder's
+    """A LeRobot policy directory -> (PolicyConfig, DataSpec). What LeRobot does not write down (the recorder's
     camera names, what the action is) is unknown without our meta.json: predict works then, open_episodes does not."""
     config = json.loads((folder / "config.json").read_text())
     found = (config.get("type"), config.get("add_image_special_tokens", False))
@@ -1033,7 +941,7 @@ def read_lerobot(folder):
         about = json.loads((folder / "meta.json").read_text())
         version = about["format_version"]
         require(version == FORMAT, f"{folder}: meta.json has format_version {version}, this code reads {FORMAT}")
-        return policy, DataSpec(**about["spec"]), about["stats"]
+        return policy, DataSpec(**about["spec"])
     mapping, stats = config["normalization_mapping"], {}
     one_way = (folder / NORMALIZER).is_file() and mapping["STATE"] == mapping["ACTION"]
     for key, value in hub.read_tensors(folder / NORMALIZER) if one_way else ():
@@ -1044,8 +952,9 @@ def read_lerobot(folder):
     inputs = config["input_features"]
     cameras = {k: v["shape"] for k, v in inputs.items() if v["type"] == "VISUAL" and "empty_camera" not in k}
     action = dict(source="action", dim=config["output_features"]["action"]["shape"][0], rotation_unit="rad")
+    names = [[f"action{i + 1}", ""] for i in range(action["dim"])]
     shapes, state_dim = [shape[1:] for shape in cameras.values()], inputs["observation.state"]["shape"][0]
-    return policy, DataSpec(list(cameras), shapes, [], state_dim, action, None, None, mapping["STATE"], ""), stats
+    return policy, DataSpec(list(cameras), shapes, [], state_dim, action, names, mapping["STATE"], "", stats)
 
 
 def load_policy(path, device=None):
@@ -1058,25 +967,21 @@ def load_policy(path, device=None):
         require(there, f"{neither}; expected a checkpoint of train_smolvla_sim.py")
         path = there[-1]
     if path.is_dir():
-        policy, spec, stats = read_lerobot(path)
+        policy, spec = read_lerobot(path)
         name = policy.vlm_model_name
         beside = [folder for folder in (path / "vlm", path / name, path.parent / name) if folder.is_dir()]
-        why = f" ({path} was trained on it)"
-        files = read_vlm_files(beside[0] if beside else hub.local_folder(name, weights=False, why=why))
+        vlm_config, tokenizer = open_vlm(beside[0] if beside else name, f" ({path} names it)")
         tensors = dict(hub.read_tensors(path))
     else:
         state = read_state(path)
         policy, spec = config_from(PolicyConfig, state["config"]["policy"]), DataSpec(**state["spec"])
-        files, stats, tensors = state["vlm_files"], state["normalization_stats"], state["policy_state_dict"]
-    vlm_config, tokenizer = open_vlm_files(files)
+        vlm_config, tokenizer = open_vlm(policy.vlm_model_name, f" ({path} names it)")
+        tensors = state["policy_state_dict"]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = SmolVLA(vlm_config, policy, spec.action_dim)
-    if device.type == "cuda":  # the dtypes of the training: trained weights fp32, frozen ones bf16
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(tensors[name].dtype if name in tensors else torch.float32)
+    model = SmolVLA(vlm_config, policy, spec.definition.dim)
     hub.load_weights(model, tensors.items(), path)
     model = model.requires_grad_(False).to(device).eval()
-    return Policy(model, Collate(tokenizer, policy, spec, stats), bf16=device.type == "cuda")
+    return Policy(model, Collate(tokenizer, policy, spec), bf16=device.type == "cuda")
 
 
 def read_state(path):
@@ -1086,54 +991,6 @@ def read_state(path):
     wrong = f"{path} is format {found[0]} of '{found[1]}', this code reads format {FORMAT} of {Path(__file__).stem}"
     require(found == (FORMAT, Path(__file__).stem), f"{wrong}. Use its weights for a new run: --init_from {path}")
     return state
-
-
-class FeatureCache:
-    """Image features of a frozen VLM on disk: one (frames, K, T, D) tensor per episode file, valid for one set of
-    weights and one preprocessing."""
-
-    def __init__(self, folder, core, spec):
-        side = core.policy.resize_imgs_with_padding[0]
-        digest = hashlib.sha256(json.dumps([spec.cameras, spec.image_shapes, side]).encode())
-        for part in (core.model.vlm.vision_model, core.model.vlm.connector):
-            for name, tensor in part.state_dict().items():
-                digest.update(f"{name}{tensor.dtype}".encode())
-                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        self.folder, self.spec, self._open = Path(folder) / digest.hexdigest()[:16], spec, {}
-
-    def path(self, episode):
-        """A file that was recorded again (size or time changed) gets features of its own."""
-        about = os.stat(episode.path)
-        name = hashlib.sha256(f"{episode.name}{about.st_size}{about.st_mtime_ns}".encode()).hexdigest()[:24]
-        return self.folder / f"{name}.pt"
-
-    @torch.no_grad()
-    def build(self, episodes, core, run):
-        """Compute this rank's share of what is missing."""
-        reader, size = ep.ImageReader(), run.batch_size
-        todo = [e for e in episodes[run.rank :: run.world] if not self.path(e).is_file()]
-        for e in tqdm(todo, desc="image features", unit="episode", disable=None):
-            rows = []
-            for t in range(0, e.num_frames, size):
-                frames = range(t, min(t + size, e.num_frames))
-                pictures = [reader.read(e, c, f) for f in frames for c in self.spec.cameras]
-                with run.autocast():
-                    features = core.features(group_by_size(pictures), len(self.spec.cameras))
-                features = features.unflatten(1, (len(self.spec.cameras), -1))
-                rows.append(features.to(torch.bfloat16 if run.bf16 else torch.float32).cpu())
-            with ckpt.atomic_path(self.path(e)) as temporary:
-                ckpt.save_state(temporary, dict(features=torch.cat(rows)))
-        run.sum(0)  # all shares are there
-        run.print(f"features  of {len(episodes)} episodes in {self.folder}; rank 0 computed {len(todo)} of them now")
-
-    def read(self, episode, frame):
-        """-> (K, T, D) tensor, bf16 where it was computed so."""
-        if episode.path not in self._open:
-            self._open[episode.path] = torch.load(self.path(episode), mmap=True, weights_only=True)["features"]
-        return self._open[episode.path][frame].clone()
-
-    def __getstate__(self):
-        return self.__dict__ | {"_open": {}}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1164,11 +1021,9 @@ class Spikes:
     COLUMNS = ("step", "loss", "action_loss", "temporal_loss", "moving_avg", "ratio", "episode_indices")
     COLUMNS += ("frame_indices", "episode_paths", "sample_losses")
 
-    def __init__(self, run, threshold, episodes, history=()):
-        self.run, self.threshold, self.episodes, self.history, self.rows = run, threshold, episodes, list(history), []
-        if run.step and (run.out / "loss_spikes.csv").is_file():
-            with open(run.out / "loss_spikes.csv", newline="") as f:  # what came after `step` will be done again
-                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= run.step]
+    def __init__(self, run, threshold, episodes, saved):
+        self.run, self.threshold, self.episodes = run, threshold, episodes
+        self.history, self.rows = list(saved["history"]), list(saved["rows"])  # the newest losses; the spikes
         self.write()
 
     def check(self, loss):
@@ -1178,16 +1033,15 @@ class Spikes:
         return average if len(self.history) >= 50 and loss > self.threshold * average else None
 
     def record(self, losses, average, samples):
-        """Write the newest step down -> (metrics, line). losses: this rank's share of (action, temporal); samples: its
-        [(sample losses, names)]. A collective call."""
-        step, loss, (action, temporal) = self.run.step, self.history[-1], self.run.sum(*losses)
-        own = []
+        """Write the newest step down -> (metrics, line). `losses` of the step by name; samples: this rank's [(losses,
+        names)]. A collective call."""
+        step, loss, own = self.run.step, losses["loss"], []
         for values, names in samples:
             own += zip(values.tolist(), names, strict=True)
         worst = sorted(sum(self.run.gather(own), []), key=lambda sample: -sample[0])
         episodes = list(dict.fromkeys(name[0] for _, name in worst))
-        row = dict(step=step, loss=f"{loss:.6f}", action_loss=f"{action:.6f}", temporal_loss=f"{temporal:.6f}")
-        row |= dict(moving_avg=f"{average:.6f}", ratio=f"{loss / average:.2f}")
+        row = {k: f"{losses[k]:.6f}" for k in ("loss", "action_loss", "temporal_loss")}
+        row |= dict(step=step, moving_avg=f"{average:.6f}", ratio=f"{loss / average:.2f}")
         row |= dict(episode_indices=[name[0] for _, name in worst], frame_indices=[name[2] for _, name in worst])
         row["episode_paths"] = "; ".join(f"[{i}] {self.episodes[i].path}" for i in episodes)
         self.rows.append(row | dict(sample_losses=[round(value, 6) for value, _ in worst]))
@@ -1197,20 +1051,11 @@ class Spikes:
         return values, f"⚠️  LOSS SPIKE at step {step}: {loss:.4f} {ratio} | Episodes: {episodes}"
 
     def write(self):
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, self.COLUMNS)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        self.run.write("loss_spikes.csv", table.getvalue())
+        self.run.write("loss_spikes.csv", pd.DataFrame(self.rows, columns=self.COLUMNS).to_csv(index=False))
         text = f"Loss spikes\n{'=' * 80}\nThreshold: {self.threshold}x moving average\n"
-        for r in self.rows:
-            text += f"\nLOSS SPIKE at Step {r['step']}\n"
-            text += f"  Loss: {r['loss']} (moving avg: {r['moving_avg']}, ratio: {r['ratio']}x)\n"
-            text += f"  Action Loss: {r['action_loss']}\n  Temporal Loss: {r['temporal_loss']}\n"
-            text += "  Batch Information (worst sample first):\n"
-            text += f"    Episode indices: {r['episode_indices']}\n    Frame indices: {r['frame_indices']}\n"
-            text += f"    Sample losses: {r['sample_losses']}\n  Episode Paths:\n"
-            text += "".join(f"    {path}\n" for path in r["episode_paths"].split("; "))
+        for row in self.rows:
+            text += f"\nLOSS SPIKE at Step {row['step']} (samples: worst first)\n"
+            text += "".join(f"  {key.replace('_', ' ').title()}: {row[key]}\n" for key in self.COLUMNS[1:])
         self.run.write("loss_spikes.txt", text)
 
 
@@ -1225,22 +1070,20 @@ def describe(cfg, data, say):
     cameras = [f"{c} -> camera{k + 1} {shapes[k]}" for k, c in enumerate(s.cameras)]
     say(f"cameras   {', '.join(cameras)}")
     say(f"state     {' + '.join(s.state_keys)}, {s.state_dim} dims (padded to {cfg.policy.max_state_dim})")
-    what = "joint targets" if s.joint_unit else s.definition.source
+    what = "joint targets" if s.action_names[0][0] == "q1" else s.definition.source
     chunk = f"chunk {cfg.policy.chunk_size}; normalisation {s.normalization}"
-    say(f"action    {what}, {s.action_dim} dims (padded to {cfg.policy.max_action_dim}), {chunk}")
+    say(f"action    {what}, {s.definition.dim} dims (padded to {cfg.policy.max_action_dim}), {chunk}")
     if s.definition.source == "action" and ep.records_past_motion(train):
-        say(
-            "warning   the recorded 'action' is the motion already made (pose[t] - pose[t-1]), so this trains on "
-            "yesterday's action; set dataset.use_ee_pose_delta_as_action: true for the motion that follows"
+        past = (
+            "the recorded 'action' is the motion already made (pose[t] - pose[t-1]): this trains on yesterday's action"
         )
+        say(f"warning   {past}; set dataset.use_ee_pose_delta_as_action: true for the motion that follows")
     for key in ("observation.state", "action"):
         for name in ("mean", "std", "min", "max"):
-            numbers = " ".join(f"{v:11.4g}" for v in data.stats[key][name])
+            numbers = " ".join(f"{v:11.4g}" for v in data.spec.stats[key][name])
             say(f"          {key.rpartition('.')[2]:<7}{name:<5}{numbers}")
-    texts, own = (
-        sorted({e.instruction or s.task_instruction for e in train}),
-        sum(e.instruction is not None for e in train),
-    )
+    texts = sorted({e.instruction or s.task_instruction for e in train})
+    own = sum(e.instruction is not None for e in train)
     say(f"text      {len(texts)} instruction(s), {own} episodes bring their own; e.g. {texts[0]!r}")
 
 
@@ -1250,47 +1093,40 @@ def check_data(cfg):
     data = load_data(cfg)
     describe(cfg, data, print)
     dataset = SmolVLADataset(data, data.train, cfg, cfg.dataset.augment)
-    order = GlobalOrder(len(dataset), cfg.seed, dataset.sample_weights())
+    order = GlobalOrder(len(dataset), cfg.seed)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.training.batch_size, len(dataset)))]
     _, episode, frame = items[0]["name"]
     print(f"samples   {len(dataset)} (frames with a target); batch of {len(items)}, first: {episode} frame {frame}")
     batch = {f"camera{k + 1}": torch.from_numpy(image) for k, image in enumerate(items[0]["images"])}
     try:
-        tokenizer = open_vlm_files(read_vlm_files(hub.local_folder(cfg.policy.vlm_model_name, weights=False)))[1]
-        batch |= Collate(tokenizer, cfg.policy, data.spec, data.stats)(items)
+        _, tokenizer = open_vlm(cfg.policy.vlm_model_name)
+        batch |= Collate(tokenizer, cfg.policy, data.spec)(items)
         print(f"text      {tokenizer.decode(batch['tokens'][0][batch['token_mask'][0]])!r}")
     except MissingFile as error:
         print(f"note      tokens are not shown: {error}")
     for key, value in batch.items():
         if isinstance(value, torch.Tensor):
-            kind, span = (
-                str(value.dtype).removeprefix("torch."),
-                f"{value.min().item():.4g} .. {value.max().item():.4g}",
-            )
-            print(f"          {key:<14} {str(tuple(value.shape)):<22} {kind:<8} {span}")
+            kind, shape = str(value.dtype).removeprefix("torch."), str(tuple(value.shape))
+            print(f"          {key:<14} {shape:<22} {kind:<8} {value.min().item():.4g} .. {value.max().item():.4g}")
     print("check passed")
 
 
-def log_line(step, run, total):
-    """-> (metrics, line), by the guide's names. Loss = Action + Temporal; lambda weighs Temporal."""
-    mean, (speed, wait, _), system = step.mean(), step.speed(), system_values()
-    values = {"train/loss": mean["loss"], "train/action_loss": mean["action"], "train/temporal_loss": mean["temporal"]}
-    values |= {
-        "train/action_loss_real": mean["real"],
-        "train/grad_norm": mean["grad_norm"],
-        "train/learning_rate": step.lr,
-    }
-    values |= {"train/steps_per_sec": speed / run.global_batch} | system
-    losses = f"Loss: {mean['loss']:.4f} (Action: {mean['action']:.4f}, Temporal: {mean['temporal']:.4f})"
-    line = f"[{100 * step.number / total:5.1f}%] Step {step.number}/{total} | {losses}"
-    line += f" | Real dims: {mean['real']:.4f} | GradNorm: {mean['grad_norm']:.3f} | LR: {step.lr:.2e}"
+def log_line(step, run):
+    """-> (metrics, line), by the guide's names. Loss = Action + Temporal."""
+    mean, (speed, wait, memory) = step.mean(), step.speed()
+    free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 - free
+    values = {f"train/{k}": mean[k] for k in ("loss", "action_loss", "temporal_loss", "action_loss_real", "grad_norm")}
+    values |= {"train/learning_rate": step.lr, "train/steps_per_sec": speed / run.global_batch, "system/ram_gb": ram}
+    loss = "Loss: {loss:.4f} (Action: {action_loss:.4f}, Temporal: {temporal_loss:.4f})".format(**mean)
+    line = f"[{100 * step.number / run.total:5.1f}%] Step {step.number}/{run.total} | {loss}"
+    line += f" | Real dims: {mean['action_loss_real']:.4f} | GradNorm: {mean['grad_norm']:.3f} | LR: {step.lr:.2e}"
     line += f" | {speed / run.global_batch:.2f} steps/sec | {speed:.1f} samples/s | wait {wait:.1%}"
-    ram = f"RAM: {system['system/ram_gb']:.1f} GB ({system['system/ram_percent']:.0f}%)"
-    return values, f"{line} | VRAM: {system['system/vram_allocated_gb']:.1f}GB | {ram}"
+    return values, f"{line} | VRAM: {memory if run.device.type == 'cuda' else 0:.1f}GB | RAM: {ram:.1f} GB"
 
 
 def validate(core, policy, dataset, cfg, run):
-    """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real: over the real dims, val/action_mae: mean
+    """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real: over real dims, val/action_mae: mean
     over dims in data units, val/mae_<dim>}: the loss with noise and time that belong to the frame, so that two
     validations differ by the weights alone, and the error of a sampled chunk; sums over all ranks, padded steps do not
     count."""
@@ -1317,22 +1153,9 @@ def validate(core, policy, dataset, cfg, run):
     return values | {f"val/mae_{n}": e / steps for n, e in zip(names, errors, strict=True)}
 
 
-def system_values():
-    """Memory of the machine and of its GPU, by the guide's names."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    ram = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in lines}  # GB
-    used, cuda = ram["MemTotal"] - ram["MemAvailable"], torch.cuda.is_available()
-    return {
-        "system/ram_gb": used,
-        "system/ram_percent": 100 * used / ram["MemTotal"],
-        "system/vram_allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
-        "system/vram_reserved_gb": torch.cuda.memory_reserved() / 1e9 if cuda else 0.0,
-    }
-
-
-def write_final(folder, export, tensors, about):
+def write_final(folder, export, tensors):
     with ckpt.atomic_path(folder / "final_hf") as temporary:
-        export(temporary, tensors, about=about)
+        export(temporary, tensors)
 
 
 def main(cfg):
@@ -1355,40 +1178,36 @@ def main(cfg):
     if saved:
         run.restore(path, saved, data.fingerprint, FIXED)
     begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # of the schedule
-    files = saved["vlm_files"] if saved else read_vlm_files(hub.local_folder(cfg.policy.vlm_model_name, weights=False))
-    vlm_config, tokenizer = open_vlm_files(files)
-    collate = Collate(tokenizer, cfg.policy, data.spec, data.stats)
+    cfg.policy.vlm_model_name = hub.stored_source(cfg.policy.vlm_model_name)
+    vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
+    collate = Collate(tokenizer, cfg.policy, data.spec)
     meta = dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])
-    export = functools.partial(save_model, cfg=cfg, collate=collate, vlm_files=files, device=run.device.type)
+
+    def export(path, tensors):
+        save_model(path, tensors, cfg, collate, meta | dict(step=run.step), run.device.type)
+
     if not run.plan(t.steps, "--steps"):
         if not (folder / "final_hf").is_dir():
-            run.once(write_final, folder, export, saved["policy_state_dict"], meta | dict(step=run.step))
+            run.once(write_final, folder, export, saved["policy_state_dict"])
         return
 
     # ---- model, optimizer
-    raw = saved and saved["model_state_dict"]
-    core, adapters, said = build_model(
-        cfg, vlm_config, data.spec.action_dim, torch.bfloat16 if bf16 else torch.float32, raw
-    )
-    policy, o = Policy(core.to(run.device).train(), collate, bf16), cfg.optimizer
+    raw, dtype, o = saved and saved["model_state_dict"], torch.bfloat16 if bf16 else torch.float32, cfg.optimizer
+    core, adapters, said = build_model(cfg, vlm_config, data.spec.definition.dim, dtype, raw)
+    policy = Policy(core.to(run.device).train(), collate, bf16)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
     fused = run.device.type == "cuda" or None
     optimizer = torch.optim.AdamW(trained.values(), o.lr, o.betas, o.eps, o.weight_decay, fused=fused)
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
-    spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved["spike_history"] if saved else ())
-    if t.use_torch_compile:
-        core.compile()
+    spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved["spikes"] if saved else dict(history=[], rows=[]))
     model, saved, raw = run.prepare(core), None, None  # the mapped file may be rotated away
 
     # ---- data
-    cache = FeatureCache(t.feature_cache, core, data.spec) if t.feature_cache else None
-    if cache:
-        cache.build(data.episodes, core, run)
-    dataset = SmolVLADataset(data, data.train, cfg, cfg.dataset.augment, cache)
-    held_out = SmolVLADataset(data, data.validation, cfg, cache=cache)
-    order = GlobalOrder(len(dataset), cfg.seed, dataset.sample_weights())
+    dataset = SmolVLADataset(data, data.train, cfg, cfg.dataset.augment)
+    held_out = SmolVLADataset(data, data.validation, cfg)
+    order = GlobalOrder(len(dataset), cfg.seed)
     loader = run.loader(dataset, order, collate, t.num_workers)
     size = sum(p.numel() * p.element_size() for p in core.parameters())
     size += sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 8)  # two moments; an average, its export
@@ -1399,7 +1218,7 @@ def main(cfg):
     )
     folder.mkdir(parents=True, exist_ok=True)
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
-    run.once(save_stats, out / "dataset_stats.yaml", data.stats)
+    run.once(save_stats, out / "dataset_stats.yaml", data.spec.stats)
     run.once(ep.write_validation_list, out / "validation_episodes.txt", data.episodes, data.validation)
 
     def weights():
@@ -1409,11 +1228,10 @@ def main(cfg):
 
     def write(path):
         raw, exported = weights()  # tensors that are the same in both are stored once
-        about = dict(
-            format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.names, vlm_files=files
-        )
-        about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.stats, schedule_begin=begin)
-        state = dict(policy_state_dict=exported, model_state_dict=raw, spike_history=spikes.history)
+        about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.names)
+        about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
+        about["spikes"] = dict(history=spikes.history, rows=spikes.rows)
+        state = dict(policy_state_dict=exported, model_state_dict=raw)
         state["ema_state_dict"] = {k: v.cpu() for k, v in ema.average.items()}
         state["optimizer_state_dict"] = ckpt.training_state(core, optimizer)[1]
         ckpt.save_state(path, run.progress() | about | state)
@@ -1421,40 +1239,37 @@ def main(cfg):
     run.checkpoints(folder, "checkpoint_step_{step}.pt", write, size, keep=t.keep_checkpoints)
 
     # ---- loop
-    dims, A = data.spec.action_dim, cfg.policy.max_action_dim
+    dims, A = data.spec.definition.dim, cfg.policy.max_action_dim
     mode = cfg.wandb.mode if cfg.wandb.enable else "disabled"
     wandb = dataclasses.replace(cfg.wandb, mode=mode, name=cfg.wandb.name or time.strftime("smolvla_sim_%Y%m%d_%H%M%S"))
     for step in run.steps(loader, cfg.wandb.project, wandb, NAMES):
         # unpadded steps, and pairs of them, of the whole optimizer step: what the two losses are divided by
         real = [~b["is_pad"] for b in step.batches]
         steps, pairs = run.sum(sum(r.sum() for r in real), sum(r[:, 1:].sum() for r in real))
-        parts, samples = [0.0, 0.0], []
+        samples = []
         for batch in step.micro_batches(model):
             out = model(batch)
             action = out["flow_sum"] / (steps * A)
             temporal = t.lambda_temporal * out["temporal_sum"] / max(pairs * dims, 1)
             step.backward(action + temporal, out["sample_loss"])
-            step.add(action=action, temporal=temporal, real=out["real_sum"] / (steps * dims))
-            parts = [part + new.detach() for part, new in zip(parts, (action, temporal), strict=True)]
+            step.add(action_loss=action, temporal_loss=temporal, action_loss_real=out["real_sum"] / (steps * dims))
             samples.append((out["sample_loss"], batch["names"]))
         step.update(optimizer, lr_at(step.index, cfg, begin), o.grad_clip_norm)
         if step.finite:
             ema.update(step.index)
             if average := spikes.check(step.loss):
-                run.log.log(step.number, *spikes.record(parts, average, samples))
+                run.log.log(step.number, *spikes.record(run.window[-1], average, samples))
 
         if step.every(t.log_freq):
-            step.log(*log_line(step, run, t.steps))
+            values, line = log_line(step, run)
+            step.log(values, line=line)
         if data.validation and step.every(cfg.validation.val_freq):
             with ema.swapped():
                 values = validate(core, policy, held_out, cfg, run)
             losses = f"Loss: {values['val/loss']:.4f} | Action Loss: {values['val/action_loss']:.4f}"
             line = f"[VAL] Step {step.number} | {losses} | Action MAE: {values['val/action_mae']:.4g}"
             if step.validated(values, values["val/loss"], line=f"{line} {policy.action_names()[0][1]}"):
-                about = meta | dict(step=step.number)
-                run.save_best(
-                    folder / "best_hf", lambda path, about=about: export(path, weights()[1], about=about), size
-                )
+                run.save_best(folder / "best_hf", lambda path: export(path, weights()[1]), size)
         if step.should_save(t.save_freq) and run.save() and run.main:
             ckpt.link(run.saved, folder / "checkpoint_latest.pt")
 
@@ -1463,7 +1278,7 @@ def main(cfg):
         if adapters and run.main:
             with ema.swapped(), ckpt.atomic_path(folder / "final_adapter") as temporary:
                 adapters.save_pretrained(temporary)  # opens with peft, on the weights that this run began with
-        run.once(write_final, folder, export, weights()[1] if run.main else None, meta | dict(step=run.step))
+        run.once(write_final, folder, export, weights()[1] if run.main else None)
     evaluate = f"evaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}"
     run.finish(f"model: {folder / 'final_hf'} (LeRobot format)", evaluate, plot=("train/loss", "val/loss"))
 

@@ -322,7 +322,8 @@ def insertion_stats(train, definition, held_out, state_keys=()):
         arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
     about = dict(format_version=FORMAT_VERSION, num_episodes=len(train))
     about |= dict(num_frames=int(sum(e.num_frames for e in train)), action_definition=asdict(definition))
-    return about | dict(episodes=[e.name for e in train], excluded_episodes=list(held_out)) | compute_stats(arrays)
+    about |= dict(episodes=[e.name for e in train], excluded_episodes=list(held_out))
+    return about | compute_stats(arrays)
 
 
 def _check_count(key, count, episodes):
