@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from common import MissingFile, UserError, require
+from common.checkpoint import atomic_path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
 try:
@@ -107,10 +108,40 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
 
 
 def weight_digest(folder):
-    """sha256 of the weight files: what an adapter stands on."""
+    """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. The hub names its files by their
+    sha256; those of other files are kept beside them, and a file is read again only where its size or time moved."""
+    kept = Path(folder) / ".sha256.json"  # {name: [bytes, mtime_ns, sha256]}
+    known, now = json.loads(kept.read_text()) if kept.is_file() else {}, {}
+    for path in weight_files(folder):
+        about, target = path.stat(), path.resolve()
+        now[path.name] = [about.st_size, about.st_mtime_ns, target.name]
+        if target.parent.name != "blobs" or len(target.name) != 64:
+            same = known.get(path.name, [])[:2] == now[path.name][:2]
+            now[path.name][2] = known[path.name][2] if same else sha256_of(path)
+    if now != known and os.access(folder, os.W_OK):  # in a folder that only others may write they are read every time
+        with atomic_path(kept) as temporary:
+            temporary.write_text(json.dumps(now))
+    return hashlib.sha256(json.dumps([digest for _, _, digest in now.values()]).encode()).hexdigest()
+
+
+def sha256_of(path):
     digest = hashlib.sha256()
-    for file in weight_files(folder):
-        with open(file, "rb") as f:
-            while block := f.read(2**24):
-                digest.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def folder_here(source):
+    """local_folder without a download: None where the model is not, or not whole, on this machine."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(str(source), local_files_only=True))
+        weight_files(folder)  # an interrupted download lacks some
+    except (LocalEntryNotFoundError, HFValidationError, MissingFile):
+        return None
+    return folder

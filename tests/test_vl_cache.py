@@ -1,13 +1,19 @@
-"""The feature cache: the encoder against transformers' own code, files that are whole and refused when anything differs, builds that are killed, shared out or repeated."""
+"""The feature cache: the encoder against transformers' own code; files that are whole, and refused when anything that
+shapes them differs; builds that are killed, shared out or repeated."""
 
+import contextlib
 import copy
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,10 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import build_vl_cache
 import create_datapkl
 import make_demo
+from common import MissingFile, UserError, hub
 from common import checkpoint as ckpt
 from common import sessions as ss
 from common import vl_cache as vc
@@ -29,20 +37,17 @@ VIEWS = ["View1", "View5"]
 SMALL = ["--image-resize-height", "56", "--image-resize-width", "84", "--num-workers", "1"]
 
 
+def preprocess(root, **more):
+    create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0, **more))
+
+
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
     """4 preprocessed sessions of 1.5 s in three data sets."""
-    root = make_demo.write_sessions(
-        tmp_path_factory.mktemp("sessions"), 0, white=2, needle=1, new=0, oct=1, seconds=1.5, size=(36, 64)
-    )
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
+    kinds = dict(white=2, needle=1, new=0, oct=1, seconds=1.5, size=(36, 64))
+    root = make_demo.write_sessions(tmp_path_factory.mktemp("sessions"), 0, **kinds)
+    preprocess(root)
     return root
-
-
-@pytest.fixture
-def root(recordings, tmp_path):
-    """A copy to damage."""
-    return Path(shutil.copytree(recordings, tmp_path / "sessions"))
 
 
 @pytest.fixture(scope="session")
@@ -50,122 +55,119 @@ def encoder(qwen_dir):
     return vc.VLEncoder(qwen_dir, VIEWS, 56, 84)
 
 
-def config(root, qwen_dir, *more):
-    return parse_config(build_vl_cache.Config, ["--dataset-dirs", str(root), "--model", str(qwen_dir), *SMALL, *more])
+@pytest.fixture(scope="session")
+def built(recordings, qwen_dir, tmp_path_factory):
+    """The sessions with their cache/, to copy."""
+    root = Path(shutil.copytree(recordings, tmp_path_factory.mktemp("built") / "sessions"))
+    build(root, qwen_dir)
+    return root
 
 
-def expected(qwen_dir, **more):
-    return dict(model=str(qwen_dir), views=None, height=56, width=84) | more
+@pytest.fixture
+def cached(built, tmp_path):
+    return Path(shutil.copytree(built, tmp_path / "sessions"))
 
 
-def read(root, qwen_dir, reuse=3, **more):
-    return vc.read_features(root / "cache", ss.find_sessions([root]), expected(qwen_dir, **more), reuse)
+@pytest.fixture
+def root(recordings, tmp_path):
+    """A copy without features."""
+    return Path(shutil.copytree(recordings, tmp_path / "sessions"))
 
 
-def images(seed, n=2, size=(36, 64)):
+def build(root, model, *more):
+    words = ["--dataset-dirs", str(root), "--model", str(model), *SMALL, *more]
+    build_vl_cache.main(parse_config(build_vl_cache.Config, words, build_vl_cache.ALIASES))
+
+
+def read(root, model, reuse=3, pictures=True, **more):
+    expected = dict(model=str(model), views=None, height=56, width=84) | more
+    return vc.read_features(root / "cache", ss.find_sessions([root]), expected, reuse, pictures=pictures)
+
+
+def feature_files(root):
+    return sorted((root / "cache/qwen_vl_features").glob("[!.]*.pt"))
+
+
+def contents(root):
+    return {p.name: ckpt.load_state(p)["features"].nan_to_num() for p in feature_files(root)}
+
+
+def images(seed, size=(36, 64)):
     rng = np.random.default_rng(seed)
-    return {v: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for v in VIEWS[:n]}
+    return {view: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for view in VIEWS}
+
+
+def touch(path):
+    about = path.stat()
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 10**9))
 
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 
 
 def test_features_equal_transformers_own_processing(qwen_dir, encoder):
-    """Image processor, token expansion, rope positions and forward of transformers on the squashed image, mean over all tokens: the same feature."""
+    """Image processor, token expansion, rope positions and forward of transformers on the squashed image, mean over all
+    tokens: the same feature; below the last layer the same state."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    shown = images(0)
-    about = json.loads((qwen_dir / "preprocessor_config.json").read_text())
-    processor = Qwen2VLImageProcessorPil(
-        size=dict(shortest_edge=56 * 84, longest_edge=56 * 84),
-        image_mean=about["image_mean"],
-        image_std=about["image_std"],
-    )
-    squashed = [Image.fromarray(shown[v]).resize((84, 56), Image.BICUBIC) for v in VIEWS]
-    pixels = processor(squashed, return_tensors="pt")
-    assert pixels["image_grid_thw"].tolist() == [[1, 4, 6]] * 2
+    shown, pixels = images(0), dict(shortest_edge=56 * 84, longest_edge=56 * 84)
+    mean, std = encoder.recipe()["mean_and_std"]
+    processor = Qwen2VLImageProcessorPil(size=pixels, image_mean=mean, image_std=std)
+    squashed = [Image.fromarray(shown[view]).resize((84, 56), Image.BICUBIC) for view in VIEWS]
+    inputs = processor(squashed, return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 6]] * 2
     tokenizer = AutoTokenizer.from_pretrained(qwen_dir)
-    text = tokenizer.apply_chat_template(
-        [dict(role="user", content=[dict(type="image"), dict(type="image"), dict(type="text", text="go on")])],
-        tokenize=False,
-        add_generation_prompt=False,
-    )
-    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 6), return_tensors="pt", add_special_tokens=False)[
-        "input_ids"
-    ]
+    content = [dict(type="image"), dict(type="image"), dict(type="text", text="go on")]
+    text = tokenizer.apply_chat_template([dict(role="user", content=content)], tokenize=False)
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * 6)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_dir).eval()
+    inputs |= dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    inputs |= dict(mm_token_type_ids=(ids == model.config.image_token_id).int(), output_hidden_states=True)
     with torch.no_grad():
-        hidden = model.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels["pixel_values"],
-            image_grid_thw=pixels["image_grid_thw"],
-            mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        ).last_hidden_state
+        out = model.model(**inputs)
     feature = encoder.encode([(shown, "go on")])
-    assert feature.shape == (1, 1, 64) and torch.allclose(feature[0, 0], hidden[0].mean(0).half().float(), atol=2e-3)
-    for layer in (0, 1, 2):
-        with torch.no_grad():
-            states = model.model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels["pixel_values"],
-                image_grid_thw=pixels["image_grid_thw"],
-                mm_token_type_ids=(ids == model.config.image_token_id).int(),
-                output_hidden_states=True,
-            ).hidden_states
-        if layer < 2:  # transformers gives the last one normed
-            got = vc.VLEncoder(qwen_dir, VIEWS, 56, 84, layer=layer, dtype="fp32").encode([(shown, "go on")])
-            assert torch.allclose(got[0, 0], states[layer][0].mean(0), atol=1e-4), layer
+    mean = out.last_hidden_state[0].mean(0)
+    assert feature.shape == (1, 1, 64) and torch.allclose(feature[0, 0], mean.half().float(), atol=2e-3)
+    for layer in (0, 1):  # transformers gives the last one normed
+        got = vc.VLEncoder(qwen_dir, VIEWS, 56, 84, layer=layer, dtype="fp32").encode([(shown, "go on")])
+        assert torch.allclose(got[0, 0], out.hidden_states[layer][0].mean(0), atol=1e-4), layer
 
 
 def test_company_in_the_batch_changes_nothing(encoder):
-    """Rows of other lengths pad each other; an unmasked mean over padding would be off by 0.8. Another instruction or image does change it."""
+    """Rows of other lengths pad each other; an unmasked mean over padding would be off by 0.8. Another instruction or
+    image does change a feature."""
     rows = [(images(0), "go"), (images(1), "a much longer instruction than that of the others"), (images(2), "go")]
-    together, alone = encoder.encode(rows), torch.cat([encoder.encode([r]) for r in rows])
+    together, alone = encoder.encode(rows), torch.cat([encoder.encode([row]) for row in rows])
     assert torch.allclose(together, alone, atol=2e-3)
-    assert (encoder.encode([(images(0), "stop")])[0] - alone[0]).abs().max() > 0.01 and (
-        encoder.encode([(images(3), "go")])[0] - alone[0]
-    ).abs().max() > 0.01
+    for other in ((images(0), "stop"), (images(3), "go")):
+        assert (encoder.encode([other])[0] - alone[0]).abs().max() > 0.01
 
 
-def test_views_have_their_own_order(encoder):
+def test_views_are_sorted_whatever_order_they_come_in(qwen_dir, encoder):
     shown = images(0)
-    swapped = dict(View1=shown["View5"], View5=shown["View1"])
-    reordered = dict(reversed(shown.items()))
-    assert (encoder.encode([(swapped, "go")]) - encoder.encode([(shown, "go")])).abs().max() > 1e-3
-    assert torch.equal(encoder.encode([(reordered, "go")]), encoder.encode([(shown, "go")]))
-
-
-def test_several_tokens_are_means_of_stretches(qwen_dir, encoder):
-    many = vc.VLEncoder(qwen_dir, VIEWS, 56, 84, tokens=4)
-    feature = many.encode([(images(0), "go")])
-    assert feature.shape == (1, 4, 64)
-    hidden = torch.arange(10.0)[:, None]
-    assert vc.pool(hidden, 4).ravel().tolist() == [1.0, 4.0, 6.5, 8.5] and vc.pool(hidden, 1).item() == 4.5
-    with pytest.raises(ValueError, match="tokens is 11, but the prompt and its images have only 10"):
-        vc.pool(hidden, 11)
+    swapped, reordered = dict(View1=shown["View5"], View5=shown["View1"]), dict(reversed(shown.items()))
+    feature = encoder.encode([(shown, "go")])
+    assert (encoder.encode([(swapped, "go")]) - feature).abs().max() > 1e-3
+    assert torch.equal(encoder.encode([(reordered, "go")]), feature)
+    other = vc.VLEncoder(qwen_dir, VIEWS[::-1], 56, 84)
+    assert other.recipe() == encoder.recipe() and torch.equal(other.encode([(shown, "go")]), feature)
 
 
 def test_a_path_and_its_pixels_are_the_same(encoder, tmp_path):
-    shown = images(0)
-    for v, x in shown.items():
-        Image.fromarray(x).save(tmp_path / f"{v}.png")
-    assert torch.equal(
-        encoder.encode([({v: tmp_path / f"{v}.png" for v in VIEWS}, "go")]), encoder.encode([(shown, "go")])
-    )
-    (tmp_path / "View1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="View1.png cannot be read as an image"):
-        encoder.encode([({v: tmp_path / f"{v}.png" for v in VIEWS}, "go")])
+    shown, paths = images(0), {view: tmp_path / f"{view}.png" for view in VIEWS}
+    for view, path in paths.items():
+        Image.fromarray(shown[view]).save(path)
+    assert torch.equal(encoder.encode([(paths, "go")]), encoder.encode([(shown, "go")]))
+    paths["View1"].write_bytes(b"no image")
+    with pytest.raises(UserError, match="View1.png cannot be read as an image"):
+        encoder.encode([(paths, "go")])
 
 
-def test_the_guides_size_is_264_tokens_per_view(qwen_dir):
-    assert (
-        vc.VLEncoder(qwen_dir, VIEWS, 360, 640).grid == (12, 22)
-        and vc.VLEncoder(qwen_dir, VIEWS, 270, 480).grid == (9, 17)
-        and vc.VLEncoder(qwen_dir, VIEWS, 540, 960).grid == (19, 34)
-    )
+@pytest.mark.parametrize("size, grid", [((360, 640), (12, 22)), ((270, 480), (9, 17)), ((540, 960), (19, 34))])
+def test_the_guides_size_is_264_tokens_per_view(qwen_dir, size, grid):
+    assert vc.VLEncoder(qwen_dir, VIEWS, *size).grid == grid
 
 
 def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, encoder, tmp_path):
@@ -177,160 +179,197 @@ def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, enc
         vc.VLEncoder.from_recipe(encoder.recipe(), model=other)
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        (dict(views=[]), "views is empty"),
-        (dict(layer=3), "layer is 3: expected -1"),
-        (dict(height=20), "at least 28 x 28"),
-        (dict(pooling="max"), "pooling is max"),
-    ],
-)
+WRONG = [
+    (dict(views=[]), "views is empty"),
+    (dict(layer=3), "layer is 3: expected -1"),
+    (dict(height=20), "at least 28"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG)
 def test_wrong_encoders(qwen_dir, wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         vc.VLEncoder(**dict(model=qwen_dir, views=VIEWS) | wrong)
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(qwen_dir, tmp_path):
+    """transformers would put random numbers in its place."""
+    folder = Path(shutil.copytree(qwen_dir, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in sorted(tensors) if "layers.1.mlp" in name)
+    tensors.pop(gone)
+    save_file(tensors, folder / "model.safetensors", dict(format="pt"))
+    with pytest.raises(UserError, match="lacks 1 of the model's tensors.*layers.1.mlp"):
+        vc.VLEncoder(folder, VIEWS, 56, 84).warm_up()
 
 
 # ---- fingerprint -----------------------------------------------------------------------------------------------------
 
 
 def test_every_field_of_the_fingerprint_counts(recordings, encoder):
-    s = ss.find_sessions([recordings])[0]
-    ticks = s.ticks(3, VIEWS)
-    meta = vc.make_meta(encoder.recipe(), s, ticks)
+    session = ss.find_sessions([recordings])[0]
+    meta = vc.make_meta(encoder.recipe(), session, session.ticks(3, VIEWS))
+    fields = [("recipe", key) for key in meta["recipe"] if key != "model"] + [(key,) for key in meta if key != "frames"]
+    fields += [("frames", view, 0, part) for view in VIEWS for part in (0, 3)]  # an image's path and hash
     seen = {vc.fingerprint(meta)}
-    changes = [("recipe", key) for key in meta["recipe"] if key != "model"] + [
-        (key,) for key in meta if key != "recipe"
-    ]
-    for path in changes:
+    for *path, last in fields:
         other = copy.deepcopy(meta)
-        place = other[path[0]] if len(path) == 2 else other
-        place[path[-1]] = "something else"
+        place = other
+        for key in path:
+            place = place[key]
+        place[last] = dict(views=VIEWS) if last == "recipe" else "something else"
         seen.add(vc.fingerprint(other))
-    for view in VIEWS:
-        for part in range(3):
-            other = copy.deepcopy(meta)
-            other["frames"][view][0][part] = "something else"
-            seen.add(vc.fingerprint(other))
-    assert len(seen) == 1 + len(changes) + 6 and all(len(fp) == 24 for fp in seen)
-    assert vc.fingerprint(meta | dict(recipe=meta["recipe"] | dict(model="/moved/there"))) == vc.fingerprint(
-        meta
-    )  # its files count, not its place
+    assert len(seen) == 1 + len(fields) and all(len(fp) == 24 for fp in seen)
+    elsewhere = copy.deepcopy(meta)
+    elsewhere["recipe"]["model"], elsewhere["frames"]["View1"][0][2] = "/moved/there", 0
+    assert vc.fingerprint(elsewhere) == vc.fingerprint(meta), "places and times on the disk are no part of it"
 
 
-def test_the_weights_fingerprint_sees_a_changed_shard(qwen_dir, tmp_path):
-    copy_ = Path(shutil.copytree(qwen_dir, tmp_path / "m"))
-    assert vc.weight_fingerprint(copy_) == vc.weight_fingerprint(qwen_dir)
-    shard = copy_ / "model.safetensors"
+@pytest.fixture
+def big(qwen_dir, tmp_path):
+    """A model folder whose weights are random bytes, 8 MB."""
+    folder = Path(shutil.copytree(qwen_dir, tmp_path / "big"))
+    (folder / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(1 << 23))
+    return folder
+
+
+def test_every_byte_of_the_weights_counts_and_is_read_once(big, monkeypatch):
+    reads, whole = [], hub.sha256_of
+    monkeypatch.setattr(hub, "sha256_of", lambda path: reads.append(path.name) or whole(path))
+    first, shard = vc.model_digest(big), big / "model.safetensors"
+    assert vc.model_digest(big) == first and reads == ["model.safetensors"]
+    touch(shard)
+    assert vc.model_digest(big) == first and len(reads) == 2, "the same bytes at another time"
     data = bytearray(shard.read_bytes())
-    data[-100] ^= 1
+    data[3_333_333] ^= 1
     shard.write_bytes(data)
-    assert (
-        vc.weight_fingerprint(copy_) != vc.weight_fingerprint(qwen_dir)
-        and vc.weight_fingerprint("no/such-model") is None
-    )
+    assert vc.model_digest(big) != first
+    blob = big / "blobs" / ("a" * 64)  # the hub names its files by their hash
+    blob.parent.mkdir()
+    shutil.move(shard, blob)
+    shard.symlink_to(blob)
+    count, named = len(reads), vc.model_digest(big)
+    blob.rename(blob.parent / ("b" * 64))
+    shard.unlink()
+    shard.symlink_to(blob.parent / ("b" * 64))
+    assert vc.model_digest(big) != named and len(reads) == count
+    assert vc.model_digest("no/such-model") is None
+
+
+def test_only_fields_that_shape_a_feature_count(big):
+    first = vc.model_digest(big)
+
+    def change(name, **fields):
+        path = big / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=7))
+
+    (big / "video_preprocessor_config.json").write_text("{}")
+    (big / "generation_config.json").write_text("{}\n\n")
+    change("config.json", transformers_version="4.0", dtype="float16")
+    change("preprocessor_config.json", max_pixels=1)
+    change("tokenizer_config.json", model_max_length=1)
+    assert vc.model_digest(big) == first
+    for name, fields in (
+        ("config.json", dict(image_token_id=0)),
+        ("preprocessor_config.json", dict(image_mean=[0, 0, 0])),
+        ("tokenizer.json", dict(added_tokens=[])),
+    ):
+        kept = (big / name).read_text()
+        change(name, **fields)
+        assert vc.model_digest(big) != first, name
+        (big / name).write_text(kept)
+    (big / "chat_template.jinja").write_text("another prompt")
+    assert vc.model_digest(big) != first
 
 
 # ---- build and read --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def built(recordings, qwen_dir, tmp_path_factory):
-    """The sessions with their cache/, to copy."""
-    root = Path(shutil.copytree(recordings, tmp_path_factory.mktemp("built") / "sessions"))
-    assert build_vl_cache.main(config(root, qwen_dir)) == 0
-    return root
-
-
-@pytest.fixture
-def cached(built, tmp_path):
-    return Path(shutil.copytree(built, tmp_path / "sessions"))
-
-
 def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder):
-    """Every tick of every session, in a root that was moved since; ticks without all images are NaN, so that nothing can use them unnoticed."""
+    """Every tick of every session, in a root that was moved since; ticks without all images are NaN, so that nothing
+    can use them unnoticed."""
     files, recipe = read(cached, qwen_dir)
     assert recipe == encoder.recipe() and len(files) == 4
-    for s in ss.find_sessions([cached]):
-        ticks, f = s.ticks(3, VIEWS), files[s.name]
-        assert (
-            f.shape == (5, 1, 64)
-            and f.features.dtype == torch.float16
-            and np.array_equal(f.tick_timestamps, ticks.tick_time)
-        )
-        for t in range(len(ticks)):
-            if ticks.complete[t]:
-                want = encoder.encode([({v: s.frame_path(v, ticks.frame_index[v][t]) for v in VIEWS}, s.instruction)])[
-                    0
-                ]
-                assert torch.allclose(f.features[t].float(), want, atol=2e-3)
-            else:
-                assert f.features[t].isnan().all()
-        packed = pickle.dumps(f)
-        assert len(packed) < 20000 and torch.equal(pickle.loads(packed).features[2], f.features[2])
+    for session in ss.find_sessions([cached]):
+        ticks, file = session.ticks(3, VIEWS), files[session.name]
+        assert file.shape == (len(ticks), 1, 64) and file.features.dtype == torch.float16 and ticks.complete.any()
+        assert file.features[~torch.from_numpy(ticks.complete)].isnan().all()
+        for t in np.flatnonzero(ticks.complete):
+            paths = {view: session.frame_path(view, ticks.frame_index[view][t]) for view in VIEWS}
+            want = encoder.encode([(paths, session.instruction)])[0]
+            assert torch.allclose(file.features[t].float(), want, atol=2e-3)
+        packed = pickle.dumps(file)
+        assert len(packed) < 20000 and torch.equal(pickle.loads(packed).features[2], file.features[2])
 
 
 def test_reading_opens_no_image_and_loads_no_model(cached, qwen_dir, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr(hub, "sha256_of", lambda *_: pytest.fail("a file was read whole"))
     monkeypatch.setattr(vc, "VLEncoder", lambda *_: pytest.fail("the VLM was made"))
     assert len(read(cached, qwen_dir)[0]) == 4
 
 
-def test_a_second_build_does_nothing_and_a_damaged_root_only_what_is_missing(cached, qwen_dir, capsys):
-    folder = cached / "cache/qwen_vl_features"
-    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    build_vl_cache.main(config(cached, qwen_dir))
-    assert {
-        p.name: p.stat().st_mtime_ns for p in folder.iterdir()
-    } == before and "4 of 4 sessions are there, 0 to build" in capsys.readouterr().out
-    gone = sorted(folder.iterdir())[1]
-    content = ckpt.load_state(gone)
-    kept = content["features"].clone()
+def test_a_second_build_does_only_what_is_missing(cached, qwen_dir, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in feature_files(cached)}
+    build(cached, qwen_dir)
+    assert {p.name: p.stat().st_mtime_ns for p in feature_files(cached)} == before
+    assert "0 built here" in capsys.readouterr().out
+    whole, gone = contents(cached), feature_files(cached)[1]
     gone.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"no features of 1 of 4 sessions: [\s\S]*build_vl_cache\.py[\s\S]*--cache online"
-    ):
+    with pytest.raises(MissingFile, match=r"no features at all of 1 of 4 [\s\S]*build_vl_cache\.py[\s\S]*cache online"):
         read(cached, qwen_dir)
-    build_vl_cache.main(config(cached, qwen_dir))
-    assert "1 to build" in capsys.readouterr().out and torch.equal(
-        ckpt.load_state(gone)["features"].nan_to_num(), kept.nan_to_num()
-    )
+    build(cached, qwen_dir)
+    assert "1 built here" in capsys.readouterr().out
+    assert all(torch.equal(whole[name], now) for name, now in contents(cached).items())
 
 
-def touch(path):
-    s = path.stat()
-    os.utime(path, ns=(s.st_atime_ns, s.st_mtime_ns + 10**9))
+def empty(path):
+    path.write_bytes(b"")
 
 
-def change_image(root):
-    path = sorted((root / "White_silicone_white_circle").rglob("View5/*.jpg"))[2]
-    path.write_bytes(make_demo.jpeg(np.zeros((36, 64, 3), np.uint8)))
+def half_zeroed(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 
 
-def touch_image(root):
-    touch(sorted((root / "White_silicone_white_circle").rglob("View5/*.jpg"))[2])
+def one_number(path):
+    content = ckpt.load_state(path)
+    features = content["features"].clone()
+    features[-1, 0, 3] += 1
+    path.unlink()
+    ckpt.save_state(path, content | dict(features=features))
+
+
+@pytest.mark.parametrize("damage", [empty, half_zeroed, one_number])
+def test_a_damaged_file_is_refused_and_built_again(cached, qwen_dir, damage, capsys):
+    whole = contents(cached)
+    damage(feature_files(cached)[2])
+    with pytest.raises(vc.CacheMismatch, match=r"is damaged[\s\S]*python build_vl_cache\.py"):
+        read(cached, qwen_dir)
+    build(cached, qwen_dir)
+    assert "1 built here" in capsys.readouterr().out
+    assert all(torch.equal(whole[name], now) for name, now in contents(cached).items())
+
+
+def a_picture(root):
+    return sorted((root / "White_silicone_white_circle").rglob("View5/*.jpg"))[2]
+
+
+def other_pixels(root):
+    """In a file of the same size."""
+    path = a_picture(root)
+    black = make_demo.jpeg(np.zeros((36, 64, 3), np.uint8))
+    path.write_bytes(black + bytes(path.stat().st_size - len(black)))
 
 
 def another_instruction(root):
-    create_datapkl.main(
-        parse_config(
-            create_datapkl.Config,
-            [
-                "--dataset_dirs",
-                str(root),
-                "--workers",
-                "0",
-                "--instruction",
-                "{White_silicone_white_circle: other words}",
-            ],
-        )
-    )
+    preprocess(root, instruction=dict(White_silicone_white_circle="other words"))
 
 
 def fewer_steps(root):
     path = next((root / "OCT_insertion").rglob("*.csv"))
     path.write_text("\n".join(path.read_text().splitlines()[:-40]) + "\n")
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
+    preprocess(root)
 
 
 def a_new_image(root):
@@ -338,41 +377,64 @@ def a_new_image(root):
     path = sorted((root / "OCT_insertion").rglob("view1/left/*.jpg"))[1]
     stem, stamp = path.stem.rsplit("_", 1)
     shutil.copy2(path, path.with_name(f"{stem}_{float(stamp) + 0.02:.3f}.jpg"))
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
+    preprocess(root)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (change_image, r"image View5/\S+ changed"),
-        (touch_image, r"image View5/\S+ was modified"),
-        (another_instruction, "instruction was 'Insert the needle into the white circle', now 'other words'"),
-        (fewer_steps, "ticks were 5, now 4|data.pkl was made again"),
-        (a_new_image, "image of View1 at tick .* was number"),
-    ],
-)
+CHANGES = [
+    (other_pixels, r"image View5/\S+ changed, one of 1 of View5"),
+    (another_instruction, "instruction was 'Insert the needle into the white circle', now 'other words'"),
+    (fewer_steps, "ticks were 5, now 4"),
+    (a_new_image, "image of View1 at tick .* was number"),
+]
+
+
+@pytest.mark.parametrize("change, message", CHANGES)
 def test_changed_sessions_are_refused_and_rebuilt(cached, qwen_dir, change, message):
     change(cached)
     with pytest.raises(vc.CacheMismatch, match=message):
         read(cached, qwen_dir)
-    build_vl_cache.main(config(cached, qwen_dir))
+    build(cached, qwen_dir)
     assert len(read(cached, qwen_dir)[0]) == 4
 
 
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        (dict(height=112), "height was 56, now 112"),
-        (dict(width=112), "width was 84, now 112"),
-        (dict(views=["View1"]), r"views was \['View1', 'View5'\], now \['View1'\]"),
-        (dict(layer=1), "layer was -1, now 1"),
-        (dict(tokens=2), "tokens was 1, now 2"),
-        (dict(dtype="fp32"), "dtype was 'fp16', now 'fp32'"),
-    ],
-)
+def test_pictures_are_known_by_content_where_their_times_moved(cached, qwen_dir, monkeypatch, capsys):
+    """A copy that loses times: nothing is built again, and once the builder has seen it nothing is read again."""
+    for path in cached.rglob("*.jpg"):
+        touch(path)
+    assert len(read(cached, qwen_dir)[0]) == 4
+    build(cached, qwen_dir)
+    assert "0 built here" in capsys.readouterr().out
+    monkeypatch.setattr(hub, "sha256_of", lambda path: pytest.fail(f"{path} was read again"))
+    assert len(read(cached, qwen_dir)[0]) == 4
+
+
+def test_a_machine_with_cache_and_data_pkl_only(cached, qwen_dir, monkeypatch):
+    stats, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *a, **k: stats.append(str(path)) or stat(path, *a, **k))
+    read(cached, qwen_dir)
+    seen = [path for path in stats if path.endswith(".jpg")]
+    assert seen and len(seen) == len(set(seen)), "each picture is looked at once"
+    for path in cached.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(MissingFile, match="is in data.pkl but not on the disk"):
+        read(cached, qwen_dir)
+    assert len(read(cached, qwen_dir, pictures=False)[0]) == 4
+
+
+OTHERS = [
+    (dict(height=112), "height was 56, now 112"),
+    (dict(views=["View1"]), r"views was \['View1', 'View5'\], now \['View1'\]"),
+    (dict(layer=1), "layer was -1, now 1"),
+    (dict(dtype="fp32"), "dtype was 'fp16', now 'fp32'"),
+    (dict(reuse=4), "stride was 3, of which vlm_reuse_count 4 is no multiple"),
+]
+
+
+@pytest.mark.parametrize("changed, message", OTHERS)
 def test_other_settings_are_refused(built, qwen_dir, changed, message):
     with pytest.raises(vc.CacheMismatch, match=message):
         read(built, qwen_dir, **changed)
+    assert len(read(built, qwen_dir, reuse=6)[0]) == 4
 
 
 def test_another_model_is_refused_and_a_moved_one_is_not(built, qwen_dir, tmp_path):
@@ -380,81 +442,82 @@ def test_another_model_is_refused_and_a_moved_one_is_not(built, qwen_dir, tmp_pa
     with pytest.raises(vc.CacheMismatch, match="weights was '.*', now '.*'"):
         read(built, other)
     assert len(read(built, shutil.copytree(qwen_dir, tmp_path / "moved"))[0]) == 4
-    assert len(read(built, f"not/here/{qwen_dir.name}")[0]) == 4  # no model on this machine: its name is all there is
+    assert len(read(built, f"not/{qwen_dir.name}")[0]) == 4  # not on this machine: its name is all there is
     with pytest.raises(vc.CacheMismatch, match="model was"):
         read(built, "Qwen/Qwen2.5-VL-7B-Instruct")
 
 
-def test_reuse_must_be_a_multiple_of_the_stride(built, qwen_dir):
-    assert len(read(built, qwen_dir, reuse=6)[0]) == 4
-    with pytest.raises(vc.CacheMismatch, match="stride was 3, of which vlm_reuse_count 4 is no multiple"):
-        read(built, qwen_dir, reuse=4)
-
-
-def test_hashed_images_survive_lost_times(cached, qwen_dir, capsys):
-    build_vl_cache.main(config(cached, qwen_dir, "--hash-images", "--prune"))
-    assert "pruned    4 files" in capsys.readouterr().out
-    for path in cached.rglob("*.jpg"):
-        touch(path)
-    assert len(read(cached, qwen_dir)[0]) == 4
-    build_vl_cache.main(config(cached, qwen_dir, "--hash-images"))
-    assert "0 to build" in capsys.readouterr().out
-
-
 def test_two_kinds_that_fit_are_not_guessed_between(cached, qwen_dir):
-    build_vl_cache.main(config(cached, qwen_dir, "--tokens", "2"))
-    with pytest.raises(vc.CacheMismatch, match="more than one kind of features that fit: tokens is"):
+    build(cached, qwen_dir, "--layer", "1")
+    with pytest.raises(vc.CacheMismatch, match=r"has 2 kinds of features .*layer (-1 or 1|1 or -1)"):
         read(cached, qwen_dir)
-    assert next(iter(read(cached, qwen_dir, tokens=2)[0].values())).shape == (5, 2, 64)
-    build_vl_cache.main(
-        config(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune")
-    )  # finer ticks of the same kind, the others go
+    assert read(cached, qwen_dir, layer=1)[1]["layer"] == 1
+    build(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune")  # finer ticks of the first kind, the others go
     assert next(iter(read(cached, qwen_dir, reuse=4)[0].values())).shape == (15, 1, 64)
 
 
-def test_verify_finds_a_wrong_feature(cached, qwen_dir, capsys):
-    assert build_vl_cache.main(config(cached, qwen_dir, "--verify", "50")) == 0
+def test_the_printed_training_command_finds_the_features(root, qwen_dir, capsys):
+    """As it stands, with views in another order, of two folders, and a cache elsewhere."""
+    import train_async
+
+    parts = [str(root / name) for name in ("White_silicone_white_circle", "OCT_insertion")]
+    words = ["--cache-root", str(root / "my cache"), "--views", "View5", "View1", "--vlm-reuse-count", "2"]
+    build(parts[0], qwen_dir, "--dataset-dirs", *parts, *words)
+    hint = shlex.split(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train: "))[7:])
+    assert hint[:2] == ["python", "train_async.py"]
+    cfg = parse_config(train_async.Config, hint[2:], train_async.ALIASES)
+    expected = dict(model=cfg.model, views=cfg.views, height=cfg.image_resize_height, width=cfg.image_resize_width)
+    sessions, rest = ss.find_sessions(parts), (expected, cfg.vlm_reuse_count, cfg.max_image_age)
+    files, recipe = vc.read_features(cfg.cache_root, ss.find_sessions(cfg.dataset_dir), *rest)
+    assert set(files) == {session.name for session in sessions} and recipe["views"] == VIEWS
+    expected["views"] = ["View5", "View1"]
+    assert vc.read_features(cfg.cache_root, sessions, *rest)[1] == recipe
+    with pytest.raises(MissingFile) as error:  # and the command that an error names
+        vc.read_features(root / "none", sessions, *rest)
+    advice = shlex.split(re.search(r"python (build_vl_cache.py .*)", str(error.value))[1])[1:]
+    advice[advice.index("DATA") : advice.index("DATA") + 1] = parts
+    build_vl_cache.main(parse_config(build_vl_cache.Config, advice, build_vl_cache.ALIASES))
+    assert len(vc.read_features(root / "none", sessions, *rest)[0]) == 3
+
+
+def test_verify_finds_a_wrong_feature(cached, qwen_dir, monkeypatch, capsys):
+    build(cached, qwen_dir, "--verify", "50")
     assert "computed again: largest difference" in capsys.readouterr().out
-    path = sorted((cached / "cache/qwen_vl_features").iterdir())[0]
-    content = ckpt.load_state(path)
-    content["features"] = content["features"].clone() * 1.1
-    ckpt.save_state(path.with_suffix(".new"), content)
-    path.with_suffix(".new").replace(path)
-    with pytest.raises(ValueError, match=f"{path.name}: the feature of tick . differs by 10"):
-        build_vl_cache.main(config(cached, qwen_dir, "--verify", "50"))
+    whole = vc.VLEncoder.encode
+    monkeypatch.setattr(vc.VLEncoder, "encode", lambda self, rows: whole(self, rows) / 1.1)
+    with pytest.raises(UserError, match="the feature of tick . differs by 10"):
+        build(cached, qwen_dir, "--verify", "50")
 
 
 def test_prune_leaves_what_is_not_asked_about(cached, qwen_dir, capsys):
     folder = cached / "cache/qwen_vl_features"
-    (folder / ".tmp-1-x.pt").write_bytes(b"left by a kill")
+    left = folder / f"{ckpt.TEMPORARY}999999999@{socket.gethostname()}~x.pt"
     stranger = folder / f"Other__-__recv_all_9__{'a' * 24}.pt"
-    old = folder / (sorted(folder.glob("White*"))[0].name[:-27] + "b" * 24 + ".pt")
-    for path in (stranger, old):
+    old = folder / f"{feature_files(cached)[0].name[:-27]}{'b' * 24}.pt"
+    for path in (stranger, old, left):
         path.write_bytes(b"")
-    build_vl_cache.main(config(cached, qwen_dir, "--prune"))
-    assert (
-        stranger.exists()
-        and not old.exists()
-        and not (folder / ".tmp-1-x.pt").exists()
-        and "pruned    1 files; 1 of sessions that are not below" in capsys.readouterr().out
-    )
+    build(cached, qwen_dir, "--prune")
+    assert stranger.exists() and not old.exists() and not left.exists()
+    assert "pruned    1 files" in capsys.readouterr().out
 
 
 def test_a_view_not_all_sessions_have_is_left_out_and_said(root, qwen_dir, capsys):
-    s = ss.find_sessions([root])[0]
-    shutil.rmtree(s.path / "View5")
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
-    assert build_vl_cache.main(config(root, qwen_dir)) == 0
-    assert f"View5 is left out, for 1 of 4 sessions lack it, e.g. {s.name}" in capsys.readouterr().out
+    session = ss.find_sessions([root])[0]
+    shutil.rmtree(session.path / "View5")
+    preprocess(root)
+    build(root, qwen_dir)
+    assert f"View5 is missing in 1, e.g. {session.name}; left out" in capsys.readouterr().out
     assert read(root, qwen_dir)[1]["views"] == ["View1"]
-    with pytest.raises(ss.BadSession, match="has no view 'View5'"):
-        build_vl_cache.main(config(root, qwen_dir, "--views", "View1", "View5"))
+    with pytest.raises((UserError, ss.BadSession), match="has no view 'View5'"):
+        build(root, qwen_dir, "--views", "View1", "View5")
 
 
-def test_out_of_memory_halves_the_micro_batch(recordings, qwen_dir, encoder, monkeypatch):
-    """At most 2 rows fit: 8 becomes 2, the features are the same; at one row it is an error that names session and keys."""
-    s = ss.find_sessions([recordings])[0]
-    ticks, most, whole = s.ticks(1, VIEWS), [2], encoder.encode
+def test_out_of_memory_halves_the_micro_batch(recordings, tmp_path, encoder, monkeypatch):
+    """At most 2 rows fit: 8 becomes 2, the features are the same; at one row it is an error that names session and
+    keys."""
+    session = ss.find_sessions([recordings])[0]
+    ticks, most, whole = session.ticks(1, VIEWS), [2], encoder.encode
+    alone = build_vl_cache.Builder(encoder, tmp_path).features(session, ticks)
 
     def small(rows):
         if len(rows) > most[0]:
@@ -462,22 +525,51 @@ def test_out_of_memory_halves_the_micro_batch(recordings, qwen_dir, encoder, mon
         return whole(rows)
 
     monkeypatch.setattr(encoder, "encode", small)
-    builder = build_vl_cache.Builder(encoder, 8, 2)
-    features, computed = builder.features(s, ticks)
-    assert (
-        builder.micro_batch == 2
-        and computed == len(build_vl_cache.unique_looks(ticks, VIEWS)[0]) < ticks.complete.sum()
-    )
-    monkeypatch.undo()
-    assert torch.allclose(
-        features.nan_to_num(), build_vl_cache.Builder(encoder, 1, 1).features(s, ticks)[0].nan_to_num(), atol=2e-3
-    )
-    monkeypatch.setattr(encoder, "encode", small)
+    builder = build_vl_cache.Builder(encoder, tmp_path, 8, 2)
+    features = builder.features(session, ticks)
+    assert builder.micro_batch == 2 and torch.allclose(features.nan_to_num(), alone.nan_to_num(), atol=2e-3)
+    assert builder.computed == len(build_vl_cache.unique_looks(ticks, VIEWS)[0]) < ticks.complete.sum()
     most[0] = 0
-    with pytest.raises(
-        ValueError, match=f"out of memory at {s.name} with one feature at a time: lower --image-resize-height"
-    ):
-        builder.features(s, ticks)
+    with pytest.raises(UserError, match=f"memory at {session.name} with one feature at a time: lower --image-resize"):
+        builder.features(session, ticks)
+
+
+def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch):
+    whole = vc.VLEncoder.encode
+    monkeypatch.setattr(vc.VLEncoder, "encode", lambda self, rows: whole(self, rows) * 1e9)
+    with pytest.raises(UserError, match=r"\S+/-/\S+: a feature is not finite in fp16"):
+        build(root, qwen_dir)
+    assert not feature_files(root)
+
+
+def test_the_shipped_config_parses():
+    words = ["--config", str(ROOT / "configs/vl_cache.yaml"), "--dataset_dir", "a"]
+    cfg = parse_config(build_vl_cache.Config, words, build_vl_cache.ALIASES)
+    assert cfg == build_vl_cache.Config(dataset_dirs=["a"], micro_batch=4)
+
+
+def test_check_needs_no_model(recordings, capsys):
+    build(recordings, "no/model", "--check")
+    out = capsys.readouterr().out
+    assert "64x36 is seen as 84x56: 6 tokens, 12 per feature" in out and "check passed" in out
+    assert not (recordings / "cache").exists()
+
+
+def test_recordings_of_other_hands(shared, qwen_dir, tmp_path):
+    """Real-format recordings, some with 9 views, one with 2: features of the views that all have."""
+    root = tmp_path / "sessions"
+    shutil.copytree(shared / "data/sessions", root, copy_function=shutil.copyfile)
+    for path in [root, *root.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    preprocess(root)
+    build(root, qwen_dir, "--verify", "3")
+    files, recipe = read(root, qwen_dir)
+    sessions = ss.find_sessions([root])
+    assert recipe["views"] == VIEWS and len(files) == 3
+    assert all(files[session.name].shape[0] == len(session.ticks(3, VIEWS)) for session in sessions)
+
+
+# ---- several processes, killed ones ----------------------------------------------------------------------------------
 
 
 def test_a_stop_signal_keeps_what_is_finished(root, qwen_dir, capsys, monkeypatch):
@@ -490,98 +582,58 @@ def test_a_stop_signal_keeps_what_is_finished(root, qwen_dir, capsys, monkeypatc
         return whole(self, *arguments)
 
     monkeypatch.setattr(build_vl_cache.Builder, "features", told_to_stop)
-    assert build_vl_cache.main(config(root, qwen_dir)) == 1
-    assert (
-        "stopped by signal; 2 of 4 sessions were finished and stay" in capsys.readouterr().out
-        and len(list((root / "cache/qwen_vl_features").iterdir())) == 2
-    )
-    assert (
-        build_vl_cache.main(config(root, qwen_dir)) == 0
-        and "2 of 4 sessions are there, 2 to build" in capsys.readouterr().out
-    )
+    with pytest.raises(SystemExit) as end:
+        build(root, qwen_dir)
+    assert end.value.code == 1 and len(feature_files(root)) == 2
+    assert "stopped by SIGTERM; finished sessions stay" in capsys.readouterr().out
+    build(root, qwen_dir)
+    assert len(feature_files(root)) == 4 and "2 built here" in capsys.readouterr().out
 
 
-def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch):
-    whole = vc.VLEncoder.encode
-    monkeypatch.setattr(vc.VLEncoder, "encode", lambda self, rows: whole(self, rows) * 1e9)
-    with pytest.raises(ValueError, match=r"\S+/-/\S+: a feature is not finite in fp16"):
-        build_vl_cache.main(config(root, qwen_dir))
-    assert not list((root / "cache/qwen_vl_features").iterdir())
+def test_ranks_need_no_other_rank(root, built, qwen_dir, monkeypatch, capsys):
+    """Rank 1 of 2 without a rank 0: no collective could come back. It leaves out a session that another process holds;
+    rank 0 waits for that one and takes it over when its lock is freed by a death."""
+    session, folder = ss.find_sessions([root])[0], root / "cache/qwen_vl_features"
+    folder.mkdir(parents=True)
+    held, release = threading.Event(), threading.Event()
+
+    def other_process():
+        with contextlib.suppress(ZeroDivisionError), build_vl_cache.claimed(folder, vc.stem_of(session)) as mine:
+            held.set()
+            release.wait(60)
+            1 / (not mine)  # it dies at work
+
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    held.wait(60)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    build(root, qwen_dir)
+    assert len(feature_files(root)) == 3 and capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(time, "sleep", lambda seconds: release.set() or thread.join(seconds))
+    build(root, qwen_dir)
+    assert release.is_set() and "1 built here" in capsys.readouterr().out
+    one, two = contents(built), contents(root)
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_shipped_config_parses():
-    cfg = parse_config(build_vl_cache.Config, ["--config", str(ROOT / "configs/vl_cache.yaml"), "--dataset_dirs", "a"])
-    assert cfg.dataset_dirs == ["a"] and (cfg.image_resize_height, cfg.image_resize_width, cfg.vlm_reuse_count) == (
-        360,
-        640,
-        3,
-    )
-
-
-def test_shares_are_whole_and_even():
-    sizes = [5, 9, 1, 7, 7, 3]
-    shares = build_vl_cache.share_out(sizes, 3)
-    assert sorted(i for share in shares for i in share) == list(range(6)) and [
-        sum(sizes[i] for i in share) for share in shares
-    ] == [10, 12, 10]
-    assert build_vl_cache.share_out([], 2) == [[], []]
-
-
-def test_check_needs_no_model(recordings, capsys):
-    assert build_vl_cache.main(config(recordings, "no/model", "--check")) == 0
-    out = capsys.readouterr().out
-    assert (
-        "seen as 84x56: 6 tokens per view, 12 per feature" in out
-        and "check passed" in out
-        and not (recordings / "cache").exists()
-    )
-
-
-def environment(tmp_path):
-    """Of a single process; with a torchvision that breaks whoever imports it."""
-    (tmp_path / "blocked/torchvision").mkdir(parents=True)
-    (tmp_path / "blocked/torchvision/__init__.py").write_text("raise RuntimeError('torchvision is broken')")
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(tmp_path / "blocked"),
-    }
-
-
-def test_a_killed_build_goes_on_and_two_ranks_make_the_same(tmp_path, root, built, qwen_dir):
-    """kill -9 in the middle: what has a final name is whole, nothing else counts. torchrun with two processes does the rest; bit for bit what one process makes."""
-    folder, env = root / "cache/qwen_vl_features", environment(tmp_path)
+def test_a_killed_build_goes_on(root, built, qwen_dir, capsys):
+    """kill -9 in the middle: what has a final name is whole, nothing else counts, the lock is free. Another process does
+    the rest, bit for bit what one makes."""
     script = [str(ROOT / "build_vl_cache.py"), "--dataset-dirs", str(root), "--model", str(qwen_dir), *SMALL]
-    process = subprocess.Popen([sys.executable, *script], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not list(folder.glob("[!.]*.pt")) and process.poll() is None and time.time() < deadline:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process, deadline = subprocess.Popen([sys.executable, *script], env=env, **quiet), time.time() + 120
+    while not feature_files(root) and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    for path in folder.glob("[!.]*.pt"):
-        assert {"features", "meta"} <= set(ckpt.load_state(path))
-    first = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.pt")}
-    assert first
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.pt") if p.name in first} == first
-    one = {p.name: ckpt.load_state(p)["features"] for p in (built / "cache/qwen_vl_features").glob("*.pt")}
-    two = {p.name: ckpt.load_state(p)["features"] for p in folder.glob("[!.]*.pt")}
-    assert set(one) == set(two) and all(torch.equal(one[n].nan_to_num(), two[n].nan_to_num()) for n in one)
-
-
-def test_recordings_of_other_hands(shared, qwen_dir, tmp_path):
-    """Real-format recordings, some with 9 views, one with 2: features of the views that all have."""
-    root = tmp_path / "sessions"
-    shutil.copytree(shared / "data/sessions", root, copy_function=shutil.copyfile)
-    for p in [root, *root.rglob("*")]:
-        os.chmod(p, 0o755 if p.is_dir() else 0o644)
-    create_datapkl.main(parse_config(create_datapkl.Config, ["--dataset_dirs", str(root), "--workers", "0"]))
-    assert build_vl_cache.main(config(root, qwen_dir, "--verify", "3")) == 0
-    files, recipe = read(root, qwen_dir)
-    assert recipe["views"] == VIEWS and sum(f.shape[0] for f in files.values()) == 10 + 47 + 10
+    first = {path.name: path.stat().st_mtime_ns for path in feature_files(root)}
+    assert first and all(vc.FeatureFile(path).meta for path in feature_files(root))
+    build(root, qwen_dir)
+    assert f"{4 - len(first)} built here" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in feature_files(root) if p.name in first} == first
+    one, two = contents(built), contents(root)
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+    assert not list((root / "cache/qwen_vl_features").glob(".lock-*"))
