@@ -282,6 +282,7 @@ class Run:
                 self.log.advance(self.step, step.shown)
                 if self._is_over(step):
                     break
+        self.iterator = None  # workers end with it; found later by the garbage collector, they would not
         self.log.close()
 
     def _fetch(self):
