@@ -579,7 +579,7 @@ def test_ranks_need_no_other_rank(root, built, qwen_dir, monkeypatch, capsys):
 
 def test_a_killed_build_goes_on(root, built, qwen_dir, capsys):
     """kill -9 in the middle: what has a final name is whole, nothing else counts, the lock is free. The next one does
-    the rest, bit for bit what one process makes.
+    the rest, bit for bit what one process makes."""
     script = [str(ROOT / "build_vl_cache.py"), "--dataset-dirs", str(root), "--model", str(qwen_dir), *SMALL]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
