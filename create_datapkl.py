@@ -49,6 +49,8 @@ from common.checkpoint import atomic_path, require_space
 from common.config import parse_config
 from common.sessions import CHANNELS, SENSOR_HZ, BadSession
 
+ALIASES = dict(dataset_dir="dataset_dirs")
+
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
@@ -59,7 +61,7 @@ class Config:
     action_hz: float = 10.0  # actions per second; the trainings expect 10
     tolerance_ms: float = 20.0  # a pause of the robot log this much longer than an action is a gap
     min_sensor_overlap: float = 0.9  # share of the robot log that the sensor must cover, else it is left out
-    instruction: dict = field(default_factory=dict)  # {data set or task: text}, else from the folder's name
+    instruction: dict[str, str] = field(default_factory=dict)  # {data set or task: text}, else from their names
     workers: int = 4  # processes; 0: in this one
     force: bool = False  # make every data.pkl again; otherwise only where the recording or a setting changed
     dry_run: bool = False  # read and report, write nothing
@@ -92,7 +94,7 @@ def reading(path):
     """What a damaged file raises -> BadSession that names it."""
     try:
         yield
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadSession(f"{path.name} cannot be read: {str(error).strip()}") from error
 
 
@@ -174,15 +176,14 @@ def npy_rows(archive, name, block=1 << 20):
             yield np.frombuffer(f.read(n * size), dtype).reshape(n, *shape[1:])
 
 
-def read_stamps(archive):
-    return np.concatenate([np.zeros(0), *npy_rows(archive, "timestamps")]).astype(np.float64)
+def read_whole(archive, name):
+    return np.concatenate([np.zeros(0), *npy_rows(archive, name)])
 
 
 def read_stream(path):
     """Old form -> blocks of (stamps (n,), rows (n, 1026)), by stamp."""
     with zipfile.ZipFile(path) as archive:
-        stamps = read_stamps(archive)
-        forces = np.concatenate([*npy_rows(archive, "forces")]).reshape(-1, 1)
+        stamps, forces = read_whole(archive, "timestamps"), read_whole(archive, "forces").reshape(-1, 1)
         order, at, alines = np.argsort(stamps, kind="stable"), 0, npy_rows(archive, "alines", 6500)
         if np.any(np.diff(order) < 0):  # datagrams that overtook each other: all at once, to sort them
             alines = [np.concatenate([*alines])[order]]
@@ -199,7 +200,7 @@ def read_windows(path):
     rows). The saver runs on a wall clock, so how many are new varies; it is found where the window repeats the one
     before. Nothing in common: a gap, all are new."""
     with zipfile.ZipFile(path) as archive:
-        before, before_end, ends = None, -np.inf, iter(read_stamps(archive))
+        before, before_end, ends = None, -np.inf, iter(read_whole(archive, "timestamps"))
         for block in npy_rows(archive, "data", 16):
             for window, end in zip(block, ends, strict=False):
                 if not end > before_end:  # the same window again, an older one, or one without a time
@@ -253,7 +254,7 @@ def open_sensor(paths):
             if not windows and not {"timestamps", "forces", "alines"} <= keys:
                 expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
                 raise ValueError(f"it has {', '.join(sorted(keys))}; {expected}")
-            stamps = read_stamps(archive)
+            stamps = read_whole(archive, "timestamps")
             stamps = stamps[np.isfinite(stamps)]
         if len(back := np.flatnonzero(np.diff(stamps) < -0.1)):
             step = stamps[back[0]] - stamps[back[0] + 1]
@@ -286,7 +287,7 @@ def copy_sensor(paths, read, target):
                     f.write(np.ascontiguousarray(block[good], "<f4").tobytes())
                     stamps.append(t[good])
                     row += len(t)
-            newest = max(newest, *(part[-1] for part in stamps if len(part)), -np.inf)
+            newest = max((part[-1] for part in stamps if len(part)), default=-np.inf)
         stamps = np.concatenate(stamps)
         f.seek(0)
         write_npy_header(f, len(stamps))
@@ -405,16 +406,17 @@ def process(folder, cfg):
 
 def preprocess(folder, cfg):
     kind, log, sensor_files, images, warnings = describe(folder)
-    with reading(folder):
-        sources = [[path.name, ss.content_of(path)] for path in (log, *sensor_files)]
     notes = ss.read_notes(folder)
     given = dict(
-        sources=sources,
+        sources=[],
         image={view: [path for _, path in shots] for view, shots in images.items()},
         instruction=notes["instruction"] or instruction_of(*ss.identity(folder)[:2], cfg.instruction),
         settings={key: getattr(cfg, key) for key in ("action_hz", "tolerance_ms", "min_sensor_overlap")},
         notes=notes,
     )
+    for path in (log, *sensor_files):
+        with reading(path):
+            given["sources"].append([path.name, ss.content_of(path)])
     before = existing(folder)
     changes = [describe_change(key, before.get(key), value) for key, value in given.items() if before]
     changes = [change for change in changes if change]
@@ -687,7 +689,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     try:
-        sys.exit(1 if main(parse_config(Config, aliases={"dataset_dir": "dataset_dirs"})) else 0)
+        sys.exit(1 if main(parse_config(Config, aliases=ALIASES)) else 0)
     except UserError as error:
         print(f"create_datapkl.py: {error}", file=sys.stderr)
         sys.exit(2)

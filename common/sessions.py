@@ -352,8 +352,8 @@ class Session:
 
 
 def sensor_rows(stamps, time, window, hz=SENSOR_HZ):
-    """Stamps (n,) in order -> (begin, end): the newest `window` rows up to `time`, without those that are older than the
-    window's own duration plus one step; in training and on the robot."""
+    """Stamps (n,) in order -> (begin, end): the newest `window` rows up to `time`, without those that are older than
+    the window's own duration plus one step; in training and on the robot."""
     end = int(np.searchsorted(stamps, time, side="right"))
     oldest = int(np.searchsorted(stamps, time - window / hz - 0.1))
     return max(end - window, oldest, 0), end
