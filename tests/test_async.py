@@ -363,6 +363,7 @@ def write_session(
         np.save(folder / "sensor_stream.npy", rows)
     keep = np.arange(steps) != (gap - 1 if gap else -1)  # the step over the gap is no step
     data = dict(
+        schema_version=2,
         action=action[keep],
         action_timestamps=t[:-1][keep],
         action_end_timestamps=t[1:][keep],
@@ -376,7 +377,7 @@ def write_session(
         else None,
         metadata=dict(sources=[], action_hz=10.0),
     )
-    ss.save_data_pkl(folder / "data.pkl", data)
+    (folder / "data.pkl").write_bytes(pickle.dumps(data))
     return folder
 
 
@@ -556,9 +557,9 @@ def test_what_comes_later_is_not_seen(sessions_root, qwen_dir, tmp_path_factory,
     original = ss.Session(sessions_root / "New_dataset" / "Red_point" / "episode_20260101_000000")
     folder = tmp_path_factory.mktemp("later") / "New_dataset" / "Red_point" / original.path.name
     shutil.copytree(original.path, folder)
-    data, t = ss.load_data_pkl(folder / "data.pkl"), original.starts[k]
+    data, t = pickle.loads((folder / "data.pkl").read_bytes()), original.starts[k]
     data["action"][k + 1 :] = 7.0
-    ss.save_data_pkl(folder / "data.pkl", data)
+    (folder / "data.pkl").write_bytes(pickle.dumps(data))
     rows = np.load(folder / "sensor_stream.npy")
     rows[original.sensor_stamps > t] = 1e6
     np.save(folder / "sensor_stream.npy", rows)
@@ -619,9 +620,9 @@ def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
     assert data.validation and not {s.name for s in data.train} & {s.name for s in data.validation}
     shutil.copytree(sessions_root, tmp_path / "s")
     held_out = tmp_path / "s" / data.validation[0].path.relative_to(sessions_root)
-    changed = ss.load_data_pkl(held_out / "data.pkl")
+    changed = pickle.loads((held_out / "data.pkl").read_bytes())
     changed["action"] *= 100
-    ss.save_data_pkl(held_out / "data.pkl", changed)
+    (held_out / "data.pkl").write_bytes(pickle.dumps(changed))
     _, again, _ = open_data(tmp_path / "s", qwen_dir)
     assert again.stats == data.stats and again.fingerprint == data.fingerprint
 
