@@ -335,6 +335,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(sum(size["embed_dim"] for size in config.towers()), config.text_config.hidden_size)
         self.language_model = LlamaForCausalLM(config.text_config)
+        self.action_begin, self.action_end = config.action_begin, config.action_end
         self.post_init()
 
     def _init_weights(self, module):
@@ -374,7 +375,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return llama(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, **kwargs):
-        """Logits (B, P + T, V) of every position; with labels (B, T) their mean cross-entropy where they are not -100."""
+        """Logits (B, P + T, V) of every position; with labels (B, T) the mean cross-entropy where not -100."""
         patches, loss = self.vision_backbone.patches, None
         if attention_mask is not None:  # the image is always seen
             seen = attention_mask.new_ones(len(attention_mask), patches)
@@ -409,7 +410,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """Greedy answer of `dims` tokens (B, dims), chosen among the action ids only: any other token would decode to
         full speed."""
         llama, patches = self.language_model.model, self.vision_backbone.patches
-        begin, end = self.config.action_begin, self.config.action_end
+        begin, end = self.action_begin, self.action_end
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [row[m.bool()].tolist() for row, m in zip(input_ids, keep, strict=True)]
         rows = [row if row[-1] == EMPTY_TOKEN else [*row, EMPTY_TOKEN] for row in rows]

@@ -1,11 +1,10 @@
-"""Pictures decoded in full and resized once, kept as raw uint8 on a local disk: a training then reads any of them, in any
-order, at the speed of that disk.
+"""Pictures decoded in full and resized once, kept as raw uint8 on a local disk: a training then reads any of them, in
+any order, at the speed of that disk.
 
-Of every source file (a parquet file, a recording) there is KEY.u8, its pictures in order, and KEY.json, which says how many
-and which of them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of resizing, version
-of Pillow): a copy of the data finds its frames again, another recipe never meets them. Both files appear whole or not at
-all, so a build that was stopped goes on where it stood, and several processes may build side by side.
-"""
+Of every source file (a parquet file, a recording) there is KEY.u8, its pictures in order, and KEY.json, which says how
+many and which of them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of resizing,
+version of Pillow): a copy of the data finds its frames again, another recipe never meets them. Both appear whole or not
+at all, so a build that was stopped goes on where it stood, and several processes may build side by side."""
 
 import hashlib
 import json
@@ -30,7 +29,7 @@ class FrameStore:
         self._keys, self._maps = {}, {}
 
     def key(self, path):
-        """Hash of content and recipe. The content's is kept in the store by size and time: a file is read once for it."""
+        """Hash of content and recipe. The content's is kept by the file's size and time: a file is read once for it."""
         path = Path(path).resolve()
         if path not in self._keys:
             status = path.stat()
@@ -57,9 +56,9 @@ class FrameStore:
         return about | dict(bad={int(i): why for i, why in about["bad"].items()}) if whole else None
 
     def build(self, sources, open_source, first=0, threads=4, quiet=False):
-        """Make what is missing of `sources` {path: pictures in it}. open_source(path) -> function of an index that returns a
-        frame or raises why there is none. Each of several processes begins at its own share `first` (0 to 1) of the list
-        and leaves out what the others have made."""
+        """Make what is missing of `sources` {path: pictures in it}. open_source(path) -> function of an index that returns
+        a frame or raises why there is none. Each of several processes begins at its own share `first` (0 to 1) of the
+        list and leaves out what the others have made."""
         missing = [path for path in sources if self.about(path) is None]
         if not missing:
             return
@@ -79,7 +78,7 @@ class FrameStore:
             try:
                 return decode(i)
             except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
-                bad[i] = f"{type(error).__name__}: {error}"
+                bad[i] = str(error) or type(error).__name__
                 return blank  # holds the place, is never read
 
         file = self.folder / f"{self.key(path)}.u8"
