@@ -37,6 +37,7 @@ class Recipe:
         out = {key: str(Path(out) / "run") for key in self.knobs["out"]}
         sizes = dict(batch=batch, accumulation=accumulation, steps=steps, workers=workers)
         sizes = {self.knobs[key]: value for key, value in sizes.items()}
+        changes = {self.knobs.get(key, key): value for key, value in changes.items()}
         cfg = self.script.Config()
         for key, value in (self.values | self.written | out | sizes | changes).items():
             *groups, name = key.split("__")
@@ -141,9 +142,35 @@ def session_recipe(name, latest, weights, **values):
     )
 
 
+# ---- openvla ---------------------------------------------------------------------------------------------------------
+
+
+def write_openvla(folder):
+    """A tiny OpenVLA, and 300 samples of 16 pictures."""
+    base = make_demo.write_openvla(folder / "openvla", text=(16, 2), dino=(16, 2), siglip=(24, 2), image_size=42)
+    make_demo.write_vamos(folder / "vamos", images=10, validation_images=2, size=(48, 64), files=2, rows_per_group=4)
+    return dict(vla_path=str(base), data_root_dir=str(folder / "vamos"), frame_dir=str(folder / "frames"))
+
+
+OPENVLA = Recipe(
+    "train_openvla_vamos",
+    knobs=dict(out=["run_root_dir", "adapter_tmp_dir"], batch="batch_size", accumulation="grad_accumulation_steps")
+    | dict(steps="max_steps", workers="num_workers", resume="resume_from_checkpoint"),
+    values=dict(lora_rank=4, lora_dropout=0.2, image_aug=True, learning_rate=1e-2, lr_schedule="cosine")
+    | dict(warmup_steps=2, log_steps=2, save_steps=2, val_steps=4, val_samples=4),
+    still=dict(lora_dropout=0.0, image_aug=False),
+    write=write_openvla,
+    newest=lambda out: ckpt.checkpoints_in(next((out / "run").glob("*+vamos+*/steps_*")).parent)[-1],
+    tensors=lambda path: {
+        f"vla.{name}": t for name, t in importlib.import_module("train_openvla_vamos").read_adapter(path).items()
+    },
+)
+
+
 RECIPES = {
     "async": session_recipe("train_async", "qwen_vla_async.pt", "model_state_dict"),
     "diffusion": session_recipe(
         "train_diffusion", "diffusion_stage1_latest.pt", "raw_state_dict", diffusion_timesteps=10, ddim_steps=3
     ),
+    "openvla": OPENVLA,
 }
