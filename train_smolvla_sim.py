@@ -597,10 +597,10 @@ class FlowModel(nn.Module):
         positions = valid.sum(1, keepdim=True) + steps
         for joint, layer, (k, v) in zip(self.joint, expert.layers, kv, strict=True):
             y = layer.input_layernorm(x)
-            q = rope(heads(layer, "q_proj", y), positions if joint else steps)
             if joint:
                 k = torch.cat([k, rope(heads(layer, "k_proj", y), positions).to(k.dtype)], dim=2)
                 v = torch.cat([v, heads(layer, "v_proj", y).to(v.dtype)], dim=2)
+            q = rope(heads(layer, "q_proj", y), positions if joint else steps)
             x = finish(layer, x, attend(q, k, v, joint_mask if joint else seen))
         with torch.autocast(x.device.type, enabled=False):
             return self.action_out_proj(expert.norm(x).float())
