@@ -315,8 +315,9 @@ def load_data(cfg, main=True, saved=None):
     mode, names = n.mode if n.enable else "IDENTITY", name_actions(found, definition)
     spec = DataSpec(cameras, shapes, state_keys, state_dim, plain, names, mode, d.task_instruction, stats)
     part = {i: "validation" for i in validation}
-    episodes = {e.name: [e.num_frames, part.get(i, "train")] for i, e in enumerate(found)}
-    return Data(found, train, validation, notes, spec, fingerprint, episodes)
+    names = {e.name: [e.num_frames, part.get(i, "train")] for i, e in enumerate(found)}
+    names = saved["episodes"] if gone else names
+    return Data(found, train, validation, notes, spec, fingerprint, names)
 
 
 def stats_command(cfg):
@@ -1059,7 +1060,7 @@ def check_data(cfg):
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.training.batch_size, len(dataset)))]
     _, episode, frame = items[0]["name"]
     print(f"samples   {len(dataset)} (frames with a target); batch of {len(items)}, first: {episode} frame {frame}")
-    batch = {f"camera{k + 1}": torch.from_numpy(image) for k, image in enumerate(items[0]["images"])}
+    batch = {f"camera{k + 1}": torch.tensor(image) for k, image in enumerate(items[0]["images"])}
     try:
         _, tokenizer = open_vlm(cfg.policy.vlm_model_name)
         batch |= Collate(tokenizer, cfg.policy, data.spec)(items)
