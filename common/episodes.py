@@ -181,7 +181,7 @@ def _lowdim(f, path, key, rows=None):
 
 def read_instruction(f, path):
     """language_instruction as scalar, (1,), bytes, S-type or str -> str; None without one."""
-    if "language_instruction" not in f:
+    if "language_instruction" not in f or not f["language_instruction"].size:
         return None
     value = f["language_instruction"][()]
     value = value.reshape(-1)[0] if isinstance(value, np.ndarray) else value
