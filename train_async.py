@@ -68,6 +68,7 @@ class Config:
     vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
     vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
+    check_pictures: bool = True  # compare the cache with the images; False: there are only cache and data.pkl here
     # model
     hidden_dim: int = 1024  # D
     sensor_dim: int = 3072  # width of the sensor's feature
@@ -403,7 +404,7 @@ def main(cfg):
         run.once(write_final, folder / LATEST, folder / FINAL)
     best = folder / (BEST if data.validation else FINAL)
     at = f" (step {run.best_step}, validation loss {run.best_val_loss:.4f})" if run.best_step else ""
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset_dir[0]}"
+    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {' '.join(cfg.dataset_dir)}"
     run.finish(f"model: {best}{at}", evaluate, plot=("train/loss_step", "val/loss_epoch"))
 
 

@@ -43,14 +43,15 @@ class Features:
     `expected`: keys of the features' recipe that must be so; None: those of the config. `optional`: errors of the cache
     after which images are read instead, for a VLM that runs now; `missing` then says why."""
 
-    def __init__(self, cfg, part, expected=None, optional=()):
+    def __init__(self, cfg, part, expected=None, optional=(), run=None):
         self.cfg, self.files, self.missing, self.shape = cfg, None, None, None
         self.stride, self.ticks, self.root = cfg.vlm_reuse_count, {}, cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
         size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
         expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
         try:
-            found = vl_cache.read_features(self.root, part, expected, cfg.vlm_reuse_count, cfg.max_image_age)
-            self.files, self.recipe = found
+            read = run.once if run else lambda function, *args: function(*args)  # one rank looks at all the pictures
+            how = (cfg.vlm_reuse_count, cfg.max_image_age, cfg.check_pictures)
+            self.files, self.recipe = read(vl_cache.read_features, self.root, part, expected, *how)
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
         except optional as error:
@@ -83,7 +84,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
         rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
         require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
     train, validation = ss.split_sessions(found, cfg.val_split)
-    features = Features(cfg, found, optional=optional)
+    features = Features(cfg, found, optional=optional, run=run)
     none = f"no step of the {len(train)} training sessions has an image of {', '.join(features.recipe['views'])}"
     how = f"at most {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
     require(any(len(features.usable(s)[0]) for s in train), f"{none} that is {how}")
@@ -222,6 +223,8 @@ class SessionPolicy:
 
     `about`: Data.about, from the training or out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
 
+    several_roots = True  # for open_episodes
+
     def __init__(self, model, cfg, about, device, vlm=None):
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
         self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
@@ -260,11 +263,12 @@ class SessionPolicy:
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per session, and per stretch of it without a gap, {name, sample: callable(t) ->
         observation, target (M, 7), hold (M, 7): the action that stands still, phase None}."""
-        found = ss.find_sessions([root])
+        roots = [str(path) for path in (root if isinstance(root, (list, tuple)) else [root])]
+        found = ss.find_sessions(roots)
         unknown, some = sorted(set(names or []) - {s.name for s in found}), ", ".join(s.name for s in found[:5])
         require(not unknown, f"'{root}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
         chosen = [s for s in found if names is None or s.name in names]
-        cfg = dataclasses.replace(self.cfg, dataset_dir=[str(root)])
+        cfg = dataclasses.replace(self.cfg, dataset_dir=roots)
         expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}
         features = Features(cfg, chosen, expected, optional=(FileNotFoundError, vl_cache.CacheMismatch))
         if features.missing:
