@@ -76,7 +76,6 @@ class Config:
     vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
     vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
-    check_pictures: bool = True  # compare the cache with the images; False: there are only cache and data.pkl here
     # model
     hidden_dim: int = 1024  # D
     sensor_dim: int = 3072  # width of the sensor's feature

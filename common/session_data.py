@@ -43,15 +43,14 @@ class Features:
     `expected`: keys of the features' recipe that must be so; None: those of the config. `optional`: errors of the cache
     after which images are read instead, for a VLM that runs now; `missing` then says why."""
 
-    def __init__(self, cfg, part, expected=None, optional=(), run=None):
+    def __init__(self, cfg, part, expected=None, optional=()):
         self.cfg, self.files, self.missing, self.shape = cfg, None, None, None
         self.stride, self.ticks, self.root = cfg.vlm_reuse_count, {}, cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
         size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
         expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
         try:
-            read = run.once if run else lambda function, *args: function(*args)  # one rank looks at all the pictures
-            how = (cfg.vlm_reuse_count, cfg.max_image_age, cfg.check_pictures)
-            self.files, self.recipe = read(vl_cache.read_features, self.root, part, expected, *how)
+            found = vl_cache.read_features(self.root, part, expected, cfg.vlm_reuse_count, cfg.max_image_age)
+            self.files, self.recipe = found
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
         except optional as error:
@@ -84,7 +83,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
         rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
         require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
     train, validation = ss.split_sessions(found, cfg.val_split)
-    features = Features(cfg, found, optional=optional, run=run)
+    features = Features(cfg, found, optional=optional)
     none = f"no step of the {len(train)} training sessions has an image of {', '.join(features.recipe['views'])}"
     how = f"at most {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
     require(any(len(features.usable(s)[0]) for s in train), f"{none} that is {how}")

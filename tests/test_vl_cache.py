@@ -300,7 +300,7 @@ def test_a_second_build_does_only_what_is_missing(cached, qwen_dir, capsys):
     assert "0 built here" in capsys.readouterr().out
     whole, gone = contents(cached), feature_files(cached)[1]
     gone.unlink()
-    with pytest.raises(MissingFile, match=r"no features at all of 1 of 4 [\s\S]*python build_vl_cache\.py"):
+    with pytest.raises(MissingFile, match=r"no features at all of 1 of 4 [\s\S]*build_vl_cache\.py"):
         read(cached, qwen_dir)
     build(cached, qwen_dir)
     assert "1 built here" in capsys.readouterr().out
