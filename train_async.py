@@ -406,7 +406,7 @@ def main(cfg):
         run.once(write_final, folder / LATEST, folder / FINAL)
     best = folder / (BEST if data.validation else FINAL)
     at = f" (step {run.best_step}, validation loss {run.best_val_loss:.4f})" if run.best_step else ""
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset_dir[0]}"
+    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {' '.join(cfg.dataset_dir)}"
     run.finish(f"model: {best}{at}", evaluate, plot=("train/loss_step", "val/loss_epoch"))
 
 

@@ -492,7 +492,7 @@ def main(cfg):
 
     best = folder / (BEST if data.validation else LATEST)
     at = f" (step {run.best_step}, validation loss {run.best_val_loss:.4f})" if run.best_step else ""
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset_dir[0]}"
+    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {' '.join(cfg.dataset_dir)}"
     run.finish(f"model: {best}{at}", evaluate, plot=("train/loss_step", "val/loss_epoch"))
 
 

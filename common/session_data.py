@@ -223,6 +223,8 @@ class SessionPolicy:
 
     `about`: Data.about, from the training or out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
 
+    several_roots = True  # for open_episodes
+
     def __init__(self, model, cfg, about, device, vlm=None):
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
         self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
@@ -261,11 +263,12 @@ class SessionPolicy:
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per session, and per stretch of it without a gap, {name, sample: callable(t) ->
         observation, target (M, 7), hold (M, 7): the action that stands still, phase None}."""
-        found = ss.find_sessions([root])
+        roots = [str(path) for path in (root if isinstance(root, (list, tuple)) else [root])]
+        found = ss.find_sessions(roots)
         unknown, some = sorted(set(names or []) - {s.name for s in found}), ", ".join(s.name for s in found[:5])
         require(not unknown, f"'{root}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
         chosen = [s for s in found if names is None or s.name in names]
-        cfg = dataclasses.replace(self.cfg, dataset_dir=[str(root)])
+        cfg = dataclasses.replace(self.cfg, dataset_dir=roots)
         expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}
         features = Features(cfg, chosen, expected, optional=(FileNotFoundError, vl_cache.CacheMismatch))
         if features.missing:
