@@ -441,7 +441,7 @@ def test_two_kinds_that_fit_are_not_guessed_between(cached, qwen_dir):
         read(cached, qwen_dir)
     assert read(cached, qwen_dir, layer=1)[1]["layer"] == 1
     build(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune")  # finer ticks of the first kind, the others go
-    assert next(iter(read(cached, qwen_dir, reuse=4)[0].values())).shape == (15, 1, 64)
+    assert next(iter(read(cached, qwen_dir, reuse=4)[0].values())).shape == (14, 1, 64)
 
 
 def test_the_printed_training_command_finds_the_features(root, qwen_dir, capsys):
