@@ -197,9 +197,8 @@ class ImageReader:
     def __init__(self, max_open=MAX_OPEN_FILES):
         self.max_open, self._files, self._pid = max_open, OrderedDict(), None
 
-    def read(self, episode, camera, frame, at_least=None):
-        """-> (h, w, 3) uint8 RGB of `camera` (recorder's name). `at_least` (height, width): a JPEG may be decoded at a
-        smaller DCT scale, not below that size."""
+    def read(self, episode, camera, frame):
+        """-> (h, w, 3) uint8 RGB of `camera` (recorder's name)."""
         where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
         try:
             value = self._open(episode.path)["observations/images"][camera][frame]
@@ -209,10 +208,7 @@ class ImageReader:
         if episode.cameras[camera] == "raw":
             return value
         try:
-            image = Image.open(io.BytesIO(value.tobytes()))
-            if at_least is not None:
-                image.draft("RGB", (at_least[1], at_least[0]))
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(Image.open(io.BytesIO(value.tobytes())).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             how = "Re-record the episode, or move it away and start again"
             raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). {how}") from error

@@ -167,10 +167,36 @@ OPENVLA = Recipe(
 )
 
 
+# ---- nora ------------------------------------------------------------------------------------------------------------
+
+
+def write_nora(folder):
+    """A tiny Qwen2.5-VL with action tokens, and 3 episodes of 14 frames."""
+    model = make_demo.write_qwen2_5_vl(folder / "nora", text=(32, 2), vision=(16, 2))
+    make_demo.write_insertion(folder / "insertion", episodes=3, size=(60, 80), max_frames=14)
+    return dict(model=str(model), dataset__root_dir=str(folder / "insertion"))
+
+
+NORA = Recipe(
+    "train_nora",
+    knobs=dict(out=["output_dir"], batch="per_device_batch_size", accumulation="gradient_accumulation_steps")
+    | dict(steps="max_train_steps", workers="num_workers", resume="resume_from_checkpoint"),
+    values=dict(fast="fit", fast_vocab_size=256, train="lora", lora_rank=4, lora_dropout=0.2, learning_rate=1e-2)
+    | dict(num_warmup_steps=2, logging_frequency=2, checkpoint_save_frequency=2, val_frequency=4, val_samples=4)
+    | dict(val_decode_samples=2, dataset__horizon=2, dataset__use_ee_pose_delta_as_action=True)
+    | dict(dataset__resize_resolution=[28, 28], dataset__num_val_episodes=1, dataset__augment=True),
+    still=dict(lora_dropout=0.0, dataset__augment=False),
+    write=write_nora,
+    newest=lambda out: ckpt.checkpoints_in(out / "run")[-1],
+    tensors=lambda path: ckpt.load_state(path / "state.pt")["trained"],
+)
+
+
 RECIPES = {
     "async": session_recipe("train_async", "qwen_vla_async.pt", "model_state_dict"),
     "diffusion": session_recipe(
         "train_diffusion", "diffusion_stage1_latest.pt", "raw_state_dict", diffusion_timesteps=10, ddim_steps=3
     ),
     "openvla": OPENVLA,
+    "nora": NORA,
 }

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import types
@@ -179,9 +177,8 @@ def test_patches_equal_the_image_processor(qwen_dir):
 def official_inputs(parts, item, answer):
     """One row made the way transformers documents it: processor output, mm_token_type_ids, labels."""
     tokenizer = parts.processor.tokenizer
-    pixels = official_processor(parts.cfg.model)(
-        images=[Image.fromarray(i) for i in item["images"]], return_tensors="pt"
-    )
+    images = [Image.fromarray(i) for i in item["images"]]
+    pixels = official_processor(parts.cfg.model)(images=images, return_tensors="pt")
     content = [{"type": "image"}] * len(item["images"]) + [{"type": "text", "text": item["instruction"]}]
     turn = [{"role": "user", "content": content}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -191,9 +188,8 @@ def official_inputs(parts, item, answer):
     labels = ids.clone()
     labels[:, : -len(answer)] = -100
     kinds = (ids == parts.processor.image_token_id).int()
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, labels=labels) | dict(
-        pixels
-    )
+    text = dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, labels=labels)
+    return text | dict(pixels)
 
 
 def test_loss_equals_transformers_own_loss(parts):
@@ -330,22 +326,10 @@ def test_decoding_cannot_leave_the_format_and_is_greedy(tmp_path, parts):
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_equal_one_batch(tmp_path, base):
-    """2 micro-batches of 4 and one of 8: the same losses and weights, rows of different length included."""
-    a = run(base, "--output_dir", tmp_path / "a", "--max_steps", 3, "--batch_size", 8)
-    b = run(base, "--output_dir", tmp_path / "b", "--max_steps", 3, "--gradient_accumulation_steps", 2)
-    np.testing.assert_allclose(values(a, "train_loss"), values(b, "train_loss"), rtol=2e-5)
-    for (k, x), y in zip(state(tmp_path / "a/steps_3").items(), state(tmp_path / "b/steps_3").values(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-4, msg=k)
-
-
-def test_the_learning_rate_is_a_function_of_the_step(tmp_path, base):
+def test_the_learning_rate_warms_up_and_falls_to_zero():
     cfg = nora.Config(learning_rate=1.0, num_warmup_steps=4, max_train_steps=12)
     assert [nora.lr_at(s, cfg) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert nora.lr_at(8, cfg) == pytest.approx(0.5) and nora.lr_at(12, cfg) == 0 and nora.lr_at(500, cfg) == 0
-    flags = [*base, "--max_steps", 3, "--gradient_accumulation_steps", 2, "--batch_size", 2, "--num_warmup_steps", 2]
-    rows = run(flags, "--output_dir", tmp_path)
-    assert values(rows, "learning_rate") == [nora.lr_at(s, config(flags)) for s in range(3)]
 
 
 def test_one_batch_can_be_learned(tmp_path, base):
@@ -435,50 +419,6 @@ def test_a_backbone_without_action_tokens_is_refused(tmp_path, parts):
 
 
 # ---- resume and ranks ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, base):
-    """6 steps of 2 x 4 over 39 samples: stops fall into the middle of an epoch, step 5 crosses into the next."""
-    flags = [*base, *LORA, "--lora_dropout", 0.1, "--max_steps", 6, "--val_frequency", 2, "--augment"]
-    flags += ["--gradient_accumulation_steps", 2]
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    return flags, run(flags, "--output_dir", out), state(out / "steps_6")
-
-
-@pytest.mark.parametrize("stop_at, workers", [(1, 0), (3, 2), (5, 0)])
-def test_resume_equals_uninterrupted(tmp_path, uninterrupted, stop_at, workers, monkeypatch):
-    """Bitwise: losses, validation, and every weight. 2 workers read ahead, which must not be lost or repeated."""
-    flags, rows, weights = uninterrupted
-    flags, calls, real = [*flags, "--output_dir", tmp_path, "--num_workers", workers], [], nora.Nora.compute_loss
-
-    def signalled(self, batch):
-        if torch.is_grad_enabled():
-            calls.append(1)
-            if len(calls) == 2 * stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, batch)
-
-    monkeypatch.setattr(nora.Nora, "compute_loss", signalled)
-    run(flags)
-    assert [p.name for p in ckpt.checkpoints_in(tmp_path)] == [f"steps_{stop_at}"]
-    monkeypatch.undo()
-    resumed = run(flags, "--resume", "auto")
-    for key in ("train_loss", "token_accuracy", "grad_norm", "learning_rate", "val_loss", "val_action_mae"):
-        assert values(resumed, key) == values(rows, key), key
-    assert same(state(tmp_path / "steps_6"), weights)
-
-
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path, base):
-    flags = [*base, "--max_steps", 4, "--val_frequency", 2, "--val_samples", 7, "--augment"]
-    shell(flags, "--output_dir", tmp_path / "two", processes=2)
-    one = run(flags, "--output_dir", tmp_path / "one", "--batch_size", 8)
-    two = read_metrics(tmp_path / "two")
-    for key in ("train_loss", "val_loss", "token_accuracy", "grad_norm"):
-        np.testing.assert_allclose(values(two, key), values(one, key), rtol=1e-4)
-    pairs = zip(state(tmp_path / "one/steps_4").items(), state(tmp_path / "two/steps_4").values(), strict=True)
-    for (k, x), y in pairs:
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=5e-4, msg=k)
 
 
 def test_fsdp_equals_one_process(tmp_path, base):
@@ -608,9 +548,9 @@ def test_a_bad_jpeg_is_named_and_stops(tmp_path, base, workers):
     for path in make_demo.write_insertion(tmp_path / "data", episodes=4, size=(60, 80), max_frames=14)[:3]:
         with h5py.File(path, "r+") as f:
             for t in range(14):
-                f["observations/images/side_camera"][t] = np.zeros(1, np.uint8)
+                f["observations/images/side_camera"][t] = np.zeros(200, np.uint8)
     flags = [*base, "--dataset.root_dir", tmp_path / "data", "--output_dir", tmp_path / "run"]
-    with pytest.raises(UserError, match="side_camera' frame .* is not a decodable JPEG: 1 bytes"):
+    with pytest.raises(UserError, match="side_camera' frame .* is not a decodable JPEG: 200 bytes"):
         run(flags, "--max_steps", 1, "--num_workers", workers)
 
 
@@ -672,7 +612,7 @@ def test_check_needs_no_weights_and_shows_a_batch(base, capsys, monkeypatch):
 
 
 def test_what_no_policy_can_win_is_said_before_the_training(tmp_path, base, capsys):
-    """Joint targets of a wide range at horizon 1: FAST's steps are coarser than the motion. A rare motion is clipped."""
+    """Joint targets of a wide range at horizon 1: FAST is coarser than the motion. A rare motion is clipped."""
     for k, path in enumerate(make_demo.write_insertion(tmp_path / "far", episodes=4, size=(60, 80), action="joints")):
         with h5py.File(path, "r+") as f:
             f["action"][:] += 9 * k
