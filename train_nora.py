@@ -131,9 +131,7 @@ def check_config(cfg):
     for key in (ones + " logging_frequency val_frequency val_samples val_decode_samples").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     full, ranks = cfg.train == "full", int(os.environ.get("WORLD_SIZE", 1))
-    require(
-        full or not cfg.fsdp, f"fsdp shards a full training, train is {cfg.train}: drop --fsdp, or use --train full"
-    )
+    require(full or not cfg.fsdp, f"fsdp shards a full training; train is {cfg.train}: drop --fsdp or use --train full")
     require(ranks > 1 or not cfg.fsdp, "fsdp needs several processes: bash shells/train_nora.sh --multi-gpu --fsdp")
     require(cfg.dataset.horizon >= 1, f"dataset.horizon is {cfg.dataset.horizon}: expected 1 (one action) or more")
     size = cfg.dataset.resize_resolution
@@ -329,12 +327,9 @@ class Processor:
         whole = self.first_action >= 0 and last - self.first_action + 1 == NUM_ACTION_TOKENS
         has = f"the tokenizer of '{folder}' has no {NUM_ACTION_TOKENS} tokens {ends[0]} .. {ends[1]} in a row"
         require(whole, f"{has}: NORA starts from declare-lab/nora or a model fine-tuned from it")
-        self.end, self.pad, self.image_token_id = (
-            vocabulary["<|im_end|>"],
-            self.tokenizer.pad_token_id,
-            config.image_token_id,
-        )
-        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
+        self.end, self.pad = vocabulary["<|im_end|>"], self.tokenizer.pad_token_id
+        self.image_token_id = config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.patch = config.vision_config.patch_size
         side = self.patch * config.vision_config.spatial_merge_size
         self.grid = (spec.image_size[0] // side, spec.image_size[1] // side)  # rows, columns of tokens per camera
@@ -428,8 +423,7 @@ class Nora(nn.Module):
         would have left the format). `synced`: ranks go on until all have finished, as FSDP needs."""
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
-        seen = {k: batch[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
-        seen |= self.pictures(batch["images"])
+        seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
         most = 2 * count + 1  # a coefficient takes at most two tokens
         out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule], synced_gpus=synced)
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
@@ -561,6 +555,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
     folder, vlm = Path(folder), policy.model.vlm
     folder.mkdir(parents=True, exist_ok=True)
     if peft_model is not None:
+        peft_model.active_peft_config.base_model_name_or_path = backbone["backbone"]
         peft_model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     else:
@@ -799,7 +794,7 @@ def finish(run, cfg):
     final = Path(cfg.output_dir) / f"steps_{run.step}"
     if run.main and run.step == run.total and cfg.train == "lora" and not (final / "merged").exists():
         print(f"merged model: {merge_adapter(final)}")
-    evaluate = f"evaluate: python evaluate.py --checkpoint {final} --data {cfg.dataset.root_dir}"
+    evaluate = f"evaluate: python evaluate.py --checkpoint {cfg.output_dir} --data {cfg.dataset.root_dir}"
     run.finish(f"model: {final / 'model'}", evaluate, plot=("train_loss", "val_loss"))
 
 
@@ -833,13 +828,17 @@ def main(cfg):
     fast = fast or FastTokenizer.load(out / "fast" if cfg.fast == "fit" else cfg.fast)
     fits = f"FAST tokenizer '{cfg.fast}' has {fast.vocab_size} ids, the model has {NUM_ACTION_TOKENS} action tokens"
     require(fast.vocab_size <= NUM_ACTION_TOKENS, f"{fits}: fit a smaller one (--fast fit --fast_vocab_size 1024)")
-    source, lora = weights_source(cfg), cfg.train == "lora"
-    backbone = dict(backbone=stored_source(source if cfg.load_model_weights else cfg.model))
-    backbone["digest"] = run.once(weight_digest, source) if lora else None
-    if path and lora:
+    lora = cfg.train == "lora"
+    if path and not lora:
+        source, backbone = path / "model", {k: about[k] for k in ("backbone", "digest")}
+    else:
+        source = weights_source(cfg)
+        backbone = dict(backbone=stored_source(source if cfg.load_model_weights else cfg.model))
+        backbone["digest"] = run.once(weight_digest, source) if lora else None
+    if path:
         stands = f"--resume {path}: its adapter stands on the weights of {about['backbone']}"
         require(backbone["digest"] == about["digest"], f"{stands}, those of {source} are others. Set the same again")
-    processor = Processor(path / "model" if path and not lora else source, data.spec)
+    processor = Processor(source, data.spec)
     describe(cfg, data, run.print)
     describe_fast(data, fast, run.print)
     collate = Collate(processor, fast, data.spec.normalizer)

@@ -73,7 +73,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_every_variant_gives_the_same_sample(tmp_path, raw_samples, variant):
-    """The pose deltas agree in their own unit, and what the model is trained on (normalised) agrees without any unit."""
+    """The pose deltas agree in their own unit, and what the model is trained on (normalised) without any unit."""
     # the demo never turns by more than 2 pi degrees' worth
     dataset = {} if variant.get("rotation_unit") != "deg" else dict(rotation_unit="deg")
     got, data = samples(write(tmp_path, **variant).parent, use_ee_pose_delta_as_action=True, **dataset)
@@ -100,15 +100,14 @@ def test_every_variant_gives_the_same_sample(tmp_path, raw_samples, variant):
 
 def test_a_jpeg_is_read_as_pillow_reads_it(tmp_path):
     jpeg, raw = read_episode(write(tmp_path / "j", layout="jpeg")), read_episode(write(tmp_path / "r", layout="raw"))
-    names = ["side_camera", "tool_camera", "top_camera"]
-    assert jpeg.cameras == dict.fromkeys(names, "jpeg") and raw.cameras == dict.fromkeys(names, "raw")
-    assert list(jpeg.cameras) == sorted(jpeg.cameras), "camera1..K are the names in alphabetical order"
-    for camera in raw.cameras:
+    names = ["side_camera", "tool_camera", "top_camera"]  # camera1..K: in alphabetical order
+    assert list(jpeg.cameras.items()) == [(n, "jpeg") for n in names]
+    assert list(raw.cameras.items()) == [(n, "raw") for n in names]
+    for camera in names:
         truth = ImageReader().read(raw, camera, 5)
         assert truth.shape == (*SIZE, 3) and truth.dtype == np.uint8
         decoded = np.asarray(Image.open(io.BytesIO(make_demo.jpeg(truth))).convert("RGB"))
         np.testing.assert_array_equal(ImageReader().read(jpeg, camera, 5), decoded)
-        assert not np.array_equal(ImageReader().read(jpeg, camera, 5), ImageReader().read(jpeg, camera, 4))
 
 
 INSTRUCTIONS = {
@@ -131,12 +130,6 @@ def test_the_instruction_is_text_however_it_is_stored(episode_path, form):
     assert read_episode(episode_path).instruction == "바늘 삽입"
 
 
-def test_without_instruction_the_task_instruction_is_used_and_the_file_wins(tmp_path, insertion_root):
-    bare = write(tmp_path, instruction=False).parent
-    assert {s["instruction"] for s in samples(bare, task_instruction="hold")[0]} == {"hold"}
-    assert {s["instruction"] for s in samples(insertion_root, task_instruction="hold")[0]} == {make_demo.INSTRUCTION}
-
-
 # ---- finding files ---------------------------------------------------------------------------------------------------
 
 
@@ -149,16 +142,13 @@ def test_files_are_found_at_any_depth_sorted_as_path_strings(tmp_path):
 
 
 def test_a_linked_folder_below_the_root_is_searched(tmp_path, insertion_root):
-    """Recordings on a NAS are usually linked into one data folder."""
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "monday").symlink_to(insertion_root, target_is_directory=True)
-    assert len(ep.find_episodes(tmp_path / "root")) == 4
-    (insertion_root / "loop").symlink_to(tmp_path / "root", target_is_directory=True)
-    (tmp_path / "root" / "again").symlink_to(tmp_path / "root" / "monday", target_is_directory=True)
-    try:
-        assert len(ep.find_episodes(tmp_path / "root")) == 4, "a loop ends, and no recording counts twice"
-    finally:
-        (insertion_root / "loop").unlink()
+    """Recordings on a NAS are usually linked into one data folder; a loop ends, no recording counts twice."""
+    root, real = tmp_path / "root", tmp_path / "real"
+    root.mkdir(), shutil.copytree(insertion_root, real)
+    (root / "monday").symlink_to(real, target_is_directory=True)
+    (real / "loop").symlink_to(root, target_is_directory=True)
+    (root / "again").symlink_to(root / "monday", target_is_directory=True)
+    assert len(ep.find_episodes(root)) == 4
 
 
 @pytest.mark.parametrize("case", ["empty", "missing", "unset", "file"])
@@ -188,21 +178,11 @@ def test_truncated_file(episode_path, share):
 
 def test_not_hdf5_at_all(tmp_path):
     (tmp_path / "x.h5").write_text("hello")
-    refuses(tmp_path / "x.h5", "not a readable HDF5 file")
     (tmp_path / "folder.h5").mkdir()
-    refuses(tmp_path / "folder.h5")
     with h5py.File(tmp_path / "group.h5", "w") as f:
         f.create_group("action"), f.create_group("observations/images/top_camera")
-    refuses(tmp_path / "group.h5", "not a readable HDF5 file")
-
-
-@pytest.mark.parametrize("signature", [b"HEAP", b"TREE", b"SNOD"])
-def test_damage_inside_the_file(episode_path, signature):
-    """A block lost in a copy: HDF5 reports some of these as KeyError or RuntimeError, not as OSError."""
-    content = episode_path.read_bytes()
-    assert signature in content
-    episode_path.write_bytes(content.replace(signature, b"\0\0\0\0"))
-    refuses(episode_path)
+    for name in ("x.h5", "folder.h5", "group.h5"):
+        refuses(tmp_path / name, "not a readable HDF5 file")
 
 
 @pytest.mark.parametrize("key", ["action", "observations/ee_pose", "observations/qpos"])
@@ -249,33 +229,24 @@ def test_an_instruction_in_another_encoding_names_the_file(episode_path):
     refuses(episode_path, "language_instruction")
 
 
-@pytest.mark.parametrize(
-    "damage,words",
-    [("zero byte", ["1 bytes"]), ("truncated", ["bytes"]), ("empty", ["0 bytes"]), ("noise", ["500 bytes"])],
-)
-def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage, words):
+@pytest.mark.parametrize("damage", ["zero byte", "empty", "truncated", "noise"])
+def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage):
+    """A recorder's failed encode is found when the file is read, other damage when the picture is."""
     with h5py.File(episode_path, "r+") as f:
-        images = f["observations/images/tool_camera"]
-        whole = images[4]
-        images[4] = {
-            "zero byte": np.zeros(1, np.uint8),
-            "truncated": whole[: len(whole) // 2],
-            "empty": np.zeros(0, np.uint8),
-            "noise": np.random.default_rng(0).integers(0, 256, 500, np.uint8),
-        }[damage]
+        whole = f["observations/images/tool_camera"][4]
+        noise = np.random.default_rng(0).integers(0, 256, 500, np.uint8)
+        bad = {"zero byte": whole[:1] * 0, "empty": whole[:0], "truncated": whole[: len(whole) // 2], "noise": noise}
+        f["observations/images/tool_camera"][4] = bad[damage]
+    if damage in ("zero byte", "empty"):
+        refuses(episode_path, f"'observations/images/tool_camera' frame 4 is no picture: {len(bad[damage])} bytes")
+        return
     e, reader = read_episode(episode_path), ImageReader()
-    with pytest.raises(BadEpisode) as error:
+    with pytest.raises(BadEpisode, match=f"{episode_path}.*tool_camera' frame 4 is not a decodable JPEG: .* bytes"):
         reader.read(e, "tool_camera", 4)
-    for word in (str(episode_path), "'observations/images/tool_camera' frame 4", "not a decodable JPEG", *words):
-        assert word in str(error.value)
     assert reader.read(e, "tool_camera", 3).shape == (*SIZE, 3), "the frame beside it is fine"
-
-
-def test_a_file_that_vanishes_during_training(episode_path):
-    e, reader = read_episode(episode_path), ImageReader()
     os.remove(episode_path)
     with pytest.raises(BadEpisode, match="side_camera' frame 2 cannot be read"):
-        reader.read(e, "side_camera", 2)
+        ImageReader().read(e, "side_camera", 2)
 
 
 # ---- a folder of episodes --------------------------------------------------------------------------------------------
@@ -431,13 +402,6 @@ def test_deltas_telescope_to_end_minus_start(unit, n, seed):
     assert np.abs(gap[3:] - turn * np.round(gap[3:] / turn)).max() < 1e-6 * turn * n
 
 
-def test_the_action_source_keeps_every_row():
-    pose, action = np.zeros((4, 6)), np.arange(28).reshape(4, 7)
-    targets = ep.define_action([pose_episode(pose, action)], use_ee_pose_delta=False)
-    assert (targets.source, targets.dim) == ("action", 7)
-    np.testing.assert_array_equal(targets.targets(pose_episode(pose, action)), action)
-
-
 def test_standing_still_is_what_the_recorded_action_means(tmp_path):
     """Joint targets stay where the joints are, pose targets where the pose is; recorded deltas become zero."""
     pose = np.cumsum(np.full((5, 6), 0.1), axis=0).astype(np.float32) + 3
@@ -452,15 +416,11 @@ def test_standing_still_is_what_the_recorded_action_means(tmp_path):
 
 def test_action_chunk_by_hand():
     targets = np.array([[1, 10], [2, 20], [3, 30]], np.float32)
-    for frame, hold, rows, pad in [
-        (0, "zero", [[1, 10], [2, 20]], [0, 0]),
-        (2, "zero", [[3, 30], [0, 0]], [0, 1]),
-        (2, "repeat", [[3, 30], [3, 30]], [0, 1]),
-    ]:
+    whole, padded, held = [[1, 10], [2, 20]], [[3, 30], [0, 0]], [[3, 30], [3, 30]]
+    cases = (0, "zero", whole, [0, 0]), (2, "zero", padded, [0, 1]), (2, "repeat", held, [0, 1])
+    for frame, hold, rows, pad in cases:
         chunk, is_pad = action_chunk(targets, frame, 2, hold)
-        assert chunk.dtype == np.float32 and is_pad.dtype == bool
-        np.testing.assert_array_equal(chunk, rows)
-        np.testing.assert_array_equal(is_pad, pad)
+        assert chunk.dtype == np.float32 and chunk.tolist() == rows and is_pad.tolist() == [bool(p) for p in pad]
 
 
 def test_recorded_past_motion_is_recognised(tmp_path):
@@ -497,7 +457,7 @@ def test_nothing_after_the_target_changes_a_sample(tmp_path):
 
 
 def test_a_flicker_of_the_last_bit_is_no_motion():
-    """Forward kinematics of a fixed orientation flickers by one float32 step; stretched to [-1, 1] it would be learned."""
+    """Forward kinematics of a fixed orientation flickers by one float32 step; stretched to [-1, 1] it would count."""
     pose = np.zeros((200, 6), np.float32)
     pose[:, :3] = np.cumsum(np.random.default_rng(0).normal(size=(200, 3)), axis=0)
     pose[:, 3] = np.float32(np.pi / 2)

@@ -456,7 +456,8 @@ def test_lora_trains_the_adapter_and_the_action_rows_and_merges(tmp_path, base, 
     step = tmp_path / "run/steps_3"
     assert all("lora_" in k or "trainable_tokens" in k for k in state(step))
     assert not any("visual" in k for k in state(step))
-    assert (step / "model/adapter_config.json").is_file() and not (step / "model/model.safetensors").exists()
+    about = json.loads((step / "model/adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == str(qwen_dir) and not (step / "model/model.safetensors").exists()
     before, after = (Model.from_pretrained(p).state_dict() for p in (qwen_dir, step / "merged"))
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved and all("language_model.layers" in k or "embed_tokens" in k or "lm_head" in k for k in moved)
