@@ -1,20 +1,22 @@
-"""Normalisation statistics of a data set, by the same reader, split and action definition as the training.
+"""Normalisation statistics of insertion episodes, by the same reader, split and action definition as the training.
 
-    python compute_stats.py --config configs/nora.yaml --output dataset_stats.yaml
-    python compute_stats.py --dataset.root_dir DATA --use_ee_pose_delta_as_action --num_val_episodes 20 --output dataset_stats.json
+    python compute_stats.py --config configs/smolvla_sim.yaml --output dataset_stats_sim.yaml
+    python compute_stats.py --dataset.root_dir DATA --use_ee_pose_delta_as_action --num_val_episodes 20
 
-Reads the `dataset` group of a training's YAML and leaves the other keys alone, holds out the same validation episodes, and writes mean, std,
-min, max, q01, q99 per dimension of the action and the state (form: common/stats.py). A training needs no such file, it computes the same
-numbers itself; use one to look at the data, or to share its numbers between runs (dataset.normalization_stats_path).
+Reads `dataset`, `validation` and `seed` of a training's YAML and leaves the other keys alone, holds out the same
+episodes, and writes mean, std, min, max, q01, q99 per dimension of the action and the state (form: common/stats.py). A
+training needs no such file, it computes the same numbers itself; use one to look at the data, or to share its numbers.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from common import UserError, require
 from common import episodes as ep
 from common.config import parse_config
-from common.stats import save_stats
+from common.stats import LISTS, save_stats
 
 
 @dataclass
@@ -30,7 +32,7 @@ class DatasetConfig:
 
 @dataclass
 class ValidationConfig:
-    enable: bool = True
+    enable: bool = True  # false: none are drawn
     num_episodes: int = 0  # this many episodes, drawn with the seed, are held out (guide 2)
 
 
@@ -39,57 +41,36 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     seed: int = 1000  # of the draw
-    format: str = "insertion"  # kind of recording; see FORMATS
     output: str = "dataset_stats.yaml"  # file to write; .yaml, .yml or .json
 
 
-def insertion(cfg):
-    """HDF5 insertion episodes -> statistics."""
+def main(cfg):
     d, drawn = cfg.dataset, cfg.validation.num_episodes if cfg.validation.enable else 0
-    if d.num_val_episodes and drawn:
-        raise ValueError(
-            f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}: a training has one of them, set the other to 0"
-        )
-    found, excluded = ep.load_episodes(
-        d.root_dir, d.skip_bad_episodes, lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None)
-    )
+    both = f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}"
+    require(not (d.num_val_episodes and drawn), f"{both}: a training has one of them, set the other to 0")
+    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, lambda paths: tqdm(paths, disable=None))
     for message in excluded:
         print(f"excluded  {message}")
     train, validation = ep.hold_out_last(found, d.num_val_episodes)
     if drawn:
         train, validation = ([found[i] for i in part] for part in ep.hold_out_random(found, drawn, cfg.seed))
-    keys = [
-        key
-        for key, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose))
-        if use and getattr(found[0], key) is not None
-    ]
-    return ep.insertion_stats(
-        train,
-        ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit),
-        [e.name for e in validation],
-        keys,
-    )
-
-
-FORMATS = {"insertion": insertion}  # another format: a function of the config that returns the same dict
-
-
-def main(cfg):
-    if cfg.format not in FORMATS:
-        raise ValueError(f"--format {cfg.format}: expected one of {', '.join(FORMATS)}")
-    stats = FORMATS[cfg.format](cfg)
+    wanted = [key for key in ("qpos", "ee_pose") if getattr(d, f"use_{key}")]
+    keys = [key for key in wanted if getattr(found[0], key) is not None]
+    definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
+    stats = ep.insertion_stats(train, definition, [e.name for e in validation], keys)
     save_stats(cfg.output, stats)
-    d = stats["action_definition"]
-    print(
-        f"{stats['num_episodes']} episodes, {stats['num_frames']} frames, {len(stats['excluded_episodes'])} held out; action: {d['source']}, rotation in {d['rotation_unit']}"
-    )
-    for key in ("action", "observation.state"):
-        if key in stats:
-            print(key)
-            for name in ("mean", "std", "min", "max", "q01", "q99"):
-                print(f"  {name:<5}" + " ".join(f"{v:11.4g}" for v in stats[key][name]))
+    about = f"action: {definition.source}, rotation in {definition.rotation_unit}"
+    print(f"{len(train)} episodes, {stats['num_frames']} frames, {len(validation)} held out; {about}")
+    for key in [key for key in ("action", "observation.state") if key in stats]:
+        print(key)
+        for name in LISTS:
+            print(f"  {name:<5}" + " ".join(f"{v:11.4g}" for v in stats[key][name]))
     print(f"statistics: {cfg.output}")
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, partial=True))
+    try:
+        main(parse_config(Config, partial=True))
+    except UserError as error:
+        print(f"compute_stats.py: {error}", file=sys.stderr)
+        sys.exit(2)

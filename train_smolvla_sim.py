@@ -7,8 +7,8 @@ here, final_hf/ loads there. One sample is one frame: K images, text and robot s
     bash shells/train_smolvla_sim.sh --multi-gpu --num-gpus 5                           # torchrun --nproc_per_node=5
     python train_smolvla_sim.py --config configs/demo/smolvla_sim.yaml --max_steps 20   # a CPU, make_demo.py's output
 
-Output, in output_dir: checkpoints/checkpoint_step_N.pt (resumes, opens with load_policy), checkpoints/best_hf/ and
-final_hf/ (LeRobot's format), validation_episodes.txt, loss_spikes.txt and .csv, metrics.jsonl, loss.png.
+Output, in output_dir: checkpoints/checkpoint_step_N.pt (resumes), best_hf/ and final_hf/ (LeRobot's format) beside it,
+validation_episodes.txt, loss_spikes.txt and .csv, metrics.jsonl, loss.png.
 
 Letters in shapes: B batch, K cameras, T tokens of an image, L text tokens, N prefix tokens (images, text, state), S
 action steps (the chunk), A padded action dims, D width of the VLM, W width of the expert.
@@ -175,9 +175,8 @@ class Config:
 
 
 ALIASES = {"max_steps": "training.steps", "resume_from_checkpoint": "resume"}
-# keys of the guide's YAML that have one meaning here
 ACCEPTED = {"training.use_amp": (False,), "training.use_torch_compile": (False,), "policy.train_state_proj": (True,)}
-ACCEPTED |= {"training.pin_memory": None, "policy.n_obs_steps": (1,)}
+ACCEPTED |= {"training.pin_memory": None, "policy.n_obs_steps": (1,)}  # in the guide's YAML, one meaning here
 PATTERNS = ("checkpoint_step_*.pt", "checkpoint_latest.pt")  # what can be resumed
 NAMES = dict(samples_per_s="train/samples_per_sec", data_wait="train/data_wait", skipped_steps="train/skipped_steps")
 NAMES["memory_gb"] = "system/vram_allocated_gb"
@@ -200,12 +199,9 @@ def check_config(cfg):
     for key in POSITIVE:
         value = operator.attrgetter(key)(cfg)
         require(value > 0, f"{key} is {value}: expected 1 or more")
-    equal = "expected the same number"
-    require(d.horizon == p.chunk_size, f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: {equal}")
-    executed = f"policy.n_action_steps is {p.n_action_steps}: expected 1..{p.chunk_size} (policy.chunk_size)"
-    require(1 <= p.n_action_steps <= p.chunk_size, executed)
+    differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
+    require(d.horizon == p.chunk_size, differ)
     require(0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1")
-    require(t.lambda_temporal >= 0, f"training.lambda_temporal is {t.lambda_temporal}: expected 0 or more")
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"
     require(not (cfg.resume and cfg.init_from), both)
     alone = "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"
@@ -217,7 +213,7 @@ def check_config(cfg):
 
 @dataclass
 class DataSpec:
-    """What one row of data means; in every checkpoint, compared when a run is resumed."""
+    """What one row of data means; in every checkpoint."""
 
     cameras: list  # recorded names in policy order: camera1, camera2, ...
     image_shapes: list  # [height, width] as recorded, per camera
@@ -284,9 +280,9 @@ def load_data(cfg, main=True, saved=None):
     require(train, f"no training episode is left under '{d.root_dir}'")
     trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
     fingerprint = hashlib.sha256(json.dumps([[e.name, e.num_frames] for e in trained]).encode()).hexdigest()[:16]
-    fingerprint = saved["fingerprint"] if gone else fingerprint
-    known, first = list(found[0].cameras), found[0]
-    numbered = {f"camera{k + 1}": name for k, name in enumerate(known)}
+    fingerprint = saved["fingerprint"] if gone else fingerprint  # a recorded event, not another run
+    first, known = found[0], list(found[0].cameras)
+    numbered = {f"camera{k}": name for k, name in enumerate(known, 1)}
     cameras = [c if c in known else numbered.get(c, c) for c in d.cameras]
     usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
     names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
@@ -300,22 +296,21 @@ def load_data(cfg, main=True, saved=None):
     if saved and saved["fingerprint"] == fingerprint:
         stats = saved["normalization_stats"]
     elif n.enable and n.stats_file:
-        names, keys = [e.name for e in trained], ("action", "observation.state")
-        stats = load_stats(n.stats_file, keys, plain, held_out, names, stats_command(cfg))
+        about = plain, held_out, [e.name for e in trained], stats_command(cfg)
+        stats = load_stats(n.stats_file, ("action", "observation.state"), *about)
     else:
         stats = ep.insertion_stats(trained, definition, held_out, state_keys)
     state_dim, has = ep.robot_state(first, state_keys).shape[1], len(stats["observation.state"]["mean"])
     wrong = f"the statistics have {has} dims for 'observation.state', the data has {state_dim}"
     require(has == state_dim, f"{wrong}. Make them with: {stats_command(cfg)}")
-    p, reader = cfg.policy, ep.ImageReader()
+    p, reader, how = cfg.policy, ep.ImageReader(), "raise it (a pretrained policy does not fit then), or choose fewer"
     for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
-        how = "raise it (a pretrained policy cannot be used then), or choose fewer"
         require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
     shapes = [list(reader.read(first, c, 0).shape[:2]) for c in cameras]
     mode, names = n.mode if n.enable else "IDENTITY", name_actions(found, definition)
     spec = DataSpec(cameras, shapes, state_keys, state_dim, plain, names, mode, d.task_instruction, stats)
-    part = {i: "validation" for i in validation}
-    names = {e.name: [e.num_frames, part.get(i, "train")] for i, e in enumerate(found)}
+    parts = ["validation" if i in validation else "train" for i in range(len(found))]
+    names = {e.name: [e.num_frames, part] for e, part in zip(found, parts, strict=True)}
     names = saved["episodes"] if gone else names
     return Data(found, train, validation, notes, spec, fingerprint, names)
 
@@ -323,11 +318,11 @@ def load_data(cfg, main=True, saved=None):
 def stats_command(cfg):
     """The command that makes normalization.stats_file for exactly this run: its data, its split, its state."""
     d, v = cfg.dataset, cfg.validation
-    words = ["python compute_stats.py", f"--dataset.root_dir '{d.root_dir}'", f"--seed {cfg.seed}"]
-    words += [f"--validation.num_episodes {v.num_episodes if v.enable else 0}"]
-    words += [f"--dataset.{k} {getattr(d, k)}" for k in ("use_qpos", "use_ee_pose", "use_ee_pose_delta_as_action")]
-    words += [f"--dataset.rotation_unit {d.rotation_unit}", f"--output '{cfg.normalization.stats_file}'"]
-    return " ".join(words + ["--dataset.skip_bad_episodes"] * d.skip_bad_episodes)
+    count = v.num_episodes if v.enable else 0
+    words = [f"python compute_stats.py --dataset.root_dir '{d.root_dir}' --seed {cfg.seed} --num_episodes {count}"]
+    keys = ("use_qpos", "use_ee_pose", "use_ee_pose_delta_as_action", "rotation_unit", "skip_bad_episodes")
+    words += [f"--dataset.{k} {getattr(d, k)}" for k in keys]
+    return " ".join([*words, f"--output '{cfg.normalization.stats_file}'"])
 
 
 def resize_with_pad(images, side):
@@ -363,8 +358,8 @@ class SmolVLADataset(Dataset):
     str | name (episode index, episode, frame)
     """
 
-    def __init__(self, data, which, cfg, augment=False):
-        self.spec, self.cfg, self.augment = data.spec, cfg, augment
+    def __init__(self, data, which, cfg, training=False):
+        self.spec, self.cfg, self.augment = data.spec, cfg, training and cfg.dataset.augment
         self.which, self.episodes = list(which), [data.episodes[i] for i in which]
         self.targets = [data.spec.definition.targets(e) for e in self.episodes]
         self.states = [ep.robot_state(e, data.spec.state_keys) for e in self.episodes]
@@ -407,13 +402,12 @@ class Collate:
         """images: list of the B*K pictures, (h, w, 3) | tokens, token_mask (B, L): the text ends with a newline, as in
         LeRobot's preprocessor | state (B, max_state_dim) normalised, zero-padded."""
         texts = [(o.get("instruction") or self.spec.task_instruction).rstrip("\n") + "\n" for o in observations]
-        length = dict(max_length=self.policy.tokenizer_max_length, truncation=True, return_tensors="pt")
-        tokens = self.tokenizer(texts, padding="max_length", padding_side="right", **length)
+        length = dict(padding="max_length", max_length=self.policy.tokenizer_max_length, truncation=True)
+        tokens = self.tokenizer(texts, padding_side="right", return_tensors="pt", **length)
         state = self.spec.state_scale.normalize(np.stack([np.asarray(o["state"]) for o in observations]))
+        images = itertools.chain(*(o["images"] for o in observations))
         return dict(
-            images=[
-                torch.from_numpy(np.array(image)) for image in itertools.chain(*(o["images"] for o in observations))
-            ],
+            images=[torch.from_numpy(np.array(image)) for image in images],
             tokens=tokens["input_ids"],
             token_mask=tokens["attention_mask"].bool(),
             state=F.pad(torch.from_numpy(state), (0, self.policy.max_state_dim - state.shape[-1])),
@@ -461,15 +455,14 @@ def finish(layer, x, attended):
 
 
 def expert_attention(vlm, p):
-    """-> per expert layer: True for joint self-attention, False for cross-attention to the prefix. Refuses sizes that
-    SmolVLA does not have."""
-    layers, side = vlm.text_config.num_hidden_layers, list(p.resize_imgs_with_padding)
-    enough = f"policy.num_vlm_layers is {p.num_vlm_layers}: '{p.vlm_model_name}' has {layers}"
-    require(1 <= p.num_vlm_layers <= layers, enough)
+    """-> per expert layer: True for joint self-attention, False for cross-attention to the prefix. Checks the sizes."""
+    most, side = vlm.text_config.num_hidden_layers, list(p.resize_imgs_with_padding)
+    has = f"policy.num_vlm_layers is {p.num_vlm_layers}: '{p.vlm_model_name}' has {most}"
+    require(1 <= p.num_vlm_layers <= most, has)
     unit, most = vlm.vision_config.patch_size * vlm.scale_factor, vlm.vision_config.image_size
     square = side[0] == side[1] and side[0] % unit == 0 and unit <= side[0] <= most
-    multiples = f"a square in multiples of {unit} (patch x shuffle) up to {most}, e.g. {most} {most}"
-    require(square, f"policy.resize_imgs_with_padding is {side}: expected {multiples}")
+    wanted = f"a square in multiples of {unit} (patch x shuffle) up to {most}, e.g. {most} {most}"
+    require(square, f"policy.resize_imgs_with_padding is {side}: expected {wanted}")
     count = p.num_expert_layers if p.num_expert_layers > 0 else p.num_vlm_layers
     every = 1 if p.attention_mode == "self_attn" else p.self_attn_every_n_layers
     joint = [every > 0 and layer % every == 0 for layer in range(p.num_vlm_layers)]
@@ -601,9 +594,9 @@ class SmolVLA(nn.Module):
         return self.model.prefix(features, batch["tokens"], batch["token_mask"], batch["state"])
 
     def forward(self, batch):
-        """-> sums over the unpadded steps of the batch, to be divided by the caller's global counts: flow_sum () over A
-        dims | real_sum () over the real dims | temporal_sum () of squared jumps of the clean-action estimate, over real
-        dims and pairs of unpadded steps | sample_loss (B,) each sample's own flow loss, for reports.
+        """-> sums over the unpadded steps, to be divided by the caller's global counts: flow_sum () over A dims |
+        real_sum () over the real dims | temporal_sum () of squared jumps of the clean-action estimate, over real dims
+        and pairs of steps | sample_loss (B,) each sample's own flow loss, for reports.
 
         x_t = t eps + (1 - t) a, target u = eps - a. The clean-action estimate is x_t - t v, so the temporal loss has a
         gradient. LeRobot samples all A dims, so all are trained, the padded ones (a = 0) as well."""
@@ -614,12 +607,8 @@ class SmolVLA(nn.Module):
         clean = (x_t - t * v)[..., : self.action_dim]
         # padding is at the end: a real step has a real one before it
         jump = (clean[:, 1:] - clean[:, :-1]).square() * real[:, 1:, None]
-        return dict(
-            flow_sum=error.sum(),
-            real_sum=error[..., : self.action_dim].sum(),
-            temporal_sum=jump.sum(),
-            sample_loss=(error.sum((1, 2)) / (real.sum(1) * error.shape[-1])).detach(),
-        )
+        sums = dict(flow_sum=error.sum(), real_sum=error[..., : self.action_dim].sum(), temporal_sum=jump.sum())
+        return sums | dict(sample_loss=(error.sum((1, 2)) / (real.sum(1) * error.shape[-1])).detach())
 
     @torch.no_grad()
     def sample(self, batch, noise):
@@ -643,13 +632,12 @@ class Policy:
         (B, S, A): start of the sampling; default: the same draw for every observation and call, so that equal
         observations give equal actions."""
         wanted = [f"camera{k + 1}" for k in range(len(self.spec.cameras))]
-        keys = " and ".join(self.spec.state_keys)
         for o in observations:
             for camera, recorded in zip(wanted, self.spec.cameras, strict=True):
                 has = f"the observation has images of {sorted(o['images'])}"
                 require(camera in o["images"], f"{has}, the policy needs {camera} = {recorded}")
             shape = np.shape(o["state"])
-            wrong = f"the observation's state has shape {shape}, the policy needs ({self.spec.state_dim},): {keys}"
+            wrong = f"the observation's state has shape {shape}, the policy needs ({self.spec.state_dim},)"
             require(shape == (self.spec.state_dim,), wrong)
         inputs = [o | dict(images=[np.asarray(o["images"][c]) for c in wanted]) for o in observations]
         return self.decode(self.collate.inputs(inputs), noise)
@@ -694,8 +682,7 @@ def open_vlm(source, why=""):
     from transformers import AutoConfig, AutoTokenizer
 
     folder = hub.local_folder(source, weights=False, why=why)
-    require((folder / "config.json").is_file(), f"policy.vlm_model_name '{folder}' has no config.json of a SmolVLM2")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(hub.hub_file(folder, "config.json").parent)
     kind = config.model_type
     require(kind == "smolvlm", f"policy.vlm_model_name is a {kind}; SmolVLA needs a smolvlm (SmolVLM2)")
     return config, AutoTokenizer.from_pretrained(folder)
@@ -714,8 +701,7 @@ NUMPY += ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_cod
 
 
 def read_source(source):
-    """A .pt of this script or of the guide's, a LeRobot policy directory or a hub id -> ({LeRobot's name: tensor}, the
-    settings of its network, as far as it tells)."""
+    """A .pt (ours, the guide's), a LeRobot directory or hub id -> ({LeRobot's name: tensor}, network settings)"""
     if str(source).endswith(".pt"):
         with torch.serialization.safe_globals([(Unread, name) for name in NUMPY]):
             state = ckpt.load_state(source)
@@ -740,15 +726,10 @@ def load_weights(core, cfg):
             now, then = getattr(p, key), about.get(key, getattr(p, key))
             require(then == now, f"{source} has policy.{key} {then}, this run {now}: set it to {then}")
         hub.load_weights(core, tensors.items(), source)
-        return f"all of {source}"
-    vlm, layers = core.model.vlm_with_expert.vlm, re.compile(r"model\.text_model\.layers\.(\d+)\.")
-
-    def rename(name):
-        layer = layers.match(name)
-        return None if layer and int(layer[1]) >= p.num_vlm_layers else name
-
-    tensors = hub.read_tensors(hub.local_folder(p.vlm_model_name))
-    if hub.load_weights(vlm, tensors, p.vlm_model_name, rename, missing_ok=("lm_head",)):  # tied to the embedding
+        return f"weights of {source}"
+    vlm, tensors = core.model.vlm_with_expert.vlm, hub.read_tensors(hub.local_folder(p.vlm_model_name))
+    kinds = dict(missing_ok=("lm_head",), unused_ok=("model.text_model.layers.",))  # tied; layers that are not used
+    if hub.load_weights(vlm, tensors, p.vlm_model_name, **kinds):
         vlm.lm_head.weight.data.copy_(vlm.model.text_model.embed_tokens.weight)
     better = "for little data lerobot/smolvla_base is a better start (--policy.pretrained_model_id)"
     return f"VLM of {p.vlm_model_name}; the expert and its heads are new, from random numbers: {better}"
@@ -764,22 +745,17 @@ def choose_trained(core, cfg):
     if p.freeze_vision_encoder:
         vlm.model.vision_model.requires_grad_(False)
     if cfg.train == "lora":
-        from peft import LoraConfig, get_peft_model  # slow to import
+        from peft import LoraConfig, get_peft_model
 
         layers = "lm_expert" if p.train_expert_only else "(lm_expert|vlm.model.text_model)"
-        lora = LoraConfig(
-            r=cfg.lora_rank,
-            lora_alpha=cfg.lora_alpha,
-            lora_dropout=cfg.lora_dropout,
-            target_modules=rf"model.vlm_with_expert.{layers}.layers.\d+.(self_attn|mlp).\w+_proj",
-            modules_to_save=[f"model.{name}" for name in HEADS],
-        )
+        sizes = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout)
+        where = rf"model.vlm_with_expert.{layers}.layers.\d+.(self_attn|mlp).\w+_proj"
+        lora = LoraConfig(target_modules=where, modules_to_save=[f"model.{name}" for name in HEADS], **sizes)
         torch.manual_seed(cfg.seed)
         adapters = get_peft_model(core, lora)
     text, last = vlm.model.text_model, vlm.model.text_model.layers[model.last_used]
-    attention = (last.self_attn.q_proj, last.self_attn.o_proj)
-    behind = text.layers[model.last_used + 1 :]
-    for unused in (vlm.lm_head, text.norm, *behind, *attention, last.mlp, last.post_attention_layernorm):
+    behind = (*text.layers[model.last_used + 1 :], last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)
+    for unused in (vlm.lm_head, text.norm, *behind, last.post_attention_layernorm):
         unused.requires_grad_(False)
     return adapters
 
@@ -788,7 +764,7 @@ def build_model(cfg, vlm_config, action_dim, dtype=torch.float32, saved=None):
     """-> (SmolVLA on the CPU, its peft model or None, a line on where its weights come from). Trained weights and
     the small heads are fp32, what is frozen of VLM and expert in `dtype`. `saved`: the checkpoint of a resumed run."""
     torch.manual_seed(cfg.seed)
-    core, said = SmolVLA(vlm_config, cfg.policy, action_dim), "those of the checkpoint"
+    core, said = SmolVLA(vlm_config, cfg.policy, action_dim), "weights of the checkpoint"
     if saved:
         hub.load_weights(core, saved["policy_state_dict"].items(), cfg.resume)
     else:
@@ -847,9 +823,8 @@ def save_model(folder, tensors, cfg, collate, about, device="cpu"):
     network = dataclasses.asdict(p) | dict(load_vlm_weights=False)  # all are in our file
     network.pop("pretrained_model_id")
     network |= {f"optimizer_{k}": v for k, v in dataclasses.asdict(cfg.optimizer).items()}
-    warmup, decay = schedule(cfg.training.steps, cfg)
-    network |= dict(scheduler_warmup_steps=warmup, scheduler_decay_steps=decay)
-    network["scheduler_decay_lr"] = cfg.scheduler.decay_lr
+    names = ("scheduler_warmup_steps", "scheduler_decay_steps", "scheduler_decay_lr")
+    network |= dict(zip(names, (*schedule(cfg.training.steps, cfg), cfg.scheduler.decay_lr), strict=True))
     features = dict(input_features=inputs, output_features=output, normalization_mapping=modes)
     write("config.json", LEROBOT | features | network | dict(device=device))
 
@@ -875,8 +850,7 @@ def save_model(folder, tensors, cfg, collate, about, device="cpu"):
         save_file(stats, folder / name)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    own = dict(format_version=FORMAT, spec=dataclasses.asdict(spec))
-    write("meta.json", own | about)
+    write("meta.json", dict(format_version=FORMAT, spec=dataclasses.asdict(spec)) | about)
 
 
 def lerobot_stats(spec):
@@ -927,9 +901,8 @@ def load_policy(path, device=None):
     output_dir (its newest checkpoint)."""
     path = Path(path)
     if path.is_dir() and not (path / "config.json").is_file():
-        there = ckpt.checkpoints_in(path / "checkpoints", PATTERNS) or ckpt.checkpoints_in(path, PATTERNS)
-        neither = f"{path} has neither config.json (a LeRobot policy) nor checkpoint_step_N.pt"
-        require(there, f"{neither}; expected a checkpoint of train_smolvla_sim.py")
+        there = ckpt.checkpoints_in(path, PATTERNS) or ckpt.checkpoints_in(path / "checkpoints", PATTERNS)
+        require(there, f"{path} has neither config.json (a LeRobot policy) nor checkpoint_step_N.pt")
         path = there[-1]
     if path.is_dir():
         policy, spec = read_lerobot(path)
@@ -938,7 +911,7 @@ def load_policy(path, device=None):
         vlm_config, tokenizer = open_vlm(beside[0] if beside else name, f" ({path} names it)")
         tensors = dict(hub.read_tensors(path))
     else:
-        state = read_state(path)
+        state = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT)
         policy, spec = config_from(PolicyConfig, state["config"]["policy"]), DataSpec(**state["spec"])
         vlm_config, tokenizer = open_vlm(policy.vlm_model_name, f" ({path} names it)")
         tensors = state["policy_state_dict"]
@@ -948,15 +921,6 @@ def load_policy(path, device=None):
     model = model.to_empty(device=device).requires_grad_(False)
     hub.load_weights(model, tensors.items(), path)
     return Policy(model.eval(), Collate(tokenizer, policy, spec), bf16=device.type == "cuda")
-
-
-def read_state(path):
-    """A checkpoint_step_N.pt of this version."""
-    state = ckpt.load_state(path)
-    found = state.get("format_version"), state.get("meta", {}).get("script")
-    wrong = f"{path} is format {found[0]} of '{found[1]}', this code reads format {FORMAT} of {Path(__file__).stem}"
-    require(found == (FORMAT, Path(__file__).stem), f"{wrong}. Use its weights for a new run: --init_from {path}")
-    return state
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1029,25 +993,21 @@ def describe(cfg, data, say):
     say(f"data      {counts}; {len(data.validation)} validation episodes; {cfg.dataset.root_dir}")
     for message in data.excluded:
         say(f"excluded  {message}")
-    shapes = [f"{h}x{w}" for h, w in s.image_shapes]
-    cameras = [f"{c} -> camera{k + 1} {shapes[k]}" for k, c in enumerate(s.cameras)]
-    say(f"cameras   {', '.join(cameras)}")
+    pairs = enumerate(zip(s.cameras, s.image_shapes, strict=True), 1)
+    say(f"cameras   {', '.join(f'{name} -> camera{k} {h}x{w}' for k, (name, (h, w)) in pairs)}")
     say(f"state     {' + '.join(s.state_keys)}, {s.state_dim} dims (padded to {cfg.policy.max_state_dim})")
-    what = "joint targets" if s.action_names[0][0] == "q1" else s.definition.source
-    chunk = f"chunk {cfg.policy.chunk_size}; normalisation {s.normalization}"
-    say(f"action    {what}, {s.definition.dim} dims (padded to {cfg.policy.max_action_dim}), {chunk}")
+    names, most = f"{s.action_names[0][0]} .. {s.action_names[-1][0]}", cfg.policy.max_action_dim
+    what = f"{names} ({s.definition.source}), {s.definition.dim} dims (padded to {most})"
+    say(f"action    {what}, chunk {cfg.policy.chunk_size}; {s.normalization}")
     if s.definition.source == "action" and ep.records_past_motion(train):
-        past = (
-            "the recorded 'action' is the motion already made (pose[t] - pose[t-1]): this trains on yesterday's action"
-        )
-        say(f"warning   {past}; set dataset.use_ee_pose_delta_as_action: true for the motion that follows")
+        say("warning   the recorded 'action' is the motion already made, so this trains on yesterday's action; set")
+        say("          dataset.use_ee_pose_delta_as_action: true for the motion that follows")
     for key in ("observation.state", "action"):
         for name in ("mean", "std", "min", "max"):
             numbers = " ".join(f"{v:11.4g}" for v in data.spec.stats[key][name])
             say(f"          {key.rpartition('.')[2]:<7}{name:<5}{numbers}")
     texts = sorted({e.instruction or s.task_instruction for e in train})
-    own = sum(e.instruction is not None for e in train)
-    say(f"text      {len(texts)} instruction(s), {own} episodes bring their own; e.g. {texts[0]!r}")
+    say(f"text      {len(texts)} instruction(s), e.g. {texts[0]!r}")
 
 
 def check_data(cfg):
@@ -1055,7 +1015,7 @@ def check_data(cfg):
     the text stays unbuilt, and says so."""
     data = load_data(cfg)
     describe(cfg, data, print)
-    dataset = SmolVLADataset(data, data.train, cfg, cfg.dataset.augment)
+    dataset = SmolVLADataset(data, data.train, cfg, True)
     order = GlobalOrder(len(dataset), cfg.seed)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.training.batch_size, len(dataset)))]
     _, episode, frame = items[0]["name"]
@@ -1075,24 +1035,24 @@ def check_data(cfg):
 
 
 def log_line(step, run):
-    """-> (metrics, line), by the guide's names. Loss = Action + Temporal."""
+    """-> what Step.log takes, by the guide's names. Loss = Action + Temporal."""
     mean, (speed, wait, memory) = step.mean(), step.speed()
+    vram = memory if run.device.type == "cuda" else 0.0
     free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 - free
     values = {f"train/{k}": mean[k] for k in ("loss", "action_loss", "temporal_loss", "action_loss_real", "grad_norm")}
-    values |= {"train/learning_rate": step.lr, "train/steps_per_sec": speed / run.global_batch, "system/ram_gb": ram}
+    values |= {"train/learning_rate": step.lr, "train/steps_per_sec": speed / run.global_batch}
+    values |= {"system/ram_gb": ram, "system/vram_allocated_gb": vram}
     loss = "Loss: {loss:.4f} (Action: {action_loss:.4f}, Temporal: {temporal_loss:.4f})".format(**mean)
     line = f"[{100 * step.number / run.total:5.1f}%] Step {step.number}/{run.total} | {loss}"
     line += f" | Real dims: {mean['action_loss_real']:.4f} | GradNorm: {mean['grad_norm']:.3f} | LR: {step.lr:.2e}"
     line += f" | {speed / run.global_batch:.2f} steps/sec | {speed:.1f} samples/s | wait {wait:.1%}"
-    return values, f"{line} | VRAM: {memory if run.device.type == 'cuda' else 0:.1f}GB | RAM: {ram:.1f} GB"
+    return dict(values=values, line=f"{line} | VRAM: {vram:.1f}GB | RAM: {ram:.1f} GB")
 
 
 def validate(core, policy, dataset, cfg, run):
-    """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real: over real dims, val/action_mae: mean
-    over dims in data units, val/mae_<dim>}: the loss with noise and time that belong to the frame, so that two
-    validations differ by the weights alone, and the error of a sampled chunk; sums over all ranks, padded steps do not
-    count."""
+    """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real, val/action_mae: mean over dims in data
+    units, val/mae_<dim>}. Noise and time belong to the frame, so that two validations differ by the weights alone."""
     size, names = cfg.training.batch_size, [n for n, _ in policy.action_names()]
     chosen = np.linspace(0, len(dataset) - 1, min(cfg.validation.num_samples, len(dataset))).astype(int)
     mine = np.unique(chosen)[run.rank :: run.world].tolist()
@@ -1104,21 +1064,14 @@ def validate(core, policy, dataset, cfg, run):
         with torch.no_grad(), run.autocast():
             out = core(to_device(batch, run.device))
         sums += [out[f"{k}_sum"].item() for k in ("flow", "real", "temporal")] + [real.sum(), real[:, 1:].sum()]
-        wrong = np.abs(policy.decode(batch) - np.stack([item["action"] for item in items]))
-        errors += wrong[real].sum(0)
+        errors += np.abs(policy.decode(batch) - np.stack([item["action"] for item in items]))[real].sum(0)
     core.train()
     flow, over_real, temporal, steps, pairs, *errors = run.sum(*sums, *errors)
-    action = flow / (steps * cfg.policy.max_action_dim)
-    temporal = cfg.training.lambda_temporal * temporal / max(pairs * len(names), 1)
+    action, dims = flow / (steps * cfg.policy.max_action_dim), len(names)
+    temporal = cfg.training.lambda_temporal * temporal / max(pairs * dims, 1)
     values = {"val/loss": action + temporal, "val/action_loss": action, "val/temporal_loss": temporal}
-    values["val/action_loss_real"] = over_real / (steps * len(names))
-    values["val/action_mae"] = sum(errors) / steps / len(names)
+    values |= {"val/action_loss_real": over_real / (steps * dims), "val/action_mae": sum(errors) / steps / dims}
     return values | {f"val/mae_{n}": e / steps for n, e in zip(names, errors, strict=True)}
-
-
-def write_final(folder, export, tensors):
-    with ckpt.atomic_path(folder / "final_hf") as temporary:
-        export(temporary, tensors)
 
 
 def main(cfg):
@@ -1131,7 +1084,7 @@ def main(cfg):
     folder, bf16 = out / "checkpoints", t.use_bfloat16 and torch.cuda.is_available()
     run = Run(cfg, out, t.batch_size, t.gradient_accumulation_steps, bf16)
     path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
-    saved = read_state(path) if path else None
+    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
     data = load_data(cfg, run.main, saved)
     if saved and saved["fingerprint"] != data.fingerprint and path.parent.resolve() != folder.resolve():
         run.print(f"resume    {path} was trained on other data: a NEW RUN from its weights, as with --init_from")
@@ -1151,7 +1104,7 @@ def main(cfg):
 
     if not run.plan(t.steps, "--steps"):
         if not (folder / "final_hf").is_dir():
-            run.once(write_final, folder, export, saved["policy_state_dict"])
+            run.save_as(folder / "final_hf", lambda path: export(path, saved["policy_state_dict"]), 0)
         return
 
     # ---- model, optimizer
@@ -1159,8 +1112,8 @@ def main(cfg):
     core, adapters, said = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, saved)
     policy = Policy(core.to(run.device).train(), collate, bf16)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
-    fused = run.device.type == "cuda" or None
-    optimizer = torch.optim.AdamW(trained.values(), o.lr, o.betas, o.eps, o.weight_decay, fused=fused)
+    kinds = dict(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=run.device.type == "cuda" or None)
+    optimizer = torch.optim.AdamW(trained.values(), o.lr, **kinds)
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
@@ -1168,14 +1121,11 @@ def main(cfg):
     model, saved = run.prepare(core), None  # the mapped file may be rotated away
 
     # ---- data
-    dataset = SmolVLADataset(data, data.train, cfg, cfg.dataset.augment)
-    held_out = SmolVLADataset(data, data.validation, cfg)
-    order = GlobalOrder(len(dataset), cfg.seed)
-    loader = run.loader(dataset, order, collate, t.num_workers)
+    dataset, held_out = SmolVLADataset(data, data.train, cfg, True), SmolVLADataset(data, data.validation, cfg)
+    loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, t.num_workers)
     size = sum(p.numel() * p.element_size() for p in core.parameters())
     size += sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 8)  # two moments; an average, its export
-    run.describe(core, len(dataset), size, folder)
-    run.print(f"weights   {said}")
+    run.describe(core, len(dataset), size, folder, f"; {said}")
     warmup, decay = schedule(t.steps - begin, cfg)
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1223,8 +1173,7 @@ def main(cfg):
                 run.log.log(step.number, *spikes.record(run.window[-1], average, samples))
 
         if step.every(t.log_freq):
-            values, line = log_line(step, run)
-            step.log(values, line=line)
+            step.log(**log_line(step, run))
         if data.validation and step.every(cfg.validation.val_freq):
             with ema.swapped():
                 values = validate(core, policy, held_out, cfg, run)
@@ -1237,15 +1186,15 @@ def main(cfg):
 
     # ---- end
     if run.step == t.steps:
-        if adapters and run.main:
-            with ema.swapped(), ckpt.atomic_path(folder / "final_adapter") as temporary:
-                adapters.save_pretrained(temporary)  # opens with peft, on the weights that this run began with
-        run.once(write_final, folder, export, weights()[1] if run.main else None)
+        if adapters:  # opens with peft, on the weights that this run began with
+            with ema.swapped():
+                run.save_as(folder / "final_adapter", adapters.save_pretrained, size)
+        ok = run.save_as(folder / "final_hf", lambda path: export(path, weights()[1]), size)
+        require(ok, f"{folder / 'final_hf'} could not be written. Free space; --resume auto writes it")
     evaluate = f"evaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}"
     run.finish(f"model: {folder / 'final_hf'} (LeRobot format)", evaluate, plot=("train/loss", "val/loss"))
 
 
 if __name__ == "__main__":
-    memory = "Lower training.batch_size (now {training.batch_size}) and raise training.gradient_accumulation_steps "
-    memory += "(now {training.gradient_accumulation_steps}) in proportion"
+    memory = "Lower training.batch_size (now {training.batch_size}) and raise training.gradient_accumulation_steps"
     launch(main, Config, ALIASES, memory, ACCEPTED)

@@ -212,7 +212,7 @@ class Run:
             try:
                 self._save_here(Path(path), write, size, *args)
             except OSError as error:
-                self.log.print(f"NOT SAVED at step {self.step}: {path}: {error}")
+                (self.log or self).print(f"NOT SAVED at step {self.step}: {path}: {error}")
                 ok = False
         return self.sum(ok) == self.world  # the others are ok by default
 

@@ -32,12 +32,9 @@ def compute_stats(arrays):
 def save_stats(path, stats):
     """Write `stats` as YAML or JSON, by the suffix of `path`."""
     path = Path(path)
-    known = path.suffix in (".yaml", ".yml", ".json")
-    require(known, f"statistics file '{path}': the suffix must be .yaml, .yml or .json")
-    if path.suffix == ".json":
-        path.write_text(json.dumps(stats, indent=2))
-    else:
-        path.write_text(yaml.safe_dump(stats, sort_keys=False, default_flow_style=None, width=1000))
+    require(path.suffix in (".yaml", ".yml", ".json"), f"'{path}': the suffix must be .yaml, .yml or .json")
+    as_yaml = dict(sort_keys=False, default_flow_style=None, width=1000)
+    path.write_text(json.dumps(stats, indent=2) if path.suffix == ".json" else yaml.safe_dump(stats, **as_yaml))
 
 
 def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(), command=None):
@@ -45,32 +42,32 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
     `held_out` may be in its numbers; of those `trained` on at least one must. `command` makes the right file."""
     path = Path(path)
     again = f"Make it with: {command or f'python compute_stats.py --dataset.root_dir DATA --output {path}'}"
+
+    def check(ok, wrong):
+        require(ok, f"{path} {wrong}. {again}")
+
     require(path.is_file(), f"{path.name} not found: '{path}' does not exist. {again}")
     try:
         text = path.read_text(encoding="utf-8")
         stats = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:  # ValueError: not JSON, or not text
-        raise UserError(f"{path} is not a statistics file ({error}). {again}") from error
-    kind = type(stats).__name__
-    require(isinstance(stats, dict), f"{path} is not a statistics file (it holds a {kind}). {again}")
+        raise UserError(f"{path} is not a statistics file ({' '.join(str(error).split())}). {again}") from error
+    check(isinstance(stats, dict), f"is not a statistics file (it holds a {type(stats).__name__})")
     for key in keys:
         entry = stats.get(key)
         complete = isinstance(entry, dict) and all(name in entry for name in LISTS)
-        require(complete, f"{path} has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}. {again}")
-        wanted = f"{', '.join(LISTS)} and mask as lists of the same length, of finite numbers"
-        require(_is_table(entry), f"{path}: '{key}' must have {wanted}. {again}")
+        check(complete, f"has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}")
+        check(
+            _is_table(entry), f"'{key}' must have lists of the same length, of finite numbers: {', '.join(LISTS)}, mask"
+        )
     version, made_for = stats.get("format_version"), stats.get("action_definition")
-    require(
-        version == FORMAT_VERSION, f"{path} has format_version {version}, this code reads {FORMAT_VERSION}. {again}"
-    )
-    same = definition is None or made_for == definition
-    require(same, f"{path} was computed for actions {made_for}, this run trains on {definition}. {again}")
+    check(version == FORMAT_VERSION, f"has format_version {version}, this code reads {FORMAT_VERSION}")
+    check(definition in (None, made_for), f"was computed for actions {made_for}, this run trains on {definition}")
     inside, outside = stats.get("episodes"), set(stats.get("excluded_episodes") or ())
-    seen = sorted(set(held_out) - outside if inside is None else set(held_out) & set(inside))
     known = inside is None or not trained or set(trained) & set(inside)
-    require(known, f"{path} was computed over other data: {len(inside or ())} episodes, none of this run's. {again}")
-    example = f"{len(seen)} episode(s) that this run validates on, e.g. {seen[0] if seen else ''}"
-    require(not seen, f"{path} was computed over {example}. {again}")
+    check(known, f"was computed over other data: {len(inside or ())} episodes, none of this run's")
+    seen = sorted(set(held_out) - outside if inside is None else set(held_out) & set(inside))
+    check(not seen, f"was computed over {len(seen)} episode(s) that this run validates on, e.g. {''.join(seen[:1])}")
     return stats
 
 
@@ -88,8 +85,7 @@ class Normalizer:
 
     "q01_q99" and "min_max" map [low, high] to [-1, 1] and clip, unless `clip` is false; "mean_std" subtracts and
     divides; "identity" and a dimension whose mask is False pass unchanged. A constant dimension maps to 0 and back to
-    its constant. Where q01 = q99 although the data moves (a rare jump), min and max are used, so that it survives.
-    """
+    its constant. Where q01 = q99 although the data moves (a rare jump), min and max are used, so that it survives."""
 
     def __init__(self, entry, mode="q01_q99", clip=True):
         require(mode in MODES, f"normalisation mode '{mode}': expected {', '.join(MODES)}")

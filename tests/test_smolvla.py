@@ -361,53 +361,20 @@ def test_the_loss_is_the_sum_of_its_parts_and_lambda_zero_is_plain_smolvla(make,
     assert names | {"system/vram_allocated_gb", "system/ram_gb", "train/data_wait"} <= set(rows[0])
 
 
-def test_the_frozen_prefix_records_no_gradient_and_the_gradients_are_the_same(make):
-    core, _, batch = batch_of(make(), count=2)
-    core(batch)["flow_sum"].backward()
-    frozen = {n: p.grad.clone() for n, p in core.named_parameters() if p.grad is not None}
-    assert all(p.grad is not None for p in core.parameters() if p.requires_grad)
-    core.requires_grad_(True)
-    core.zero_grad()
-    core(batch)["flow_sum"].backward()
-    for name, grad in frozen.items():
-        torch.testing.assert_close(core.get_parameter(name).grad, grad, rtol=1e-5, atol=1e-6)
+TRAINED = [dict(policy__train_expert_only=False), dict(policy__attention_mode="self_attn")]
+TRAINED += [dict(policy__train_expert_only=False, policy__freeze_vision_encoder=False)]
+TRAINED += [
+    dict(train="lora", policy__train_expert_only=False),
+    dict(policy__num_vlm_layers=3, policy__num_expert_layers=1),
+]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        dict(policy__train_expert_only=False),
-        dict(policy__train_expert_only=False, policy__freeze_vision_encoder=False),
-        dict(train="lora", policy__train_expert_only=False),
-        dict(policy__attention_mode="self_attn"),
-        dict(policy__num_vlm_layers=3, policy__num_expert_layers=1),
-    ],
-)
+@pytest.mark.parametrize("flags", TRAINED)
 def test_every_trained_tensor_gets_a_gradient_whatever_is_trained(make, flags):
     """DDP waits for a gradient of every parameter that requires one."""
     core, _, batch = batch_of(make(**flags), count=1)
     core(batch)["flow_sum"].backward()
     assert [n for n, p in core.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
-def test_the_state_reaches_the_actions_but_not_the_image_tokens(make):
-    core, _, batch = batch_of(make(), count=2)
-    (_, kv), (_, other) = core.prefix(batch), core.prefix(batch | dict(state=batch["state"] + 1))
-    assert torch.equal(kv[0][0][:, :, :-1], other[0][0][:, :, :-1])
-    assert not torch.equal(kv[0][0][:, :, -1], other[0][0][:, :, -1])
-
-
-def test_overfits_one_batch(make):
-    core, _, batch = batch_of(make(), count=2)
-    optimizer = torch.optim.AdamW([p for p in core.parameters() if p.requires_grad], lr=2e-3)
-    losses = []
-    for _ in range(150):
-        out = core(batch)
-        out["flow_sum"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(out["sample_loss"].mean().item())
-    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_bf16_autocast_is_close_to_fp32_and_keeps_state_action_and_time(make):
@@ -614,6 +581,8 @@ def test_evaluate_reports_on_the_held_out_episodes(trained, sim_root, tmp_path, 
     assert list(result["policy"]["per_dim"]) == [f"q{i}" for i in range(1, 7)]
     data, written = smolvla.load_data(trained[1]), json.loads((report / "report.json").read_text())
     assert written["episodes"] == [data.episodes[i].name for i in data.validation]
+    assert data.validation == sorted(random.Random(1000).sample(range(5), 2))
+    assert f"Validation episode indices: {data.validation}" in (trained[0] / "validation_episodes.txt").read_text()
     assert written["units"] == {f"q{i}": "rad" for i in range(1, 7)}
     episode = next(iter(smolvla.load_policy(trained[0], "cpu").open_episodes(sim_root)))
     assert np.array_equal(episode["hold"], data.episodes[0].qpos)  # holding still is staying at the measured joints
@@ -641,17 +610,6 @@ def test_validation_loss_on_the_whole_part_by_hand(trained):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_noise_and_time_belong_to_the_position(make, monkeypatch):
-    cfg = make()
-    data = smolvla.load_data(cfg)
-    dataset = smolvla.SmolVLADataset(data, data.train, cfg)
-    monkeypatch.setattr(dataset.reader, "read", lambda *_: None)
-    items = [dataset[(p, 0)] for p in range(300)]
-    noise, times = np.stack([item["noise"] for item in items]), np.array([item["time"] for item in items])
-    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03 and len(set(times)) == 300
-    assert times.min() >= 0.001 and times.max() <= 1 and abs(times.mean() - 0.6) < 0.05  # Beta(1.5, 1)
-
-
 @pytest.mark.parametrize("chunks", [None, (5,)])
 def test_a_picture_of_one_byte_is_found_before_the_training(make, tmp_path, sim_root, capsys, chunks):
     """Recorders write it where the encoder failed; also in a dataset that is stored in chunks."""
@@ -671,18 +629,6 @@ def test_a_picture_of_one_byte_is_found_before_the_training(make, tmp_path, sim_
     cfg.dataset.skip_bad_episodes = True
     smolvla.main(cfg)
     assert f"excluded  {victim}" in capsys.readouterr().out
-
-
-def test_validation_episodes_are_drawn_listed_and_kept_out_of_the_statistics(trained):
-    out, cfg = trained
-    data = smolvla.load_data(cfg)
-    assert data.validation == sorted(random.Random(1000).sample(range(5), 2))
-    assert sorted(data.train + data.validation) == list(range(5))
-    text = (out / "validation_episodes.txt").read_text()
-    assert f"Validation episode indices: {data.validation}" in text
-    assert all(f"  [{i}] {data.episodes[i].path}" in text for i in data.validation)
-    rows = np.concatenate([data.episodes[i].action for i in data.train]).astype(np.float64)
-    np.testing.assert_allclose(data.spec.stats["action"]["mean"], rows.mean(0))
 
 
 def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
@@ -714,9 +660,6 @@ def test_cameras_come_in_the_order_of_the_config(make):
     assert plain.spec.cameras == ["side_camera", "tool_camera", "top_camera"]
     a, b = (smolvla.SmolVLADataset(d, d.train, make())[(0, 3)]["images"] for d in (data, plain))
     assert np.array_equal(a[0], b[2]) and np.array_equal(a[1], b[0]) and len(a) == 2
-    for wrong in ("front_camera", "top_camera top_camera", "camera4"):
-        with pytest.raises(UserError, match="dataset.cameras"):
-            smolvla.load_data(make(dataset__cameras=wrong))
 
 
 def test_what_the_frame_sees_does_not_depend_on_later_frames(make, tmp_path, sim_root):
@@ -763,35 +706,30 @@ def test_augmentation_is_drawn_by_position_and_only_in_training(make):
 def test_check_prints_the_batch_and_needs_no_weights(make, capsys, tmp_path):
     smolvla.main(make(check=True))
     said = capsys.readouterr().out
-    for words in (
-        "4 training episodes, 48 frames; 1 validation episodes",
-        "side_camera -> camera1 60x80",
-        "joint targets, 6 dims",
-        "tokens         (2, 20)",
-        "'Insert needle into eye trocar in simulation\\n",
-        "check passed",
-    ):
-        assert words in said, words
+    wanted = ["4 training episodes, 48 frames; 1 validation episodes", "side_camera -> camera1 60x80", "q1 .. q6 (action), 6 dims"]
+    wanted += ["tokens         (2, 20)", "'Insert needle into eye trocar in simulation\\n", "check passed"]
+    assert [words for words in wanted if words not in said] == []
     smolvla.main(make(check=True, policy__vlm_model_name=tmp_path / "nowhere"))
     assert "tokens are not shown" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (dict(dataset__horizon=5), "policy.chunk_size is 4"),
-        (dict(training__batch_size=0), "training.batch_size is 0: expected 1 or more"),
-        (dict(policy__n_action_steps=9), "expected 1..4"),
-        (dict(validation__num_episodes=5), "hold out fewer"),
-        (dict(reset_scheduler=True), "--resume CHECKPOINT"),
-        (dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
-        (dict(dataset__use_ee_pose=False), "the state is made of nothing"),
-        (dict(policy__num_vlm_layers=9), "has 3"),
-        (dict(policy__resize_imgs_with_padding="48 40"), "expected a square in multiples of 16 .* up to 64"),
-        (dict(policy__num_vlm_layers=3, policy__num_expert_layers=2), "must divide"),
-    ],
-)
+WRONG = [
+    (dict(dataset__horizon=5), "policy.chunk_size is 4"),
+    (dict(training__batch_size=0), "training.batch_size is 0: expected 1 or more"),
+    (dict(validation__num_episodes=5), "hold out fewer"),
+    (dict(reset_scheduler=True), "--resume CHECKPOINT"),
+    (dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
+    (dict(dataset__use_ee_pose=False), "the state is made of nothing"),
+    (dict(dataset__cameras="front_camera"), "dataset.cameras"),
+    (dict(dataset__cameras="top_camera top_camera"), "dataset.cameras"),
+    (dict(policy__num_vlm_layers=9), "has 3"),
+    (dict(policy__resize_imgs_with_padding="48 40"), "expected a square in multiples of 16 .* up to 64"),
+    (dict(policy__num_vlm_layers=3, policy__num_expert_layers=2), "must divide"),
+]
+
+
+@pytest.mark.parametrize("flags, message", WRONG)
 def test_wrong_values_are_named(make, flags, message):
     with pytest.raises(UserError, match=message):
         smolvla.main(make(**flags))
