@@ -321,8 +321,8 @@ def load_data(cfg, say=print):
 
 def action_normalizer(cfg):
     """m/s <-> [-1, 1], the network's unit; what exceeds dataset.action_scale is cut."""
-    scale = np.array(cfg.dataset.action_scale)
-    return Normalizer(dict(mean=0 * scale, std=scale, min=-scale, max=scale, q01=-scale, q99=scale), "min_max")
+    scale = cfg.dataset.action_scale
+    return Normalizer(dict(min=[-v for v in scale], max=scale), "min_max")
 
 
 def resize(image, side):
@@ -884,11 +884,10 @@ def validation_text(v):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate of update number `step` (from 0): linear warm-up, then constant or a cosine over max_epochs that
-    stays at its end."""
-    warmup, total = cfg.warmup_epochs * steps_per_epoch, cfg.trainer.max_epochs * steps_per_epoch
-    scale = 1.0
+def lr_at(step, total, cfg):
+    """Learning rate of update number `step` (from 0) of `total`, which are max_epochs: linear warm-up, then constant or
+    a cosine that stays at its end."""
+    warmup, scale = cfg.warmup_epochs / cfg.trainer.max_epochs * total, 1.0
     if cfg.scheduler == "cosine":
         progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
         scale = cfg.min_lr_scale + (1 - cfg.min_lr_scale) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -977,7 +976,6 @@ def main(cfg):
     dataset = MobileVLAH5Dataset(data.train, cfg, backbone.image_size, prompt)
     held_out = MobileVLAH5Dataset(data.validation, cfg, backbone.image_size, prompt)
     n = len(dataset)
-    steps_per_epoch = n / run.global_batch
     # positions go on over the end of an epoch: no window is dropped
     total = run.step + math.ceil((t.max_epochs * n - run.position) / run.global_batch)
     if not run.plan(min(total, t.max_steps or total), f"trainer.max_epochs (now {t.max_epochs}) or max_steps"):
@@ -1016,7 +1014,7 @@ def main(cfg):
         for batch in step.micro_batches(model):
             out = model(batch)
             step.backward(out["loss_sum"] / elements, out["sample_loss"])
-        step.update(optimizer, lr_at(step.index, cfg, steps_per_epoch), t.gradient_clip_val)
+        step.update(optimizer, lr_at(step.index, run.total, cfg), t.gradient_clip_val)
 
         if step.every(t.log_every_n_steps):
             loss, norm = step.mean()["loss"], step.mean()["grad_norm"]
