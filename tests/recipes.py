@@ -174,7 +174,8 @@ def write_mobile(folder):
     """A tiny Kosmos-2, and 6 drives of 6 frames: 24 windows to train on, of which some reach over the end."""
     make_demo.write_mobile(folder / "mobile", episodes=6, size=(24, 40), frames=6)
     model = make_demo.write_kosmos2(folder / "kosmos2", text=(32, 2), vision=(24, 1), image_size=28, queries=5)
-    return dict(model=str(model), dataset__data_dir=str(folder / "mobile"), dataset__episode_pattern="*.h5")
+    data = dict(data_dir=str(folder / "mobile"), frame_dir=str(folder / "frames"), episode_pattern="*.h5")
+    return dict(model=str(model)) | {f"dataset__{key}": value for key, value in data.items()}
 
 
 MOBILE = Recipe(

@@ -46,6 +46,7 @@ def make(tmp_path, mobile_root, kosmos_dir):
     base |= dict(dataset__train_split=0.67, fwd_pred_next_n=4, batch_size=2, num_workers=0, learning_rate=1e-3)
     base |= dict(act_head__hidden_size=16, act_head__num_layers=1, train_setup__lora_r=2, trainer__max_epochs=2)
     base |= dict(trainer__accumulate_grad_batches=1, trainer__log_every_n_steps=1, label_offset=0)
+    base |= dict(dataset__frame_dir=tmp_path / "frames")
 
     def make(out="run", **flags):
         argv = [f"--output_dir={tmp_path / out}"]
@@ -114,11 +115,16 @@ def write_damaged(path):
         f.write(b"\0" * chunk.size)
 
 
+def direct(cfg):
+    """Pictures without a store."""
+    return lambda path, frames: np.stack([mobile.picture_reader(path, cfg.dataset.colour_order, 28)(i) for i in frames])
+
+
 def dataset_of(path, make, **flags):
     flags = dict(dataset__colour_order="rgb", dataset__action_scale=[1, 1], dataset__max_text_len=16) | flags
     cfg = make(**flags)
     prompt = mobile.Prompt(mobile.Backbone.open(cfg.model).tokenizer, cfg.dataset.max_text_len)
-    return mobile.MobileVLAH5Dataset([mobile.read_episode(path, cfg.dataset)], cfg, 28, prompt)
+    return mobile.MobileVLAH5Dataset([mobile.read_episode(path, cfg.dataset)], cfg, direct(cfg), prompt)
 
 
 # ---- the guide's tensors ---------------------------------------------------------------------------------------------
@@ -194,7 +200,7 @@ def test_masks_are_true_exactly_where_the_episode_is(make, tmp_path, frames, win
 def test_one_window_per_episode_as_the_guide_counts(make):
     for flags, windows in ((dict(dataset__windows="one"), 4), (dict(), 4 * 6), (dict(label_offset=1), 4 * 5)):
         cfg = make(**flags)
-        assert len(mobile.MobileVLAH5Dataset(mobile.load_data(cfg).train, cfg, 28)) == windows
+        assert len(mobile.MobileVLAH5Dataset(mobile.load_data(cfg).train, cfg, direct(cfg))) == windows
 
 
 # ---- episodes --------------------------------------------------------------------------------------------------------
@@ -220,8 +226,8 @@ def test_stored_bgr_becomes_rgb(make, tmp_path):
     for order in ("rgb", "bgr"):
         stored = images if order == "rgb" else images[..., ::-1]
         path = write_episode(tmp_path / f"{order}.h5", np.zeros((2, 2)), None, stored)
-        frames = mobile.Frames(order, 28, 1).of(mobile.read_episode(path, make().dataset))
-        np.testing.assert_array_equal(frames, images.transpose(0, 3, 1, 2))
+        read = mobile.picture_reader(path, order, 28)
+        np.testing.assert_array_equal([read(i) for i in range(2)], images)
 
 
 def episodes_of(names, side=1):
@@ -318,15 +324,7 @@ def test_damaged_images_are_named_or_left_out_in_training_and_evaluation(make, t
     assert "excluded" in capsys.readouterr().out and len(state["meta"]["validation"]) == 2
     policy = mobile.load_policy(tmp_path / "run", "cpu")
     assert len(list(policy.open_episodes(folder))) == 6, "an evaluation of the whole folder leaves it out, too"
-    assert "frame 2 cannot be read" in capsys.readouterr().out
-
-
-def test_the_image_cache_is_bounded(make):
-    data = mobile.load_data(make())
-    frames, fresh = (mobile.Frames("bgr", 28, gigabytes=n * 6 * 28 * 28 * 3 / 1e9) for n in (2.5, 0))
-    for e in [*data.train, *data.validation]:
-        np.testing.assert_array_equal(frames.of(e), fresh.of(e))
-    assert len(frames.kept) == 2
+    assert "episode_20251116_080000_1box_hori_left.h5: its images cannot be read" in capsys.readouterr().out
 
 
 def test_velocities_are_scaled_and_come_back(make):
@@ -377,7 +375,7 @@ def test_a_model_of_an_older_transformers_gives_the_same_numbers(shared, make):
     prompt = mobile.Prompt(backbone.tokenizer, 64)
     cfg = make(train_setup__lora_enable=False)
     model = mobile.build_model(cfg, backbone, prompt, torch.device("cpu")).eval()
-    rgb = torch.from_numpy(mobile.resize(io["image"], backbone.image_size).copy())[None]
+    rgb = torch.from_numpy(mobile.resize(io["image"], backbone.image_size).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         embeds = model.image_embeds(rgb)
         for k in range(3):
@@ -398,7 +396,6 @@ def test_files_of_other_releases_are_read(make, kosmos_dir, tmp_path):
     from transformers import AutoProcessor
 
     tensors = load_file(kosmos_dir / "model.safetensors")
-    expected = mobile.Backbone.open(kosmos_dir).digest()
     for name in ("new", "bin", "tied"):
         folder = shutil.copytree(kosmos_dir, tmp_path / name)
         if name == "new":
@@ -412,7 +409,7 @@ def test_files_of_other_releases_are_read(make, kosmos_dir, tmp_path):
             }
             torch.save(tied, folder / "pytorch_model.bin")
         backbone = mobile.Backbone.open(folder)
-        assert backbone.digest() == expected and backbone.mean[0] == pytest.approx(0.48145466)
+        assert backbone.mean[0] == pytest.approx(0.48145466)
         model = mobile.build_model(make(), backbone, mobile.Prompt(backbone.tokenizer, 64), torch.device("cpu"))
         embedding = model.backbone.text_model.model.embed_tokens.weight
         assert torch.equal(embedding, tensors["text_model.model.embed_tokens.weight"])
@@ -489,7 +486,7 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(make):
 
 def test_padded_labels_change_no_loss(make):
     model, prompt, data, policy = build(make())
-    dataset = mobile.MobileVLAH5Dataset(data.train, policy.cfg, 28, prompt)
+    dataset = mobile.MobileVLAH5Dataset(data.train, policy.cfg, direct(policy.cfg), prompt)
     batch = dataset.collater([dataset[(0, 4)], dataset[(1, 11)]])
     assert not batch["chunck_mask"].all() and not batch["attention_mask"].all()
     out = model(batch)
@@ -515,7 +512,7 @@ def test_streaming_equals_the_batch_and_the_rollout(make):
     """One image at a time, over more frames than the window: the answers of predict on lists of the last W frames, of a
     whole rollout, and of what the training computes."""
     model, prompt, data, policy = build(make())
-    rgb = mobile.Frames("bgr", 28, 1).of(data.train[0])
+    rgb = mobile.MobileVLAH5Dataset(data.train, policy.cfg, direct(policy.cfg)).pictures(data.train[0], range(6))
     frames, scale = rgb.numpy().transpose(0, 2, 3, 1), policy.normalizer.unnormalize
     rollout = scale(policy.rollout(rgb, LEFT))
     batch = policy.predict([dict(images=list(frames[max(0, t - 2) : t + 1]), instruction=LEFT) for t in range(6)])
@@ -529,8 +526,8 @@ def test_streaming_equals_the_batch_and_the_rollout(make):
     policy.reset()
     np.testing.assert_allclose(policy.predict(list(frames[:3]), LEFT), batch[2], atol=1e-5)  # several at once
     ids, mask = (x[None] for x in prompt.tokens(LEFT))
-    direct = model.forward_continuous(rgb[None, :3], ids, mask, torch.ones(1, 3, dtype=torch.bool))[0][0, -1]
-    np.testing.assert_allclose(scale(direct.detach()), batch[2], atol=1e-5)
+    trained = model.forward_continuous(rgb[None, :3], ids, mask, torch.ones(1, 3, dtype=torch.bool))[0][0, -1]
+    np.testing.assert_allclose(scale(trained.detach()), batch[2], atol=1e-5)
     for wrong, message in (
         (frames[0].astype(np.float32), "expected uint8"),
         (frames[0][..., :1], "expected uint8"),
@@ -652,7 +649,7 @@ def test_the_swap_test_tells_a_reader_from_a_deaf_policy(make, tmp_path, deaf):
         write_episode(tmp_path / f"episode_2025111{i}_080000.h5", actions, text)
     cfg = make(dataset__data_dir=tmp_path, dataset__train_split=1.0)
     data = mobile.load_data(cfg)
-    dataset, blind = mobile.MobileVLAH5Dataset(data.train, cfg, 28), mobile.blind_table(data.train, cfg)
+    dataset, blind = mobile.MobileVLAH5Dataset(data.train, cfg, direct(cfg)), mobile.blind_table(data.train, cfg)
     v = mobile.validate(TwoSided(cfg, deaf, data.opposites), dataset, blind, OneRank())
     assert v["swap_change"] == pytest.approx(0.0 if deaf else 1.15) and v["swap_flip"] == (0.0 if deaf else 1.0)
     assert v["val_left_direction_accuracy"] == 1.0 and v["val_right_direction_accuracy"] == (0.0 if deaf else 1.0)
@@ -707,10 +704,11 @@ def test_fewer_windows_than_a_step_are_one_epoch(make, tmp_path, mobile_root):
 def test_episodes_without_a_label_are_left_out_and_said(make, tmp_path, capsys):
     for i in range(4):
         write_episode(tmp_path / f"episode_2025111{i}_080000.h5", np.zeros((1 if i < 2 else 3, 2)))
-    data = mobile.load_data(make(dataset__data_dir=tmp_path, label_offset=1, dataset__train_split=0.5))
-    assert len(data.train) == len(data.validation) == 1 and "2 episode(s) are too short" in capsys.readouterr().out
-    with pytest.raises(UserError, match="2 episode.s. are too short for label_offset 1"):
-        mobile.load_data(make(dataset__data_dir=tmp_path, label_offset=1, dataset__episode_pattern="*11[01]_*.h5"))
+    flags = dict(dataset__data_dir=tmp_path, label_offset=1, dataset__train_split=0.5)
+    with pytest.raises(UserError, match="episode_20251110.*too few for label_offset 1 .*--skip_bad_episodes"):
+        mobile.load_data(make(**flags))
+    data = mobile.load_data(make(dataset__skip_bad_episodes=True, **flags))
+    assert len(data.train) == len(data.validation) == 1 and capsys.readouterr().out.count("too few") == 2
 
 
 def test_a_loaded_policy_predicts_what_was_trained(make, tmp_path, mobile_root, kosmos_dir, monkeypatch):
@@ -720,7 +718,7 @@ def test_a_loaded_policy_predicts_what_was_trained(make, tmp_path, mobile_root, 
     def spy(policy, dataset, *rest):
         policy.model.eval()
         e = dataset.episodes[0]
-        seen["rollout"] = policy.rollout(dataset.frames.of(e), e.instruction)
+        seen["rollout"] = policy.rollout(dataset.pictures(e, range(6)), e.instruction)
         return original(policy, dataset, *rest)
 
     monkeypatch.setattr(mobile, "validate", spy)
