@@ -28,12 +28,13 @@ image tokens of a frame, L text tokens, D width of the text model, T frames of a
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -51,7 +52,8 @@ from common import MissingFile, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
-from common.hub import load_weights, local_folder, read_tensors, stored_source
+from common.frames import FrameStore
+from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
 from common.log import WandbConfig
 from common.run import Run, launch
 from common.sampler import GlobalOrder
@@ -81,8 +83,8 @@ class DatasetConfig:
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
     windows: Literal["all", "one"] = "all"  # one at every frame, or one per episode at frame 0, as the guide counts
     future_images: bool = False  # build fwd_rgb_chunck, fwd_hand_rgb_chunck; nothing here uses them
-    skip_bad_episodes: bool = False  # read every image first; leave unreadable files out, listed, instead of stopping
-    image_cache_gb: float = 1.0  # resized episodes kept in memory, per loader process
+    frame_dir: str = "frames"  # on a local disk: pictures decoded once, 0.15 MB each at 224 x 224
+    skip_bad_episodes: bool = False  # leave unreadable files out, listed, instead of stopping
 
 
 @dataclass
@@ -206,8 +208,8 @@ class Episode:
         return int(np.sign(sideways[0])) if len(sideways) else 0
 
 
-def read_episode(path, d, images_too=False):
-    """Read and check one file -> Episode, whose images are looked at on demand. BadEpisode says what is wrong."""
+def read_episode(path, d):
+    """Read and check one file but its images -> Episode. BadEpisode says what is wrong."""
 
     def check(ok, message):
         if not ok:
@@ -233,10 +235,15 @@ def read_episode(path, d, images_too=False):
     texts = dict(file=text, name=by_name, config=d.instruction)
     source = next((key for key, text in texts.items() if text), "config")
     turns = bool(actions[:, 2:].any())
-    episode = Episode(str(path), name, len(actions), actions[:, :2], texts[source], source, turns)
-    for _ in stored_images(episode) if images_too else ():  # can all of them be read?
-        pass
-    return episode
+    return Episode(str(path), name, len(actions), actions[:, :2], texts[source], source, turns)
+
+
+def leave_out(d, error, say):
+    """What is to be done with a recording that cannot be used."""
+    advice = "a training with --skip_bad_episodes, and its evaluation, leave such files out"
+    if not d.skip_bad_episodes:
+        raise ep.BadEpisode(f"{error} ({advice})")
+    say(f"excluded  {error}")
 
 
 def load_episodes(d, names=None, say=print):
@@ -253,12 +260,9 @@ def load_episodes(d, names=None, say=print):
     paths = paths if names is None else [found[name] for name in names]
     for path in tqdm(paths, desc="reading episodes", unit="file", disable=quiet, leave=False):
         try:
-            episodes.append(read_episode(path, d, d.skip_bad_episodes))
+            episodes.append(read_episode(path, d))
         except ep.BadEpisode as error:
-            if not d.skip_bad_episodes:
-                advice = "a training with --skip_bad_episodes, and its evaluation, leave such files out"
-                raise ep.BadEpisode(f"{error} ({advice})") from error
-            say(f"excluded  {error}")
+            leave_out(d, error, say)
     require(episodes, f"none of the {len(paths)} files of '{d.data_dir}' is usable")
     return sorted(episodes, key=lambda e: (e.recorded[0], e.name))
 
@@ -302,14 +306,23 @@ class Data:
     fingerprint: str  # changes when the training windows or their order would
 
 
-def load_data(cfg, say=print):
-    """Find, read and split the episodes."""
+def load_data(cfg, store=None, say=print, first=0):
+    """Find, read and split the episodes. `store`: decode all pictures into it, beginning at the share `first`."""
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
-    episodes = [e for e in found if e.num_frames > offset]
-    short = f"{len(found) - len(episodes)} episode(s) are too short for label_offset {offset}: {offset} frame or less"
-    require(episodes, short)
-    if len(episodes) < len(found):
-        say(f"excluded  {short}")
+    if store:
+        reader = functools.partial(picture_reader, colour_order=d.colour_order, side=store.shape[0])
+        store.build({e.path: e.num_frames for e in found}, reader, first, quiet=first > 0)
+    episodes = []
+    for e in found:
+        bad = store.about(e.path)["bad"] if store else {}
+        if bad:
+            why = f"frame {min(bad)} cannot be read ({bad[min(bad)]}), {len(bad)} of {e.num_frames}"
+            leave_out(d, f"{e.path}: dataset 'images' {why}", say)
+        elif e.num_frames <= offset:
+            leave_out(d, f"{e.path}: {e.num_frames} frame(s) are too few for label_offset {offset}", say)
+        else:
+            episodes.append(e)
+    require(episodes, f"none of the {len(found)} episodes of '{d.data_dir}' is usable")
     train, validation = ([episodes[i] for i in part] for part in split_episodes(episodes, d.train_split, d.split))
     digest = hashlib.sha256(d.windows.encode())
     for e in train:
@@ -321,46 +334,23 @@ def load_data(cfg, say=print):
 
 def action_normalizer(cfg):
     """m/s <-> [-1, 1], the network's unit; what exceeds dataset.action_scale is cut."""
-    scale = np.array(cfg.dataset.action_scale)
-    return Normalizer(dict(mean=0 * scale, std=scale, min=-scale, max=scale, q01=-scale, q99=scale), "min_max")
+    scale = cfg.dataset.action_scale
+    return Normalizer(dict(min=[-v for v in scale], max=scale), "min_max")
 
 
 def resize(image, side):
-    """(h, w, 3) uint8 RGB -> (3, side, side): bicubic, the aspect is not kept. The one image preprocessing of training
+    """(h, w, 3) uint8 RGB -> (side, side, 3): bicubic, the aspect is not kept. The one image preprocessing of training
     and predict; /255, mean and std follow on the device."""
-    if image.shape[:2] != (side, side):
-        image = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.BICUBIC))
-    return image.transpose(2, 0, 1)
+    if image.shape[:2] == (side, side):
+        return image
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.BICUBIC))
 
 
-def stored_images(episode):
-    """Yield the images of a file as they are stored, (H, W, 3) uint8; a chunk that spans frames is unpacked once."""
-    with h5py.File(episode.path, "r", locking=False, rdcc_nbytes=2**28, rdcc_nslots=10007) as f:
-        for t in range(episode.num_frames):
-            try:
-                image = f["images"][t]
-            except (OSError, RuntimeError) as error:
-                where = f"{episode.path}: dataset 'images' frame {t} cannot be read ({error})"
-                raise ep.BadEpisode(f"{where}. Re-copy the file, or train with --skip_bad_episodes") from error
-            yield image
-
-
-class Frames:
-    """Resized episodes, the last used ones kept up to `gigabytes` per process."""
-
-    def __init__(self, colour_order, side, gigabytes):
-        self.colour_order, self.side, self.limit, self.kept = colour_order, side, gigabytes * 1e9, OrderedDict()
-
-    def of(self, episode):
-        """-> (T, 3, side, side) uint8 RGB"""
-        if episode.path not in self.kept:
-            order = slice(None, None, -1) if self.colour_order == "bgr" else slice(None)
-            images = [resize(image[..., order], self.side) for image in stored_images(episode)]
-            self.kept[episode.path] = torch.from_numpy(np.stack(images))
-            while len(self.kept) > 1 and sum(a.nbytes for a in self.kept.values()) > self.limit:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(episode.path)
-        return self.kept[episode.path]
+def picture_reader(path, colour_order, side):
+    """-> function of a frame's number that returns its picture as the policy sees it, (side, side, 3) uint8 RGB."""
+    file = h5py.File(path, "r", locking=False, rdcc_nbytes=2**28, rdcc_nslots=10007)  # a chunk may span all frames
+    order = slice(None, None, -1 if colour_order == "bgr" else 1)
+    return lambda i: resize(file["images"][i][..., order], side)
 
 
 class MobileVLAH5Dataset(Dataset):
@@ -371,10 +361,10 @@ class MobileVLAH5Dataset(Dataset):
     int64, text_mask (256,) bool | lang, raw_text str | data_source "mobile_vla_action" | name (episode, frame).
     """
 
-    def __init__(self, episodes, cfg, image_size, prompt=None):
-        self.cfg, self.episodes, self.prompt, self.normalizer = cfg, episodes, prompt, action_normalizer(cfg)
-        self.frames = Frames(cfg.dataset.colour_order, image_size, cfg.dataset.image_cache_gb)
-        self.windows = []
+    def __init__(self, episodes, cfg, read, prompt=None):
+        """`read`(path, frames (n,)) -> (n, side, side, 3) uint8 RGB"""
+        self.cfg, self.episodes, self.read, self.prompt = cfg, episodes, read, prompt
+        self.normalizer, self.windows = action_normalizer(cfg), []
         for e, episode in enumerate(episodes):
             starts = episode.num_frames - cfg.label_offset  # a window needs a label at its first step
             self.windows += [(e, s) for s in range(starts if cfg.dataset.windows == "all" else 1)]
@@ -382,12 +372,16 @@ class MobileVLAH5Dataset(Dataset):
     def __len__(self):
         return len(self.windows)
 
+    def pictures(self, episode, frames):
+        """-> (n, 3, side, side) uint8 RGB"""
+        return torch.from_numpy(self.read(episode.path, frames)).permute(0, 3, 1, 2)
+
     def __getitem__(self, key):
         e, start = self.windows[key[1]]
         episode, places = self.episodes[e], start + np.arange(self.cfg.window_size + self.cfg.fwd_pred_next_n)
         index, mask = np.minimum(places, episode.num_frames - 1), torch.from_numpy(places < episode.num_frames)
         text, text_mask = self.prompt.tokens(episode.instruction) if self.prompt else (None, None)
-        rgb = self.frames.of(episode)[index]
+        rgb = self.pictures(episode, index)
         masks = dict.fromkeys(("action_mask", "image_mask", "attention_mask"), mask)
         return masks | dict(
             rgb=rgb,
@@ -605,7 +599,8 @@ class Policy:
         for image in images:
             kind = f"an image is {np.asarray(image).dtype} {np.shape(image)}; expected uint8 (height, width, 3), RGB"
             require(np.ndim(image) == 3 and np.shape(image)[-1] == 3 and np.asarray(image).dtype == np.uint8, kind)
-        return torch.from_numpy(np.stack([resize(np.asarray(image), self.image_size) for image in images]))
+        squares = np.stack([resize(np.asarray(image), self.image_size) for image in images])
+        return torch.from_numpy(squares).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def action_states(self, vision_x, instruction):
@@ -654,14 +649,16 @@ class Policy:
         (M, 2): standing still, phase: None}."""
         W, offset = self.cfg.window_size, self.cfg.label_offset
         d = dataclasses.replace(self.cfg.dataset, data_dir=str(root), episode_pattern="*")
-        frames = Frames(d.colour_order, self.image_size, 0)
         for e in load_episodes(d, names):
-            if e.num_frames <= offset:
+            read = picture_reader(e.path, d.colour_order, self.image_size)
+            try:
+                images, target = [read(i) for i in range(e.num_frames)], e.actions[offset:]
+            except (OSError, RuntimeError) as error:
+                leave_out(d, f"{e.path}: its images cannot be read ({error})", print)
                 continue
-            images, target = frames.of(e).numpy().transpose(0, 2, 3, 1), e.actions[offset:]
 
             def sample(t, images=images, text=e.instruction):
-                return dict(images=list(images[max(0, t - W + 1) : t + 1]), instruction=text)
+                return dict(images=images[max(0, t - W + 1) : t + 1], instruction=text)
 
             yield dict(name=e.name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
@@ -707,21 +704,6 @@ class Backbone:
             name = name.replace("lm_head.", "model.embed_tokens.") if tied else name
             if "lm_head." not in name and not name.endswith("position_ids"):
                 yield name, tensor
-
-    def digest(self):
-        """16 hex digits that another set of weights would change: names, shapes, and the values of all vectors (norms
-        and biases), read without the rest."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors(), key=lambda pair: pair[0]):
-            values = tensor.float().numpy().tobytes() if tensor.ndim == 1 else b""
-            digest.update(f"{name}{list(tensor.shape)}".encode() + values)
-        return digest.hexdigest()[:16]
-
-    def check(self, path, digest):
-        """A .ckpt holds what was trained on one backbone: is it this one?"""
-        found = self.digest()
-        another = f"{path} was trained on a backbone with digest {digest}; '{self.folder}' has {found}"
-        require(found == digest, f"{another}. Give the right one")
 
 
 def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
@@ -782,7 +764,7 @@ def load_policy(path, device=None, model=None):
     cfg = config_from(Config, saved["config"])
     why = "" if model else f", where the training of {path} found its backbone: load_policy(path, model=DIR)"
     backbone = Backbone.open(model or cfg.model, why=why)
-    backbone.check(path, saved["backbone"])
+    check_backbone(path, saved, weight_digest(backbone.folder))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = device.type == "cuda" and cfg.train_setup.precision != "32-true"
     prompt = Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
@@ -790,6 +772,11 @@ def load_policy(path, device=None, model=None):
     load_weights(core, saved["trained"].items(), path, missing_ok=("backbone.",))
     core.requires_grad_(False).eval()
     return Policy(core, prompt, cfg, backbone.image_size, saved["stats"], saved["opposites"], bf16)
+
+
+def check_backbone(path, saved, digest):
+    another = f"{path} was trained on a backbone with digest {saved['backbone'][:8]}, this one has {digest[:8]}"
+    require(digest == saved["backbone"], f"{another}. Give the right one")
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
@@ -837,11 +824,8 @@ def validate(policy, dataset, blind, run):
     cfg, scale, rows = policy.cfg, np.array(policy.cfg.dataset.action_scale), []
     policy.model.eval()
     for e in dataset.episodes[run.rank :: run.world]:
-        rgb, actions, after = (
-            dataset.frames.of(e),
-            policy.normalizer.normalize(e.actions),
-            rows_after(e.num_frames, cfg),
-        )
+        rgb, after = dataset.pictures(e, np.arange(e.num_frames)), rows_after(e.num_frames, cfg)
+        actions = policy.normalizer.normalize(e.actions)
         answer, other = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
         row = dict(answer=answer, target=actions[np.minimum(after, len(actions) - 1)], exists=after < len(actions))
         row["swapped"] = policy.rollout(rgb, other) if other else np.full_like(answer, np.nan)
@@ -884,11 +868,10 @@ def validation_text(v):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate of update number `step` (from 0): linear warm-up, then constant or a cosine over max_epochs that
-    stays at its end."""
-    warmup, total = cfg.warmup_epochs * steps_per_epoch, cfg.trainer.max_epochs * steps_per_epoch
-    scale = 1.0
+def lr_at(step, total, cfg):
+    """Learning rate of update number `step` (from 0) of `total`, which are max_epochs: linear warm-up, then constant or
+    a cosine that stays at its end."""
+    warmup, scale = cfg.warmup_epochs / cfg.trainer.max_epochs * total, 1.0
     if cfg.scheduler == "cosine":
         progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
         scale = cfg.min_lr_scale + (1 - cfg.min_lr_scale) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -933,7 +916,11 @@ def check_data(cfg):
         print(f"note      text tokens are not shown: {error}")
     data = load_data(cfg)
     describe(cfg, data, print)
-    dataset = MobileVLAH5Dataset(data.train, cfg, size, prompt)
+
+    def read(path, frames):
+        return np.stack([picture_reader(path, cfg.dataset.colour_order, size)(i) for i in frames])
+
+    dataset = MobileVLAH5Dataset(data.train, cfg, read, prompt)
     order = GlobalOrder(len(dataset), cfg.seed)
     samples = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     (name, frame), kind = samples[0]["name"], cfg.dataset.windows
@@ -964,20 +951,20 @@ def main(cfg):
     path = run.find(cfg.resume, folder, ["last.ckpt", "epoch_*.ckpt"])
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT) if path else None
     backbone = Backbone.open(cfg.model)
-    prompt = Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
-    data = load_data(cfg, run.print)
+    side, prompt = backbone.image_size, Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
+    store = FrameStore(cfg.dataset.frame_dir, (side, side, 3), ["bicubic", cfg.dataset.colour_order])
+    data = load_data(cfg, store, run.print, run.rank / run.world)
+    digest = run.once(weight_digest, backbone.folder)
     for e in [*data.train, *data.validation]:
         prompt.tokens(e.instruction)  # too long a text is found now
     if saved:
-        backbone.check(path, saved["backbone"])
+        check_backbone(path, saved, digest)
         run.restore(path, saved, data.fingerprint, FIXED)
 
     # ---- data
     describe(cfg, data, run.print)
-    dataset = MobileVLAH5Dataset(data.train, cfg, backbone.image_size, prompt)
-    held_out = MobileVLAH5Dataset(data.validation, cfg, backbone.image_size, prompt)
+    dataset, held_out = (MobileVLAH5Dataset(part, cfg, store.read, prompt) for part in (data.train, data.validation))
     n = len(dataset)
-    steps_per_epoch = n / run.global_batch
     # positions go on over the end of an epoch: no window is dropped
     total = run.step + math.ceil((t.max_epochs * n - run.position) / run.global_batch)
     if not run.plan(min(total, t.max_steps or total), f"trainer.max_epochs (now {t.max_epochs}) or max_steps"):
@@ -985,7 +972,7 @@ def main(cfg):
 
     # ---- model, optimizer
     core = build_model(cfg, backbone, prompt, run.device, torch.bfloat16 if bf16 else torch.float32)
-    policy = Policy(core, prompt, cfg, backbone.image_size, data.stats, data.opposites, bf16)
+    policy = Policy(core, prompt, cfg, side, data.stats, data.opposites, bf16)
     model = run.prepare(core.train())
     trained = [p for p in core.parameters() if p.requires_grad]
     fused = run.device.type == "cuda" or None
@@ -996,7 +983,7 @@ def main(cfg):
         about = {key: saved[key] for key in about}
         saved = None  # the file's memory
     meta = dict(script=SCRIPT, validation=[e.name for e in data.validation])
-    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, backbone=backbone.digest())
+    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, backbone=digest)
     about |= dict(stats=data.stats, opposites=data.opposites)
     size = 12 * sum(p.numel() for p in trained)  # fp32 weights and two moments
     run.describe(core, n, size, folder, " (LoRA r {lora_r} on {lora_scope})".format_map(vars(cfg.train_setup)))
@@ -1016,7 +1003,7 @@ def main(cfg):
         for batch in step.micro_batches(model):
             out = model(batch)
             step.backward(out["loss_sum"] / elements, out["sample_loss"])
-        step.update(optimizer, lr_at(step.index, cfg, steps_per_epoch), t.gradient_clip_val)
+        step.update(optimizer, lr_at(step.index, run.total, cfg), t.gradient_clip_val)
 
         if step.every(t.log_every_n_steps):
             loss, norm = step.mean()["loss"], step.mean()["grad_norm"]

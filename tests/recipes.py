@@ -192,6 +192,30 @@ NORA = Recipe(
 )
 
 
+# ---- mobile ----------------------------------------------------------------------------------------------------------
+
+
+def write_mobile(folder):
+    """A tiny Kosmos-2, and 6 drives of 6 frames: 24 windows to train on, of which some reach over the end."""
+    make_demo.write_mobile(folder / "mobile", episodes=6, size=(24, 40), frames=6)
+    model = make_demo.write_kosmos2(folder / "kosmos2", text=(32, 2), vision=(24, 1), image_size=28, queries=5)
+    data = dict(data_dir=str(folder / "mobile"), frame_dir=str(folder / "frames"), episode_pattern="*.h5")
+    return dict(model=str(model)) | {f"dataset__{key}": value for key, value in data.items()}
+
+
+MOBILE = Recipe(
+    "train_mobile_kosmos",
+    knobs=dict(out=["output_dir"], batch="batch_size", accumulation="trainer__accumulate_grad_batches")
+    | dict(steps="trainer__max_steps", workers="num_workers"),
+    values=dict(window_size=3, fwd_pred_next_n=4, dataset__train_split=0.67, learning_rate=1e-3, scheduler="cosine")
+    | dict(warmup_epochs=3, act_head__hidden_size=16, act_head__num_layers=1, train_setup__lora_r=2),
+    still=dict(train_setup__lora_dropout=0.0),
+    write=write_mobile,
+    newest=lambda out: out / "run/checkpoints/last.ckpt",
+    tensors=lambda path: ckpt.load_state(path)["trained"],
+)
+
+
 RECIPES = {
     "async": session_recipe("train_async", "qwen_vla_async.pt", "model_state_dict"),
     "diffusion": session_recipe(
@@ -199,4 +223,5 @@ RECIPES = {
     ),
     "openvla": OPENVLA,
     "nora": NORA,
+    "mobile": MOBILE,
 }
