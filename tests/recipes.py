@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +22,7 @@ from common.run import Run, Step
 @dataclass
 class Recipe:
     name: str  # of the script
-    knobs: dict  # out, batch, accumulation, steps, workers: the script's own names
+    knobs: str  # the script's own names of out, batch, accumulation, steps, workers, resume
     values: dict  # what else a tiny run changes
     still: dict  # without dropout and augmentation: one sample is always seen alike
     write: Callable  # folder -> the values that name data and backbone; "root": the recordings, for open_episodes
@@ -32,13 +31,15 @@ class Recipe:
 
     def __post_init__(self):
         self.script = importlib.import_module(self.name)
+        ours = ("out", "batch", "accumulation", "steps", "workers", "resume")
+        self.renamed = dict(zip(ours, self.knobs.split(), strict=True))
 
-    def config(self, out, batch=2, accumulation=2, steps=8, workers=0, **changes):
-        out = {key: str(Path(out) / "run") for key in self.knobs["out"]}
-        sizes = dict(batch=batch, accumulation=accumulation, steps=steps, workers=workers)
-        sizes = {self.knobs[key]: value for key, value in sizes.items()}
+    def config(self, out, **changes):
+        """`changes` by our names of the knobs or by the script's own."""
+        sizes = dict(out=str(out), batch=2, accumulation=2, steps=8, workers=0) | changes
+        sizes = {self.renamed.get(key, key): value for key, value in sizes.items()}
         cfg = self.script.Config()
-        for key, value in (self.values | self.written | out | sizes | changes).items():
+        for key, value in (self.values | self.written | sizes).items():
             *groups, name = key.split("__")
             group = functools.reduce(getattr, groups, cfg)
             assert hasattr(group, name), key
@@ -128,22 +129,92 @@ def write_sessions(folder):
 
 
 def session_recipe(name, latest, weights, **values):
-    sizes = dict(hidden_dim=16, sensor_dim=12, num_layers=1, num_heads=2, sensor_window_size=65, horizon=4)
+    values |= dict(hidden_dim=16, sensor_dim=12, num_layers=1, num_heads=2, sensor_window_size=65, horizon=4)
     return Recipe(
         name,
-        knobs=dict(out=["checkpoint_dir"], batch="batch_size", accumulation="grad_accum_steps", steps="max_steps")
-        | dict(workers="num_workers"),
-        values=sizes | dict(val_split=0.3, lr=1e-3, save_steps=2, log_steps=2, warmup_ratio=0.3) | values,
+        knobs="checkpoint_dir batch_size grad_accum_steps max_steps num_workers resume",
+        values=values | dict(val_split=0.3, lr=1e-3, save_steps=2, log_steps=2, warmup_ratio=0.3),
         still=dict(dropout=0.0),
         write=write_sessions,
-        newest=lambda out: out / "run" / latest,
+        newest=lambda out: out / latest,
         tensors=lambda path: ckpt.load_state(path)[weights],
     )
 
+
+# ---- nora, smolvla, openvla, mobile ----------------------------------------------------------------------------------
+
+
+def write_nora(folder):
+    root, model = folder / "insertion", make_demo.write_qwen2_5_vl(folder / "qwen", text=(64, 2), vision=(32, 2))
+    make_demo.write_insertion(root, episodes=4, size=(60, 80), max_frames=9)
+    return dict(dataset__root_dir=str(root), model=str(model))
+
+
+def write_smolvla(folder):
+    sizes = dict(text=(48, 3), vision=(32, 2), image_size=64, patch=8, shuffle=2)
+    root, model = folder / "insertion_sim", make_demo.write_smolvlm2(folder / "smolvlm2", **sizes)
+    make_demo.write_insertion_sim(root, episodes=5, size=(60, 80), max_frames=7)
+    return dict(dataset__root_dir=str(root), policy__vlm_model_name=str(model))
+
+
+def write_mobile(folder):
+    sizes = dict(text=(32, 2), vision=(24, 1), image_size=28, queries=5)
+    root, model = folder / "mobile", make_demo.write_kosmos2(folder / "kosmos2", **sizes)
+    make_demo.write_mobile(root, episodes=6, size=(24, 40), frames=6)
+    return dict(dataset__data_dir=str(root), model=str(model))
+
+
+def newest(pattern):
+    return lambda out: max(out.glob(pattern), key=lambda path: int("".join(filter(str.isdigit, path.name))))
+
+
+NORA = dict(fast="fit", fast_vocab_size=300, learning_rate=1e-3, num_warmup_steps=2, logging_frequency=2)
+NORA |= dict(val_frequency=4, checkpoint_save_frequency=2, val_samples=8, val_decode_samples=2)
+NORA |= dict(dataset__horizon=3, dataset__use_ee_pose_delta_as_action=True, dataset__num_val_episodes=1)
+NORA |= dict(dataset__cameras=["camera1", "camera3"], dataset__resize_resolution=[56, 56], dataset__augment=True)
+
+SMOLVLA = dict(dataset__horizon=4, dataset__augment=True, policy__chunk_size=4, policy__n_action_steps=4)
+SMOLVLA |= dict(policy__num_vlm_layers=2, policy__resize_imgs_with_padding=(32, 32), policy__max_state_dim=8)
+SMOLVLA |= dict(policy__max_action_dim=8, policy__tokenizer_max_length=20, policy__num_steps=3)
+SMOLVLA |= dict(training__log_freq=2, training__save_freq=2, validation__num_episodes=1, validation__val_freq=4)
+SMOLVLA |= dict(optimizer__lr=1e-3, scheduler__num_warmup_steps=2, scheduler__num_decay_steps=8)
+
+MOBILE = dict(dataset__episode_pattern="*.h5", dataset__train_split=0.67, window_size=3, fwd_pred_next_n=4)
+MOBILE |= dict(learning_rate=1e-3, scheduler="cosine", act_head__hidden_size=16, act_head__num_layers=1)
+MOBILE |= dict(train_setup__lora_r=2, trainer__max_epochs=2, trainer__log_every_n_steps=2)
 
 RECIPES = {
     "async": session_recipe("train_async", "qwen_vla_async.pt", "model_state_dict"),
     "diffusion": session_recipe(
         "train_diffusion", "diffusion_stage1_latest.pt", "raw_state_dict", diffusion_timesteps=10, ddim_steps=3
+    ),
+    "nora": Recipe(
+        "train_nora",
+        knobs="output_dir per_device_batch_size gradient_accumulation_steps max_train_steps num_workers "
+        "resume_from_checkpoint",
+        values=NORA,
+        still=dict(dataset__augment=False),
+        write=write_nora,
+        newest=newest("steps_*"),
+        tensors=lambda path: ckpt.load_state(path / "state.pt")["trained"],
+    ),
+    "smolvla": Recipe(
+        "train_smolvla_sim",
+        knobs="output_dir training__batch_size training__gradient_accumulation_steps training__steps "
+        "training__num_workers resume",
+        values=SMOLVLA,
+        still=dict(dataset__augment=False),
+        write=write_smolvla,
+        newest=newest("checkpoints/checkpoint_step_*.pt"),
+        tensors=lambda path: ckpt.load_state(path)["model_state_dict"],
+    ),
+    "mobile": Recipe(
+        "train_mobile_kosmos",
+        knobs="output_dir batch_size trainer__accumulate_grad_batches trainer__max_steps num_workers resume",
+        values=MOBILE,
+        still=dict(train_setup__lora_dropout=0.0),
+        write=write_mobile,
+        newest=lambda out: out / "checkpoints/last.ckpt",
+        tensors=lambda path: ckpt.load_state(path)["trained"],
     ),
 }
