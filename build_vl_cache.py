@@ -50,7 +50,6 @@ class Config:
     dtype: Literal["fp16", "fp32"] = "fp16"  # of the stored numbers
     micro_batch: int = 1  # features per forward pass; halved when memory runs out
     num_workers: int = 4  # threads that read images ahead, per process
-    verify: int = 0  # afterwards compute this many again, drawn at random, and compare
     prune: bool = False  # afterwards delete these sessions' files of other settings or images, and what kills left
     check: bool = False  # read the sessions, show what would be done, stop
 
@@ -61,8 +60,7 @@ def check_config(cfg):
     require(cfg.dataset_dirs, f"dataset_dirs is empty: --dataset-dirs DATA, the folders with the sessions, {first}")
     for key in ("vlm_reuse_count", "image_resize_height", "image_resize_width", "micro_batch", "num_workers"):
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
-    numbers = f"max_image_age is {cfg.max_image_age}, verify is {cfg.verify}: expected more than 0, and 0 or more"
-    require(cfg.max_image_age > 0 and cfg.verify >= 0, numbers)
+    require(cfg.max_image_age > 0, f"max_image_age is {cfg.max_image_age}: expected more than 0 seconds")
 
 
 # ---- one session -----------------------------------------------------------------------------------------------------
@@ -126,6 +124,7 @@ class Builder:
                     require(self.micro_batch > 1, f"CUDA out of memory at {name} with one feature at a time: {less}")
                     torch.cuda.empty_cache()
                     self.micro_batch //= 2
+                    print(f"warning   memory ran out, goes on with micro_batch {self.micro_batch}")
                     continue
                 batch = batch[len(parts[-1]) :]
                 if not self.go_on(len(parts[-1])):
@@ -194,24 +193,6 @@ def work_through(builder, sessions, ticks, everything):
         time.sleep(1 if todo else 0)
 
 
-# ---- verify, prune ---------------------------------------------------------------------------------------------------
-
-
-def verify(encoder, sessions, ticks, paths, count):
-    """Compute `count` features, drawn at random, again and compare with the files -> largest relative difference."""
-    rng, worst = np.random.default_rng(), 0.0
-    tolerance = 0.02 if encoder.compute_dtype == torch.bfloat16 else 2e-3  # another batch size or GPU rounds otherwise
-    for i in rng.integers(len(sessions), size=count):
-        session, t, path = sessions[i], rng.choice(np.flatnonzero(ticks[i].complete)), paths[sessions[i].name]
-        images = {view: session.frame_path(view, ticks[i].frame_index[view][t]) for view in encoder.views}
-        again, stored = encoder.encode([(images, session.instruction)])[0], vl_cache.FeatureFile(path).features[t]
-        difference = float((again - stored.float()).norm() / again.norm())
-        wrong = f"{path}: the feature of tick {t} differs by {difference:.2%} from a new computation"
-        require(difference <= tolerance, f"{wrong} (allowed {tolerance:.1%}). Delete this file and build again")
-        worst = max(worst, difference)
-    return worst
-
-
 def prune(root, sessions, keep):
     """Delete files of `sessions` other than those in `keep`, and what killed processes left -> number of files."""
     ckpt.remove_temporaries(root / vl_cache.FOLDER)
@@ -224,14 +205,6 @@ def prune(root, sessions, keep):
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
-
-
-def train_command(cfg, views):
-    """The command that trains on this cache."""
-    flags = {key: getattr(cfg, key) for key in ("cache_root", "model", "image_resize_height", "image_resize_width")}
-    age = None if cfg.max_image_age == vl_cache.MAX_IMAGE_AGE else cfg.max_image_age
-    flags |= dict(views=views, vlm_reuse_count=cfg.vlm_reuse_count, max_image_age=age)
-    return vl_cache.command("train_async.py", dataset_dir=cfg.dataset_dirs, **flags)
 
 
 def main(cfg):
@@ -256,8 +229,8 @@ def main(cfg):
     require(not bare, f"{len(bare)} sessions have no tick with a fresh image of every view, e.g. {bare[:1]}: {how}")
     number, fresh = sum(map(len, ticks)), sum(int(t.complete.sum()) for t in ticks)
     size = sum(len(unique_looks(t, views)[0]) for t in ticks)
-    print0(f"data      {len(sessions)} sessions, {number} ticks every {cfg.vlm_reuse_count} steps")
-    print0(f"images    {fresh} ticks have a fresh one of {', '.join(views)}: {size} different features")
+    seen = f"{fresh} with a fresh image of {', '.join(views)}: {size} different features"
+    print0(f"data      {len(sessions)} sessions, {number} ticks every {cfg.vlm_reuse_count} steps, {seen}")
     folder = Path(cfg.cache_root or Path(cfg.dataset_dirs[0]) / "cache") / vl_cache.FOLDER
     if cfg.check:
         rows, columns = cfg.image_resize_height // 28, cfg.image_resize_width // 28  # patch 14, merge 2
@@ -284,8 +257,6 @@ def main(cfg):
 
         builder = Builder(encoder, folder.parent, cfg.micro_batch, cfg.num_workers, go_on)
         work_through(builder, sessions, ticks, everything=rank == 0)
-    if builder.micro_batch < cfg.micro_batch:
-        print(f"warning   rank {rank}: memory ran out at micro_batch {cfg.micro_batch}, now {builder.micro_batch}")
     if stop.received:
         print0(f"stopped by {stop.received}; finished sessions stay. Continue with the same command")
         raise SystemExit(1)
@@ -300,10 +271,9 @@ def main(cfg):
         print(f"speed     {1 / each:.2f} features/s ({1000 * each:.1f} ms each) in this one of {world} processes")
     if cfg.prune:
         print(f"pruned    {prune(folder.parent, sessions, builder.paths.values())} files of other settings or images")
-    if cfg.verify:
-        worst = verify(encoder, sessions, ticks, builder.paths, cfg.verify)
-        print(f"verified  {cfg.verify} features computed again: largest difference {worst:.2e} of the feature's length")
-    print(f"train: {train_command(cfg, views)}")
+    same = ("cache_root", "model", "image_resize_height", "image_resize_width", "vlm_reuse_count", "max_image_age")
+    train = {key: getattr(cfg, key) for key in same}
+    print(f"train: {vl_cache.command('train_async.py', dataset_dir=cfg.dataset_dirs, views=views, **train)}")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,55 @@
-"""Robot recordings -> data.pkl: motions of 0.1 s by timestamp, images and sensor on one clock. Once per recording, before everything else of guide 5.
+"""Robot recordings -> data.pkl: motions of exactly 0.1 s, images and sensor on one clock. The first step of guide 5.
 
-    python create_datapkl.py --dataset-dirs /data/White_silicone_white_circle /data/OCT_insertion --new-dataset-dir /data/Make_dataset/New_dataset
-    python create_datapkl.py --dataset-dirs /data --dry-run          # read all, write nothing: rates, gaps, durations, sensor overlap
+    python create_datapkl.py --dataset-dirs /data --new-dataset-dir /data/Make_dataset/New_dataset
+    python create_datapkl.py --dataset-dirs /data --dry-run            # read all, write nothing: rates, gaps, overlap
+    python create_datapkl.py --dataset-dirs /data --estimate-offsets   # by how much do the clocks differ?
 
-Three layouts (N rows of the robot log, Ns of the sensor, Nw windows):
-    old      <data set>/recv_all_*/     robot_state_*.csv, sensor_data_*.npz {timestamps (Ns,), forces (Ns,), alines (Ns, 1025)}, View1..4/{left,right}/*_<epoch>.jpg, View5/
-    new      New_dataset/<Task>/episode_*/   robot_states.csv, sensor_data.npz {timestamps (Nw,), data (Nw, 650, 1026)}, images/View1..5/<epoch>.jpg
+Three layouts (Ns rows of the sensor, Nw windows):
+    old      <data set>/recv_all_*/     robot_state_*.csv, sensor_data_*.npz {timestamps (Ns,), forces (Ns,),
+                                        alines (Ns, 1025)}, View1..4/{left,right}/*_<epoch>.jpg, View5/
+    new      New_dataset/<Task>/episode_*/   robot_states.csv, sensor_data.npz {timestamps (Nw,), data (Nw, 650, 1026)},
+                                        images/View1..5/<epoch>.jpg
     legacy   <data set>/Captures*/, ZED_Captures_*th/   robot_rt_*.csv, view1..4/{left,right}/, view5_oak/, no sensor
-CSV: origin_timestamp (or timestamp, recv_timestamp) in seconds, joint_1..6 (or joint_angle_1..6) in degrees, pose_x, y, z, a, b, r (or EE_*) in mm and degrees.
+CSV: origin_timestamp (or timestamp, recv_timestamp) in seconds, joint_1..6 (or joint_angle_1..6) in degrees,
+pose_x, y, z, a, b, r (or EE_*) in mm and degrees. session.yaml beside it (all keys optional): sensor_offset_s,
+camera_offset_s, instruction, dataset, exclude; see common.sessions.read_notes.
 
-data.pkl, beside the recording's files (builtins and arrays only, N actions):
-    schema_version 2 | action (N, 7) float32: pose delta in mm and degrees (wrapped to [-180, 180)), and the constant 1.0 | action_timestamps,
-    action_end_timestamps (N,) float64 | segment_id (N,) int32 | robot_state (N, 12) float32: joints and pose at the start | image {view: [paths relative to the
-    folder]}, image_timestamps {view: (M,) float64} | sensor_data None or {file, timestamps (Ns,) float64 on the robot's clock, rate_hz, channels, clock_offset_s};
-    the file, sensor_stream.npy, holds the rows (Ns, 1026) float32: force, A-scan | instruction | metadata
-Inside a segment every action begins where the one before ended, so that they add up to the whole motion. A gap in the log begins a new segment.
+data.pkl, beside the recording's files (plain values, arrays as (dtype, shape, bytes); N actions):
+    schema_version 3 | action (N, 7) float32: pose delta in mm and degrees, and the constant 1.0 | action_timestamps,
+    action_end_timestamps (N,) float64, 0.1 s apart | segment_id (N,) int32 | robot_state (N, 12) float32: joints and
+    pose, newest at the start | image {view: [paths relative to the folder]}, image_timestamps {view: (M,) float64} |
+    sensor_data None or {file, timestamps (Ns,) float64 on the robot's clock, rate_hz, channels}; the file,
+    sensor_stream.npy, holds the rows (Ns, 1026) float32: force, A-scan | instruction | metadata
+The actions of a segment add up to the difference of its end poses. A gap in the log begins a new segment.
 """
 
-import csv
-import hashlib
+import contextlib
 import io
-import json
 import multiprocessing
 import os
-import pickle
 import re
 import sys
 import zipfile
+import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import yaml
+from PIL import Image
 from tqdm import tqdm
 
+from common import MissingFile, UserError, require
+from common import sessions as ss
 from common.checkpoint import atomic_path, require_space
 from common.config import parse_config
-from common.sessions import (
-    CHANNELS,
-    DATA_PKL,
-    ROBOT_CSV,
-    SCHEMA,
-    SENSOR_FILE,
-    SENSOR_HZ,
-    BadSession,
-    find_recordings,
-    identity,
-    load_data_pkl,
-    source_facts,
-)
+from common.sessions import CHANNELS, SENSOR_HZ, BadSession
 
+ALIASES = dict(dataset_dir="dataset_dirs")
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -60,299 +58,284 @@ from common.sessions import (
 class Config:
     dataset_dirs: list[str] = field(default_factory=list)  # folders with recordings, searched recursively
     new_dataset_dir: str | None = None  # one more: Make_dataset/New_dataset
-    action_hz: float = 10.0  # actions per second
-    tolerance_ms: float = 20.0  # the row that ends an action lies closer than this to 1 / action_hz after its start
-    sensor_clock_offset: float = 0.0  # seconds to add to the sensor's time to get the robot's
-    min_sensor_overlap: float = (
-        0.9  # share of the robot log that the sensor must cover; below it is left out, for the clocks may differ
-    )
-    instruction: dict = field(
-        default_factory=dict
-    )  # {data set or task: text} over the texts derived from the folder's name
+    action_hz: float = 10.0  # actions per second; the trainings expect 10
+    tolerance_ms: float = 20.0  # a pause of the robot log this much longer than an action is a gap
+    min_sensor_overlap: float = 0.9  # share of the robot log that the sensor must cover, else it is left out
+    instruction: dict[str, str] = field(default_factory=dict)  # {data set or task: text}, else from their names
     workers: int = 4  # processes; 0: in this one
     force: bool = False  # make every data.pkl again; otherwise only where the recording or a setting changed
     dry_run: bool = False  # read and report, write nothing
+    estimate_offsets: bool = False  # only propose clock offsets: robot speed against image motion and force
+    write_offsets: bool = False  # with estimate_offsets: put the clear ones into each recording's session.yaml
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    for wrong, message in (
-        (
-            not cfg.dataset_dirs and not cfg.new_dataset_dir,
-            "dataset_dirs is empty: name the folders with recordings, --dataset-dirs DATA, or --new-dataset-dir DATA",
-        ),
-        (not cfg.action_hz > 0, f"action_hz is {cfg.action_hz}: expected more than 0"),
-        (
-            not 0 < cfg.tolerance_ms < 500 / cfg.action_hz if cfg.action_hz > 0 else False,
-            f"tolerance_ms is {cfg.tolerance_ms}: expected more than 0 and less than half an action, {500 / max(cfg.action_hz, 1e-9):g}",
-        ),
-        (
-            not 0 <= cfg.min_sensor_overlap <= 1,
-            f"min_sensor_overlap is {cfg.min_sensor_overlap}: expected a share from 0 to 1",
-        ),
-        (cfg.workers < 0, f"workers is {cfg.workers}: expected 0 or more"),
-    ):
-        if wrong:
-            raise ValueError(message)
+    given = cfg.dataset_dirs or cfg.new_dataset_dir
+    require(given, "dataset_dirs is empty: name the folders with recordings, --dataset-dirs DATA, or --new-dataset-dir")
+    require(cfg.action_hz > 0, f"action_hz is {cfg.action_hz}: expected more than 0")
+    require(cfg.tolerance_ms > 0, f"tolerance_ms is {cfg.tolerance_ms}: expected more than 0")
+    overlap = cfg.min_sensor_overlap
+    require(0 <= overlap <= 1, f"min_sensor_overlap is {overlap}: expected a share from 0 to 1")
+    require(cfg.workers >= 0, f"workers is {cfg.workers}: expected 0 or more")
+    require(cfg.estimate_offsets or not cfg.write_offsets, "write_offsets goes with --estimate-offsets")
 
 
 # ---- robot -----------------------------------------------------------------------------------------------------------
 
-TIME_COLUMNS = (
-    "origin_timestamp",
-    "timestamp",
-    "recv_timestamp",
-)  # in this order: recv stamps are per poll, several rows share one
+TIMES = ("origin_timestamp", "timestamp", "recv_timestamp")  # recv stamps come last: several rows share one
 JOINTS = [(f"joint_{i}", f"joint_angle_{i}") for i in range(1, 7)]
+SLACK = 1e-5  # seconds; the stamps of our time are good to 0.3 us
 POSE = [(f"pose_{c}", f"ee_{c}") for c in "xyzabr"]
 
 
+@contextlib.contextmanager
+def reading(path):
+    """What a damaged file raises -> BadSession that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadSession(f"{path.name} cannot be read: {str(error).strip()}") from error
+
+
 def read_robot(path):
-    """CSV -> (stamps (n,) float64 increasing, rows (n, 12) float64 joints and pose, number of rows dropped because their stamp was not newer)."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        lines = list(csv.reader(f))
-    if len(lines) < 3:
-        raise BadSession(
-            f"{path.name} has {max(0, len(lines) - 1)} rows, expected a header and a row every 1 to 100 ms"
-        )
-    header = [name.strip().lower() for name in lines[0]]
-    columns = []
-    for names in (TIME_COLUMNS, *JOINTS, *POSE):
-        there = [name for name in names if name in header]
-        if not there:
-            raise BadSession(f"{path.name} has no column {' or '.join(names)}; it has {', '.join(header)}")
-        columns.append(header.index(there[0]))
-    if len(lines[-1]) < len(header):  # the recorder was stopped in the middle of it
-        lines.pop()
-    rows = np.empty((len(lines) - 1, 13))
-    for i, line in enumerate(lines[1:]):
-        try:
-            rows[i] = [float(line[c]) for c in columns]
-        except (ValueError, IndexError):
-            raise BadSession(
-                f"{path.name} line {i + 2}: expected {len(header)} numbers, got {','.join(line)[:80]!r}"
-            ) from None
-    if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
-        raise BadSession(f"{path.name} line {bad[0] + 2} has a value that is not finite")
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    newer = np.r_[True, np.diff(rows[:, 0]) > 0]  # the publisher resends its newest pose
-    return rows[newer, 0], rows[newer, 1:], int((~newer).sum())
+    """CSV -> (stamps (n,) float64, rows (n, 12) float64 joints and pose), in the order of the file."""
+    with reading(path):
+        text = path.read_text(encoding="utf-8-sig")
+        text = text[: text.rfind("\n") + 1]  # a last row without an end: the recorder was stopped in the middle of it
+        table = pd.read_csv(io.StringIO(text), index_col=False, skip_blank_lines=False)
+        table.columns = [name.strip().lower() for name in table.columns]
+        chosen = []
+        for names in (TIMES, *JOINTS, *POSE):
+            there = [name for name in names if name in table.columns]
+            if not there:
+                raise ValueError(f"it has no column {' or '.join(names)} among {', '.join(table.columns)}")
+            chosen.append(there[0])
+        rows = table[chosen].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+        if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
+            line = text.splitlines()[bad[0] + 1]
+            raise ValueError(f"line {bad[0] + 2} is not {len(table.columns)} numbers: {line[:80]!r}")
+        if len(rows) < 2:
+            raise ValueError(f"it has {len(rows)} rows, expected one every 1 to 125 ms")
+    return rows[:, 0], rows[:, 1:]
 
 
-def wrap_degrees(d):
-    """Angle difference -> [-180, 180)."""
-    return (d + 180) % 360 - 180
+def find_stretches(stamps, period, tolerance):
+    """Stamps (n,) in the order of the file -> (list of row numbers, each of one clock, rising, without a gap; rows at
+    which the clock steps back; number of gaps). Left out: rows that are not newer than those before, for the publisher
+    resends its newest pose and packets overtake each other."""
+    after = np.r_[stamps[2:], -np.inf]
+    back = np.flatnonzero((stamps[1:] < stamps[:-1]) & (after < stamps[:-1])) + 1  # and stays back
+    clocks = []
+    for rows in np.split(np.arange(len(stamps)), back):
+        newest = np.maximum.accumulate(stamps[rows])
+        clocks.append(rows[np.r_[True, stamps[rows[1:]] > newest[:-1]]])
+    steps = np.concatenate([np.diff(stamps[rows]) for rows in clocks])
+    usual = np.median(steps) if len(steps) else 0.0
+    longest = max(period, 1.5 * usual) + tolerance + SLACK
+    stretches = []
+    for rows in clocks:
+        stretches += np.split(rows, np.flatnonzero(np.diff(stamps[rows]) > longest) + 1)
+    return stretches, back, len(stretches) - len(clocks)
 
 
-def match_steps(stamps, period, tolerance):
-    """Stamps (n,) in seconds -> (begin, end, segment), (N,) int each: chain of row pairs `period` apart. The end is the row nearest to begin + period, strictly
-    closer than `tolerance` (epoch seconds are good to 0.3 us); the next action begins there. Where there is none the segment ends, and the next begins at the first row that has one."""
-    wanted = stamps + period
-    after = np.searchsorted(stamps, wanted).clip(1, len(stamps) - 1)
-    nearest = np.where(wanted - stamps[after - 1] <= stamps[after] - wanted, after - 1, after)
-    good = (np.abs(stamps[nearest] - wanted) < tolerance - 1e-6) & (nearest > np.arange(len(stamps)))
-    begin, end, segment, i, broken = [], [], [], 0, False
-    while i < len(stamps):
-        if good[i]:
-            segment.append(segment[-1] + broken if segment else 0)
-            begin.append(i)
-            end.append(nearest[i])
-            i, broken = nearest[i], False
-        else:
-            i, broken = i + 1, True
-    return np.array(begin, int), np.array(end, int), np.array(segment, np.int32)
+def make_actions(stamps, rows, stretches, period):
+    """-> dict of data.pkl's arrays. In every stretch the pose is interpolated at the first row's time and every period
+    after it; an action is the difference of two neighbours."""
+    parts = {key: [] for key in ss.ARRAYS}
+    long = [chosen for chosen in stretches if stamps[chosen[-1]] - stamps[chosen[0]] >= period - SLACK]
+    for segment, chosen in enumerate(long):
+        t, pose = stamps[chosen], rows[chosen, 6:]
+        grid = t[0] + period * np.arange(int((t[-1] - t[0] + SLACK) / period) + 1)
+        pose[:, 3:] = np.unwrap(pose[:, 3:], period=360, axis=0)
+        delta = np.diff([np.interp(grid, t, column) for column in pose.T]).T
+        newest = np.searchsorted(t, grid[:-1] + SLACK, side="right") - 1  # the state knows nothing of later rows
+        parts["action"].append(np.c_[delta, np.ones(len(delta))])
+        parts["action_timestamps"].append(grid[:-1])
+        parts["action_end_timestamps"].append(grid[1:])
+        parts["segment_id"].append(np.full(len(delta), segment))
+        parts["robot_state"].append(rows[chosen[newest]])
+    return {key: np.concatenate(part).astype(ss.ARRAYS[key][0]) for key, part in parts.items()}
 
 
 # ---- sensor ----------------------------------------------------------------------------------------------------------
 
 
-def npy_rows(archive, name, block):
+def npy_rows(archive, name, block=1 << 20):
     """Yield blocks (<= block, ...) of the first axis of one array in an open .npz, without reading all of it."""
     with archive.open(name + ".npy") as f:
         version = np.lib.format.read_magic(f)
-        shape, fortran, dtype = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )(f)
-        if dtype.hasobject or (fortran and len(shape) > 1):
-            raise BadSession(
-                f"{Path(archive.filename).name}: {name} is {dtype}{', Fortran order' if fortran else ''}, expected C-order numbers"
-            )
+        one = version == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(f)
+        if dtype.hasobject or not shape or (fortran and len(shape) > 1):
+            raise ValueError(f"{name} is {dtype} {shape}, expected rows of numbers in C order")
         size = int(np.prod(shape[1:])) * dtype.itemsize
         for at in range(0, shape[0], block):
             n = min(block, shape[0] - at)
-            raw = f.read(n * size)
-            if len(raw) < n * size:
-                raise BadSession(
-                    f"{Path(archive.filename).name}: {name} ends after {at + len(raw) // size} of {shape[0]} rows"
-                )
-            yield np.frombuffer(raw, dtype).reshape(n, *shape[1:])
+            yield np.frombuffer(f.read(n * size), dtype).reshape(n, *shape[1:])
 
 
-def open_sensor(paths):
-    """npz files of one recording -> (first stamp, last stamp, function that yields (stamps (n,), rows (n, 1026) float32) in order of time)."""
-    kinds, spans = set(), []
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as z:
-                keys = set(z.files)
-                stamps = z["timestamps"] if "timestamps" in keys else np.zeros(0)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-            raise BadSession(f"{path.name} cannot be read ({type(error).__name__}: {error})") from error
-        kind = (
-            "windows"
-            if {"timestamps", "data"} <= keys
-            else "stream"
-            if {"timestamps", "forces", "alines"} <= keys
-            else None
-        )
-        if kind is None:
-            raise BadSession(
-                f"{path.name} has {', '.join(sorted(keys))}; expected timestamps, forces, alines (old) or timestamps, data (new)"
-            )
-        if stamps.ndim != 1 or not np.isfinite(stamps).all():
-            raise BadSession(
-                f"{path.name}: timestamps are {stamps.shape}, or not all finite; expected one finite number per {'window' if kind == 'windows' else 'row'}"
-            )
-        kinds.add(kind)
-        if len(stamps):
-            first = stamps.min() - (649 / SENSOR_HZ if kind == "windows" else 0)
-            spans.append((first, stamps.max(), path))
-    if not spans:
-        return None
-    if len(kinds) > 1:
-        raise BadSession(f"{', '.join(p.name for p in paths)}: expected all as one stream or all as windows, not both")
-    spans.sort()
-    read = read_windows if kinds == {"windows"} else read_stream
-
-    def rows():
-        last = -np.inf
-        for *_, path in spans:
-            for stamps, block in read(path):
-                keep = stamps > last  # strictly newer than everything before
-                keep[keep] = np.r_[True, np.diff(np.maximum.accumulate(stamps[keep])) > 0] if keep.any() else keep[keep]
-                if keep.any():
-                    last = stamps[keep][-1]
-                    yield stamps[keep], block[keep]
-
-    return spans[0][0], max(s[1] for s in spans), rows
+def read_whole(archive, name):
+    return np.concatenate([np.zeros(0), *npy_rows(archive, name)])
 
 
 def read_stream(path):
-    """Old form -> blocks of (stamps, rows), by stamp."""
+    """Old form -> blocks of (stamps (n,), rows (n, 1026)), by stamp."""
     with zipfile.ZipFile(path) as archive:
-        stamps = np.concatenate([*npy_rows(archive, "timestamps", 1 << 20)]).astype(np.float64)
-        forces = np.concatenate([*npy_rows(archive, "forces", 1 << 20)]).astype(np.float32).reshape(-1, 1)
-        at, blocks = 0, npy_rows(archive, "alines", 6500)
-        if np.any(np.diff(stamps) < 0):  # datagrams that overtook each other: all at once, to sort them
-            whole, order = np.concatenate([*blocks]), np.argsort(stamps, kind="stable")
-            check_rows(path, stamps, forces, whole)
-            stamps, forces, blocks = stamps[order], forces[order], [whole[order]]
-        for block in blocks:
-            check_rows(path, stamps[at : at + len(block)], forces[at : at + len(block)], block)
-            yield (
-                stamps[at : at + len(block)],
-                np.concatenate([forces[at : at + len(block)], block.astype(np.float32)], axis=1),
-            )
+        stamps, forces = read_whole(archive, "timestamps"), read_whole(archive, "forces").reshape(-1, 1)
+        order, at, alines = np.argsort(stamps, kind="stable"), 0, npy_rows(archive, "alines", 6500)
+        if np.any(np.diff(order) < 0):  # datagrams that overtook each other: all at once, to sort them
+            alines = [np.concatenate([*alines])[order]]
+        for block in alines:
+            chosen = order[at : at + len(block)]
             at += len(block)
-        check_rows(path, stamps[at:], forces[at:], np.zeros((0, CHANNELS - 1)))
-
-
-def check_rows(path, stamps, forces, alines):
-    if not len(stamps) == len(forces) == len(alines) or alines.shape[1:] != (CHANNELS - 1,):
-        raise BadSession(
-            f"{path.name}: timestamps, forces and alines have other lengths, or alines are not (n, {CHANNELS - 1})"
-        )
+            yield stamps[chosen], np.hstack([forces[chosen], block], dtype=np.float32)
+        if not at == len(stamps) == len(forces):
+            raise ValueError(f"{at} alines for {len(stamps)} timestamps and {len(forces)} forces")
 
 
 def read_windows(path):
-    """New form: overlapping windows of the newest 650 rows -> blocks of (stamps, the rows that are new). The saver runs on a wall clock, so how many are new
-    varies; it is found where the window repeats the one before. Nothing in common: a gap, all are new."""
+    """New form: overlapping windows of the newest 650 rows -> blocks of (the window's stamp n times, its n new
+    rows). The saver runs on a wall clock, so how many are new varies; it is found where the window repeats the one
+    before. Nothing in common: a gap, all are new."""
     with zipfile.ZipFile(path) as archive:
-        ends = np.concatenate([*npy_rows(archive, "timestamps", 1 << 20)]).astype(np.float64)
-        before, before_end = None, -np.inf
-        for end, window in zip(ends, (w for block in npy_rows(archive, "data", 16) for w in block)):
-            if window.ndim != 2 or window.shape[1] != CHANNELS:
-                raise BadSession(f"{path.name}: a window is {window.shape}, expected (650, {CHANNELS})")
-            if end <= before_end:  # the same window again, or an older one
-                continue
-            n = len(window) if before is None else new_rows(before, window, (end - before_end) * SENSOR_HZ)
-            if n:
-                stamps = end - np.arange(n - 1, -1, -1) / SENSOR_HZ
-                if stamps[0] <= before_end:
-                    # more rows than fit at 650 Hz: the clock of the saver jittered; spread them
-                    stamps = before_end + (end - before_end) * np.arange(1, n + 1) / n
-                yield stamps, np.asarray(window[-n:], np.float32)
-            before, before_end = window, end
+        before, before_end, ends = None, -np.inf, iter(read_whole(archive, "timestamps"))
+        for block in npy_rows(archive, "data", 16):
+            for window, end in zip(block, ends, strict=False):
+                if not end > before_end:  # the same window again, an older one, or one without a time
+                    continue
+                n = len(window) if before is None else new_rows(before, window, (end - before_end) * SENSOR_HZ)
+                yield np.full(n, end), window[len(window) - n :].astype(np.float32)
+                before, before_end = window, end
 
 
 def new_rows(before, window, expected):
-    """Number of rows at the end of `window` that `before` did not have; of several that fit (a resting sensor) the one nearest to `expected`."""
-    size = len(window)
-    fits = [
-        n
-        for n in range(size)
-        if np.array_equal(window[size - n - 1], before[-1]) and np.array_equal(window[: size - n], before[n:])
-    ]
+    """Number of rows at the end of `window` that `before` did not have; of several that fit (a resting sensor) the one
+    nearest to `expected`."""
+    size, fits = len(window), []
+    for n in range(size):
+        same = np.array_equal(window[size - n - 1], before[-1], equal_nan=True)
+        if same and np.array_equal(window[: size - n], before[n:], equal_nan=True):
+            fits.append(n)
     return min(fits, key=lambda n: abs(n - expected)) if fits else size
 
 
-class NpyWriter:
-    """Rows -> .npy of a length that is known at the end. NumPy pads the header so that the first axis can grow in place."""
+def spread(stamps, windows=False):
+    """Stamps (n,) that do not fall, of which neighbours may be equal -> (stamps that differ, rows per second).
 
-    def __init__(self, path):
-        self.file, self.count = open(path, "wb"), 0
-        self.file.write(self._header())
+    Rows share a stamp where the clock ticks slower than they come: they lie between it and the next one, so that none
+    is known too early. A window's stamp is that of its last row: there they lie between it and the one before."""
+    if windows:
+        turned, rate = spread(-stamps[::-1])
+        return -turned[::-1], rate
+    if not len(stamps):
+        return stamps, float(SENSOR_HZ)
+    first = np.flatnonzero(np.r_[True, np.diff(stamps) > 0])
+    counts, steps = np.diff(np.r_[first, len(stamps)]), np.diff(stamps[first])
+    near = steps <= max(0.1, 3 * np.median(steps)) if len(steps) else []  # the others are pauses
+    rate = float(counts[:-1][near].sum() / steps[near].sum()) if np.any(near) else float(SENSOR_HZ)
+    each = np.minimum(np.r_[steps, np.inf] / counts, 1 / rate)
+    return stamps + (np.arange(len(stamps)) - np.repeat(first, counts)) * np.repeat(each, counts), rate
 
-    def _header(self):
-        buffer = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            buffer, dict(shape=(self.count, CHANNELS), fortran_order=False, descr="<f4")
-        )
-        return buffer.getvalue()
 
-    def write(self, rows):
-        self.file.write(np.ascontiguousarray(rows, "<f4").tobytes())
-        self.count += len(rows)
+class NoSensor(BadSession):
+    """The sensor's rows cannot be put in an order of time; the recording is good without."""
 
-    def close(self):
-        self.file.seek(0)
-        self.file.write(self._header())
-        self.file.close()
+
+def open_sensor(paths):
+    """npz files of one recording -> (paths by time, function that yields a file's blocks, first stamp, last stamp);
+    BadSession where they cannot be read or put in order."""
+    spans, kinds = [], set()
+    for path in paths:
+        with reading(path), zipfile.ZipFile(path) as archive:
+            keys = {name.removesuffix(".npy") for name in archive.namelist()}
+            windows = {"timestamps", "data"} <= keys
+            if not windows and not {"timestamps", "forces", "alines"} <= keys:
+                expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
+                raise ValueError(f"it has {', '.join(sorted(keys))}; {expected}")
+            stamps = read_whole(archive, "timestamps")
+            stamps = stamps[np.isfinite(stamps)]
+        if len(back := np.flatnonzero(np.diff(stamps) < -0.1)):
+            step = stamps[back[0]] - stamps[back[0] + 1]
+            raise NoSensor(f"{path.name}: the clock steps back by {step:.3f} s after stamp {back[0] + 1}")
+        if len(stamps):
+            kinds.add(read_windows if windows else read_stream)
+            spans.append((stamps.min() - (649 / SENSOR_HZ if windows else 0), stamps.max(), path))
+    if len(kinds) != 1:
+        found = "both streams and windows" if kinds else "no rows"
+        raise NoSensor(f"{', '.join(path.name for path in paths)} hold {found}")
+    spans.sort()
+    return [path for *_, path in spans], kinds.pop(), spans[0][0], max(span[1] for span in spans)
+
+
+def copy_sensor(paths, read, target):
+    """npz files by time -> the .npy file `target`; -> (stamps (n,), rows per second, names of the rows left out because
+    a value of theirs is not finite)."""
+    stamps, spoiled, newest = [np.zeros(0)], [], -np.inf
+    with open(target, "wb") as f:
+        write_npy_header(f, 0)
+        for path in paths:
+            row = 0
+            with reading(path):
+                for t, block in read(path):
+                    if block.ndim != 2 or block.shape[1] != CHANNELS:
+                        raise ValueError(f"rows are {block.shape[1:]}, expected {CHANNELS} numbers: force, A-scan")
+                    good = np.isfinite(block).all(1) & np.isfinite(t)
+                    spoiled += [f"{path.name} row {row + i}" for i in np.flatnonzero(~good)]
+                    good &= t >= newest  # of a file that overlaps the one before
+                    f.write(np.ascontiguousarray(block[good], "<f4").tobytes())
+                    stamps.append(t[good])
+                    row += len(t)
+            newest = max((part[-1] for part in stamps if len(part)), default=-np.inf)
+        stamps = np.concatenate(stamps)
+        f.seek(0)
+        write_npy_header(f, len(stamps))
+    return *spread(stamps, read is read_windows), spoiled
+
+
+def write_npy_header(f, rows):
+    """NumPy pads the header, so that the first axis can grow in place."""
+    np.lib.format.write_array_header_1_0(f, dict(shape=(rows, CHANNELS), fortran_order=False, descr="<f4"))
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def list_images(folder):
-    """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time). View names: View1..; with _left, _right for stereo folders."""
-    views, nameless = {}, []
+    """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time, broken pictures). View
+    names: View1..; with _left, _right for stereo folders."""
+    views, nameless, broken, places = {}, [], [], []
     root = next((folder / name for name in sorted(os.listdir(folder)) if name.lower() == "images"), folder)
-    for name in sorted(os.listdir(root)):
-        number = re.match(r"view_?(\d+)", name, re.I)
-        if not number or not (root / name).is_dir():
-            continue
-        for place, eye in (
-            (root / name, ""),
-            *(
-                (root / name / sub, f"_{sub.lower()}")
-                for sub in sorted(os.listdir(root / name))
-                if sub.lower() in ("left", "right") and (root / name / sub).is_dir()
-            ),
-        ):
-            for entry in os.scandir(place):
-                stem, suffix = os.path.splitext(entry.name)
-                if suffix.lower() not in (".jpg", ".jpeg", ".png") or entry.name.startswith("."):
-                    continue
-                path = (place / entry.name).relative_to(folder).as_posix()
-                try:
-                    stamp = float(stem.rsplit("_", 1)[-1])
-                except ValueError:
-                    stamp = float("nan")
-                if not np.isfinite(stamp):
-                    nameless.append(path)
-                    continue
-                views.setdefault(f"View{number[1]}{eye}", []).append((stamp, path))
-    return {view: sorted(images) for view, images in sorted(views.items())}, sorted(nameless)
+    for place in sorted(path for path in root.iterdir() if path.is_dir()):
+        if number := re.match(r"view_?(\d+)", place.name, re.I):
+            places.append((f"View{number[1]}", place))
+            eyes = [p for p in sorted(place.iterdir()) if p.name.lower() in ("left", "right") and p.is_dir()]
+            places += [(f"View{number[1]}_{eye.name.lower()}", eye) for eye in eyes]
+    for view, place in places:
+        for entry in os.scandir(place):
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix.lower() not in (".jpg", ".jpeg", ".png") or entry.name.startswith("."):
+                continue
+            path = (place / entry.name).relative_to(folder).as_posix()
+            stamp = pd.to_numeric(stem.rsplit("_", 1)[-1], errors="coerce")
+            if not np.isfinite(stamp):
+                nameless.append(path)
+            elif not is_whole(entry.path):
+                broken.append(path)
+            else:
+                views.setdefault(view, []).append((float(stamp), path))
+    return {view: sorted(images) for view, images in sorted(views.items())}, sorted(nameless), sorted(broken)
+
+
+def is_whole(path):
+    """Does the file begin and end as a JPEG or PNG does?"""
+    with open(path, "rb") as f:
+        start = f.read(8)
+        f.seek(max(0, os.path.getsize(path) - 64))
+        end = f.read().rstrip(b"\0")
+    jpeg = start.startswith(b"\xff\xd8\xff") and end.endswith(b"\xff\xd9")
+    return jpeg or (start == b"\x89PNG\r\n\x1a\n" and end.endswith(b"IEND\xaeB`\x82"))
 
 
 # ---- one recording ---------------------------------------------------------------------------------------------------
@@ -374,249 +357,339 @@ def instruction_of(dataset, task, given):
 
 
 def describe(folder):
-    """Recording folder -> (format, robot CSV, sensor files, images, names without a time); BadSession where no robot log or no image is."""
+    """Recording folder -> (format, robot CSV, sensor files, images, warnings); BadSession without log or image."""
     names = sorted(os.listdir(folder))
-    logs = [folder / n for n in names if ROBOT_CSV.fullmatch(n)]
+    logs = [folder / n for n in names if ss.ROBOT_CSV.fullmatch(n)]
     if len(logs) != 1:
-        raise BadSession(
-            f"has {len(logs)} robot logs ({', '.join(p.name for p in logs) or 'none'}); expected one robot_state_*.csv, robot_states.csv or robot_rt_*.csv"
+        found = ", ".join(p.name for p in logs) or "none"
+        expected = "robot_state_*.csv, robot_states.csv or robot_rt_*.csv"
+        raise BadSession(f"has {len(logs)} robot logs ({found}); expected one {expected}")
+    images, nameless, broken = list_images(folder)
+    warnings = []
+    if nameless:
+        warnings.append(
+            f"warning: {len(nameless)} images without a time in their name are left out, e.g. {nameless[0]}"
         )
-    images, nameless = list_images(folder)
+    if broken:
+        warnings.append(f"warning: {len(broken)} broken pictures are left out: {', '.join(broken)}")
     if not images:
-        raise BadSession(
-            f"has no image with a time in its name (View1/left/*_<epoch>.jpg or images/View1/<epoch>.jpg){f'; {len(nameless)} without, e.g. {nameless[0]}' if nameless else ''}"
-        )
+        expected = "View1/left/*_<epoch>.jpg or images/View1/<epoch>.jpg"
+        raise BadSession(f"has no image with a time in its name ({expected}){'; '.join(['', *warnings])}")
     sensor = [folder / n for n in names if re.fullmatch(r"sensor_data.*\.npz", n, re.I)]
-    kind = (
-        "legacy"
-        if logs[0].name.lower().startswith("robot_rt")
-        else "new"
-        if logs[0].name.lower() == "robot_states.csv"
-        else "old"
-    )
-    return kind, logs[0], sensor, images, nameless
+    stem = logs[0].stem.lower()
+    kind = "legacy" if stem.startswith("robot_rt") else {"robot_states": "new"}.get(stem, "old")
+    return kind, logs[0], sensor, images, warnings
+
+
+def shift(images, offset):
+    """{view: [(stamp, path)]} and session.yaml's camera_offset_s -> {view: stamps (M,) on the robot's clock}."""
+    out = {}
+    for view, shots in images.items():
+        by_view = offset if isinstance(offset, dict) else {view: offset}
+        out[view] = np.array([t for t, _ in shots]) + by_view.get(view, by_view.get(view.partition("_")[0], 0.0))
+    return out
+
+
+OTHER_CLOCK = "other clock? --estimate-offsets proposes what to write into session.yaml"
 
 
 def process(folder, cfg):
-    """Preprocess one recording -> report {name, status: made | unchanged | read | failed, error, warnings [], and the table's columns}. Raises only on a bug."""
-    dataset, task, episode = identity(folder)
-    report = dict(name=f"{dataset}/{task}/{episode}", folder=str(folder), status="failed", error="", warnings=[])
+    """Preprocess one recording -> report {name, folder, status made | unchanged | read | failed, error, lines to print,
+    changes since the data.pkl that was there, metadata}."""
+    name = "/".join(ss.identity(folder))
+    report = dict(name=name, folder=str(folder), status="failed", error="", lines=[], changes=[], metadata={})
     try:
-        return report | _process(Path(folder), dataset, task, cfg)
-    except (BadSession, OSError, UnicodeDecodeError, csv.Error, zipfile.BadZipFile) as error:
-        return report | dict(error=str(error) if isinstance(error, BadSession) else f"{type(error).__name__}: {error}")
+        return report | (estimate if cfg.estimate_offsets else preprocess)(folder, cfg)
+    except (OSError, BadSession) as error:
+        return report | dict(error=str(error))
 
 
-def _process(folder, dataset, task, cfg):
-    kind, log, sensor_files, images, nameless = describe(folder)
-    instruction = instruction_of(dataset, task, cfg.instruction)
-    sources = [[p.name, *source_facts(p)] for p in (log, *sensor_files)]
-    settings = {k: getattr(cfg, k) for k in ("action_hz", "tolerance_ms", "sensor_clock_offset", "min_sensor_overlap")}
-    known = json.dumps([SCHEMA, sources, settings, instruction, images], sort_keys=True)
-    fingerprint = hashlib.sha256(known.encode()).hexdigest()[:24]
-    if not cfg.force and (made := existing(folder, fingerprint)):
-        return dict(status="unchanged", warnings=made["warnings"], **columns(made))
-
-    warnings = (
-        [f"{len(nameless)} images without a time in their name are left out, e.g. {nameless[0]}"] if nameless else []
+def preprocess(folder, cfg):
+    kind, log, sensor_files, images, warnings = describe(folder)
+    notes = ss.read_notes(folder)
+    given = dict(
+        sources=[],
+        image={view: [path for _, path in shots] for view, shots in images.items()},
+        instruction=notes["instruction"] or instruction_of(*ss.identity(folder)[:2], cfg.instruction),
+        settings={key: getattr(cfg, key) for key in ("action_hz", "tolerance_ms", "min_sensor_overlap")},
+        notes=notes,
     )
-    stamps, rows, duplicates = read_robot(log)
-    period, tolerance = 1 / cfg.action_hz, cfg.tolerance_ms / 1000
-    steps = np.diff(stamps)
-    hz = 1 / float(np.median(steps)) if len(steps) else 0.0
-    if hz < 1 / (period + tolerance):
-        raise BadSession(
-            f"{log.name} has {hz:.2f} rows per second, actions at {cfg.action_hz:g} Hz need {1 / (period + tolerance):.2f} or more. Lower --action-hz, or leave this recording out"
-        )
-    begin, end, segment = match_steps(stamps, period, tolerance)
-    if not len(begin):
-        raise BadSession(
-            f"{log.name}: no two rows of {len(stamps)} are {period:g} s apart (within {cfg.tolerance_ms:g} ms); it covers {stamps[-1] - stamps[0]:.3f} s. Leave this recording out"
-        )
-    delta = rows[end, 6:] - rows[begin, 6:]
-    delta[:, 3:] = wrap_degrees(delta[:, 3:])
-    for view, shots in images.items():
-        inside = sum(stamps[0] - 1.5 <= t <= stamps[-1] for t, _ in shots)
-        if not inside:
-            warnings.append(
-                f"{view}: none of {len(shots)} images is of the time of the robot log ({stamps[0]:.3f} .. {stamps[-1]:.3f}, images {shots[0][0]:.3f} .. {shots[-1][0]:.3f}): the clocks differ"
-            )
-    span, overlap, sensor = stamps[-1] - stamps[0], None, open_sensor(sensor_files) if sensor_files else None
-    if sensor_files and not sensor:
-        warnings.append(f"{', '.join(p.name for p in sensor_files)} hold no rows: no sensor")
-    if sensor:
-        first, last, read = sensor[0] + cfg.sensor_clock_offset, sensor[1] + cfg.sensor_clock_offset, sensor[2]
-        overlap = max(0.0, min(last, stamps[-1]) - max(first, stamps[0])) / span
-        if overlap < cfg.min_sensor_overlap:
-            warnings.append(
-                f"the sensor covers {overlap:.0%} of the robot log ({first - stamps[0]:+.2f} s to {last - stamps[0]:+.2f} s of {span:.2f} s), less than {cfg.min_sensor_overlap:.0%}: left out. "
-                "Other clock: --sensor-clock-offset S; right as it is: --min-sensor-overlap "
-                + f"{np.floor(overlap * 20) / 20:g}"
-            )
-            sensor = None
-    metadata = dict(
+    for path in (log, *sensor_files):
+        with reading(path):
+            given["sources"].append([path.name, ss.content_of(path)])
+    before = existing(folder)
+    changes = [describe_change(key, before.get(key), value) for key, value in given.items() if before]
+    changes = [change for change in changes if change]
+    if before and not changes and not cfg.force:
+        return dict(status="unchanged", lines=before["warnings"], metadata=before)
+
+    stamps, rows = read_robot(log)
+    motion, facts = read_motion(log, stamps, rows, cfg, warnings)
+    begin, end = float(stamps.min()), float(stamps.max())
+    image_stamps = shift(images, notes["camera_offset_s"])
+    for view, shots in image_stamps.items():
+        if not np.any((begin - 1.5 <= shots) & (shots <= end)):
+            when = f"images {shots[0] - begin:+.3f} .. {shots[-1] - begin:+.3f} s from its start"
+            warnings.append(f"warning: {view}: no image is of the robot log's time ({when}): {OTHER_CLOCK}")
+    sensor, overlap = None, None
+    if sensor_files:
+        sensor, overlap = make_sensor(folder, sensor_files, notes["sensor_offset_s"], begin, end, cfg, warnings)
+    metadata = facts | dict(
         episode_name=folder.name,
-        robot_hz=hz,
         action_hz=cfg.action_hz,
-        num_actions=len(begin),
-        num_robot_states=len(stamps),
-        duration_seconds=float(span),
         has_sensor=sensor is not None,
-        tolerance_s=tolerance,
-        n_gaps=int((steps >= period + tolerance).sum()),
-        n_segments=int(segment[-1]) + 1,
-        n_duplicates=duplicates,
+        sensor_hz=sensor["rate_hz"] if sensor else None,
         sensor_overlap=overlap,
         format=kind,
-        sources=sources,
-        settings=settings,
-        fingerprint=fingerprint,
+        num_images=sum(map(len, images.values())),
         warnings=warnings,
-        views={view: len(shots) for view, shots in images.items()},
+        **{key: given[key] for key in ("sources", "settings", "notes")},
     )
+    report = dict(status="read" if cfg.dry_run else "made", lines=warnings, changes=changes, metadata=metadata)
     if cfg.dry_run:
-        return dict(status="read", warnings=warnings, **columns(metadata))
-
-    stream = None
-    if sensor:
-        require_space(folder, int(span * SENSOR_HZ * CHANNELS * 4))
-        (folder / DATA_PKL).unlink(missing_ok=True)  # a kill from here on must not leave it beside another stream
-        parts = []
-        with atomic_path(folder / SENSOR_FILE) as temporary:
-            writer = NpyWriter(temporary)
-            for t, block in read():
-                if not np.isfinite(block).all():
-                    raise BadSession(
-                        f"{', '.join(p.name for p in sensor_files)}: a row at {t[0]:.3f} .. {t[-1]:.3f} is not finite"
-                    )
-                writer.write(block)
-                parts.append(t)
-            writer.close()
-        stream = dict(
-            file=SENSOR_FILE,
-            timestamps=np.concatenate(parts) + cfg.sensor_clock_offset,
-            rate_hz=float(SENSOR_HZ),
-            channels=CHANNELS,
-            clock_offset_s=cfg.sensor_clock_offset,
-        )
-    data = dict(
-        schema_version=SCHEMA,
-        action=np.concatenate([delta, np.ones((len(delta), 1))], axis=1).astype(np.float32),
-        action_timestamps=stamps[begin],
-        action_end_timestamps=stamps[end],
-        segment_id=segment,
-        robot_state=rows[begin].astype(np.float32),
-        image={view: [path for _, path in shots] for view, shots in images.items()},
-        image_timestamps={view: np.array([t for t, _ in shots]) for view, shots in images.items()},
-        sensor_data=stream,
-        instruction=instruction,
-        metadata=metadata,
-    )
-    with atomic_path(folder / DATA_PKL) as temporary:
-        temporary.write_bytes(pickle.dumps(data, protocol=4))
-    if stream is None:
-        (folder / SENSOR_FILE).unlink(missing_ok=True)  # of an earlier run with other settings
-    return dict(status="made", warnings=warnings, **columns(metadata))
+        return report
+    parts = dict(image=given["image"], image_timestamps=image_stamps, instruction=given["instruction"])
+    with atomic_path(folder / ss.DATA_PKL) as temporary:
+        ss.save_data_pkl(temporary, motion | parts | dict(sensor_data=sensor, metadata=metadata))
+    if sensor is None:
+        (folder / ss.SENSOR_FILE).unlink(missing_ok=True)  # of an earlier run with other settings
+    return report
 
 
-def existing(folder, fingerprint):
-    """metadata of the data.pkl that is there, if it was made from these sources with these settings and is whole; else None."""
+def existing(folder):
+    """What the data.pkl that is there was made from, and its report; None where there is none that can be used."""
     try:
-        data = load_data_pkl(folder / DATA_PKL)
-    except (OSError, BadSession):  # missing, damaged or of another program: make it
+        session = ss.Session(folder)
+    except (OSError, BadSession):  # missing, damaged or of another version: make it
         return None
-    sensor = data["sensor_data"]
-    whole = sensor is None or (
-        (folder / sensor["file"]).is_file()
-        and (folder / sensor["file"]).stat().st_size >= len(sensor["timestamps"]) * CHANNELS * 4
-    )
-    return data["metadata"] if whole and data["metadata"].get("fingerprint") == fingerprint else None
+    image = {view: session.view(view)[0] for view in session.view_names}
+    return session.metadata | dict(instruction=session.instruction, image=image)
 
 
-def columns(m):
-    """metadata -> what the report shows."""
-    return dict(
-        format=m["format"],
-        hz=m["robot_hz"],
-        seconds=m["duration_seconds"],
-        actions=m["num_actions"],
-        segments=m["n_segments"],
-        gaps=m["n_gaps"],
-        duplicates=m["n_duplicates"],
-        views=m["views"],
-        overlap=m["sensor_overlap"],
-        has_sensor=m["has_sensor"],
+def describe_change(key, old, new):
+    """-> text; "" where nothing changed."""
+    if old == new or key in ("sources", "image"):
+        return "" if old == new else {"sources": "robot log or sensor file", "image": "pictures"}[key]
+    if isinstance(new, dict) and isinstance(old, dict):
+        names = [name for name in new if old.get(name) != new[name]]
+        old, new = ({name: values.get(name) for name in names} for values in (old, new))
+    return f"{key} (was {old}, is {new})"
+
+
+def read_motion(log, stamps, rows, cfg, warnings):
+    """Robot log -> (data.pkl's arrays, facts for the report)."""
+    period = 1 / cfg.action_hz
+    stretches, back, gaps = find_stretches(stamps, period, cfg.tolerance_ms / 1000)
+    steps = np.concatenate([np.diff(stamps[chosen]) for chosen in stretches])
+    hz = 1 / float(steps.mean()) if len(steps) else 0.0
+    if hz < 0.78 * cfg.action_hz:
+        needed = f"actions at {cfg.action_hz:g} Hz need {0.8 * cfg.action_hz:g} or more"
+        raise BadSession(f"{log.name} has {hz:.2f} rows per second, {needed}. Lower --action-hz, or leave it out")
+    spans = [float(stamps[chosen[-1]] - stamps[chosen[0]]) for chosen in stretches]
+    if max(spans) < period - SLACK:
+        whole = f"the {len(stamps)} rows have no stretch of {period:g} s without a gap"
+        raise BadSession(f"{log.name}: {whole}. Leave this recording out")
+    motion = make_actions(stamps, rows, stretches, period)
+    seconds = float(np.maximum(np.diff(stamps[np.concatenate(stretches)]), 0).sum())
+    lost = max(0.0, seconds - len(motion["action"]) * period - spans[-1] % period)  # the end is shorter than an action
+    for row in back:
+        step = f"the robot's clock steps back by {stamps[row - 1] - stamps[row]:.3f} s at line {row + 2}"
+        warnings.append(f"warning: {step}: split there, but images and sensor can fit one side only")
+    if lost > 0.05 * seconds:
+        warnings.append(f"warning: LOST {lost:.2f} of {seconds:.2f} s of the robot log ({gaps} gaps)")
+    facts = dict(
+        robot_hz=hz,
+        jitter_ms=1000 * float(steps.std()),
+        lost_seconds=lost,
+        duration_seconds=seconds,
+        num_actions=len(motion["action"]),
+        num_robot_states=len(stamps),
+        n_segments=int(motion["segment_id"][-1]) + 1,
+        n_gaps=gaps,
+        n_duplicates=len(stamps) - sum(map(len, stretches)),
     )
+    return motion, facts
+
+
+def make_sensor(folder, files, offset, begin, end, cfg, warnings):
+    """npz files -> (sensor_data of data.pkl or None, share of the robot log covered). Writes sensor_stream.npy."""
+    try:
+        paths, read, first, last = open_sensor(files)
+    except NoSensor as error:
+        warnings.append(f"warning: {error}: no sensor")
+        return None, None
+    first, last = first + offset, last + offset
+    overlap = max(0.0, min(last, end) - max(first, begin)) / (end - begin)
+    if overlap < cfg.min_sensor_overlap:
+        when = f"{first - begin:+.2f} s to {last - begin:+.2f} s of {end - begin:.2f} s"
+        right = f"right as it is: --min-sensor-overlap {np.floor(overlap * 20) / 20:g}"
+        covers = f"the sensor covers {overlap:.0%} of the robot log ({when}), less than {cfg.min_sensor_overlap:.0%}"
+        warnings.append(f"warning: {covers}: left out. {OTHER_CLOCK}; {right}")
+        return None, overlap
+    place = contextlib.nullcontext(os.devnull)
+    if not cfg.dry_run:
+        require_space(folder, int((last - first) * SENSOR_HZ * CHANNELS * 4))
+        (folder / ss.DATA_PKL).unlink(missing_ok=True)  # a kill from here on must not leave it beside another stream
+        place = atomic_path(folder / ss.SENSOR_FILE)
+    with place as target:
+        stamps, rate, spoiled = copy_sensor(paths, read, target)
+    if spoiled:
+        shown = ", ".join(spoiled[:20]) + (f" and {len(spoiled) - 20} more" if len(spoiled) > 20 else "")
+        warnings.append(f"warning: {len(spoiled)} sensor rows with values that are not finite are left out: {shown}")
+    if abs(rate / SENSOR_HZ - 1) > 0.05:
+        warnings.append(
+            f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: a window lasts as much longer"
+        )
+    return dict(file=ss.SENSOR_FILE, timestamps=stamps + offset, rate_hz=rate, channels=CHANNELS), overlap
+
+
+# ---- clock offsets ---------------------------------------------------------------------------------------------------
+
+
+def estimate(folder, cfg):
+    """Propose what to add to the cameras' and the sensor's time: where the robot moves fast the pictures change, and so
+    does the force. -> report, its lines the proposals."""
+    _, log, files, images, lines = describe(folder)
+    stamps, rows = read_robot(log)
+    stretches, *_ = find_stretches(stamps, 1 / cfg.action_hz, cfg.tolerance_ms / 1000)
+    longest = max(stretches, key=len)
+    steps = np.diff(rows[longest, 6:], axis=0)
+    steps[:, 3:] = (steps[:, 3:] + 180) % 360 - 180
+    travelled = np.r_[0, np.cumsum(np.linalg.norm(steps, axis=1))]  # a degree counts as a mm
+    seen = [image_changes(folder, shots) for view, shots in images.items() if not view.endswith("_right")]
+    found, clear = dict(camera_offset_s=find_offset(stamps[longest], travelled, seen)), {}
+    if files:
+        found["sensor_offset_s"] = find_offset(stamps[longest], travelled, [force_changes(files)])
+    for key, (offset, here, elsewhere) in found.items():
+        if here > 0.5 and here - elsewhere > 0.1:
+            clear[key] = round(offset, 2)
+        proposal = clear.get(key, "not clear, none proposed")
+        lines.append(f"{key}: {proposal}  # correlation {here:.2f}, the next best {elsewhere:.2f}")
+    if clear and cfg.write_offsets:
+        path = folder / ss.NOTES_FILE
+        known = {key: value for key, value in ss.read_notes(folder).items() if value != ss.NOTES[key]}
+        path.write_text(yaml.safe_dump(known | clear, allow_unicode=True), encoding="utf-8")
+        lines.append(f"written to {path}; now run create_datapkl.py without --estimate-offsets")
+    return dict(status="read", lines=lines)
+
+
+def image_changes(folder, shots):
+    """[(stamp, path)] -> (stamps (m,), mean change of a pixel between neighbours (m - 1,))."""
+    small = []
+    for _, path in shots:
+        with Image.open(folder / path) as image:
+            image.draft("L", (128, 72))
+            small.append(np.asarray(image.convert("L").resize((64, 36), Image.BOX), np.float64))
+    return np.array([t for t, _ in shots]), np.abs(np.diff(small, axis=0)).mean((1, 2))
+
+
+def force_changes(files):
+    """npz files -> (middles of bins of 50 ms (m,), change of the mean force from bin to bin (m - 1,))."""
+    paths, read, *_ = open_sensor(files)
+    stamps, force = [], []
+    for path in paths:
+        for t, block in read(path):
+            good = np.isfinite(block[:, 0]) & np.isfinite(t)
+            stamps.append(t[good])
+            force.append(block[good, 0].astype(np.float64))
+    stamps, _ = spread(np.concatenate(stamps), read is read_windows)
+    edges = np.arange(stamps[0], stamps[-1], 0.05)
+    mean = np.diff(np.interp(edges, stamps, np.cumsum(np.concatenate(force))))
+    return edges[:-1] + 0.025, np.abs(np.diff(mean))
+
+
+def find_offset(t, travelled, series):
+    """Robot's times and path (n,); series [(stamps (m,), change (m - 1,))] of another clock -> (seconds to add to that
+    clock, correlation there, best correlation elsewhere). At least half of the shorter recording must overlap."""
+    begin, end = min(s[0] for s, _ in series), max(s[-1] for s, _ in series)
+    half = min(t[-1] - t[0], end - begin) / 2
+    offsets = np.arange(t[0] - end + half, t[-1] - begin - half, 0.02)
+    curve = np.zeros(len(offsets))
+    for stamps, change in series:
+        between = np.diff(stamps)
+        for i, offset in enumerate(offsets):
+            at = stamps + offset
+            inside = (at[:-1] >= t[0]) & (at[1:] <= t[-1]) & (between > 0)
+            if inside.sum() >= 10:
+                speed = np.diff(np.interp(at, t, travelled))[inside] / between[inside]
+                other = change[inside] / between[inside]
+                if speed.std() > 0 and other.std() > 0:
+                    curve[i] += np.corrcoef(speed, other)[0, 1] / len(series)
+    best = int(np.argmax(curve))
+    return float(offsets[best]), float(curve[best]), float(curve[np.abs(offsets - offsets[best]) > 0.3].max(initial=0))
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def table(reports):
-    """Reports -> lines."""
-    width = max(len(r["name"]) for r in reports)
-    lines = [
-        f"{'recording':<{width}}  status     format  rows/s  seconds  actions  segments  gaps  duplicates  sensor       images per view"
-    ]
-    for r in reports:
-        if r["status"] == "failed":
-            lines.append(f"{r['name']:<{width}}  FAILED")
-            continue
-        sensor = "none" if r["overlap"] is None else f"{r['overlap']:.0%}" + ("" if r["has_sensor"] else " left out")
-        lines.append(
-            f"{r['name']:<{width}}  {r['status']:<9}  {r['format']:<6}  {r['hz']:6.1f}  {r['seconds']:7.1f}  {r['actions']:7d}  {r['segments']:8d}  {r['gaps']:4d}  {r['duplicates']:10d}  {sensor:<11}  "
-            + " ".join(f"{view}:{n}" for view, n in r["views"].items())
-        )
-    return lines
+COLUMNS = {  # of the printed table: keys of metadata
+    "format": "format",
+    "robot_hz": "rows/s",
+    "jitter_ms": "jitter ms",
+    "duration_seconds": "seconds",
+    "lost_seconds": "lost",
+    "num_actions": "actions",
+    "n_segments": "segments",
+    "n_duplicates": "repeated",
+    "num_images": "images",
+    "has_sensor": "sensor",
+    "sensor_overlap": "share",
+    "sensor_hz": "rows/s ",
+}
+
+
+def run_all(function, folders, workers):
+    """[function(folder)], in processes."""
+    bar = partial(tqdm, total=len(folders), desc="recordings", unit="recording", disable=None)
+    if not workers or len(folders) == 1:
+        return list(bar(map(function, folders)))
+    try:
+        with ProcessPoolExecutor(min(workers, len(folders)), multiprocessing.get_context("fork")) as pool:
+            return list(bar(pool.map(function, folders)))
+    except BrokenProcessPool as error:
+        cause = f"a worker was killed (workers is {workers}), mostly for memory"
+        raise UserError(f"{cause}. Lower it; what is finished stays") from error
 
 
 def main(cfg):
     """Process all recordings, print the report; returns the number of those that failed."""
     check_config(cfg)
     roots = [*cfg.dataset_dirs, *([cfg.new_dataset_dir] if cfg.new_dataset_dir else [])]
-    folders = find_recordings(roots)
+    folders, excluded = ss.find_recordings(roots), ss.find_recordings(roots, excluded=True)
     if not folders:
-        raise FileNotFoundError(
-            f"no recordings below {', '.join(roots)}: expected folders recv_all_*, episode_*, Captures* or ZED_Captures_* with a robot CSV"
-        )
-    bar = partial(tqdm, total=len(folders), desc="recordings", unit="recording", disable=None)
-    one = partial(process, cfg=cfg)
-    if cfg.workers and len(folders) > 1:
-        try:
-            with ProcessPoolExecutor(min(cfg.workers, len(folders)), multiprocessing.get_context("fork")) as pool:
-                reports = list(bar(pool.map(one, map(str, folders))))
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"a worker was killed (workers is {cfg.workers}), mostly for memory. Lower it; what is finished stays"
-            ) from error
-    else:
-        reports = list(bar(map(one, map(str, folders))))
-    print("\n".join(table(reports)))
+        expected = "expected folders recv_all_*, episode_*, Captures* or ZED_Captures_* with a robot CSV"
+        raise MissingFile(f"no recordings below {', '.join(roots)}: {expected}")
+    reports = run_all(partial(process, cfg=cfg), folders, cfg.workers)
+    facts = pd.DataFrame([r["metadata"] for r in reports], columns=list(COLUMNS))
+    if not cfg.estimate_offsets:
+        facts.insert(0, "recording", [r["name"] for r in reports])
+        facts.insert(1, "status", [r["status"] for r in reports])
+        print(facts.convert_dtypes().round(2).astype(object).fillna("").rename(columns=COLUMNS).to_string(index=False))
     for r in reports:
-        for warning in r["warnings"]:
-            print(f"warning: {r['name']}: {warning}")
+        for line in r["lines"]:
+            print(f"{r['name']}: {line}")
+    for change, n in Counter(change for r in reports for change in r["changes"]).items():
+        print(f"{n} made again, for this changed: {change}")
+    for folder in excluded:
+        print(f"{folder}: left out, for its {ss.NOTES_FILE} says exclude")
+    for name in sorted({r["name"].split("/")[0] for r in reports} - set(ss.GUIDE)):
+        weight = f"its samples get weight 1, unless the training is told --dataset-weight {name}=W"
+        print(f"warning: data set '{name}' is none of the guide's: {weight}, or {ss.NOTES_FILE} names another data set")
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in reports).items())
+    minutes = facts["duration_seconds"].sum() / 60
+    dry = "; nothing written (--dry-run)" if cfg.dry_run else ""
+    print(f"{len(reports)} recordings: {counts}; {facts['num_actions'].sum():g} actions, {minutes:.1f} min{dry}")
     failed = [r for r in reports if r["status"] == "failed"]
-    good = [r for r in reports if r["status"] != "failed"]
-    counts = {s: sum(r["status"] == s for r in reports) for s in ("made", "unchanged", "read", "failed")}
-    print(
-        f"{len(reports)} recordings: "
-        + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
-        + f"; {sum(r['actions'] for r in good)} actions, {sum(r['seconds'] for r in good) / 60:.1f} min"
-        + ("; nothing written (--dry-run)" if cfg.dry_run else "")
-    )
     for r in failed:
         print(f"FAILED {r['folder']}: {r['error']}", file=sys.stderr)
     if failed:
-        print(
-            "A recording that cannot be repaired is left out by a dot before its name: mv FOLDER/recv_all_1 FOLDER/.recv_all_1",
-            file=sys.stderr,
-        )
+        print("One that is beyond repair: exclude: true in its session.yaml, or a dot before its name", file=sys.stderr)
     return len(failed)
 
 
 if __name__ == "__main__":
-    config = parse_config(Config, aliases={"dataset_dir": "dataset_dirs"})
     try:
-        sys.exit(1 if main(config) else 0)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"create_datapkl.py: {error}")
+        sys.exit(1 if main(parse_config(Config, aliases=ALIASES)) else 0)
+    except UserError as error:
+        print(f"create_datapkl.py: {error}", file=sys.stderr)
+        sys.exit(2)

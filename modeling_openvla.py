@@ -1,10 +1,11 @@
-"""OpenVLA (Kim et al. 2024, arXiv 2406.09246) in plain modules: config, image processor, processor, model and predict_action, in one file.
+"""OpenVLA (Kim et al. 2024, arXiv 2406.09246) in plain modules, in one file: config, image processor, processor, model.
 
-    image 224 x 224 -> DINOv2 | SigLIP, their second-to-last block -> (B, 256, 2176) -> projector -> (B, 256, D), put between BOS and the text of a Llama,
-    which answers with one token per action dimension.
+    image 224 x 224 -> DINOv2 | SigLIP, their second-to-last block -> (B, 256, 2176) -> projector -> (B, 256, D),
+    put between BOS and the text of a Llama, which answers with one token per action dimension.
 
-train_openvla_vamos.py trains this model and copies this file into every model it exports, where AutoProcessor and AutoModelForImageTextToText find it with
-trust_remote_code=True. So it imports nothing but torch, transformers, numpy and Pillow. Names and shapes of all tensors are those of openvla/openvla-7b.
+train_openvla_vamos.py trains this model and copies this file into every model it exports, where AutoProcessor and
+AutoModelForImageTextToText find it with trust_remote_code=True. So it imports nothing but torch, transformers, numpy
+and Pillow. Names and shapes of all tensors are those of openvla/openvla-7b.
 
 Letters in shapes: B batch, P patches of the image, T text tokens, D width of the Llama, A action dims.
 """
@@ -25,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -32,7 +34,8 @@ from transformers.modeling_outputs import CausalLMOutput
 PATCH = 14
 EMPTY_TOKEN = 29871  # Llama's "▁": the space between the prompt and the first action token
 IGNORE = -100  # label of a position without loss
-TOWERS = {  # the two towers behind config.timm_model_ids; sizes of another checkpoint stand in its config's vision_sizes
+# the towers behind config.timm_model_ids; sizes of other ones stand in config.json as vision_sizes
+TOWERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0),
     "vit_so400m_patch14_siglip_224": dict(embed_dim=1152, depth=27, num_heads=16, mlp_ratio=3.7362),
 }
@@ -61,53 +64,55 @@ class OpenVLAConfig(PretrainedConfig):
         vision_sizes=None,
         **kwargs,
     ):
-        # what the released config leaves out, written down: transformers' defaults of its time
-        text = dict(
-            rms_norm_eps=1e-6,
-            max_position_embeddings=2048,
-            rope_theta=10000.0,
-            vocab_size=32064,
-            pad_token_id=pad_token_id,
-        )
-        self.text_config = (
-            text_config
-            if isinstance(text_config, PretrainedConfig)
-            else LlamaConfig(**text | {k: v for k, v in (text_config or {}).items() if k != "model_type"})
-        )
-        self.timm_model_ids, self.image_sizes, self.use_fused_vision_backbone = (
-            list(timm_model_ids),
-            list(image_sizes),
-            use_fused_vision_backbone,
-        )
-        self.n_action_bins, self.norm_stats, self.pad_to_multiple_of, self.vision_sizes = (
-            n_action_bins,
-            norm_stats,
-            pad_to_multiple_of,
-            vision_sizes,
-        )
+        if not isinstance(text_config, PretrainedConfig):
+            # what the released config leaves out, written down: transformers' defaults of its time
+            text = dict(rms_norm_eps=1e-6, max_position_embeddings=2048, rope_theta=10000.0, vocab_size=32064)
+            text |= dict(pad_token_id=pad_token_id) | (text_config or {})
+            text.pop("model_type", None)
+            text_config = LlamaConfig(**text)
+        self.text_config = text_config
+        self.timm_model_ids, self.image_sizes = list(timm_model_ids), list(image_sizes)
+        self.use_fused_vision_backbone, self.vision_sizes = use_fused_vision_backbone, vision_sizes
+        self.n_action_bins, self.norm_stats, self.pad_to_multiple_of = n_action_bins, norm_stats, pad_to_multiple_of
         super().__init__(pad_token_id=pad_token_id, **kwargs | dict(tie_word_embeddings=False))
 
     def towers(self):
         """-> sizes {embed_dim, depth, num_heads, mlp_ratio} of the two towers"""
         if not self.use_fused_vision_backbone or len(self.timm_model_ids) != 2:
-            raise ValueError(
-                f"config.json: timm_model_ids {self.timm_model_ids} with use_fused_vision_backbone {self.use_fused_vision_backbone}; expected the two towers of openvla-7b"
-            )
+            raise ValueError(f"config.json: timm_model_ids are {self.timm_model_ids}; expected openvla-7b's two towers")
         if self.vision_sizes:
             return [self.vision_sizes[name] for name in ("featurizer", "fused_featurizer")]
         if unknown := [name for name in self.timm_model_ids if name not in TOWERS]:
-            raise ValueError(
-                f"config.json: the sizes of tower '{unknown[0]}' are unknown; known are {', '.join(TOWERS)}. Write them into config.json as vision_sizes"
-            )
+            raise ValueError(f"config.json: the sizes of tower '{unknown[0]}' are unknown. Write them as vision_sizes")
         return [TOWERS[name] for name in self.timm_model_ids]
 
+    # the last ids of Llama's own vocabulary are the actions: 31744 .. 31999 for openvla-7b
 
-# ---- image and text -> inputs ------------------------------------------------------------------------------------------
+    @property
+    def action_end(self):
+        return self.text_config.vocab_size - self.pad_to_multiple_of
+
+    @property
+    def action_begin(self):
+        return self.action_end - self.n_action_bins
+
+    def encode_actions(self, actions):
+        """(..., A) array in [-1, 1] -> int64 ids; -1 is the last action id, +1 the first"""
+        return self.action_end - np.digitize(np.clip(actions, -1, 1), np.linspace(-1, 1, self.n_action_bins))
+
+    def decode_actions(self, ids):
+        """int ids -> (..., A) float64, the centres of their bins"""
+        edges = np.linspace(-1, 1, self.n_action_bins)
+        centres = (edges[:-1] + edges[1:]) / 2
+        return centres[np.clip(self.action_end - np.asarray(ids) - 1, 0, len(centres) - 1)]
+
+
+# ---- image and text -> inputs ----------------------------------------------------------------------------------------
 
 
 class PrismaticImageProcessor(ImageProcessingMixin):
-    """Images -> pixel_values (B, 6, h, w): resized without regard to the aspect, bicubic, channels 0-2 normalised for DINOv2, 3-5 for SigLIP. Neither torchvision
-    nor timm; Pillow's bicubic resize is what torchvision calls."""
+    """Images -> pixel_values (B, 6, h, w): resized without regard to the aspect, bicubic, channels 0-2 normalised for
+    DINOv2, 3-5 for SigLIP. Neither torchvision nor timm; Pillow's bicubic resize is what torchvision calls."""
 
     model_input_names = ["pixel_values"]
 
@@ -122,24 +127,17 @@ class PrismaticImageProcessor(ImageProcessingMixin):
     ):
         super().__init__(**kwargs)
         if image_resize_strategy != "resize-naive":
-            raise ValueError(
-                f"image_resize_strategy is '{image_resize_strategy}'; expected resize-naive, that of openvla-7b"
-            )
+            raise ValueError(f"image_resize_strategy is '{image_resize_strategy}'; expected openvla-7b's resize-naive")
         self.image_resize_strategy, self.input_sizes = image_resize_strategy, [list(size) for size in input_sizes]
-        self.means, self.stds, self.tvf_normalize_params = (
-            [list(m) for m in means],
-            [list(s) for s in stds],
-            tvf_normalize_params,
-        )
-        used = tvf_normalize_params or [
-            dict(mean=m, std=s) for m, s in zip(means, stds)
-        ]  # the released file holds rounded numbers here, and those were trained with
-        self._mean, self._std = (
-            np.array([value for tower in used for value in tower[key]], np.float32) for key in ("mean", "std")
-        )
+        self.means, self.stds = [list(m) for m in means], [list(s) for s in stds]
+        self.tvf_normalize_params = tvf_normalize_params
+        # the released file holds rounded numbers in tvf_normalize_params, and those were trained with
+        used = tvf_normalize_params or [dict(mean=m, std=s) for m, s in zip(means, stds, strict=True)]
+        self._mean = np.array([value for tower in used for value in tower["mean"]], np.float32)
+        self._std = np.array([value for tower in used for value in tower["std"]], np.float32)
 
     def to_dict(self):
-        return {k: v for k, v in super().to_dict().items() if not k.startswith("_mean") and not k.startswith("_std")}
+        return {k: v for k, v in super().to_dict().items() if k not in ("_mean", "_std")}
 
     @property
     def size(self):
@@ -158,9 +156,8 @@ class PrismaticImageProcessor(ImageProcessingMixin):
 
     def __call__(self, images, return_tensors="pt", **kwargs):
         images = images if isinstance(images, (list, tuple)) else [images]
-        return BatchFeature(
-            {"pixel_values": self.normalize(torch.from_numpy(np.stack([self.resize(image) for image in images])))}
-        )
+        pixels = torch.from_numpy(np.stack([self.resize(image) for image in images]))
+        return BatchFeature({"pixel_values": self.normalize(pixels)})
 
 
 class PrismaticProcessor(ProcessorMixin):
@@ -174,17 +171,13 @@ class PrismaticProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path, **kwargs):
-        """The same in every version of transformers: both halves from files of a directory (or hub id), no Auto class in between."""
-        hub = {
-            k: kwargs[k]
-            for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-            if kwargs.get(k) is not None
-        }
+        """The same in every version of transformers: both halves from files of a directory (or hub id)."""
+        names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+        hub = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
         settings = read_image_settings(path, **hub)
-        drop = ("image_processor_type", "processor_class", "auto_map")
-        return cls(
-            PrismaticImageProcessor(**{k: v for k, v in settings.items() if k not in drop}), load_tokenizer(path, **hub)
-        )
+        for name in ("image_processor_type", "processor_class", "auto_map"):
+            settings.pop(name, None)
+        return cls(PrismaticImageProcessor(**settings), PreTrainedTokenizerFast.from_pretrained(path, **hub))
 
     def __call__(self, text, images, return_tensors="pt", **kwargs):
         text, images = ([text], [images]) if isinstance(text, str) else (text, images)
@@ -204,16 +197,7 @@ def read_image_settings(path, **kwargs):
         settings = json.loads(Path(file).read_text()) if file else {}
         if "input_sizes" in (settings := settings.get("image_processor", settings)):
             return settings
-    raise FileNotFoundError(
-        f"{path} has neither preprocessor_config.json nor processor_config.json with OpenVLA's input_sizes"
-    )
-
-
-def load_tokenizer(path, **kwargs):
-    """The Llama tokenizer as its tokenizer.json says."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(path, **kwargs)
+    raise FileNotFoundError(f"{path} has no preprocessor_config.json with OpenVLA's input_sizes")
 
 
 def pad_right(rows, value):
@@ -225,7 +209,7 @@ def pad_right(rows, value):
     return ids, mask
 
 
-# ---- model -------------------------------------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------------------------------
 
 
 class Mlp(nn.Module):
@@ -288,17 +272,15 @@ class AttentionPool(nn.Module):
 
 
 class Tower(nn.Module):
-    """One vision transformer. (B, 3, h, w) -> (B, P, embed_dim): the output of the second-to-last block, without prefix tokens and without the final norm.
-    The last block, `norm` and `attn_pool` are there because the file has them."""
+    """One vision transformer. (B, 3, h, w) -> (B, P, embed_dim): the output of the second-to-last block, without prefix
+    tokens and final norm. The last block, `norm` and `attn_pool` are there because the file has them."""
 
     def __init__(self, patches, embed_dim, depth, num_heads, mlp_ratio, dino):
         super().__init__()
         hidden = int(embed_dim * mlp_ratio)
         if dino:
-            self.cls_token, self.reg_token = (
-                nn.Parameter(torch.zeros(1, 1, embed_dim)),
-                nn.Parameter(torch.zeros(1, 4, embed_dim)),
-            )
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.reg_token = nn.Parameter(torch.zeros(1, 4, embed_dim))
         else:
             self.attn_pool = AttentionPool(embed_dim, hidden)
         self.dino, self.gradient_checkpointing = dino, False
@@ -308,10 +290,9 @@ class Tower(nn.Module):
 
     def forward(self, x):
         x = self.patch_embed(x) + self.pos_embed
-        if self.dino:
-            x = torch.cat(
-                [self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], dim=1
-            )  # after the positions
+        if self.dino:  # prefix tokens have no positions
+            prefix = torch.cat([self.cls_token, self.reg_token], dim=1)
+            x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks[:-1]:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
         return x[:, 5 if self.dino else 0 :]
@@ -324,10 +305,8 @@ class VisionBackbone(nn.Module):
         if height % PATCH or width % PATCH:
             raise ValueError(f"config.json: image_sizes {config.image_sizes} must be multiples of {PATCH}")
         self.patches, (dino, siglip) = height * width // PATCH**2, config.towers()
-        self.featurizer, self.fused_featurizer = (
-            Tower(self.patches, **dino, dino=True),
-            Tower(self.patches, **siglip, dino=False),
-        )
+        self.featurizer = Tower(self.patches, **dino, dino=True)
+        self.fused_featurizer = Tower(self.patches, **siglip, dino=False)
 
     def forward(self, pixel_values):
         """(B, 6, h, w) -> (B, P, both widths)"""
@@ -356,20 +335,16 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(sum(size["embed_dim"] for size in config.towers()), config.text_config.hidden_size)
         self.language_model = LlamaForCausalLM(config.text_config)
-        # the last ids of Llama's own vocabulary are the actions; 31744 .. 31999 for openvla-7b
-        self.action_end = config.text_config.vocab_size - config.pad_to_multiple_of
-        self.action_begin = self.action_end - config.n_action_bins
+        self.action_begin, self.action_end = config.action_begin, config.action_end
         self.post_init()
 
     def _init_weights(self, module):
-        if isinstance(
-            module, (nn.Linear, nn.Conv2d)
-        ):  # a new model (demo, benchmark): 0.02 everywhere; towers' other parameters stay 0 or 1
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)  # knows Llama's rotary buffers, which no file holds
+        """A new model (demo, benchmark): 0.02 everywhere; the towers' other parameters stay 0 or 1."""
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            return super()._init_weights(module)  # knows Llama's rotary buffers, which no file holds
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -379,42 +354,36 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def enable_checkpointing(self):
         """Recompute activations in the backward pass, block by block, in both towers and the Llama."""
-        self.vision_backbone.featurizer.gradient_checkpointing = (
-            self.vision_backbone.fused_featurizer.gradient_checkpointing
-        ) = True
-        enable = (
-            getattr(self.language_model, "activation_checkpointing_enable", None)
-            or self.language_model.gradient_checkpointing_enable
-        )  # the old name warns
-        enable({"use_reentrant": False})
+        for tower in self.vision_backbone.children():
+            tower.gradient_checkpointing = True
+        llama = self.language_model
+        enable = getattr(llama, "activation_checkpointing_enable", None)  # the old name warns
+        (enable or llama.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def embed(self, input_ids, pixel_values):
         """(B, T) ids, (B, 6, h, w) -> (B, P + T, D): BOS, the image, the text."""
-        text, image = (
-            self.get_input_embeddings()(input_ids),
-            self.projector(self.vision_backbone(pixel_values.to(self.vision_backbone.featurizer.pos_embed.dtype))),
-        )
-        return torch.cat([text[:, :1], image.to(text.dtype), text[:, 1:]], dim=1)
+        text = self.get_input_embeddings()(input_ids)
+        pixels = pixel_values.to(self.vision_backbone.featurizer.pos_embed.dtype)
+        image = self.projector(self.vision_backbone(pixels)).to(text.dtype)
+        return torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
 
     def hidden(self, input_ids, pixel_values, attention_mask=None):
-        """-> (B, P + T, D), last hidden states. Where padding is on the right, causal attention alone keeps it out of every real position: no mask is needed."""
-        return self.language_model.model(
-            inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        """-> (B, P + T, D), last hidden states. Where padding is on the right, causal attention alone keeps it out of
+        every real position: no mask is needed."""
+        embedded = self.embed(input_ids, pixel_values)
+        llama = self.language_model.model
+        return llama(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, **kwargs):
-        """Logits (B, P + T, V) of every position, and with labels (B, T) the mean cross-entropy of the positions that are not -100."""
+        """Logits (B, P + T, V) of every position; with labels (B, T) the mean cross-entropy where not -100."""
         patches, loss = self.vision_backbone.patches, None
         if attention_mask is not None:  # the image is always seen
-            attention_mask = torch.cat(
-                [attention_mask[:, :1], attention_mask.new_ones(len(attention_mask), patches), attention_mask[:, 1:]],
-                dim=1,
-            )
+            seen = attention_mask.new_ones(len(attention_mask), patches)
+            attention_mask = torch.cat([attention_mask[:, :1], seen, attention_mask[:, 1:]], dim=1)
         logits = self.language_model.lm_head(self.hidden(input_ids, pixel_values, attention_mask))
         if labels is not None:  # position P + j predicts token j + 1
-            loss = F.cross_entropy(
-                logits[:, patches:-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
-            )
+            predicted = logits[:, patches:-1].flatten(0, 1).float()
+            loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORE)
         return CausalLMOutput(loss=loss, logits=logits)
 
     # ---- actions
@@ -427,56 +396,36 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for key in (unnorm_key, f"{unnorm_key}_dataset", str(unnorm_key).removesuffix("_dataset")):
             if key in known:
                 return key, known[key]["action"]
-        raise ValueError(
-            f"unnorm_key is {unnorm_key!r}; this model has statistics of: {', '.join(sorted(known)) or 'no data set'}"
-        )
-
-    def action_tokens(self, actions):
-        """(..., A) array in [-1, 1] -> int64 ids; -1 is the last action id, +1 the first"""
-        return self.action_end - np.digitize(np.clip(actions, -1, 1), np.linspace(-1, 1, self.config.n_action_bins))
-
-    def decode_tokens(self, ids):
-        """int ids -> (..., A) float64, the centres of their bins"""
-        edges = np.linspace(-1, 1, self.config.n_action_bins)
-        return ((edges[:-1] + edges[1:]) / 2)[
-            np.clip(self.action_end - np.asarray(ids) - 1, 0, self.config.n_action_bins - 2)
-        ]
+        there = ", ".join(sorted(known)) or "no data set"
+        raise ValueError(f"unnorm_key is {unnorm_key!r}; this model has statistics of: {there}")
 
     def unnormalize(self, values, stats):
         """(..., A) in [-1, 1] -> float64 in the data's units; a dimension whose mask is False passes"""
-        low, high, values = (
-            np.array(stats["q01"], np.float64),
-            np.array(stats["q99"], np.float64),
-            np.asarray(values, np.float64),
-        )
-        return np.where(
-            np.array(stats.get("mask", np.ones(len(low))), bool), 0.5 * (values + 1) * (high - low) + low, values
-        )
+        low, high = np.array(stats["q01"], np.float64), np.array(stats["q99"], np.float64)
+        mask = np.array(stats.get("mask", np.ones(len(low))), bool)
+        return np.where(mask, 0.5 * (np.asarray(values, np.float64) + 1) * (high - low) + low, values)
 
     @torch.no_grad()
     def generate_action_ids(self, input_ids, pixel_values, dims, attention_mask=None):
-        """Greedy answer of `dims` tokens, chosen among the action ids only: any other token would decode to full speed. -> (B, dims)"""
+        """Greedy answer of `dims` tokens (B, dims), chosen among the action ids only: any other token would decode to
+        full speed."""
+        llama, patches = self.language_model.model, self.vision_backbone.patches
+        begin, end = self.action_begin, self.action_end
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [row[m.bool()].tolist() for row, m in zip(input_ids, keep)]
-        ids, mask = (
-            x.to(input_ids.device)
-            for x in pad_right(
-                [r if r[-1] == EMPTY_TOKEN else [*r, EMPTY_TOKEN] for r in rows], self.config.pad_token_id
-            )
-        )
-        patches, length = self.vision_backbone.patches, mask.sum(1)
-        out = self.language_model.model(inputs_embeds=self.embed(ids, pixel_values), use_cache=True)
-        last, chosen = out.last_hidden_state[torch.arange(len(ids), device=ids.device), patches + length - 1], []
+        rows = [row[m.bool()].tolist() for row, m in zip(input_ids, keep, strict=True)]
+        rows = [row if row[-1] == EMPTY_TOKEN else [*row, EMPTY_TOKEN] for row in rows]
+        ids, mask = (x.to(input_ids.device) for x in pad_right(rows, self.config.pad_token_id))
+        every, length = torch.arange(len(ids), device=ids.device), mask.sum(1)
+        out = llama(inputs_embeds=self.embed(ids, pixel_values), use_cache=True)
+        last, chosen = out.last_hidden_state[every, patches + length - 1], []
         mask = torch.cat([mask.new_ones(len(ids), patches), mask], dim=1)
         while True:
-            logits = self.language_model.lm_head(last)[:, self.action_begin : self.action_end]
-            chosen.append(self.action_begin + logits.argmax(-1))
+            chosen.append(begin + self.language_model.lm_head(last)[:, begin:end].argmax(-1))
             if len(chosen) == dims:
                 return torch.stack(chosen, dim=1)
-            mask = torch.cat(
-                [mask, mask.new_ones(len(ids), 1)], dim=1
-            )  # padding sits between a short prompt and its answer: masked, and not counted by the positions
-            out = self.language_model.model(
+            # padding sits between a short prompt and its answer: masked, and not counted by the positions
+            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+            out = llama(
                 inputs_embeds=self.get_input_embeddings()(chosen[-1])[:, None],
                 attention_mask=mask,
                 past_key_values=out.past_key_values,
@@ -486,10 +435,11 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             last = out.last_hidden_state[:, -1]
 
     def predict_action(self, input_ids=None, unnorm_key=None, pixel_values=None, attention_mask=None, do_sample=False):
-        """Prompt and image(s) of the processor -> float64 array (A,) in the data's units, (B, A) for B > 1 rows. The action's dimension is that of the statistics."""
+        """Prompt and image(s) of the processor -> float64 array (A,) in the data's units, (B, A) for B > 1 rows. The
+        action's dimension is that of the statistics."""
         if do_sample:
             raise ValueError("do_sample is True: actions are chosen greedily, write do_sample=False")
         _, stats = self.stats_of(unnorm_key)
         ids = self.generate_action_ids(input_ids, pixel_values, len(stats["q01"]), attention_mask)
-        actions = self.unnormalize(self.decode_tokens(ids.cpu().numpy()), stats)
+        actions = self.unnormalize(self.config.decode_actions(ids.cpu().numpy()), stats)
         return actions[0] if len(actions) == 1 else actions

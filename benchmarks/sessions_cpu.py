@@ -1,11 +1,14 @@
-"""What data.pkl, the mapped sensor stream and the feature cache save, as ratios measured in one run on this CPU; files in the page cache.
+"""What data.pkl, the mapped sensor stream and the feature cache save, measured in one run on this CPU; files in the
+page cache.
 
-    python benchmarks/sessions_cpu.py                # under a minute; the numbers in README come from results/sessions_cpu.txt
+    python benchmarks/sessions_cpu.py        # under a minute; the numbers in docs/create_datapkl.md come from it
 
-start    seconds to open 20 recordings of 20 s (2,000 rows, 5 views of 100 images) from data.pkl / by reading the CSV, listing the images and matching.
-window   seconds of one 650-row sensor window of the mapped stream, shuffled / of a 213 MB .npz that is opened anew for it, as np.load does.
-feature  seconds of one 2048-wide feature of the session's mapped file, shuffled / of torch.load of a file that holds this one feature.
-item     seconds of everything that a training sample needs from the disk: feature, targets and a window of 65 or 650 rows.
+start    milliseconds to open 20 recordings of 20 s (2,000 rows, 5 views of 100 images) from data.pkl / by reading the
+         CSV, listing the images and interpolating.
+check    the same with a look whether each recording changed since, as every training does once.
+window   one 650-row sensor window of the mapped stream, shuffled / of a 213 MB .npz opened anew, as np.load does.
+feature  one 2048-wide feature of a session's mapped file, shuffled / of torch.load of a file with this one feature.
+item     everything that a training sample needs from the disk: feature, targets and a window of 65 or 650 rows.
 """
 
 import contextlib
@@ -26,16 +29,13 @@ import create_datapkl as cd
 import make_demo
 from common import checkpoint as ckpt
 from common import sessions as ss
-from common import vl_cache as vc
-from common.config import parse_config
 
 torch.set_num_threads(1)
-VIEWS = ["View1", "View2", "View3", "View4", "View5"]
 
 
 def preprocess(folder):
     with contextlib.redirect_stdout(io.StringIO()):
-        cd.main(parse_config(cd.Config, ["--dataset_dirs", str(folder), "--workers", "0"]))
+        cd.main(cd.Config(dataset_dirs=[str(folder)], workers=0))
 
 
 def median_ms(function, items):
@@ -49,21 +49,16 @@ def median_ms(function, items):
 
 
 def write_recording(folder, rng, start):
-    """20 s at 100 Hz in the old layout, with sensor; the images are empty files, for nothing here opens them."""
-    t = start + np.arange(2000) / 100
+    """20 s at 100 Hz in the old layout; the pictures have 8 x 8 pixels, for nothing here decodes them."""
+    t, picture = start + np.arange(2000) / 100, make_demo.jpeg(np.zeros((8, 8, 3), np.uint8))
     pose = np.cumsum(rng.normal(0, 0.02, (2000, 6)), axis=0)
-    for v in VIEWS:
-        (folder / v / "left").mkdir(parents=True)
+    for view in range(1, 6):
+        place = folder / f"View{view}/left"
+        place.mkdir(parents=True)
         for k in range(100):
-            (folder / v / "left" / f"zed_1_left_{start + k / 5:.3f}.jpg").touch()
-    np.savetxt(
-        folder / f"robot_state_{int(start)}.csv",
-        np.column_stack([t, t, t, 0 * t, pose, pose]),
-        "%.17g",
-        ",",
-        header=make_demo.CSV_COLUMNS.format(force="force_placeholder"),
-        comments="",
-    )
+            (place / f"zed_1_left_{start + k / 5:.3f}.jpg").write_bytes(picture)
+    header, table = make_demo.CSV_COLUMNS.format(force="force"), np.column_stack([t, t, t, 0 * t, pose, pose])
+    np.savetxt(folder / f"robot_state_{int(start)}.csv", table, "%.17g", ",", header=header, comments="")
 
 
 def start(folder):
@@ -73,24 +68,24 @@ def start(folder):
     preprocess(folder)
 
     def raw(f):
-        kind, log, sensor, images, nameless = cd.describe(f)
-        stamps, rows, _ = cd.read_robot(log)
-        cd.match_steps(stamps, 0.1, 0.02)
+        log = cd.describe(f)[1]
+        stamps, rows = cd.read_robot(log)
+        cd.read_motion(log, stamps, rows, cd.Config(), [])
 
-    csv, pkl = (median_ms(lambda _: [read(f) for f in folders], range(5)) for read in (raw, ss.Session))
+    csv, pkl = (median_ms(lambda _, read=read: [read(f) for f in folders], range(5)) for read in (raw, ss.Session))
+    whole = median_ms(lambda _: ss.find_sessions([folder]), range(5))
     print(f"start    20 recordings: CSV {csv:.0f} ms, data.pkl {pkl:.1f} ms: {csv / pkl:.0f} times", flush=True)
+    print(f"check    found, opened and compared with the recordings: {whole:.1f} ms", flush=True)
 
 
 def disk(folder):
-    rng = np.random.default_rng(0)
-    path = folder / "one/recv_all_1"
+    rng, path = np.random.default_rng(0), folder / "one/recv_all_1"
     write_recording(path, rng, 1761551500.0)
     rows = rng.normal(size=(13000, 1026)).astype(np.float32)
     stamps = 1761551500.0 + np.arange(13000) / 650
     np.savez(path / "sensor_data_1.npz", timestamps=stamps, forces=rows[:, 0], alines=rows[:, 1:])
     preprocess(path)
-    session = ss.Session(path)
-    windows = folder / "windows.npz"
+    session, windows = ss.Session(path), folder / "windows.npz"
     np.savez(windows, timestamps=np.arange(80.0), data=np.zeros((80, 650, 1026), np.float32) + rows[:650])
 
     def from_npz(k):
@@ -98,47 +93,32 @@ def disk(folder):
             return z["data"][k]
 
     steps = rng.integers(20, len(session), 400)
-    npz, mapped, short = (
-        median_ms(from_npz, rng.integers(0, 80, 8)),
-        median_ms(lambda k: session.sensor_window(int(k), 650), steps),
-        median_ms(lambda k: session.sensor_window(int(k), 65), steps),
-    )
-    print(
-        f"window   650 rows: .npz {npz:.0f} ms, mapped {mapped:.3f} ms: {npz / mapped:.0f} times; 65 rows mapped {short:.3f} ms",
-        flush=True,
-    )
+    npz = median_ms(from_npz, rng.integers(0, 80, 8))
+    mapped, short = (median_ms(lambda k, n=n: session.sensor_window(int(k), n), steps) for n in (650, 65))
+    times = f"{npz / mapped:.0f} times; 65 rows mapped {short:.3f} ms"
+    print(f"window   650 rows: .npz {npz:.0f} ms, mapped {mapped:.3f} ms: {times}", flush=True)
 
     ticks = session.ticks(3, ["View1"])
-    one = folder / "features"
-    one.mkdir()
     features = torch.randn(len(ticks), 1, 2048, dtype=torch.float16)
-    for i, f in enumerate(features):
-        torch.save(f[None].clone(), one / f"{i}.pt")
-    ckpt.save_state(
-        folder / "all.pt",
-        dict(features=features, tick_timestamps=torch.from_numpy(ticks.tick_time), frame_index={}, meta={}),
-    )
-    file = vc.FeatureFile(folder / "all.pt")
+    for i, feature in enumerate(features):
+        torch.save(feature[None].clone(), folder / f"{i}.pt")
+    ckpt.save_state(folder / "all.pt", dict(features=features))
+    features = ckpt.load_state(folder / "all.pt")["features"]
     chosen = rng.integers(0, len(ticks), 2000)
-    per_file, row = (
-        median_ms(lambda i: torch.load(one / f"{i}.pt", weights_only=True).float(), chosen),
-        median_ms(lambda i: file.features[int(i)].float(), chosen),
-    )
+    alone = median_ms(lambda i: torch.load(folder / f"{i}.pt", weights_only=True).float(), chosen)
+    row = median_ms(lambda i: features[int(i)].float(), chosen)
     print(
-        f"feature  one file each, torch.load {per_file:.3f} ms; one row of the session's file {row:.4f} ms: {per_file / row:.0f} times",
-        flush=True,
+        f"feature  a file each {alone:.3f} ms; a row of the session's {row:.4f} ms: {alone / row:.0f} times", flush=True
     )
 
     for window in (65, 650):
 
-        def item(k):
+        def item(k, window=window):
             tick = session.tick_of_step(int(k), 3, 3)
-            return file.features[int(tick)].float(), session.targets(int(k), 8), session.sensor_window(int(k), window)
+            return features[int(tick)].float(), session.targets(int(k), 8), session.sensor_window(int(k), window)
 
-        print(
-            f"item     window {window}: {median_ms(item, steps):.3f} ms, {1000 / median_ms(item, steps):.0f} samples/s of one process",
-            flush=True,
-        )
+        each = median_ms(item, steps)
+        print(f"item     window {window}: {each:.3f} ms, {1000 / each:.0f} samples/s of one process", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,195 +1,215 @@
 """Robot sessions: folders with a data.pkl (written by create_datapkl.py), robot, sensor and cameras on one clock.
 
-data.pkl holds builtins and arrays only and is read by an unpickler that knows nothing else. Step k of a session starts at starts[k]; action[k] is the motion of
-the TCP pose from there to ends[k], about 0.1 s later. Where the robot log has a gap a new segment begins; nothing reaches across. Whatever belongs to
-step k (VLM tick, images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
+Step k of a session starts at starts[k]; action[k] is the motion of the TCP pose from there to ends[k], exactly 0.1 s
+later. Where the robot log has a gap a new segment begins; nothing reaches across. Whatever belongs to step k (VLM tick,
+images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
+import math
 import os
 import pickle
+import pickletools
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import yaml
 
+from common import MissingFile, UserError
 from common.stats import compute_stats
 
-SCHEMA = 2  # of data.pkl
+SCHEMA = 3  # of data.pkl
 STATS_FORMAT = 1  # of session_stats
-DATA_PKL, SENSOR_FILE = "data.pkl", "sensor_stream.npy"
+DATA_PKL, SENSOR_FILE, NOTES_FILE = "data.pkl", "sensor_stream.npy", "session.yaml"
 CHANNELS = 1026  # of a sensor row: force, then 1025 A-scan values
-SENSOR_HZ = 650
+SENSOR_HZ = 650  # nominal; Session.sensor_hz is what was measured
 ACTION_HZ = 10  # what the trainings expect of the sessions' actions
-ARRAYS = dict(
-    action=("f4", 7),
-    action_timestamps=("f8", None),
-    action_end_timestamps=("f8", None),
-    segment_id=("i4", None),
-    robot_state=("f4", 12),
-)
+GUIDE = ("New_dataset", "White_silicone_white_circle", "Needle_insertion_eye_trocar", "OCT_insertion", "part1")
+MOTION = dict(action=("f4", 7), action_timestamps=("f8", 0), action_end_timestamps=("f8", 0))
+ARRAYS = MOTION | dict(segment_id=("i4", 0), robot_state=("f4", 12))  # {key of data.pkl: (dtype, columns)}
 REMAKE = "python create_datapkl.py --dataset-dirs {}"
 
 
-class BadSession(ValueError):
+class BadSession(UserError, ValueError):
     """A recording or its data.pkl cannot be used; the message names it, what was expected and the next command."""
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
+# A pickle of dicts, lists, strings and numbers; an array is the tuple (dtype name, shape, bytes). Its instructions are
+# looked at before any is run: none may name a class or call a function.
+
+PLAIN = """PROTO FRAME MARK STOP MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE
+TUPLE TUPLE1 TUPLE2 TUPLE3"""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builtin values and NumPy arrays; every other global is refused before anything of it runs."""
-
-    def find_class(self, module, name):
-        from numpy import _core  # 1.x pickles say numpy.core, 2.x numpy._core
-
-        known = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): _latin1,
-            ("__builtin__", "bytes"): _no_bytes,
-        }
-        for core in ("numpy.core", "numpy._core"):
-            known |= {(f"{core}.multiarray", n): getattr(_core.multiarray, n) for n in ("_reconstruct", "scalar")} | {
-                (f"{core}.numeric", "_frombuffer"): _core.numeric._frombuffer
-            }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return known[module, name]
-
-
-def _latin1(text, encoding):
-    """How pickle protocol 2 spells bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it refers to _codecs.encode with {encoding!r}")
-    return text.encode("latin1")
-
-
-def _no_bytes():
-    """How protocol 2 spells b''."""
-    return b""
+def save_data_pkl(path, data):
+    """dict (see create_datapkl.py), with arrays -> file."""
+    Path(path).write_bytes(pickle.dumps(_pack(data | dict(schema_version=SCHEMA)), protocol=4))
 
 
 def load_data_pkl(path):
-    """Path of a data.pkl -> its dict (schema 2, see create_datapkl.py). Anything but builtins and arrays in it is refused, not executed; BadSession."""
-    path = Path(path)
-    again = f"Make it again: {REMAKE.format(path.parent)} --force"
+    """Path of a data.pkl -> its dict, every field that the programs use checked; BadSession."""
+    raw = Path(path).read_bytes()
     try:
-        with open(path, "rb") as f:
-            data = _Unpickler(f).load()
-    except OSError:
-        raise
-    except (
-        Exception
-    ) as error:  # damaged bytes surface as anything: EOFError, UnpicklingError, IndexError, MemoryError...
-        raise BadSession(
-            f"{path} is refused: {error}; a data.pkl holds plain values and arrays only. {again}"
-        ) from error
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
-        found = f"schema_version {data.get('schema_version')}" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise BadSession(
-            f"{path} has {found}, this code reads {SCHEMA} (a file of another program has no action times). {again}"
-        )
-    wanted = {*ARRAYS, "image", "image_timestamps", "sensor_data", "instruction", "metadata"}
-    if lacking := sorted(wanted - set(data)):
-        raise BadSession(f"{path} has no {', '.join(lacking)}. {again}")
-    n = len(data["action"])
-    for key, (dtype, width) in ARRAYS.items():
-        x = data[key]
-        if not isinstance(x, np.ndarray) or x.dtype != np.dtype(dtype) or x.shape != ((n, width) if width else (n,)):
-            raise BadSession(
-                f"{path}: {key} is {getattr(x, 'dtype', type(x).__name__)} {getattr(x, 'shape', '')}, expected {dtype} {(n, width) if width else (n,)}. {again}"
-            )
-    if n == 0 or not all(np.isfinite(data[key]).all() for key in ARRAYS):
-        raise BadSession(f"{path} has {'no action' if n == 0 else 'values that are not finite'}. {again}")
+        kinds = {instruction.name for instruction, _, _ in pickletools.genops(raw)}
+        if more := sorted(kinds.difference(PLAIN.split())):
+            raise ValueError(f"it holds more than plain values ({more[0]}), as those of older versions do")
+        data = _unpack(pickle.loads(raw))
+        _check(data)
+    except Exception as error:  # damaged bytes surface as anything: EOFError, TypeError, IndexError, MemoryError...
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
+        raise BadSession(f"{path} is refused: {reason}. Make it again: {REMAKE.format(Path(path).parent)}") from error
     return data
 
 
-def source_facts(path):
-    """(size in bytes, modification time in ns) of a file."""
-    s = os.stat(path)
-    return s.st_size, s.st_mtime_ns
+def _pack(value):
+    if isinstance(value, dict):
+        return {key: _pack(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.dtype.name, value.shape, value.tobytes()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _unpack(value):
+    if isinstance(value, dict):
+        return {key: _unpack(item) for key, item in value.items()}
+    if not isinstance(value, tuple):
+        return value
+    name, shape, raw = value
+    if name not in ("float32", "float64", "int32"):
+        raise ValueError("it has an array of another kind of numbers")
+    return np.frombuffer(raw, name).reshape(shape).copy()
+
+
+def _check(data):
+    if type(data["schema_version"]) is not int or data["schema_version"] != SCHEMA:
+        raise ValueError(f"its schema_version is not {SCHEMA}")
+    n, sensor = len(data["action"]), data["sensor_data"]
+    arrays = {key: (data[key], dtype, (n, width) if width else (n,)) for key, (dtype, width) in ARRAYS.items()}
+    for view, paths in data["image"].items():
+        arrays[f"image_timestamps of {view}"] = data["image_timestamps"][view], "f8", (len(paths),)
+        if outside := [path for path in paths if os.path.isabs(path) or ".." in path.split("/")]:
+            raise ValueError(f"the image path '{outside[0]}' leads out of the recording")
+    if sensor is not None:
+        arrays["timestamps of the sensor"] = sensor["timestamps"], "f8", (len(sensor["timestamps"]),)
+        if (sensor["file"], sensor["channels"]) != (SENSOR_FILE, CHANNELS) or not 0 < sensor["rate_hz"] < math.inf:
+            raise ValueError(f"sensor_data is not {CHANNELS} channels in {SENSOR_FILE} at a rate above 0")
+    for key, (x, dtype, shape) in arrays.items():
+        if not isinstance(x, np.ndarray) or x.dtype != dtype or x.shape != shape or not np.isfinite(x).all() or not n:
+            raise ValueError(f"{key} is not {dtype} {shape}, finite and not empty")
+    names = [*data["image"], *(name for name, _ in data["metadata"]["sources"])]
+    if any("/" in name for name in names) or not isinstance(data["instruction"], str):
+        raise ValueError("a view or source is not a plain name, or the instruction no text")
+
+
+def content_of(path):
+    """Hex digits that change with a file's content and not with its times. An .npz carries the checksums of its arrays:
+    it is not read through."""
+    if path.suffix.lower() != ".npz":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with zipfile.ZipFile(path) as archive:
+        facts = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 RECORDING = re.compile(r"recv_all_.*|episode_.*|(zed_)?captures.*", re.I)
+IMAGES = re.compile(r"view_?\d|images$", re.I)
 ROBOT_CSV = re.compile(r"robot_(state|states|rt)(_.*)?\.csv", re.I)
+NOTES = dict(sensor_offset_s=0.0, camera_offset_s=0.0, instruction=None, dataset=None, exclude=False)
 
 
-def find_recordings(roots):
-    """Folders below `roots` (or these themselves) that hold a recording: by its name, its robot CSV or a data.pkl. Sorted, absolute, each once. A folder whose
-    name begins with a dot is left out."""
-    found = set()
+def read_notes(folder):
+    """session.yaml beside a recording over NOTES: seconds to add to the sensor's and the cameras' time to get the
+    robot's (cameras: also {view: seconds}), the instruction, the data set, whether to leave the recording out."""
+    path = Path(folder) / NOTES_FILE
+    try:
+        notes = NOTES | ((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {})
+        cameras = notes["camera_offset_s"]
+        offsets = [notes["sensor_offset_s"], *(cameras.values() if isinstance(cameras, dict) else [cameras])]
+        texts = [notes["instruction"] or "", notes["dataset"] or ""]
+        good = all(map(math.isfinite, offsets)) and all(isinstance(text, str) for text in texts)
+        good = good and set(notes) == set(NOTES) and isinstance(notes["exclude"], bool) and "/" not in texts[1]
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise BadSession(f"{path}: {error}") from error
+    if not good:
+        raise BadSession(f"{path}: expected only {', '.join(NOTES)} (seconds, texts, true or false), got {notes}")
+    return notes
+
+
+def find_recordings(roots, excluded=False):
+    """Folders below `roots` (or these themselves) that hold a recording, by its name, its robot CSV or a data.pkl:
+    sorted real paths, each once, whatever links lead there. A folder whose name begins with a dot is left out, so is
+    one whose session.yaml says exclude (`excluded`: these only)."""
+    found, seen = set(), set()
     for root in roots:
-        root = Path(root).absolute()
-        if not root.is_dir():
-            raise FileNotFoundError(
-                f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*, Captures*)"
-            )
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if (
-                DATA_PKL in files
-                or any(ROBOT_CSV.fullmatch(f) for f in files)
-                or (RECORDING.fullmatch(os.path.basename(folder)) and _has_images(subfolders))
-            ):
-                found.add(Path(folder))
+        if not os.path.isdir(root):
+            raise MissingFile(f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*)")
+        for folder, subfolders, files in os.walk(os.path.realpath(root), followlinks=True):
+            real = Path(os.path.realpath(folder))
+            marked = DATA_PKL in files or any(map(ROBOT_CSV.fullmatch, files))
+            if real in seen:  # a link
+                subfolders.clear()
+            elif marked or (RECORDING.fullmatch(real.name) and any(map(IMAGES.match, subfolders))):
+                found.add(real)
                 subfolders.clear()  # thousands of images: nothing below is a recording
-            else:
-                subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
-    return sorted(found)
-
-
-def _has_images(subfolders):
-    return any(re.match(r"view\d|images$", s, re.I) for s in subfolders)
+            seen.add(real)
+            subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
+    return sorted(folder for folder in found if read_notes(folder)["exclude"] == excluded)
 
 
 def identity(folder):
-    """Recording folder -> (data set, task or "-", episode): .../New_dataset/<Task>/<episode>, else .../<data set>/<episode>."""
-    parts = Path(folder).parts
-    if "New_dataset" in parts[:-1]:
-        at = len(parts) - 1 - parts[::-1].index("New_dataset")
-        return "New_dataset", "/".join(parts[at + 1 : -1]).replace("/", "+") or "-", parts[-1]
-    return parts[-2] if len(parts) > 2 else "-", "-", parts[-1]
+    """Recording folder -> (data set, task or "-", episode). The data set: session.yaml's, or the innermost folder above
+    that is named in GUIDE, else the folder that it lies in; the task: the folders between, joined by +."""
+    parts, given = Path(os.path.realpath(folder)).parts, read_notes(folder)["dataset"]
+    known = [i for i, part in enumerate(parts[:-1]) if part in GUIDE]
+    at = known[-1] if known else max(0, len(parts) - (3 if given else 2))
+    return given or parts[at], "+".join(parts[at + 1 : -1]) or "-", parts[-1]
 
 
 def find_sessions(roots):
-    """Folders -> list of Session, sorted by name. A recording without a data.pkl, or with one older than its files, is an error with the command to run."""
+    """Folders -> list of Session, sorted by name. Recordings whose data.pkl is missing, cannot be used or was made from
+    other files are listed with the command to run."""
     folders = find_recordings(roots)
     if not folders:
-        raise FileNotFoundError(
-            f"no sessions below {', '.join(map(str, roots))}: expected recordings (recv_all_*, episode_*, Captures*), each with a data.pkl"
-        )
-    missing = [f for f in folders if not (f / DATA_PKL).is_file()]
-    found = [Session(f) for f in folders if f not in set(missing)]
-    stale = [s.path for s in found if s.stale()]
-    if missing or stale:
-        listed = [f"{f} (no {DATA_PKL})" for f in missing] + [
-            f"{f} ({DATA_PKL} is older than the recording)" for f in stale
-        ]
-        more = f"\n  and {len(listed) - 10} more" if len(listed) > 10 else ""
-        raise BadSession(
-            f"{len(listed)} of {len(folders)} recordings are not preprocessed:\n  "
-            + "\n  ".join(listed[:10])
-            + more
-            + f"\nRun: {REMAKE.format(' '.join(map(str, roots)))}"
-        )
+        expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
+        raise MissingFile(f"no sessions below {', '.join(map(str, roots))}: {expected}")
+    found, wrong = [], []
+    for folder in folders:
+        try:
+            found.append(Session(folder))
+            if found[-1].stale():
+                wrong.append(f"{folder} changed since its {DATA_PKL} was made")
+        except FileNotFoundError:
+            wrong.append(f"{folder} has no {DATA_PKL}")
+        except BadSession as error:
+            wrong.append(str(error).partition(". Make it again")[0])
+    if wrong:
+        shown = "\n  ".join([f"{len(wrong)} of {len(folders)} recordings are not preprocessed:", *wrong[:10]])
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise BadSession(f"{shown}{more}\nRun: {REMAKE.format(' '.join(map(str, roots)))}")
     found.sort(key=lambda s: s.name)
-    for a, b in zip(found, found[1:]):
+    for a, b in itertools.pairwise(found):
         if a.name == b.name:
-            raise BadSession(
-                f"two sessions are called {a.name}: {a.path} and {b.path}. Give only one of the two folders, or rename one"
-            )
+            once = f"Give only one of the two, rename one, or say dataset: NAME in its {NOTES_FILE}"
+            raise BadSession(f"two sessions are called {a.name}: {a.path} and {b.path}. {once}")
     return found
 
 
 def common_views(sessions):
-    """Views of View1..View5 (the left camera of a stereo pair) that every session has -> (sorted names, {view: names of the sessions that lack it})."""
-    have = [{re.sub("_left$", "", v) for v in s.view_names if not v.endswith("_right")} for s in sessions]
-    lacking = {v: [s.name for s, h in zip(sessions, have) if v not in h] for v in sorted(set().union(*have))}
+    """Views of View1..View5 (the left camera of a stereo pair) that every session has -> (sorted names, {view: names of
+    the sessions that lack it})."""
+    have = [{v.removesuffix("_left") for v in s.view_names if not v.endswith("_right")} for s in sessions]
+    lacking = {}
+    for view in sorted(set().union(*have)):
+        lacking[view] = [s.name for s, views in zip(sessions, have, strict=True) if view not in views]
     return [v for v, names in lacking.items() if not names], {v: names for v, names in lacking.items() if names}
 
 
@@ -211,23 +231,19 @@ class Ticks:
     @property
     def complete(self):
         """(n,) bool: every view has a frame."""
-        return (
-            np.all([i >= 0 for i in self.frame_index.values()], axis=0)
-            if self.frame_index
-            else np.ones(len(self), bool)
-        )
+        return np.all([np.ones(len(self), bool), *(i >= 0 for i in self.frame_index.values())], axis=0)
 
 
 class Session:
     """One recording folder with its data.pkl. Times are seconds of the robot's clock; pose in mm and degrees.
 
-    path | dataset, task, name ("<dataset>/<task or ->/<episode>") | instruction | action (N, 7) float32, starts, ends (N,) float64, segment (N,) int32,
-    robot_state (N, 12) float32 joints and pose | has_sensor, sensor_stamps (Ns,) float64 or None | view_names, views. The sensor rows stay on disk and are
-    mapped by the process that reads them.
+    path | dataset, task, name ("<dataset>/<task or ->/<episode>") | instruction | action (N, 7) float32, starts, ends
+    (N,) float64, segment (N,) int32, robot_state (N, 12) float32 joints and pose | has_sensor, sensor_stamps (Ns,)
+    float64 or None, sensor_hz | view_names. The sensor rows stay on disk, mapped by the process that reads them.
     """
 
     def __init__(self, folder):
-        self.path = Path(folder).absolute()
+        self.path = Path(os.path.realpath(folder))
         data = load_data_pkl(self.path / DATA_PKL)
         self.dataset, self.task, episode = identity(self.path)
         self.name = f"{self.dataset}/{self.task}/{episode}"
@@ -235,17 +251,13 @@ class Session:
         self.instruction, self.metadata = data["instruction"], data["metadata"]
         self._images = {view: (data["image"][view], data["image_timestamps"][view]) for view in sorted(data["image"])}
         self.view_names = list(self._images)
-        sensor = data["sensor_data"]
-        self.has_sensor = sensor is not None
-        self.sensor_stamps, self.sensor_path = (
-            (sensor["timestamps"], self.path / sensor["file"]) if sensor else (None, None)
-        )
-        if sensor and (
-            not self.sensor_path.is_file() or self.sensor_path.stat().st_size < len(self.sensor_stamps) * CHANNELS * 4
-        ):
-            raise BadSession(
-                f"{self.sensor_path} is missing or too short for its {len(self.sensor_stamps)} sensor rows. Make it again: {REMAKE.format(self.path)} --force"
-            )
+        sensor = data["sensor_data"] or dict(timestamps=None, rate_hz=SENSOR_HZ)
+        self.sensor_stamps, self.sensor_hz = sensor["timestamps"], sensor["rate_hz"]
+        self.has_sensor, self.sensor_path = self.sensor_stamps is not None, self.path / SENSOR_FILE
+        wanted = len(self.sensor_stamps) * CHANNELS * 4 if self.has_sensor else 0
+        if wanted and (not self.sensor_path.is_file() or self.sensor_path.stat().st_size < wanted):
+            again = f"Make it again: {REMAKE.format(self.path)}"
+            raise BadSession(f"{self.sensor_path} is missing or has fewer rows than {DATA_PKL} says. {again}")
         # first step of each segment, and that of every step's own
         self._first = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
         self._last = np.r_[self._first[1:], len(self.segment)]  # one past the segment's last
@@ -254,18 +266,12 @@ class Session:
     def __len__(self):
         return len(self.action)
 
-    @functools.cached_property
-    def views(self):
-        """{view: (list of absolute paths, stamps (M,) float64)}, sorted by time."""
-        return {view: ([self.path / p for p in paths], stamps) for view, (paths, stamps) in self._images.items()}
-
     def view(self, name):
         """-> (paths relative to the session, stamps (M,)) of a view; "View1" also finds "View1_left"."""
         key = name if name in self._images else f"{name}_left"
         if key not in self._images:
-            raise BadSession(
-                f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. Choose others with --views, or leave this session out"
-            )
+            other = f"Choose others with --views, or say exclude: true in its {NOTES_FILE}"
+            raise BadSession(f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. {other}")
         return self._images[key]
 
     def frame_path(self, view, index):
@@ -273,17 +279,21 @@ class Session:
         return self.path / self.view(view)[0][index]
 
     def stale(self):
-        """Did a file that data.pkl was made from change since? Files that were deleted meanwhile do not count: nothing here needs them."""
-        return any(
-            (self.path / name).is_file() and source_facts(self.path / name) != (size, mtime)
-            for name, size, mtime in self.metadata["sources"]
-        )
+        """Did the content of a file that data.pkl was made from change since, or what session.yaml says? Deleted files
+        do not count: nothing here needs them."""
+        sources = [(self.path / name, content) for name, content in self.metadata["sources"]]
+        try:
+            changed = any(path.is_file() and content_of(path) != content for path, content in sources)
+        except (OSError, zipfile.BadZipFile):
+            return True
+        return changed or read_notes(self.path) != self.metadata.get("notes", NOTES)
 
     # ---- time
 
     def ticks(self, stride, views, max_image_age=1.5):
         """-> Ticks of the VLM for `views`; an image may be up to `max_image_age` seconds old."""
-        start = np.concatenate([np.arange(a, b, stride) for a, b in zip(self._first, self._last)]).astype(np.int32)
+        segments = zip(self._first, self._last, strict=True)
+        start = np.concatenate([np.arange(a, b, stride) for a, b in segments]).astype(np.int32)
         time, frames = self.starts[start], {}
         for view in views:
             stamps = self.view(view)[1]
@@ -295,8 +305,9 @@ class Session:
     def tick_of_step(self, k, stride, reuse, latency_s=0.0):
         """Step(s) k -> index into ticks(stride) of the feature that is in use there.
 
-        A VLM that looks every `reuse` steps of its segment and whose feature is ready `latency_s` after the tick: the newest with tick time + latency <=
-        starts[k]; before any is ready the segment's first, for the robot waits for it. `reuse` must be a multiple of `stride`.
+        A VLM that looks every `reuse` steps of its segment and whose feature is ready `latency_s` after the tick: the
+        newest with tick time + latency <= starts[k]; before any is ready the segment's first, for the robot waits for
+        it. `reuse` must be a multiple of `stride`.
         """
         if reuse % stride:
             raise ValueError(f"vlm_reuse_count is {reuse}: expected a multiple of the ticks' stride {stride}")
@@ -305,62 +316,61 @@ class Session:
         first = self._first[row]
         offset = np.r_[0, np.cumsum(-(-(self._last - self._first) // stride))][row]  # index of the segment's first tick
         j = (k - first) // reuse
-        if latency_s > 0:
-            late = lambda j: (j > 0) & (self.starts[first + j * reuse] + latency_s > self.starts[k] + 1e-5)  # noqa: E731
-            while np.any(wait := late(j)):
-                j = np.where(wait, j - 1, j)
+        while latency_s > 0:
+            late = (j > 0) & (self.starts[first + j * reuse] + latency_s > self.starts[k] + 1e-5)
+            if not late.any():
+                break
+            j = j - late
         return offset + j * (reuse // stride)
 
     def usable_steps(self, stride, reuse, views, max_image_age=1.5, latency_s=0.0):
-        """-> (steps, ticks), (m,) int each: the steps whose tick has a fresh image of every view, and that tick's index in ticks(stride)."""
+        """-> (steps, ticks), (m,) int each: the steps whose tick has a fresh image of every view, and that tick's index
+        in ticks(stride)."""
         steps = np.arange(len(self))
         ticks = self.tick_of_step(steps, stride, reuse, latency_s)
         keep = self.ticks(stride, views, max_image_age).complete[ticks]
         return steps[keep], ticks[keep]
 
     def sensor_window(self, k, window):
-        """-> ((window, 1026) float32, length): the newest sensor rows up to starts[k], zeros on the left where there are fewer. Rows older than the window's
-        own duration plus one step (0.1 s) are not taken: a sensor that has stopped is absent, not frozen."""
+        """-> ((window, 1026) float32, length): the newest sensor rows up to starts[k], zeros on the left where there
+        are fewer. Rows older than the window's own duration plus one step (0.1 s) are not taken: a sensor that has
+        stopped is absent, not frozen."""
         out = np.zeros((window, CHANNELS), np.float32)
         if not self.has_sensor:
             return out, 0
-        begin, end = sensor_rows(self.sensor_stamps, self.starts[k], window)
+        begin, end = sensor_rows(self.sensor_stamps, self.starts[k], window, self.sensor_hz)
         if end > begin:
             out[window - (end - begin) :] = _map_sensor(str(self.sensor_path))[begin:end]
         return out, max(0, end - begin)
 
     def targets(self, k, horizon):
-        """-> ((horizon, 7) float32, (horizon,) bool): actions k, k+1, ... of the segment; past its end the last one again, masked False."""
+        """-> ((horizon, 7) float32, (horizon,) bool): actions k, k+1, ... of the segment; past its end the last one
+        again, masked False."""
         last = self._last[self._row[k]]
         at = np.arange(k, k + horizon)
         return self.action[np.minimum(at, last - 1)], at < last
 
 
-def sensor_rows(stamps, time, window):
-    """Stamps (n,) in order -> (begin, end): the newest `window` rows up to `time`, without those that are older than the
-    window's own duration plus one step; in training and on the robot."""
+def sensor_rows(stamps, time, window, hz=SENSOR_HZ):
+    """Stamps (n,) in order -> (begin, end): the newest `window` rows up to `time`, without those that are older than
+    the window's own duration plus one step; in training and on the robot."""
     end = int(np.searchsorted(stamps, time, side="right"))
-    oldest = int(np.searchsorted(stamps, time - window / SENSOR_HZ - 0.1))
+    oldest = int(np.searchsorted(stamps, time - window / hz - 0.1))
     return max(end - window, oldest, 0), end
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # each open map costs a file descriptor
 def _map_sensor(path):
-    """Each open map costs a file descriptor, so only the last ones stay open."""
-    rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    if rows.ndim != 2 or rows.shape[1] != CHANNELS or rows.dtype != np.float32:
-        raise BadSession(
-            f"{path} is {rows.dtype} {rows.shape}, expected float32 (n, {CHANNELS}). Make it again: {REMAKE.format(Path(path).parent)} --force"
-        )
-    return rows
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------
 
 
 def split_sessions(sessions, fraction):
-    """-> (train, validation), by a hash of the name, so that a session stays on its side when others are added. Every data set with two or more sessions has at
-    least one on either side (unless fraction is 0); the only session of a data set is for training."""
+    """-> (train, validation), by a hash of the name, so that a session stays on its side when others are added. Every
+    data set with two or more sessions has at least one on either side (unless fraction is 0); an only one is trained
+    on."""
     draw = {s.name: int.from_bytes(hashlib.sha256(s.name.encode()).digest()[:8], "big") / 2**64 for s in sessions}
     held_out = set()
     for dataset in sorted({s.dataset for s in sessions}):
@@ -371,30 +381,29 @@ def split_sessions(sessions, fraction):
 
 
 def session_stats(train):
-    """Statistics of the training sessions -> {format_version, num_episodes, num_frames, action_definition, action, sensor}, lists of numbers.
+    """Statistics of the training sessions -> {format_version, num_episodes, num_frames, action_definition, action,
+    sensor}, lists of numbers.
 
-    action: {mean, std, min, max, q01, q99, mask, count, constant}; a dim that moves by less than 1e-4 (the gripper) is flagged constant and its limits are
-    closed to one value. sensor: {mean, std (1026; A-scan at least 1e-3), count}, over every tenth row, float64 sums; None without any sensor.
+    action: {mean, std, min, max, q01, q99, mask, count, constant}; a dim that moves by less than 1e-4 (the gripper) is
+    flagged constant and its limits are closed to one value. sensor: {mean, std (1026; A-scan at least 1e-3), count},
+    over every tenth row, float64 sums; None without any sensor.
     """
     action = compute_stats(dict(action=[s.action for s in train]))["action"]
-    action["constant"] = [high - low < 1e-4 for low, high in zip(action["min"], action["max"])]
+    action["constant"] = [high - low < 1e-4 for low, high in zip(action["min"], action["max"], strict=True)]
     for d in np.flatnonzero(action["constant"]):
         for key in ("min", "max", "q01", "q99"):
             action[key][d] = action["mean"][d]
         action["std"][d] = 0.0
-    count, mean, square = 0, np.zeros(CHANNELS), np.zeros(CHANNELS)
+    sensor, count, total, squares = None, 0, np.zeros(CHANNELS), np.zeros(CHANNELS)
     for s in train:
         rows = _map_sensor(str(s.sensor_path)) if s.has_sensor else ()
         for at in range(0, len(rows), 6500):  # 10 s: 27 MB
             x = rows[at : at + 6500 : 10].astype(np.float64)
-            total = count + len(x)  # Chan's update: no difference of large sums
-            delta, own = x.mean(0) - mean, ((x - x.mean(0)) ** 2).sum(0)
-            mean, square, count = mean + delta * len(x) / total, square + own + delta**2 * count * len(x) / total, total
-    sensor = None
+            count, total, squares = count + len(x), total + x.sum(0), squares + (x**2).sum(0)
     if count:
-        std = np.sqrt(square / count)
+        std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
         std[1:], std[0] = np.maximum(std[1:], 1e-3), std[0] if std[0] > 0 else 1.0
-        sensor = dict(mean=mean.tolist(), std=std.tolist(), count=count)
+        sensor = dict(mean=(total / count).tolist(), std=std.tolist(), count=count)
     return dict(
         format_version=STATS_FORMAT,
         num_episodes=len(train),

@@ -22,16 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import MissingFile, UserError, hub, require
+from common import MissingFile, UserError, hub, qwen_vl, require
 from common import checkpoint as ckpt
-from common.qwen_vl import (
-    batch_vision_attention,
-    chat_text,
-    image_patches,
-    open_backbone,
-    pick_attention,
-    rope_positions,
-)
 
 FORMAT = 2
 FOLDER = "qwen_vl_features"
@@ -63,7 +55,7 @@ class VLEncoder:
         self.device, self.views, self.layer = torch.device(device), sorted(set(views)), layer
         require(self.views, "views is empty: name at least one, e.g. --views View1 View5")
         self.folder, self.dtype = hub.local_folder(model), DTYPES[dtype]
-        config, self.tokenizer, *moments = open_backbone(self.folder)
+        config, self.tokenizer, *moments = qwen_vl.open_backbone(self.folder)
         text, vision, self.image_token_id = config.text_config, config.vision_config, config.image_token_id
         self.width, self.patch, self.merge = text.hidden_size, vision.patch_size, vision.spatial_merge_size
         depth, side, self._rows = text.num_hidden_layers, self.patch * self.merge, {}
@@ -88,8 +80,8 @@ class VLEncoder:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # its bars break ours
-        batch_vision_attention()
-        kind = dict(dtype=self.compute_dtype, attn_implementation=pick_attention("auto", self.device))
+        qwen_vl.batch_vision_attention()
+        kind = dict(dtype=self.compute_dtype, attn_implementation=qwen_vl.pick_attention("auto", self.device))
         vlm, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.folder, output_loading_info=True, **kind)
         lost = sorted(set(loading["missing_keys"]) - {"lm_head.weight"})  # which no feature needs
         require(not lost, f"{self.folder} lacks {len(lost)} of the model's tensors, e.g. {lost[:3]}: get it again")
@@ -120,7 +112,7 @@ class VLEncoder:
     def text(self, instruction):
         """The prompt, with one image token per view."""
         image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        return chat_text(self.tokenizer, image, len(self.views), instruction)
+        return qwen_vl.chat_text(self.tokenizer, image, len(self.views), instruction)
 
     def _row(self, instruction):
         """-> (ids (L,), rope positions (3, L)) of the prompt, every image place expanded to its tokens."""
@@ -128,7 +120,7 @@ class VLEncoder:
             image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
             text = self.text(instruction).replace(image, image * (self.grid[0] * self.grid[1]))
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._rows[instruction] = np.array(ids), rope_positions(ids, self.image_token_id, self.grid)
+            self._rows[instruction] = np.array(ids), qwen_vl.rope_positions(ids, self.image_token_id, self.grid)
         return self._rows[instruction]
 
     def load(self, image):
@@ -157,7 +149,7 @@ class VLEncoder:
             ids[b, : len(row)], positions[:, b, : len(row)] = row, position
         ids, positions = torch.from_numpy(ids).to(self.device), torch.from_numpy(positions).to(self.device)
         grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]], device=self.device)
-        patches = image_patches(pictures, self.mean, self.std, self.patch, self.merge)
+        patches = qwen_vl.image_patches(pictures, self.mean, self.std, self.patch, self.merge)
         seen = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
         embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, D); seen is (B * views * tokens per image, D)
         embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], seen.to(embeds.dtype))
@@ -222,8 +214,9 @@ def image_facts(session, view, indices, known=None):
             row = [name, about.st_size, about.st_mtime_ns]
             rows.append(old if old[:3] == row else [*row, hub.sha256_of(path)])
         except FileNotFoundError:
-            how = f"Copy it back, or run: python create_datapkl.py --dataset-dirs {session.path} --force"
-            raise MissingFile(f"{path} is in data.pkl but not on the disk. {how}") from None
+            how = f"Copy it back, or run create_datapkl.py --dataset-dirs {session.path} --force"
+            only = "Where cache and data.pkl are all there is, train with --no-check-pictures"
+            raise MissingFile(f"{path} is in data.pkl but not on the disk. {how}. {only}") from None
     return rows
 
 
@@ -336,16 +329,13 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
     wanted = {key: value for key, value in expected.items() if value is not None}
     if "views" in wanted:
         wanted["views"] = sorted(set(wanted["views"]))
-    age = None if max_image_age == MAX_IMAGE_AGE else max_image_age
-    build = dict(cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=age)
+    build = dict(dataset_dirs="DATA", cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=max_image_age)
     build |= {key: wanted.get(key) for key in ("model", "views", "layer", "dtype")}
     build |= dict(image_resize_height=wanted.get("height"), image_resize_width=wanted.get("width"))
-    how = (
-        f"Build them: {command('build_vl_cache.py', dataset_dirs='DATA', **build)}\nor train with --cache online (slow)"
-    )
+    how = f"Build them: {command('build_vl_cache.py', **build)}\nor train with --cache online (slow)"
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
         wanted["weights"] = digest
-    kinds, refused, missing = {}, [], []  # kinds {(recipe as text, stride): {session: file}}
+    kinds, refused, missing = {}, [], []  # kinds {stride and recipe as text: {session: file}}
     for session in sessions:
         paths, reasons = files_of(cache_root, session), []
         for path in paths:
@@ -355,7 +345,7 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
             except CacheMismatch as error:
                 reasons.append(str(error))
             else:
-                kind = json.dumps(file.meta["recipe"] | dict(model=""), sort_keys=True), file.meta["stride"]
+                kind = json.dumps([file.meta["stride"], file.meta["recipe"] | dict(model="")], sort_keys=True)
                 kinds.setdefault(kind, {}).setdefault(session.name, file)
         if not paths:
             missing.append(session.name)
@@ -365,13 +355,14 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
         if names:
             more, shown = f" and {len(names) - 5} more" if len(names) > 5 else "", "\n  ".join(names[:5])
             raise kind(f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}{more}\n{how}")
-    whole = {kind: files for kind, files in kinds.items() if len(files) == len(sessions)}
-    if len({recipe for recipe, _ in whole}) != 1:
-        a, b = (json.loads(recipe) for recipe, _ in list(whole or kinds)[:2])
-        keys = ", ".join(f"{key} {a[key]!r} or {b[key]!r}" for key in a if a[key] != b[key])
-        few = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one ({keys})"
-        raise CacheMismatch(f"{few}. Keep one with build_vl_cache.py --prune, or give each its own --cache-root")
-    files = whole[max(whole, key=lambda kind: kind[1])]  # the same features at several strides: the coarsest
+    whole = [json.loads(kind) for kind, files in kinds.items() if len(files) == len(sessions)]
+    if not whole or any(recipe != whole[0][1] for _, recipe in whole):
+        several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one"
+        shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
+        raise CacheMismatch(
+            f"{several}: {shown}. Keep one, build_vl_cache.py --prune, or give each its own --cache-root"
+        )
+    files = kinds[json.dumps(max(whole, key=lambda kind: kind[0]), sort_keys=True)]  # of several strides the coarsest
     return files, next(iter(files.values())).meta["recipe"]
 
 
@@ -380,8 +371,9 @@ def require_fit(file, session, wanted, reuse, max_image_age, pictures):
     meta, recipe = file.meta, file.meta["recipe"]
     now = {key: value for key, value in wanted.items() if key != "model"} | dict(format_version=FORMAT)
     reasons = different({key: recipe.get(key) for key in now}, now)
-    if "weights" not in now and "model" in wanted and Path(wanted["model"]).name != Path(recipe["model"]).name:
-        reasons.append(f"model was {recipe['model']}, now {wanted['model']}")  # not on this machine: only its name
+    model = wanted.get("model", recipe["model"])
+    if "weights" not in now and Path(model).name != Path(recipe["model"]).name:
+        reasons.append(f"model was {recipe['model']}, now {model}")  # not on this machine: its name is all there is
     if meta["instruction"] != session.instruction:
         reasons.append(f"instruction was {meta['instruction']!r}, now {session.instruction!r}")
     if reuse % meta["stride"]:

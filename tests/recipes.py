@@ -1,117 +1,56 @@
-"""One tiny recipe per training script, for test_truths.py: data and backbone by make_demo.py, a config for a run of
-seconds, where its checkpoints are and how to read the weights from one. Watch looks on while it trains."""
+"""One tiny recipe per training script, for test_truths.py: data and backbone by make_demo.py, the config of a run of a
+second, where its checkpoints are and how to read the weights from one."""
 
 import functools
 import importlib
-import os
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
-import pytest
-import torch
+import numpy as np
 
 import build_vl_cache
 import create_datapkl
 import make_demo
 from common import checkpoint as ckpt
-from common.run import Run, Step
 
 
 @dataclass
 class Recipe:
     name: str  # of the script
     knobs: str  # the script's own names of out, batch, accumulation, steps, workers, resume
-    values: dict  # what else a tiny run changes
+    values: dict  # what else a tiny run changes; a group's key is group__key
     still: dict  # without dropout and augmentation: one sample is always seen alike
-    write: Callable  # folder -> the values that name data and backbone; "root": the recordings, for open_episodes
-    newest: Callable  # folder of checkpoints -> the one to resume
+    write: Callable  # folder -> the values that name data and backbone
+    root: str  # the one of these that names the recordings
+    newest: Callable  # folder of a run -> its newest checkpoint
     tensors: Callable  # checkpoint -> {name of a parameter: tensor}
+    whole: bool = False  # the checkpoint holds frozen weights, too: it is the exported model
+    eyes: tuple = ()  # modules that see inputs, beside embeddings and convolutions
+    instructed: Callable = lambda policy, o, text: o | dict(instruction=text)  # observation -> with another instruction
+    frame: Callable = lambda frame, cfg: frame  # of the observation with which a training sample ends
+    written: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.script = importlib.import_module(self.name)
-        ours = ("out", "batch", "accumulation", "steps", "workers", "resume")
-        self.renamed = dict(zip(ours, self.knobs.split(), strict=True))
+
+    def data(self):
+        """Folder of the recordings."""
+        value = self.written[self.root]
+        return value[0] if isinstance(value, list) else value
 
     def config(self, out, **changes):
         """`changes` by our names of the knobs or by the script's own."""
-        sizes = dict(out=str(out), batch=2, accumulation=2, steps=8, workers=0) | changes
-        sizes = {self.renamed.get(key, key): value for key, value in sizes.items()}
+        ours = ("out", "batch", "accumulation", "steps", "workers", "resume")
+        renamed = dict(zip(ours, self.knobs.split(), strict=True))
+        values = self.values | self.written | dict(out=str(out), batch=2, accumulation=2, steps=8, workers=0) | changes
         cfg = self.script.Config()
-        for key, value in (self.values | self.written | sizes).items():
-            *groups, name = key.split("__")
-            group = functools.reduce(getattr, groups, cfg)
-            assert hasattr(group, name), key
-            setattr(group, name, value)
+        for key, value in values.items():
+            for place in renamed.get(key, key).split("+"):
+                *groups, name = place.split("__")
+                group = functools.reduce(getattr, groups, cfg)
+                assert hasattr(group, name), place
+                setattr(group, name, value)
         return cfg
-
-    def train(self, out, watch=None, **changes):
-        """Run main -> what the Watch saw."""
-        with watch or Watch() as seen:
-            self.script.main(self.config(out, **changes))
-        return seen
-
-
-class Watch:
-    """Notes of a training in this process. steps: per update what Step says of it, the samples and dropout seeds of
-    its micro-batches, and copies of gradients, weights and moments. `stop_at`: a step in whose first micro-batch this
-    process gets SIGTERM. `spoil` {step: "loss" or "gradient"}: what is made NaN in its last micro-batch."""
-
-    def __init__(self, stop_at=None, spoil=None):
-        self.stop_at, self.spoil, self.steps, self.batches = stop_at, spoil or {}, [], []
-
-    def __enter__(self):
-        self.patch, watch = pytest.MonkeyPatch(), self
-        prepare, micro_batches, backward, update = Run.prepare, Step.micro_batches, Step.backward, Step.update
-
-        def watched_prepare(run, model, *args, **kwargs):
-            watch.core, watch.run = model, run
-            watch.before = copies(watch.trained())
-            return prepare(run, model, *args, **kwargs)
-
-        def watched_micro_batches(step, model):
-            for batch in micro_batches(step, model):
-                watch.batches.append(SimpleNamespace(names=batch["names"], seed=torch.initial_seed()))
-                if step.number == watch.stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
-        def watched_backward(step, loss, sample_loss):
-            bad = watch.spoil.get(step.number) if len(watch.batches) == len(step.batches) else None
-            if bad == "loss":
-                loss, sample_loss = loss * torch.nan, sample_loss * torch.nan
-            backward(step, loss, sample_loss)
-            if bad == "gradient":
-                next(p for p in watch.trained().values() if p.grad is not None).grad.view(-1)[0] = torch.inf
-
-        def watched_update(step, optimizer, *args, **kwargs):
-            trained = watch.trained()
-            gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
-            update(step, optimizer, *args, **kwargs)
-            said = {key: getattr(step, key) for key in ("number", "loss", "lr", "grad_norm", "finite")}
-            names = {id(p): name for name, p in trained.items()}
-            moments = {names.get(id(p)): copies(state) for p, state in optimizer.state.items()}
-            after = dict(weights=copies(trained), moments=moments, gradients=gradients, batches=watch.batches)
-            watch.steps.append(SimpleNamespace(**said, **after))
-            watch.optimizer, watch.batches = optimizer, []
-
-        self.patch.setattr(Run, "prepare", watched_prepare)
-        self.patch.setattr(Step, "micro_batches", watched_micro_batches)
-        self.patch.setattr(Step, "backward", watched_backward)
-        self.patch.setattr(Step, "update", watched_update)
-        self.patch.setattr(Run, "finish", lambda *args, **kwargs: None)  # drawing takes longer than a tiny run
-        return self
-
-    def __exit__(self, *_):
-        self.patch.undo()
-
-    def trained(self):
-        return {name: p for name, p in self.core.named_parameters() if p.requires_grad}
-
-
-def copies(tensors):
-    return {name: t.detach().clone() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
 
 # ---- async, diffusion ------------------------------------------------------------------------------------------------
@@ -128,6 +67,12 @@ def write_sessions(folder):
     return dict(dataset_dir=[str(root)], model=str(model), **size)
 
 
+def see(policy, observation, text):
+    """The same look under an instruction: its feature is not cached."""
+    picture = np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3)
+    return dict(images=dict.fromkeys(policy.recipe["views"], picture), instruction=text, sensor=observation["sensor"])
+
+
 def session_recipe(name, latest, weights, **values):
     values |= dict(hidden_dim=16, sensor_dim=12, num_layers=1, num_heads=2, sensor_window_size=65, horizon=4)
     return Recipe(
@@ -136,8 +81,11 @@ def session_recipe(name, latest, weights, **values):
         values=values | dict(val_split=0.3, lr=1e-3, save_steps=2, log_steps=2, warmup_ratio=0.3),
         still=dict(dropout=0.0),
         write=write_sessions,
+        root="dataset_dir",
         newest=lambda out: out / latest,
         tensors=lambda path: ckpt.load_state(path)[weights],
+        eyes=("condition.fuse",),
+        instructed=see,
     )
 
 
@@ -155,6 +103,13 @@ def write_smolvla(folder):
     root, model = folder / "insertion_sim", make_demo.write_smolvlm2(folder / "smolvlm2", **sizes)
     make_demo.write_insertion_sim(root, episodes=5, size=(60, 80), max_frames=7)
     return dict(dataset__root_dir=str(root), policy__vlm_model_name=str(model))
+
+
+def write_openvla(folder):
+    sizes = dict(text=(16, 2), dino=(16, 2), siglip=(24, 2), image_size=42)
+    root, model = folder / "vamos", make_demo.write_openvla(folder / "openvla", **sizes)
+    make_demo.write_vamos(root, images=10, validation_images=2, size=(48, 64), files=2, rows_per_group=4)
+    return dict(data_root_dir=str(root), vla_path=str(model), frame_dir=str(folder / "frames"))
 
 
 def write_mobile(folder):
@@ -179,6 +134,9 @@ SMOLVLA |= dict(policy__max_action_dim=8, policy__tokenizer_max_length=20, polic
 SMOLVLA |= dict(training__log_freq=2, training__save_freq=2, validation__num_episodes=1, validation__val_freq=4)
 SMOLVLA |= dict(optimizer__lr=1e-3, scheduler__num_warmup_steps=2, scheduler__num_decay_steps=8)
 
+OPENVLA = dict(lora_rank=4, lora_dropout=0.2, image_aug=True, learning_rate=1e-2, lr_schedule="cosine")
+OPENVLA |= dict(warmup_steps=2, log_steps=2, save_steps=4, val_steps=4, val_samples=4)
+
 MOBILE = dict(dataset__episode_pattern="*.h5", dataset__train_split=0.67, window_size=3, fwd_pred_next_n=4)
 MOBILE |= dict(learning_rate=1e-3, scheduler="cosine", act_head__hidden_size=16, act_head__num_layers=1)
 MOBILE |= dict(train_setup__lora_r=2, trainer__max_epochs=2, trainer__log_every_n_steps=2)
@@ -195,6 +153,7 @@ RECIPES = {
         values=NORA,
         still=dict(dataset__augment=False),
         write=write_nora,
+        root="dataset__root_dir",
         newest=newest("steps_*"),
         tensors=lambda path: ckpt.load_state(path / "state.pt")["trained"],
     ),
@@ -205,8 +164,22 @@ RECIPES = {
         values=SMOLVLA,
         still=dict(dataset__augment=False),
         write=write_smolvla,
+        root="dataset__root_dir",
         newest=newest("checkpoints/checkpoint_step_*.pt"),
         tensors=lambda path: ckpt.load_state(path)["model_state_dict"],
+        whole=True,
+        eyes=("model.state_proj",),
+    ),
+    "openvla": Recipe(
+        "train_openvla_vamos",
+        knobs="run_root_dir+adapter_tmp_dir batch_size grad_accumulation_steps max_steps num_workers "
+        "resume_from_checkpoint",
+        values=OPENVLA,
+        still=dict(lora_dropout=0.0, image_aug=False),
+        write=write_openvla,
+        root="data_root_dir",
+        newest=newest("*/steps_*"),
+        tensors=lambda path: {f"vla.{n}": t for n, t in RECIPES["openvla"].script.read_adapter(path).items()},
     ),
     "mobile": Recipe(
         "train_mobile_kosmos",
@@ -214,7 +187,9 @@ RECIPES = {
         values=MOBILE,
         still=dict(train_setup__lora_dropout=0.0),
         write=write_mobile,
+        root="dataset__data_dir",
         newest=lambda out: out / "checkpoints/last.ckpt",
         tensors=lambda path: ckpt.load_state(path)["trained"],
+        frame=lambda frame, cfg: frame + cfg.window_size - 1,
     ),
 }

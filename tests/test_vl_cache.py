@@ -41,7 +41,7 @@ def preprocess(root, **more):
     create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0, **more))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
     """4 preprocessed sessions of 1.5 s in three data sets."""
     kinds = dict(white=2, needle=1, new=0, oct=1, seconds=1.5, size=(36, 64))
@@ -50,12 +50,12 @@ def recordings(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def encoder(qwen_dir):
     return vc.VLEncoder(qwen_dir, VIEWS, 56, 84)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def built(recordings, qwen_dir, tmp_path_factory):
     """The sessions with their cache/, to copy."""
     root = Path(shutil.copytree(recordings, tmp_path_factory.mktemp("built") / "sessions"))
@@ -145,29 +145,20 @@ def test_company_in_the_batch_changes_nothing(encoder):
         assert (encoder.encode([other])[0] - alone[0]).abs().max() > 0.01
 
 
-def test_views_are_sorted_whatever_order_they_come_in(qwen_dir, encoder):
-    shown = images(0)
-    swapped, reordered = dict(View1=shown["View5"], View5=shown["View1"]), dict(reversed(shown.items()))
-    feature = encoder.encode([(shown, "go")])
-    assert (encoder.encode([(swapped, "go")]) - feature).abs().max() > 1e-3
-    assert torch.equal(encoder.encode([(reordered, "go")]), feature)
-    other = vc.VLEncoder(qwen_dir, VIEWS[::-1], 56, 84)
-    assert other.recipe() == encoder.recipe() and torch.equal(other.encode([(shown, "go")]), feature)
-
-
-def test_a_path_and_its_pixels_are_the_same(encoder, tmp_path):
+def test_views_are_sorted_whatever_order_they_come_in(qwen_dir, encoder, tmp_path):
+    """And a path is its pixels."""
     shown, paths = images(0), {view: tmp_path / f"{view}.png" for view in VIEWS}
     for view, path in paths.items():
         Image.fromarray(shown[view]).save(path)
-    assert torch.equal(encoder.encode([(paths, "go")]), encoder.encode([(shown, "go")]))
+    swapped, feature = dict(View1=shown["View5"], View5=shown["View1"]), encoder.encode([(shown, "go")])
+    assert (encoder.encode([(swapped, "go")]) - feature).abs().max() > 1e-3
+    other = vc.VLEncoder(qwen_dir, VIEWS[::-1], 56, 84)
+    for same in (dict(reversed(shown.items())), paths):
+        assert torch.equal(other.encode([(same, "go")]), feature)
+    assert other.recipe() == encoder.recipe() and vc.VLEncoder(qwen_dir, VIEWS).grid == (12, 22)  # the guide's 264
     paths["View1"].write_bytes(b"no image")
     with pytest.raises(UserError, match="View1.png cannot be read as an image"):
         encoder.encode([(paths, "go")])
-
-
-@pytest.mark.parametrize("size, grid", [((360, 640), (12, 22)), ((270, 480), (9, 17)), ((540, 960), (19, 34))])
-def test_the_guides_size_is_264_tokens_per_view(qwen_dir, size, grid):
-    assert vc.VLEncoder(qwen_dir, VIEWS, *size).grid == grid
 
 
 def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, encoder, tmp_path):
@@ -302,13 +293,6 @@ def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder):
         assert len(packed) < 20000 and torch.equal(pickle.loads(packed).features[2], file.features[2])
 
 
-def test_reading_opens_no_image_and_loads_no_model(cached, qwen_dir, monkeypatch):
-    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
-    monkeypatch.setattr(hub, "sha256_of", lambda *_: pytest.fail("a file was read whole"))
-    monkeypatch.setattr(vc, "VLEncoder", lambda *_: pytest.fail("the VLM was made"))
-    assert len(read(cached, qwen_dir)[0]) == 4
-
-
 def test_a_second_build_does_only_what_is_missing(cached, qwen_dir, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in feature_files(cached)}
     build(cached, qwen_dir)
@@ -408,12 +392,16 @@ def test_pictures_are_known_by_content_where_their_times_moved(cached, qwen_dir,
     assert len(read(cached, qwen_dir)[0]) == 4
 
 
-def test_a_machine_with_cache_and_data_pkl_only(cached, qwen_dir, monkeypatch):
+def test_reading_looks_at_each_picture_once_or_at_none(cached, qwen_dir, monkeypatch):
+    """It opens no image and loads no VLM; where cache and data.pkl are all there is, it can do without pictures."""
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr(hub, "sha256_of", lambda *_: pytest.fail("a file was read whole"))
+    monkeypatch.setattr(vc, "VLEncoder", lambda *_: pytest.fail("the VLM was made"))
     stats, stat = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, *a, **k: stats.append(str(path)) or stat(path, *a, **k))
     read(cached, qwen_dir)
     seen = [path for path in stats if path.endswith(".jpg")]
-    assert seen and len(seen) == len(set(seen)), "each picture is looked at once"
+    assert seen and len(seen) == len(set(seen))
     for path in cached.rglob("*.jpg"):
         path.unlink()
     with pytest.raises(MissingFile, match="is in data.pkl but not on the disk"):
@@ -449,7 +437,7 @@ def test_another_model_is_refused_and_a_moved_one_is_not(built, qwen_dir, tmp_pa
 
 def test_two_kinds_that_fit_are_not_guessed_between(cached, qwen_dir):
     build(cached, qwen_dir, "--layer", "1")
-    with pytest.raises(vc.CacheMismatch, match=r"has 2 kinds of features .*layer (-1 or 1|1 or -1)"):
+    with pytest.raises(vc.CacheMismatch, match="has 2 kinds of features .*'layer': 1"):
         read(cached, qwen_dir)
     assert read(cached, qwen_dir, layer=1)[1]["layer"] == 1
     build(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune")  # finer ticks of the first kind, the others go
@@ -478,15 +466,6 @@ def test_the_printed_training_command_finds_the_features(root, qwen_dir, capsys)
     advice[advice.index("DATA") : advice.index("DATA") + 1] = parts
     build_vl_cache.main(parse_config(build_vl_cache.Config, advice, build_vl_cache.ALIASES))
     assert len(vc.read_features(root / "none", sessions, *rest)[0]) == 3
-
-
-def test_verify_finds_a_wrong_feature(cached, qwen_dir, monkeypatch, capsys):
-    build(cached, qwen_dir, "--verify", "50")
-    assert "computed again: largest difference" in capsys.readouterr().out
-    whole = vc.VLEncoder.encode
-    monkeypatch.setattr(vc.VLEncoder, "encode", lambda self, rows: whole(self, rows) / 1.1)
-    with pytest.raises(UserError, match="the feature of tick . differs by 10"):
-        build(cached, qwen_dir, "--verify", "50")
 
 
 def test_prune_leaves_what_is_not_asked_about(cached, qwen_dir, capsys):
@@ -542,31 +521,11 @@ def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch
     assert not feature_files(root)
 
 
-def test_the_shipped_config_parses():
-    words = ["--config", str(ROOT / "configs/vl_cache.yaml"), "--dataset_dir", "a"]
-    cfg = parse_config(build_vl_cache.Config, words, build_vl_cache.ALIASES)
-    assert cfg == build_vl_cache.Config(dataset_dirs=["a"], micro_batch=4)
-
-
-def test_check_needs_no_model(recordings, capsys):
-    build(recordings, "no/model", "--check")
+def test_check_needs_no_model_and_the_shipped_config_parses(recordings, capsys):
+    build(recordings, "no/model", "--config", str(ROOT / "configs/vl_cache.yaml"), "--check")
     out = capsys.readouterr().out
     assert "64x36 is seen as 84x56: 6 tokens, 12 per feature" in out and "check passed" in out
     assert not (recordings / "cache").exists()
-
-
-def test_recordings_of_other_hands(shared, qwen_dir, tmp_path):
-    """Real-format recordings, some with 9 views, one with 2: features of the views that all have."""
-    root = tmp_path / "sessions"
-    shutil.copytree(shared / "data/sessions", root, copy_function=shutil.copyfile)
-    for path in [root, *root.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    preprocess(root)
-    build(root, qwen_dir, "--verify", "3")
-    files, recipe = read(root, qwen_dir)
-    sessions = ss.find_sessions([root])
-    assert recipe["views"] == VIEWS and len(files) == 3
-    assert all(files[session.name].shape[0] == len(session.ticks(3, VIEWS)) for session in sessions)
 
 
 # ---- several processes, killed ones ----------------------------------------------------------------------------------
@@ -619,8 +578,8 @@ def test_ranks_need_no_other_rank(root, built, qwen_dir, monkeypatch, capsys):
 
 
 def test_a_killed_build_goes_on(root, built, qwen_dir, capsys):
-    """kill -9 in the middle: what has a final name is whole, nothing else counts, the lock is free. Another process does
-    the rest, bit for bit what one makes."""
+    """kill -9 in the middle: what has a final name is whole, nothing else counts, the lock is free. The next one does
+    the rest, bit for bit what one process makes."""
     script = [str(ROOT / "build_vl_cache.py"), "--dataset-dirs", str(root), "--model", str(qwen_dir), *SMALL]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

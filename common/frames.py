@@ -1,0 +1,105 @@
+"""Pictures decoded in full and resized once, kept as raw uint8 on a local disk: a training then reads any of them, in
+any order, at the speed of that disk.
+
+Of every source file (a parquet file, a recording) there is KEY.u8, its pictures in order, and KEY.json, which says how
+many and which of them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of resizing,
+version of Pillow): a copy of the data finds its frames again, another recipe never meets them. Both appear whole or not
+at all, so a build that was stopped goes on where it stood, and several processes may build side by side."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL
+from tqdm import tqdm
+
+from common import checkpoint as ckpt
+
+VERSION = 1
+
+
+class FrameStore:
+    """`shape` (h, w, 3) of a frame; `recipe`: plain values, all that shapes a pixel beside the file."""
+
+    def __init__(self, folder, shape, recipe):
+        self.folder, self.shape, self.bytes_per_frame = Path(folder), tuple(shape), int(np.prod(shape))
+        self.recipe = json.dumps([VERSION, PIL.__version__, self.shape, recipe], sort_keys=True)
+        self._keys, self._maps = {}, {}
+
+    def key(self, path):
+        """Hash of content and recipe. The content's is kept by the file's size and time: a file is read once for it."""
+        path = Path(path).resolve()
+        if path not in self._keys:
+            status = path.stat()
+            seen = [str(path), status.st_size, status.st_mtime_ns]
+            note = self.folder / f"{hashlib.sha256(seen[0].encode()).hexdigest()[:32]}.digest"
+            known = json.loads(note.read_text()) if note.is_file() else []
+            if known[:3] != seen:
+                digest = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
+                known = [*seen, digest.hexdigest()]
+                write_json(note, known)
+            self._keys[path] = hashlib.sha256((known[3] + self.recipe).encode()).hexdigest()[:32]
+        return self._keys[path]
+
+    def about(self, path):
+        """-> {count, bad {index: why}} of a source file, or None where its frames are missing."""
+        file, note = (self.folder / f"{self.key(path)}{suffix}" for suffix in (".u8", ".json"))
+        if not note.is_file() or not file.is_file():
+            return None
+        about = json.loads(note.read_text())
+        whole = file.stat().st_size == about["count"] * self.bytes_per_frame
+        return about | dict(bad={int(i): why for i, why in about["bad"].items()}) if whole else None
+
+    def build(self, sources, open_source, first=0, threads=4, quiet=False):
+        """Make what is missing of `sources` {path: pictures in it}. open_source(path) -> function of an index that returns
+        a frame or raises why there is none. Each of several processes begins at its own share `first` (0 to 1) of the
+        list and leaves out what the others have made."""
+        missing = [path for path in sources if self.about(path) is None]
+        if not missing:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ckpt.remove_temporaries(self.folder)
+        ckpt.require_space(self.folder, sum(sources[path] for path in missing) * self.bytes_per_frame)
+        begin = int(first * len(missing))
+        bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=quiet or None)
+        for path in bar:
+            if self.about(path) is None:
+                self._build_one(path, sources[path], open_source(path), threads)
+
+    def _build_one(self, path, count, decode, threads):
+        bad, blank = {}, np.zeros(self.shape, np.uint8)
+
+        def frame(i):
+            try:
+                return decode(i)
+            except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
+                bad[i] = str(error) or type(error).__name__
+                return blank  # holds the place, is never read
+
+        file = self.folder / f"{self.key(path)}.u8"
+        with ckpt.atomic_path(file) as temporary, ThreadPoolExecutor(threads) as pool, open(temporary, "wb") as out:
+            for start in range(0, count, 256):
+                for pixels in pool.map(frame, range(start, min(start + 256, count))):
+                    assert pixels.shape == self.shape and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
+                    out.write(np.ascontiguousarray(pixels).data)
+        write_json(file.with_suffix(".json"), dict(source=str(path), recipe=self.recipe, count=count, bad=bad))
+
+    def read(self, path, index):
+        """-> (h, w, 3) uint8, read-only"""
+        if path not in self._maps:
+            frames = np.memmap(self.folder / f"{self.key(path)}.u8", np.uint8, "r")
+            self._maps[path] = frames.reshape(-1, *self.shape)
+        return self._maps[path][index]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_maps": {}}  # a mapped file would travel to a worker as a copy
+
+
+def write_json(path, value):
+    with ckpt.atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value))

@@ -1,0 +1,65 @@
+"""The frame store: made once, whole or not at all, and of the content that it says."""
+
+import shutil
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from common.frames import FrameStore
+
+
+def test_frames_are_built_once_belong_to_the_content_and_to_the_recipe(tmp_path):
+    source, made = tmp_path / "a.bin", []
+
+    def open_source(path):
+        def frame(i):
+            made.append(i)
+            if i == 2:
+                raise OSError("torn")
+            return np.full((2, 3, 3), path.read_bytes()[i], np.uint8)
+
+        return frame
+
+    def build(path, recipe="x", folder="store"):
+        made.clear()
+        store = FrameStore(tmp_path / folder, (2, 3, 3), recipe)
+        store.build({path: 4}, open_source, quiet=True)
+        return store, sorted(made)
+
+    source.write_bytes(b"abcd")
+    store, calls = build(source)
+    assert calls == [0, 1, 2, 3] and store.about(source) == store.about(source) | dict(count=4, bad={2: "torn"})
+    assert store.read(source, 3).tolist() == np.full((2, 3, 3), ord("d")).tolist()
+    copy = tmp_path / "copy.bin"
+    shutil.copyfile(source, copy)  # another name and another time
+    assert build(source)[1] == build(copy)[1] == [] and build(source, "y")[1] == [0, 1, 2, 3]
+    source.write_bytes(b"abce")
+    assert build(source)[1] == [0, 1, 2, 3] and build(source)[0].read(source, 3)[0, 0, 0] == ord("e")
+    torn = next(file for file in (tmp_path / "store").glob("*.u8"))
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert (
+        sum(build(path, recipe)[1] == [0, 1, 2, 3] for path, recipe in ((source, "x"), (copy, "x"), (copy, "y"))) == 1
+    )
+    workers = DataLoader([0, 1, 3], num_workers=1, collate_fn=lambda i: store.read(copy, i[0])[0, 0, 0])
+    assert list(workers) == [ord("a"), ord("b"), ord("d")]
+
+
+def test_a_stopped_build_goes_on_and_no_half_file_is_taken(tmp_path):
+    sources = {}
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode() * 3)
+        sources[tmp_path / name] = 3
+    store, made = FrameStore(tmp_path / "store", (1, 1, 3), ""), []
+
+    def open_source(path):
+        if path.name == "b" and not made:
+            made.append("stop")
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return lambda i: np.full((1, 1, 3), path.read_bytes()[i], np.uint8)
+
+    with pytest.raises(KeyboardInterrupt):
+        store.build(sources, open_source, first=0.4, quiet=True)  # begins at "b"
+    store.build(sources, open_source, first=0.4, quiet=True)
+    assert made == ["stop", "b", "c", "a"] and all(store.read(p, 2)[0, 0, 0] == ord(p.name) for p in sources)
