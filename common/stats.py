@@ -91,7 +91,7 @@ class Normalizer:
         require(mode in MODES, f"normalisation mode '{mode}': expected {', '.join(MODES)}")
         missing = [name for name in MODES[mode] if name not in entry]
         require(not missing, f"the statistics lack {missing}, which mode {mode} needs; they have {sorted(entry)}")
-        self.mode, self.dim = mode, len(next(v for v in entry.values() if isinstance(v, list)))
+        self.mode, self.dim = mode, len(next(v for v in entry.values() if np.ndim(v) == 1))
         self.mask = np.asarray(entry.get("mask", [True] * self.dim), bool) & (mode != "identity")
         self.clip = clip and mode in ("q01_q99", "min_max")
         first, second = (np.asarray(entry[name], np.float64) for name in MODES[mode] or ("mean", "mean"))

@@ -1,117 +1,56 @@
-"""One tiny recipe per training script, for test_truths.py: data and backbone by make_demo.py, a config for a run of
-seconds, where its checkpoints are and how to read the weights from one. Watch looks on while it trains."""
+"""One tiny recipe per training script, for test_truths.py: data and backbone by make_demo.py, the config of a run of a
+second, where its checkpoints are and how to read the weights from one."""
 
 import functools
 import importlib
-import os
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
-import pytest
-import torch
+import numpy as np
 
 import build_vl_cache
 import create_datapkl
 import make_demo
 from common import checkpoint as ckpt
-from common.run import Run, Step
 
 
 @dataclass
 class Recipe:
     name: str  # of the script
-    knobs: dict  # out, batch, accumulation, steps, workers: the script's own names
-    values: dict  # what else a tiny run changes
+    knobs: str  # the script's own names of out, batch, accumulation, steps, workers, resume
+    values: dict  # what else a tiny run changes; a group's key is group__key
     still: dict  # without dropout and augmentation: one sample is always seen alike
-    write: Callable  # folder -> the values that name data and backbone; "root": the recordings, for open_episodes
-    newest: Callable  # folder of checkpoints -> the one to resume
+    write: Callable  # folder -> the values that name data and backbone
+    root: str  # the one of these that names the recordings
+    newest: Callable  # folder of a run -> its newest checkpoint
     tensors: Callable  # checkpoint -> {name of a parameter: tensor}
+    whole: bool = False  # the checkpoint holds frozen weights, too: it is the exported model
+    eyes: tuple = ()  # modules that see inputs, beside embeddings and convolutions
+    instructed: Callable = lambda policy, o, text: o | dict(instruction=text)  # observation -> with another instruction
+    frame: Callable = lambda frame, cfg: frame  # of the observation with which a training sample ends
+    written: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.script = importlib.import_module(self.name)
 
-    def config(self, out, batch=2, accumulation=2, steps=8, workers=0, **changes):
-        out = {key: str(Path(out) / "run") for key in self.knobs["out"]}
-        sizes = dict(batch=batch, accumulation=accumulation, steps=steps, workers=workers)
-        sizes = {self.knobs[key]: value for key, value in sizes.items()}
-        changes = {self.knobs.get(key, key): value for key, value in changes.items()}
+    def data(self):
+        """Folder of the recordings."""
+        value = self.written[self.root]
+        return value[0] if isinstance(value, list) else value
+
+    def config(self, out, **changes):
+        """`changes` by our names of the knobs or by the script's own."""
+        ours = ("out", "batch", "accumulation", "steps", "workers", "resume")
+        renamed = dict(zip(ours, self.knobs.split(), strict=True))
+        values = self.values | self.written | dict(out=str(out), batch=2, accumulation=2, steps=8, workers=0) | changes
         cfg = self.script.Config()
-        for key, value in (self.values | self.written | out | sizes | changes).items():
-            *groups, name = key.split("__")
-            group = functools.reduce(getattr, groups, cfg)
-            assert hasattr(group, name), key
-            setattr(group, name, value)
+        for key, value in values.items():
+            for place in renamed.get(key, key).split("+"):
+                *groups, name = place.split("__")
+                group = functools.reduce(getattr, groups, cfg)
+                assert hasattr(group, name), place
+                setattr(group, name, value)
         return cfg
-
-    def train(self, out, watch=None, **changes):
-        """Run main -> what the Watch saw."""
-        with watch or Watch() as seen:
-            self.script.main(self.config(out, **changes))
-        return seen
-
-
-class Watch:
-    """Notes of a training in this process. steps: per update what Step says of it, the samples and dropout seeds of
-    its micro-batches, and copies of gradients, weights and moments. `stop_at`: a step in whose first micro-batch this
-    process gets SIGTERM. `spoil` {step: "loss" or "gradient"}: what is made NaN in its last micro-batch."""
-
-    def __init__(self, stop_at=None, spoil=None):
-        self.stop_at, self.spoil, self.steps, self.batches = stop_at, spoil or {}, [], []
-
-    def __enter__(self):
-        self.patch, watch = pytest.MonkeyPatch(), self
-        prepare, micro_batches, backward, update = Run.prepare, Step.micro_batches, Step.backward, Step.update
-
-        def watched_prepare(run, model, *args, **kwargs):
-            watch.core, watch.run = model, run
-            watch.before = copies(watch.trained())
-            return prepare(run, model, *args, **kwargs)
-
-        def watched_micro_batches(step, model):
-            for batch in micro_batches(step, model):
-                watch.batches.append(SimpleNamespace(names=batch["names"], seed=torch.initial_seed()))
-                if step.number == watch.stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
-        def watched_backward(step, loss, sample_loss):
-            bad = watch.spoil.get(step.number) if len(watch.batches) == len(step.batches) else None
-            if bad == "loss":
-                loss, sample_loss = loss * torch.nan, sample_loss * torch.nan
-            backward(step, loss, sample_loss)
-            if bad == "gradient":
-                next(p for p in watch.trained().values() if p.grad is not None).grad.view(-1)[0] = torch.inf
-
-        def watched_update(step, optimizer, *args, **kwargs):
-            trained = watch.trained()
-            gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
-            update(step, optimizer, *args, **kwargs)
-            said = {key: getattr(step, key) for key in ("number", "loss", "lr", "grad_norm", "finite")}
-            names = {id(p): name for name, p in trained.items()}
-            moments = {names.get(id(p)): copies(state) for p, state in optimizer.state.items()}
-            after = dict(weights=copies(trained), moments=moments, gradients=gradients, batches=watch.batches)
-            watch.steps.append(SimpleNamespace(**said, **after))
-            watch.optimizer, watch.batches = optimizer, []
-
-        self.patch.setattr(Run, "prepare", watched_prepare)
-        self.patch.setattr(Step, "micro_batches", watched_micro_batches)
-        self.patch.setattr(Step, "backward", watched_backward)
-        self.patch.setattr(Step, "update", watched_update)
-        self.patch.setattr(Run, "finish", lambda *args, **kwargs: None)  # drawing takes longer than a tiny run
-        return self
-
-    def __exit__(self, *_):
-        self.patch.undo()
-
-    def trained(self):
-        return {name: p for name, p in self.core.named_parameters() if p.requires_grad}
-
-
-def copies(tensors):
-    return {name: t.detach().clone() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
 
 # ---- async, diffusion ------------------------------------------------------------------------------------------------
@@ -128,100 +67,129 @@ def write_sessions(folder):
     return dict(dataset_dir=[str(root)], model=str(model), **size)
 
 
+def see(policy, observation, text):
+    """The same look under an instruction: its feature is not cached."""
+    picture = np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3)
+    return dict(images=dict.fromkeys(policy.recipe["views"], picture), instruction=text, sensor=observation["sensor"])
+
+
 def session_recipe(name, latest, weights, **values):
-    sizes = dict(hidden_dim=16, sensor_dim=12, num_layers=1, num_heads=2, sensor_window_size=65, horizon=4)
+    values |= dict(hidden_dim=16, sensor_dim=12, num_layers=1, num_heads=2, sensor_window_size=65, horizon=4)
     return Recipe(
         name,
-        knobs=dict(out=["checkpoint_dir"], batch="batch_size", accumulation="grad_accum_steps", steps="max_steps")
-        | dict(workers="num_workers"),
-        values=sizes | dict(val_split=0.3, lr=1e-3, save_steps=2, log_steps=2, warmup_ratio=0.3) | values,
+        knobs="checkpoint_dir batch_size grad_accum_steps max_steps num_workers resume",
+        values=values | dict(val_split=0.3, lr=1e-3, save_steps=2, log_steps=2, warmup_ratio=0.3),
         still=dict(dropout=0.0),
         write=write_sessions,
-        newest=lambda out: out / "run" / latest,
+        root="dataset_dir",
+        newest=lambda out: out / latest,
         tensors=lambda path: ckpt.load_state(path)[weights],
+        eyes=("condition.fuse",),
+        instructed=see,
     )
 
 
-# ---- openvla ---------------------------------------------------------------------------------------------------------
-
-
-def write_openvla(folder):
-    """A tiny OpenVLA, and 300 samples of 16 pictures."""
-    base = make_demo.write_openvla(folder / "openvla", text=(16, 2), dino=(16, 2), siglip=(24, 2), image_size=42)
-    make_demo.write_vamos(folder / "vamos", images=10, validation_images=2, size=(48, 64), files=2, rows_per_group=4)
-    return dict(vla_path=str(base), data_root_dir=str(folder / "vamos"), frame_dir=str(folder / "frames"))
-
-
-OPENVLA = Recipe(
-    "train_openvla_vamos",
-    knobs=dict(out=["run_root_dir", "adapter_tmp_dir"], batch="batch_size", accumulation="grad_accumulation_steps")
-    | dict(steps="max_steps", workers="num_workers", resume="resume_from_checkpoint"),
-    values=dict(lora_rank=4, lora_dropout=0.2, image_aug=True, learning_rate=1e-2, lr_schedule="cosine")
-    | dict(warmup_steps=2, log_steps=2, save_steps=2, val_steps=4, val_samples=4),
-    still=dict(lora_dropout=0.0, image_aug=False),
-    write=write_openvla,
-    newest=lambda out: ckpt.checkpoints_in(next((out / "run").glob("*+vamos+*/steps_*")).parent)[-1],
-    tensors=lambda path: {
-        f"vla.{name}": t for name, t in importlib.import_module("train_openvla_vamos").read_adapter(path).items()
-    },
-)
-
-
-# ---- nora ------------------------------------------------------------------------------------------------------------
+# ---- nora, smolvla, openvla, mobile ----------------------------------------------------------------------------------
 
 
 def write_nora(folder):
-    """A tiny Qwen2.5-VL with action tokens, and 3 episodes of 14 frames."""
-    model = make_demo.write_qwen2_5_vl(folder / "nora", text=(32, 2), vision=(16, 2))
-    make_demo.write_insertion(folder / "insertion", episodes=3, size=(60, 80), max_frames=14)
-    return dict(model=str(model), dataset__root_dir=str(folder / "insertion"))
+    root, model = folder / "insertion", make_demo.write_qwen2_5_vl(folder / "qwen", text=(64, 2), vision=(32, 2))
+    make_demo.write_insertion(root, episodes=4, size=(60, 80), max_frames=9)
+    return dict(dataset__root_dir=str(root), model=str(model))
 
 
-NORA = Recipe(
-    "train_nora",
-    knobs=dict(out=["output_dir"], batch="per_device_batch_size", accumulation="gradient_accumulation_steps")
-    | dict(steps="max_train_steps", workers="num_workers", resume="resume_from_checkpoint"),
-    values=dict(fast="fit", fast_vocab_size=256, train="lora", lora_rank=4, lora_dropout=0.2, learning_rate=1e-2)
-    | dict(num_warmup_steps=2, logging_frequency=2, checkpoint_save_frequency=2, val_frequency=4, val_samples=4)
-    | dict(val_decode_samples=2, dataset__horizon=2, dataset__use_ee_pose_delta_as_action=True)
-    | dict(dataset__resize_resolution=[28, 28], dataset__num_val_episodes=1, dataset__augment=True),
-    still=dict(lora_dropout=0.0, dataset__augment=False),
-    write=write_nora,
-    newest=lambda out: ckpt.checkpoints_in(out / "run")[-1],
-    tensors=lambda path: ckpt.load_state(path / "state.pt")["trained"],
-)
+def write_smolvla(folder):
+    sizes = dict(text=(48, 3), vision=(32, 2), image_size=64, patch=8, shuffle=2)
+    root, model = folder / "insertion_sim", make_demo.write_smolvlm2(folder / "smolvlm2", **sizes)
+    make_demo.write_insertion_sim(root, episodes=5, size=(60, 80), max_frames=7)
+    return dict(dataset__root_dir=str(root), policy__vlm_model_name=str(model))
 
 
-# ---- mobile ----------------------------------------------------------------------------------------------------------
+def write_openvla(folder):
+    sizes = dict(text=(16, 2), dino=(16, 2), siglip=(24, 2), image_size=42)
+    root, model = folder / "vamos", make_demo.write_openvla(folder / "openvla", **sizes)
+    make_demo.write_vamos(root, images=10, validation_images=2, size=(48, 64), files=2, rows_per_group=4)
+    return dict(data_root_dir=str(root), vla_path=str(model), frame_dir=str(folder / "frames"))
 
 
 def write_mobile(folder):
-    """A tiny Kosmos-2, and 6 drives of 6 frames: 24 windows to train on, of which some reach over the end."""
-    make_demo.write_mobile(folder / "mobile", episodes=6, size=(24, 40), frames=6)
-    model = make_demo.write_kosmos2(folder / "kosmos2", text=(32, 2), vision=(24, 1), image_size=28, queries=5)
-    data = dict(data_dir=str(folder / "mobile"), frame_dir=str(folder / "frames"), episode_pattern="*.h5")
-    return dict(model=str(model)) | {f"dataset__{key}": value for key, value in data.items()}
+    sizes = dict(text=(32, 2), vision=(24, 1), image_size=28, queries=5)
+    root, model = folder / "mobile", make_demo.write_kosmos2(folder / "kosmos2", **sizes)
+    make_demo.write_mobile(root, episodes=6, size=(24, 40), frames=6)
+    return dict(dataset__data_dir=str(root), model=str(model))
 
 
-MOBILE = Recipe(
-    "train_mobile_kosmos",
-    knobs=dict(out=["output_dir"], batch="batch_size", accumulation="trainer__accumulate_grad_batches")
-    | dict(steps="trainer__max_steps", workers="num_workers"),
-    values=dict(window_size=3, fwd_pred_next_n=4, dataset__train_split=0.67, learning_rate=1e-3, scheduler="cosine")
-    | dict(warmup_epochs=3, act_head__hidden_size=16, act_head__num_layers=1, train_setup__lora_r=2),
-    still=dict(train_setup__lora_dropout=0.0),
-    write=write_mobile,
-    newest=lambda out: out / "run/checkpoints/last.ckpt",
-    tensors=lambda path: ckpt.load_state(path)["trained"],
-)
+def newest(pattern):
+    return lambda out: max(out.glob(pattern), key=lambda path: int("".join(filter(str.isdigit, path.name))))
 
+
+NORA = dict(fast="fit", fast_vocab_size=300, learning_rate=1e-3, num_warmup_steps=2, logging_frequency=2)
+NORA |= dict(val_frequency=4, checkpoint_save_frequency=2, val_samples=8, val_decode_samples=2)
+NORA |= dict(dataset__horizon=3, dataset__use_ee_pose_delta_as_action=True, dataset__num_val_episodes=1)
+NORA |= dict(dataset__cameras=["camera1", "camera3"], dataset__resize_resolution=[56, 56], dataset__augment=True)
+
+SMOLVLA = dict(dataset__horizon=4, dataset__augment=True, policy__chunk_size=4, policy__n_action_steps=4)
+SMOLVLA |= dict(policy__num_vlm_layers=2, policy__resize_imgs_with_padding=(32, 32), policy__max_state_dim=8)
+SMOLVLA |= dict(policy__max_action_dim=8, policy__tokenizer_max_length=20, policy__num_steps=3)
+SMOLVLA |= dict(training__log_freq=2, training__save_freq=2, validation__num_episodes=1, validation__val_freq=4)
+SMOLVLA |= dict(optimizer__lr=1e-3, scheduler__num_warmup_steps=2, scheduler__num_decay_steps=8)
+
+OPENVLA = dict(lora_rank=4, lora_dropout=0.2, image_aug=True, learning_rate=1e-2, lr_schedule="cosine")
+OPENVLA |= dict(warmup_steps=2, log_steps=2, save_steps=4, val_steps=4, val_samples=4)
+
+MOBILE = dict(dataset__episode_pattern="*.h5", dataset__train_split=0.67, window_size=3, fwd_pred_next_n=4)
+MOBILE |= dict(learning_rate=1e-3, scheduler="cosine", act_head__hidden_size=16, act_head__num_layers=1)
+MOBILE |= dict(train_setup__lora_r=2, trainer__max_epochs=2, trainer__log_every_n_steps=2)
 
 RECIPES = {
     "async": session_recipe("train_async", "qwen_vla_async.pt", "model_state_dict"),
     "diffusion": session_recipe(
         "train_diffusion", "diffusion_stage1_latest.pt", "raw_state_dict", diffusion_timesteps=10, ddim_steps=3
     ),
-    "openvla": OPENVLA,
-    "nora": NORA,
-    "mobile": MOBILE,
+    "nora": Recipe(
+        "train_nora",
+        knobs="output_dir per_device_batch_size gradient_accumulation_steps max_train_steps num_workers "
+        "resume_from_checkpoint",
+        values=NORA,
+        still=dict(dataset__augment=False),
+        write=write_nora,
+        root="dataset__root_dir",
+        newest=newest("steps_*"),
+        tensors=lambda path: ckpt.load_state(path / "state.pt")["trained"],
+    ),
+    "smolvla": Recipe(
+        "train_smolvla_sim",
+        knobs="output_dir training__batch_size training__gradient_accumulation_steps training__steps "
+        "training__num_workers resume",
+        values=SMOLVLA,
+        still=dict(dataset__augment=False),
+        write=write_smolvla,
+        root="dataset__root_dir",
+        newest=newest("checkpoints/checkpoint_step_*.pt"),
+        tensors=lambda path: ckpt.load_state(path)["model_state_dict"],
+        whole=True,
+        eyes=("model.state_proj",),
+    ),
+    "openvla": Recipe(
+        "train_openvla_vamos",
+        knobs="run_root_dir+adapter_tmp_dir batch_size grad_accumulation_steps max_steps num_workers "
+        "resume_from_checkpoint",
+        values=OPENVLA,
+        still=dict(lora_dropout=0.0, image_aug=False),
+        write=write_openvla,
+        root="data_root_dir",
+        newest=newest("*/steps_*"),
+        tensors=lambda path: {f"vla.{n}": t for n, t in RECIPES["openvla"].script.read_adapter(path).items()},
+    ),
+    "mobile": Recipe(
+        "train_mobile_kosmos",
+        knobs="output_dir batch_size trainer__accumulate_grad_batches trainer__max_steps num_workers resume",
+        values=MOBILE,
+        still=dict(train_setup__lora_dropout=0.0),
+        write=write_mobile,
+        root="dataset__data_dir",
+        newest=lambda out: out / "checkpoints/last.ckpt",
+        tensors=lambda path: ckpt.load_state(path)["trained"],
+        frame=lambda frame, cfg: frame + cfg.window_size - 1,
+    ),
 }
