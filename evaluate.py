@@ -54,8 +54,9 @@ def find_checkpoint(path):
     require(path.exists(), f"--checkpoint {path}: no such file or folder")
     for folder in (path, path / "checkpoints") if path.is_dir() else ():
         steps = checkpoints_in(folder, ("steps_*", "*_step_*.pt"))  # by number
-        best = [p for pattern in ("best", "best_hf", "*_best.pt") for p in folder.glob(pattern)]
-        for found in (best, steps[-1:], sorted(folder.glob("*.pt"), key=lambda p: p.stat().st_mtime)[-1:]):
+        best = [*folder.glob("best"), *folder.glob("best_hf"), *folder.glob("*_best.pt")]
+        files = sorted(set(folder.glob("*.pt")) - {folder / "state.pt"}, key=lambda p: p.stat().st_mtime)
+        for found in (best, steps[-1:], files[-1:]):
             require(len(found) < 2, f"--checkpoint {path} holds several runs: choose {' or '.join(map(str, found))}")
             if found:
                 return found[0]

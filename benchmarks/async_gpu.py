@@ -23,7 +23,7 @@ import make_demo
 import train_async
 import train_diffusion
 from common import vl_cache
-from common.qwen_vl import pick_attention
+from common.qwen_vl import batch_vision_attention, pick_attention
 
 INSTRUCTION = "Insert the needle into the target point"
 BUDGET_MS = 300  # vlm_reuse_count 3 at 10 Hz
@@ -65,7 +65,7 @@ def make_encoder(folder, args, views):
             vision_start_token_id=tiny.vision_start_token_id,
         )
         config._attn_implementation = pick_attention("auto", DEVICE)
-        vl_cache.batch_vision_attention()
+        batch_vision_attention()
         torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
         with torch.device(DEVICE):
             make_encoder.vlm = Qwen2_5_VLForConditionalGeneration(config).model.requires_grad_(False).eval()

@@ -266,7 +266,7 @@ class SessionPolicy:
         roots = [str(path) for path in (root if isinstance(root, (list, tuple)) else [root])]
         found = ss.find_sessions(roots)
         unknown, some = sorted(set(names or []) - {s.name for s in found}), ", ".join(s.name for s in found[:5])
-        require(not unknown, f"'{root}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
+        require(not unknown, f"'{', '.join(roots)}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
         chosen = [s for s in found if names is None or s.name in names]
         cfg = dataclasses.replace(self.cfg, dataset_dir=roots)
         expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}

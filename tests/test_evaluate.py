@@ -123,7 +123,7 @@ LAYOUTS = [
     (["checkpoints/best_hf", "checkpoints/checkpoint_step_4.pt"], "checkpoints/best_hf"),
     (["qwen_vla_async_best.pt", "qwen_vla_async.pt"], "qwen_vla_async_best.pt"),
     (["qwen_vla_async.pt"], "qwen_vla_async.pt"),
-    (["model", "state.txt"], ""),  # a checkpoint itself, or one that the script's load_policy chooses
+    (["model", "state.pt"], ""),  # a checkpoint itself, or one that the script's load_policy chooses
 ]
 
 
