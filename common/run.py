@@ -63,10 +63,9 @@ class Run:
 
     current = None  # the run of this process, for launch
 
-    def __init__(self, cfg, out, batch_size, accumulation=1, bf16=False, find_unused=False):
+    def __init__(self, cfg, out, batch_size, accumulation=1, bf16=False):
         cuda = torch.cuda.is_available()
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-        ddp.find_unused_parameters = find_unused
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep the precision of an earlier run
             AcceleratorState._reset_state(reset_partial_state=True)
         precision = "bf16" if bf16 else "no"

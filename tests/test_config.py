@@ -1,5 +1,6 @@
 """The YAML + command line parser: ways of writing a value, ways of getting it wrong."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -215,6 +216,19 @@ def test_shipped_configs_parse_and_every_key_is_explained(script, capsys):
     entries = capsys.readouterr().out.replace("│", " ").split(" --")[2:]
     bare = [entry.split()[0] for entry in entries if len(entry.partition("(default")[0].split()) < 3]
     assert not bare, "keys without a comment"
+
+
+GUIDES = dict(train_nora="nora", train_smolvla_sim="smolvla_sim", train_mobile_kosmos="mobile_kosmos")
+
+
+@pytest.mark.parametrize("script", GUIDES)
+def test_the_yaml_of_the_guides_is_read_as_written(script, shared, tmp_path):
+    cls, aliases, accepted = script_config(script)
+    text = (shared / "guides" / f"{GUIDES[script]}.ko.md").read_text(encoding="utf-8")
+    written = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    for block in written:
+        from_yaml(tmp_path, block, cls=cls, aliases=aliases, accepted=accepted)
+    assert written or script == "train_mobile_kosmos"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
