@@ -1,11 +1,12 @@
-"""train_async.py and train_diffusion.py at real size with a real-size Qwen2.5-VL-3B (random weights) on one GPU: features/s for 1 to 5 views, training with cached
-and with online features, latency of every part against the budget of the two-rate loop, and that loop itself on the machine's clock.
+"""train_async.py and train_diffusion.py at real size with a real-size Qwen2.5-VL-3B (random weights) on one GPU:
+features/s for 1 to 5 views, training with cached features and with the VLM in every step, latency of every part against
+the budget of the two-rate loop, and that loop itself on the machine's clock.
 
-    python benchmarks/async_gpu.py | tee benchmarks/results/async_gpu_$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr ' ' _).txt
-    python benchmarks/async_gpu.py --layers 2 --width 256 --hidden_dim 128 --height 112 --width_px 196 --views 1 2 --steps 3       # any machine: does it run
+    python benchmarks/async_gpu.py
+    python benchmarks/async_gpu.py --layers 2 --width 256 --hidden_dim 128 --height 112 --width_px 196 --views 1 2
 
-Speed and memory do not depend on the values of the weights. Images are 1280x720 arrays in memory: squashing them to the model's size is counted, decoding JPEG is not.
-"""
+The second runs on any machine. Speed and memory do not depend on the values of the weights. Images are 1280x720 arrays
+in memory: squashing them to the model's size is counted, decoding JPEG is not."""
 
 import argparse
 import sys
@@ -24,13 +25,16 @@ import train_async
 import train_diffusion
 from common import vl_cache
 from common.qwen_vl import batch_vision_attention, pick_attention
+from common.run import to_device
+from common.two_rate import TwoRateLoop
 
 INSTRUCTION = "Insert the needle into the target point"
 BUDGET_MS = 300  # vlm_reuse_count 3 at 10 Hz
 
 
 def make_encoder(folder, args, views):
-    """VLEncoder with the tokenizer of a tiny model and the network of Qwen2.5-VL-3B (its config.json), or the same with fewer layers and another width."""
+    """VLEncoder with the tokenizer of a tiny model and the network of Qwen2.5-VL-3B, or that with fewer layers and
+    another width."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     encoder = vl_cache.VLEncoder(
@@ -70,7 +74,7 @@ def make_encoder(folder, args, views):
         with torch.device(DEVICE):
             make_encoder.vlm = Qwen2_5_VLForConditionalGeneration(config).model.requires_grad_(False).eval()
         torch.set_default_dtype(torch.float32)
-    encoder.vlm, encoder.width = make_encoder.vlm, args.width  # set before the first encode would load the tiny one
+    encoder.vlm, encoder.width = make_encoder.vlm, args.width  # before the first encode would load the tiny one
     return encoder
 
 
@@ -82,14 +86,13 @@ def sync():
         torch.cuda.synchronize()
 
 
-def timed(call, steps, warmup=2):
-    """-> seconds per call."""
-    for _ in range(warmup):
-        call()
+def timed(steps, function, *args):
+    """-> seconds per call, after one that does not count."""
+    function(*args)
     sync()
     start = time.perf_counter()
     for _ in range(steps):
-        call()
+        function(*args)
     sync()
     return (time.perf_counter() - start) / steps
 
@@ -104,16 +107,16 @@ def pictures(views, n, rng):
 def make_policy(script, args, window):
     cfg = script.Config(hidden_dim=args.hidden_dim, sensor_dim=3 * args.hidden_dim, sensor_window_size=window)
     names = ("mean", "std", "min", "max", "q01", "q99")
-    action = {k: [{"mean": 0.0, "std": 0.5}.get(k, -1.0 if k in ("min", "q01") else 1.0)] * 7 for k in names} | dict(
-        mask=[True] * 7, constant=[False] * 6 + [True]
-    )
-    core = script.build_model(cfg, (1, args.width), dict(action=action, sensor=None), DEVICE)
-    return script.Policy(core, cfg, dict(action=action), {}, [INSTRUCTION], DEVICE, torch.bfloat16 if CUDA else None)
+    action = {k: [{"mean": 0.0, "std": 0.5}.get(k, -1.0 if k in ("min", "q01") else 1.0)] * 7 for k in names}
+    stats = dict(action=action | dict(mask=[True] * 7, constant=[False] * 6 + [True]))
+    about = dict(vl_shape=(1, args.width), stats=stats, recipe={}, instructions=[INSTRUCTION])
+    return script.Policy(script.build_model(cfg, about, DEVICE), cfg, about, DEVICE)
 
 
 def training_step(script, policy, batch_size, rng):
-    """-> call(features or None) that does one optimizer step on `batch_size` samples."""
+    """-> (call(encoder, pictures) that does one optimizer step on `batch_size` samples, these)."""
     cfg, core = policy.cfg, policy.model.train()
+    draws = getattr(cfg, "noise_draws", 1)
     optimizer = script.make_optimizer(core, cfg, CUDA or None)
     items = [
         dict(
@@ -121,21 +124,21 @@ def training_step(script, policy, batch_size, rng):
             sensor=rng.standard_normal((cfg.sensor_window_size, 1026), dtype=np.float32),
             actions=rng.uniform(-1, 1, (cfg.horizon, 7)).astype(np.float32),
             action_mask=np.ones(cfg.horizon, bool),
-            weight=1.0,
+            weight=np.float32(1),
             reuse_step=0,
             name=("", 0),
-            noise=rng.standard_normal((1, cfg.horizon, 7), dtype=np.float32),
-            t=np.array([7]),
+            noise=rng.standard_normal((draws, cfg.horizon, 7), dtype=np.float32),
+            t=np.full(draws, 7),
         )
         for _ in range(batch_size)
     ]
 
-    def step(features=None):
+    def step(encoder=None, pictures=()):
         batch = policy.collate(items)
-        if features is not None:
-            batch["vl_features"] = features
+        if encoder is not None:
+            batch["vl_features"] = encoder.encode(pictures)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            loss = core(script.to_device(batch, DEVICE))["loss_sum"] / batch_size
+            loss = core(to_device(batch, DEVICE))["loss_sum"] / batch_size
         loss.backward()
         torch.nn.utils.clip_grad_norm_(core.parameters(), 1.0)
         optimizer.step()
@@ -155,34 +158,33 @@ def main(args):
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
             one, several = pictures(views, 1, rng), pictures(views, args.micro_batch, rng)
-            encode_ms[views] = 1e3 * timed(lambda: encoder.encode(one), args.steps)
-            batch_ms = 1e3 * timed(lambda: encoder.encode(several), args.steps)
+            encode_ms[views] = 1e3 * timed(args.steps, encoder.encode, one)
+            batch_ms = 1e3 * timed(args.steps, encoder.encode, several)
             slow = encode_ms[views] > BUDGET_MS
-            print(
-                f"{views} view(s): {encode_ms[views]:8.1f} ms per feature, {1e3 / encode_ms[views]:7.2f} features/s; in batches of {args.micro_batch}: {1e3 * args.micro_batch / batch_ms:7.2f} features/s; "
-                f"{'over' if slow else 'within'} {BUDGET_MS} ms"
-                + (f", use --vlm-reuse-count {-(-encode_ms[views] // 100):.0f}" if slow else "")
-                + (f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""),
-                flush=True,
-            )
+            alone = f"{encode_ms[views]:8.1f} ms per feature, {1e3 / encode_ms[views]:7.2f} features/s"
+            several = f"in batches of {args.micro_batch}: {1e3 * args.micro_batch / batch_ms:7.2f} features/s"
+            advice = f", use --vlm-reuse-count {-(-encode_ms[views] // 100):.0f}" if slow else ""
+            peak = f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
+            budget = f"{'over' if slow else 'within'} {BUDGET_MS} ms{advice}{peak}"
+            print(f"{views} view(s): {alone}; {several}; {budget}", flush=True)
         views = args.views[-1]
         for script, window in ((train_async, 65), (train_diffusion, 650)):
             policy = make_policy(script, args, window)
             step, items = training_step(script, policy, args.batch_size, rng)
             batch = pictures(views, args.batch_size, rng)
-            cached = timed(step, args.steps)
-            online = timed(lambda: step(encoder.encode(batch)), args.steps, 1)
-            print(
-                f"{script.__name__}: {sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters, batch {args.batch_size}, window {window}: cached {args.batch_size / cached:.1f} samples/s, "
-                f"online with {views} view(s) {args.batch_size / online:.2f} samples/s: {online / cached:.1f}x",
-                flush=True,
-            )
+            cached = timed(args.steps, step)
+            online = timed(args.steps, step, encoder, batch)
+            size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+            print(f"{script.__name__}: {size:.1f} M parameters, batch {args.batch_size}, window {window}:", end=" ")
+            both = f"{args.batch_size / cached:.1f} samples/s, with {views} view(s) {args.batch_size / online:.2f}"
+            print(f"cached {both}: {online / cached:.1f}x", flush=True)
             policy.model.eval()
             observation = dict(vl_features=items[0]["vl_features"], sensor=items[0]["sensor"])
-            alone = 1e3 * timed(lambda: policy.predict([observation]), args.steps)
+            alone = 1e3 * timed(args.steps, policy.predict, [observation])
             print(f"{script.__name__}: predict {alone:.1f} ms alone", flush=True)
-            policy._encoder, policy.cfg.vlm_reuse_count = encoder, max(3, int(-(-encode_ms[views] // 100)))
-            loop = script.TwoRateLoop(policy, max_age_s=10.0)
+            policy.encoder, policy.cfg.vlm_reuse_count = encoder, max(3, int(-(-encode_ms[views] // 100)))
+            policy.cfg.vlm_latency_ms = [encode_ms[views]]
+            loop = TwoRateLoop(policy, max_age_s=10.0)
             shot, spent = pictures(views, 1, rng)[0][0], []
             stop = threading.Event()
 
@@ -205,10 +207,11 @@ def main(args):
             loop.run(lambda shot=shot: (shot, time.monotonic()), lambda action: None, args.seconds)
             stop.set()
             if spent:
-                print(
-                    f"{script.__name__}: two-rate loop of {args.seconds} s with the VLM beside it ({views} views, a look every {policy.cfg.vlm_reuse_count} steps): predict median {np.median(spent):.1f} ms, "
-                    f"95 % {np.quantile(spent, 0.95):.1f} ms, longest {max(spent):.1f} ms"
+                look = f"{views} views, a look every {policy.cfg.vlm_reuse_count} steps"
+                times = (
+                    f"median {np.median(spent):.1f} ms, 95 % {np.quantile(spent, 0.95):.1f} ms, max {max(spent):.1f}"
                 )
+                print(f"{script.__name__}: two-rate loop of {args.seconds} s ({look}): predict {times}")
             print("\n".join(loop.report()), flush=True)
 
 
@@ -226,7 +229,6 @@ if __name__ == "__main__":
     parser.add_argument("--hidden_dim", type=int, default=1024, help="width of the expert")
     CUDA = torch.cuda.is_available()
     DEVICE = torch.device("cuda" if CUDA else "cpu")
-    print(
-        f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, attention {pick_attention('auto', DEVICE)}, {torch.get_num_threads()} threads"
-    )
+    name, attention = torch.cuda.get_device_name() if CUDA else "CPU", pick_attention("auto", DEVICE)
+    print(f"{name}, torch {torch.__version__}, attention {attention}, {torch.get_num_threads()} threads")
     main(parser.parse_args())

@@ -24,9 +24,6 @@ from common.stats import Normalizer
 ACTIONS = [("dx", "mm"), ("dy", "mm"), ("dz", "mm"), ("da", "deg"), ("db", "deg"), ("dr", "deg"), ("gripper", "")]
 
 
-# ---- sessions and features -------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Data:
     """Sessions of a run, split and described."""
@@ -77,8 +74,7 @@ class Features:
 
 
 def load_data(cfg, run=None, saved=None, optional=()):
-    """Find, split and describe the sessions. `saved`: a checkpoint to go on from, whose statistics are kept;
-    `optional`: see Features."""
+    """-> Data. `saved`: a checkpoint to go on from, whose statistics are kept; `optional`: see Features."""
     found = ss.find_sessions(cfg.dataset_dir)
     for s in found:
         rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
@@ -119,24 +115,18 @@ def all_stats(train, features, cfg, samples=512):
     return stats
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
-
-
 class SessionDataset(Dataset):
     """One item per usable step k of the sessions (its VLM tick has a fresh image of every view). Item (position, i):
 
     vl_features (N, V) float32, or without a cache images {view: (h, w, 3) uint8} and instruction |
-    sensor (n <= W, 1026) float32 raw rows, newest last, or None |
+    sensor (n <= W, 1026) float32 raw rows, newest last, or None | previous (7,) the action before, or zeros |
     actions (H, 7) float32 in mm and degrees, action_mask (H,) bool: False past the end of the segment |
-    previous (7,) the action before, zeros at a segment's start | weight float32, in the loss |
-    reuse_step, steps since the feature's images: 0..R-1 without latency | name (session, k)
-
-    owner, steps, ticks (n,): session, step and newest tick of each item."""
+    weight float32, in the loss | reuse_step, steps since the feature's images: 0..R-1 without latency | name"""
 
     def __init__(self, part, features, cfg):
         self.sessions, self.features, self.cfg = list(part), features, cfg
         usable = [features.usable(s) for s in self.sessions]
-        self.owner = np.repeat(np.arange(len(usable)), [len(steps) for steps, _ in usable])
+        self.owner = np.repeat(np.arange(len(usable)), [len(steps) for steps, _ in usable])  # each item's session
         self.steps, self.ticks = np.concatenate([np.zeros((2, 0), int), *map(np.stack, usable)], axis=1)
         self.datasets = np.array([s.dataset for s in self.sessions])[self.owner]
 
@@ -156,8 +146,7 @@ class SessionDataset(Dataset):
         return np.array([weights[name] for name in self.datasets], np.float64)
 
     def __getitem__(self, key):
-        """Where vlm_latency_ms is a range, the age of the feature is drawn by the position."""
-        position, i = key
+        position, i = key  # where vlm_latency_ms is a range, the position draws the age of the feature
         s, k, tick, cfg = self.sessions[self.owner[i]], int(self.steps[i]), int(self.ticks[i]), self.cfg
         ticks, (low, high) = self.features.ticks[s.name], (min(cfg.vlm_latency_ms), max(cfg.vlm_latency_ms))
         if high > low:
@@ -218,10 +207,8 @@ class Collate:
 
 
 class SessionPolicy:
-    """What a policy on sessions does around its network: observations -> batch, features of images, episodes for
-    evaluate.py. A script adds predict(observations) -> (B, H, 7) in mm and degrees. Used by common.two_rate.
-
-    `about`: Data.about, from the training or out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
+    """What a policy on sessions does around its network; a script adds predict(observations) -> (B, H, 7) in mm and
+    degrees. `about`: Data.about, also out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
 
     several_roots = True  # for open_episodes
 
@@ -299,8 +286,8 @@ class SessionPolicy:
 
 
 def held_out_batches(dataset, policy, run):
-    """This rank's share of the held-out steps, each once -> (items, their batch, {input: the batch with this input of
-    samples far away}), on the device: an error that stays the same there says that the input is not used."""
+    """This rank's share of the held-out steps, each once -> (items, their batch on the device, {input: the batch with
+    this input of samples far away}): an error that stays the same there says that the input is not used."""
     n, size = len(dataset), policy.cfg.batch_size
     mine = range(run.rank, n, run.world)
     for i in range(0, len(mine), size):
@@ -365,9 +352,6 @@ class ChunkErrors:
         return " | ".join(parts) + " | mm with another sample's " + ", ".join(f"{k} {v:.4g}" for k, v in swaps.items())
 
 
-# ---- what a run says about its data ----------------------------------------------------------------------------------
-
-
 def describe(cfg, data, dataset, held_out, weights, print0):
     """Say what was found: sessions, steps and shares per data set, features, sensor, actions, ranges and what clipping
     to them removes. `weights`: of the samples of `dataset`."""
@@ -383,9 +367,8 @@ def describe(cfg, data, dataset, held_out, weights, print0):
     views = f"views {', '.join(recipe['views'])} at {recipe['height']}x{recipe['width']}"
     hz = f"{reuse} steps share one: a VLM at {rate / reuse:.2f} Hz"
     print0(f"features  {recipe['model']}, {views}, every {data.features.stride} steps, {data.features.root}; {hz}")
-    if max(cfg.vlm_latency_ms) > 1000 / rate * reuse:
-        slow = f"vlm_latency_ms is {cfg.vlm_latency_ms}: a VLM that slow cannot look every {reuse} steps"
-        enough = math.ceil(max(cfg.vlm_latency_ms) * rate / 1000)
+    if (enough := math.ceil(max(cfg.vlm_latency_ms) * rate / 1000)) > reuse:
+        slow = f"a VLM that takes {max(cfg.vlm_latency_ms):g} ms cannot look every {reuse} steps"
         print0(f"warning   {slow}. Use --vlm-reuse-count {enough}, fewer views, or smaller images")
     window, weight = cfg.sensor_window_size, f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
     rows = f"the newest {window} rows, {window / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; {weight}"

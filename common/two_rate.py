@@ -1,12 +1,6 @@
 """Two-rate inference: a slow eye and a fast hand, for any policy with encode(images) and predict(observations).
 
-Training pairs step k with the feature of an older tick; here the same happens on a robot's clock.
-
-    loop = TwoRateLoop(load_policy("checkpoints/qwen_vla_async_best.pt"), "Touch the red point")
-    loop.warm_up(*camera())  # loads the VLM
-    loop.run(camera, execute, seconds=60)
-    print("\\n".join(loop.report()))
-"""
+Training pairs step k with the feature of an older tick; here the same happens on a robot's clock."""
 
 import contextlib
 import math

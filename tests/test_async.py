@@ -1,6 +1,5 @@
 """Asynchronous VLA: the network, samples from real session folders, the training's promises, the policy."""
 
-import pickle
 import shutil
 import subprocess
 import sys
@@ -198,12 +197,12 @@ def write_session(folder, seed, steps=30, sensor=True, instruction="Touch the re
     keep = np.arange(steps) != (gap - 1 if gap else -1)  # the step over the gap is no step
     segment = np.zeros(steps, np.int32) if gap is None else (np.arange(steps) >= gap).astype(np.int32)
     stream = dict(file="sensor_stream.npy", timestamps=stamps, rate_hz=650.0, channels=1026, clock_offset_s=0.0)
-    data = dict(schema_version=2, action=action[keep], segment_id=segment[keep], instruction=instruction)
+    data = dict(action=action[keep], segment_id=segment[keep], instruction=instruction)
     data |= dict(action_timestamps=t[:-1][keep], action_end_timestamps=t[1:][keep])
     data |= dict(robot_state=np.zeros((keep.sum(), 12), np.float32), sensor_data=stream if sensor else None)
     data["image"] = {v: [f"{v}/{stamp:.3f}.jpg" for stamp in frames] for v in views}
     data |= dict(image_timestamps={v: frames.copy() for v in views}, metadata=dict(sources=[], action_hz=10.0))
-    (folder / "data.pkl").write_bytes(pickle.dumps(data))
+    ss.save_data_pkl(folder / "data.pkl", data)
     return folder
 
 
@@ -338,9 +337,9 @@ def test_what_comes_later_is_not_seen(sessions_root, qwen_dir, tmp_path_factory,
     original = ss.Session(sessions_root / "New_dataset" / "Red_point" / "episode_20260101_000000")
     folder = tmp_path_factory.mktemp("later") / "New_dataset" / "Red_point" / original.path.name
     shutil.copytree(original.path, folder)
-    data, t = pickle.loads((folder / "data.pkl").read_bytes()), original.starts[k]
+    data, t = ss.load_data_pkl(folder / "data.pkl"), original.starts[k]
     data["action"][k + 1 :] = 7.0
-    (folder / "data.pkl").write_bytes(pickle.dumps(data))
+    ss.save_data_pkl(folder / "data.pkl", data)
     rows = np.load(folder / "sensor_stream.npy")
     rows[original.sensor_stamps > t] = 1e6
     np.save(folder / "sensor_stream.npy", rows)
@@ -385,9 +384,9 @@ def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
     assert data.validation and not {s.name for s in data.train} & {s.name for s in data.validation}
     shutil.copytree(sessions_root, tmp_path / "s")
     held_out = tmp_path / "s" / data.validation[0].path.relative_to(sessions_root)
-    changed = pickle.loads((held_out / "data.pkl").read_bytes())
+    changed = ss.load_data_pkl(held_out / "data.pkl")
     changed["action"] *= 100
-    (held_out / "data.pkl").write_bytes(pickle.dumps(changed))
+    ss.save_data_pkl(held_out / "data.pkl", changed)
     assert open_data(tmp_path / "s", qwen_dir)[1].about == data.about
 
 
@@ -420,10 +419,10 @@ def test_what_clipping_removes_is_said(sessions_root, qwen_dir, tmp_path, capsys
     shutil.copytree(sessions_root, tmp_path / "s")
     rare = sorted((tmp_path / "s").glob("*/**/data.pkl"))
     for i, path in enumerate(rare):
-        data = pickle.loads(path.read_bytes())
+        data = ss.load_data_pkl(path)
         data["action"][:, 3] = 0.001 * (np.arange(len(data["action"])) % 3 - 1)
         data["action"][7, 3] = 3.0 if i == 0 else 0.0
-        path.write_bytes(pickle.dumps(data))
+        ss.save_data_pkl(path, data)
     run(tmp_path / "s", qwen_dir, tmp_path / "out", max_steps=1, val_split=0)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     most = next(words for words in lines if words[:4] == ["clipping", "removes", "at", "most"])
