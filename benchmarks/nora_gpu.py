@@ -86,10 +86,9 @@ def measure(args, folder, train, checkpointing, windows="batched"):
     batched = attention.forward
     attention.forward = batched if windows == "batched" else attention.looped_forward
     torch.manual_seed(0)
-    ids = {
-        f"{n}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("vision_start", "video_pad")
-    }
-    ids = dict(video_token_id=ids.pop("video_pad_token_id"), image_token_id=processor.image_token_id) | ids
+    vocabulary = processor.tokenizer.get_vocab()
+    ids = dict(video_token_id=vocabulary["<|video_pad|>"], vision_start_token_id=vocabulary["<|vision_start|>"])
+    ids["image_token_id"] = processor.image_token_id
     vlm = real_size(len(processor.tokenizer), ids, args.layers, args.width)
     vlm = vlm.bfloat16() if CUDA and train != "full" else vlm
     vlm.generation_config = GenerationConfig(eos_token_id=processor.end, pad_token_id=processor.pad)
@@ -129,10 +128,11 @@ def measure(args, folder, train, checkpointing, windows="batched"):
     if args.peak_tflops:
         mfu = f"MFU {flops / seconds / args.peak_tflops / 1e12:.1%}"
     what = f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows:<8} batch {args.batch_size:>3}"
-    speed = f"{tokens // args.batch_size} tokens: {args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {mfu}"
+    speed = f"{args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {mfu}"
+    what = f"{what}, {tokens // args.batch_size} tokens:"
     memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else float("nan")
     count = sum(p.numel() for p in trained)
-    print(f"{what}, {speed}, peak {memory:.1f} GB, {count:,} trained, loss {loss.item():.2f}", flush=True)
+    print(f"{what} {speed}, peak {memory:.1f} GB, {count:,} trained, loss {loss.item():.2f}", flush=True)
     if train == "head":
         policy = nora.Policy(model.eval(), fast, data.spec)
         observation = dict(images={"camera1": np.zeros((480, 640, 3), np.uint8)}, instruction=make_demo.INSTRUCTION)
@@ -183,9 +183,7 @@ if __name__ == "__main__":
             try:
                 measure(args, Path(folder), train, checkpointing, windows)
             except torch.OutOfMemoryError:
-                print(
-                    f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows}: out of memory at batch {args.batch_size}",
-                    flush=True,
-                )
+                what = f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows}"
+                print(f"{what}: out of memory at batch {args.batch_size}", flush=True)
             if CUDA:
                 torch.cuda.empty_cache()
