@@ -1,11 +1,13 @@
 """What train_nora.py adds to the work that has to be done anyway, as ratios measured in one run on this CPU.
 
-    python benchmarks/nora_cpu.py                    # about 3 minutes; the numbers in README come from results/nora_cpu.txt
+    python benchmarks/nora_cpu.py            # about 3 minutes; the numbers in the docs are from results/nora_cpu.txt
 
-loader   samples/s of the dataset (open files, bounds, chunking, dict) / samples/s of the bare calls: h5py read, JPEG decode, resize. 640x480, shuffled.
-start    seconds to find, read and check 1,000 episodes / seconds to read the same arrays with bare h5py calls; files left open.
-step     seconds of a training step of the whole program / seconds of forward + backward + clip + AdamW on the same batches; the 20th percentile of 36
-         steps of each, five pairs, because a shared machine has slow moments.
+loader   samples/s of the dataset (open files, bounds, chunking, dict) / samples/s of the bare calls: h5py read, JPEG
+         decode, resize. 640x480, shuffled.
+start    seconds to find, read and check 1,000 episodes / seconds to read the same arrays with bare h5py calls; files
+         left open.
+step     seconds of a training step of the whole program / seconds of forward + backward + clip + AdamW on the same
+         batches; the 20th percentile of 36 steps of each, five pairs, because a shared machine has slow moments.
 windows  seconds of the vision tower with all windows in one attention call / with transformers' loop over them.
 """
 
@@ -28,7 +30,7 @@ import make_demo
 import train_nora as nora
 from common import episodes as ep
 from common.config import parse_config
-from common.runlog import read_metrics
+from common.log import read_metrics
 from common.sampler import GlobalOrder, RankBatches
 
 torch.set_num_threads(1)
@@ -56,31 +58,25 @@ def loader(folder):
         data = nora.load_data(
             config("--dataset.root_dir", folder / layout, "--horizon", 10, "--use_ee_pose_delta_as_action")
         )
-        dataset = nora.NoraDataset(data.train, data)
+        dataset = nora.NoraDataset(data.train, data.spec)
         order = np.random.default_rng(0).permutation(len(dataset))[:60]
         files = {e.path: h5py.File(e.path, "r", locking=False) for e in data.train}
 
-        def bare():
+        def bare(data=data, dataset=dataset, order=order, files=files, layout=layout):
             for i in order:
                 e, t = dataset.locate(i)
                 value = files[data.train[e].path]["observations/images/side_camera"][t]
-                if layout == "jpeg":
-                    image = Image.open(io.BytesIO(value.tobytes()))
-                    image.draft("RGB", (224, 224))
-                else:
-                    image = Image.fromarray(value)
+                image = Image.open(io.BytesIO(value.tobytes())) if layout == "jpeg" else Image.fromarray(value)
                 np.asarray(image.convert("RGB").resize((224, 224), Image.BICUBIC))
 
-        def ours():
+        def ours(dataset=dataset, order=order):
             for i in order:
                 dataset[(0, i)]
 
         bare(), ours()
         slow, fast = interleaved(ours, bare)
-        print(
-            f"loader   {layout:<5} {len(order) / slow:7.0f} samples/s, bare {len(order) / fast:7.0f}; ratio {fast / slow:.2f}",
-            flush=True,
-        )
+        speeds = f"{len(order) / slow:7.0f} samples/s, bare {len(order) / fast:7.0f}; ratio {fast / slow:.2f}"
+        print(f"loader   {layout:<5} {speeds}", flush=True)
         for f in files.values():
             f.close()
 
@@ -104,64 +100,32 @@ def start(folder):
             with h5py.File(p, "r") as f:
                 [f[key][:] for key in ("action", "observations/ee_pose", "observations/qpos")]
 
+    flags = ["--horizon", 10, "--use_ee_pose_delta_as_action", "--num_val_episodes", 20]
+
     def ours():
-        nora.load_data(
-            config(
-                "--dataset.root_dir",
-                folder / "many",
-                "--horizon",
-                10,
-                "--use_ee_pose_delta_as_action",
-                "--num_val_episodes",
-                20,
-            )
-        )
+        nora.load_data(config("--dataset.root_dir", folder / "many", *flags))
 
     ours_s, bare_s = interleaved(ours, bare, rounds=3)
-    print(
-        f"start    1,000 episodes, 400,000 frames: {ours_s:.1f} s, bare reading {bare_s:.1f} s; ratio {ours_s / bare_s:.2f}; files open afterwards: "
-        f"{sum('episode_' in os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}'))}; "
-        f"at most {ep.MAX_OPEN_FILES} per process while training",
-        flush=True,
-    )
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    left = sum("episode_" in os.readlink(link) for link in links if link.exists())
+    times = f"{ours_s:.1f} s, bare reading {bare_s:.1f} s; ratio {ours_s / bare_s:.2f}"
+    files = f"files open afterwards: {left}; at most {ep.MAX_OPEN_FILES} per process while training"
+    print(f"start    1,000 episodes, 400,000 frames: {times}; {files}", flush=True)
 
 
 def step(folder):
     make_demo.write_insertion(folder / "train", episodes=8, size=(240, 320))
     make_demo.write_qwen2_5_vl(folder / "qwen", text=(256, 4), vision=(128, 4))
     steps, skip = 40, 4
-    flags = [
-        "--dataset.root_dir",
-        folder / "train",
-        "--model",
-        folder / "qwen",
-        "--fast",
-        "fit",
-        "--horizon",
-        8,
-        "--use_ee_pose_delta_as_action",
-        "--batch_size",
-        8,
-        "--gradient_accumulation_steps",
-        1,
-        "--resize_resolution",
-        112,
-        112,
-        "--num_workers",
-        1,
-        "--max_steps",
-        steps,
-        "--logging_frequency",
-        1,
-    ]
+    words = "--fast fit --horizon 8 --use_ee_pose_delta_as_action --batch_size 8 --gradient_accumulation_steps 1"
+    flags = ["--dataset.root_dir", folder / "train", "--model", folder / "qwen", *words.split()]
+    flags += ["--resize_resolution", 112, 112, "--num_workers", 1, "--max_steps", steps, "--logging_frequency", 1]
     cfg = config(*flags)
     data = nora.load_data(cfg)
-    fast = nora.FastTokenizer.fit(nora.sample_chunks(data, 10**5), cfg.fast_scale, cfg.fast_vocab_size)
-    prompt, _ = nora.make_prompt(cfg.model, data.spec)
-    dataset, collate = nora.NoraDataset(data.train, data), nora.Collate(prompt, fast, data.normalizer)
-    batches = [
-        collate([dataset[k] for k in keys]) for keys in RankBatches(GlobalOrder(len(dataset), cfg.seed), 8, steps=steps)
-    ]
+    fast, processor = nora.fit_fast(cfg, data), nora.Processor(cfg.model, data.spec)
+    dataset, collate = nora.NoraDataset(data.train, data.spec), nora.Collate(processor, fast, data.spec.normalizer)
+    order = RankBatches(GlobalOrder(len(dataset), cfg.seed), 8, steps=steps)
+    batches = [collate([dataset[k] for k in keys]) for keys in order]
 
     def whole(name):
         nora.main(config(*flags, "--output_dir", folder / name))
@@ -169,7 +133,7 @@ def step(folder):
         return np.percentile(np.diff(times[skip:]), 20)
 
     def bare():
-        core, _ = nora.build_model(cfg, cfg.model, prompt, torch.device("cpu"), torch.float32, "sdpa")
+        core, _ = nora.build_model(cfg, processor, torch.device("cpu"), torch.float32, "sdpa")
         optimizer = torch.optim.AdamW(core.parameters(), lr=5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-8)
         times = []
         for batch in batches:
@@ -182,11 +146,10 @@ def step(folder):
         return np.percentile(times[skip:], 20)
 
     pairs = np.array([[whole(f"run{k}"), bare()] for k in range(5)])
-    print(
-        f"step     whole program {np.median(pairs[:, 0]) * 1e3:.0f} ms, forward + backward + clip + AdamW {np.median(pairs[:, 1]) * 1e3:.0f} ms; "
-        f"overhead {np.median(pairs[:, 0] / pairs[:, 1]) - 1:+.1%} (pairs {', '.join(f'{a / b - 1:+.1%}' for a, b in pairs)})",
-        flush=True,
-    )
+    whole_ms, bare_ms = np.median(pairs, axis=0) * 1e3
+    all_pairs = ", ".join(f"{a / b - 1:+.1%}" for a, b in pairs)
+    print(f"step     whole program {whole_ms:.0f} ms, forward + backward + clip + AdamW {bare_ms:.0f} ms", flush=True)
+    print(f"         overhead {np.median(pairs[:, 0] / pairs[:, 1]) - 1:+.1%} (pairs {all_pairs})", flush=True)
 
 
 def windows():
@@ -199,12 +162,9 @@ def windows():
     from common.qwen_vl import batch_vision_attention
 
     batch_vision_attention()
-    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-        Qwen2_5_VLVisionConfig(
-            depth=4, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=256, fullatt_block_indexes=[3]
-        ),
-        attn_implementation="sdpa",
-    ).eval()
+    sizes = dict(depth=4, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=256)
+    config = Qwen2_5_VLVisionConfig(**sizes, fullatt_block_indexes=[3])
+    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa").eval()
     patches, grid, batched = torch.randn(16 * 256, 1176), torch.tensor([[1, 16, 16]] * 16), attention.forward
 
     def run(forward):
@@ -215,10 +175,8 @@ def windows():
 
     run(batched)
     fast, slow = interleaved(lambda: run(batched), lambda: run(attention.looped_forward))
-    print(
-        f"windows  16 images of 224x224, 4 layers: {fast * 1e3:.0f} ms batched, {slow * 1e3:.0f} ms looped; ratio {fast / slow:.2f}",
-        flush=True,
-    )
+    times = f"{fast * 1e3:.0f} ms batched, {slow * 1e3:.0f} ms looped; ratio {fast / slow:.2f}"
+    print(f"windows  16 images of 224x224, 4 layers: {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""train_nora.py at real size on one GPU, random weights: samples/s, MFU and peak memory of full, lora and head training, and of decoding.
+"""train_nora.py at real size on one GPU, random weights: samples/s, MFU and peak memory of full, lora and head
+training, and of decoding.
 
-    python benchmarks/nora_gpu.py | tee benchmarks/results/nora_gpu_$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr ' ' _).txt
+    python benchmarks/nora_gpu.py | tee benchmarks/results/nora_gpu.txt
     python benchmarks/nora_gpu.py --layers 2 --width 256 --batch_size 2 --steps 3         # any machine: does it run
 
-Speed and memory do not depend on the values of the weights. Batches are made beforehand (real prompt, real FAST lengths, 224x224), so this is the model's
-side of a step: forward, backward, clipping, AdamW. MFU counts 2 FLOPs per weight and token forward, 2 for the gradient of activations and 2 for the gradient
-of weights where they are trained, attention not counted, over the card's dense bf16 peak (--peak_tflops).
+Speed and memory do not depend on the values of the weights. Batches are made beforehand (real prompt, real FAST
+lengths, 224x224), so this is the model's side of a step: forward, backward, clipping, AdamW. MFU counts 2 FLOPs per
+weight and token forward, 2 for the gradient of activations and 2 for the gradient of weights where they are trained,
+attention not counted, over the card's dense bf16 peak (--peak_tflops).
 """
 
 import argparse
@@ -23,6 +25,7 @@ import make_demo
 import train_nora as nora
 from common.config import parse_config
 from common.qwen_vl import batch_vision_attention, pick_attention
+from common.run import to_device
 
 PEAKS = {
     "H200": 989,
@@ -67,46 +70,30 @@ def real_size(vocabulary, ids, layers, width):
 
 
 def measure(args, folder, train, checkpointing, windows="batched"):
-    cfg = parse_config(
-        nora.Config,
-        [
-            "--train",
-            train,
-            "--model",
-            str(folder / "qwen"),
-            "--dataset.root_dir",
-            str(folder / "data"),
-            "--horizon",
-            "10",
-            "--use_ee_pose_delta_as_action",
-            *(["--gradient_checkpointing"] if checkpointing else []),
-        ],
-        nora.ALIASES,
-    )
+    words = f"--train {train} --horizon 10 --use_ee_pose_delta_as_action --gradient_checkpointing {checkpointing}"
+    paths = ["--model", str(folder / "qwen"), "--dataset.root_dir", str(folder / "data")]
+    cfg = parse_config(nora.Config, [*words.split(), *paths], nora.ALIASES)
     data = nora.load_data(cfg)
-    fast = nora.FastTokenizer.fit(nora.sample_chunks(data, 4000), 10, 1024)
-    prompt, _ = nora.make_prompt(cfg.model, data.spec)
-    dataset, collate = nora.NoraDataset(data.train, data), nora.Collate(prompt, fast, data.normalizer)
+    fast, processor = nora.fit_fast(cfg, data, most=4000), nora.Processor(cfg.model, data.spec)
+    dataset, collate = nora.NoraDataset(data.train, data.spec), nora.Collate(processor, fast, data.spec.normalizer)
     rng = np.random.default_rng(0)
-    batches = [
-        nora.to_device(collate([dataset[(0, int(i))] for i in rng.integers(0, len(dataset), args.batch_size)]), DEVICE)
-        for _ in range(4)
-    ]
+    picks = [rng.integers(0, len(dataset), args.batch_size) for _ in range(4)]
+    batches = [to_device(collate([dataset[(0, int(i))] for i in pick]), DEVICE) for pick in picks]
     batch_vision_attention()
+    from transformers import GenerationConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention as attention
 
     batched = attention.forward
     attention.forward = batched if windows == "batched" else attention.looped_forward
     torch.manual_seed(0)
-    ids = dict(
-        image_token_id=prompt.image_token_id,
-        vision_start_token_id=prompt.tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        video_token_id=prompt.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-    )
-    vlm = real_size(len(prompt.tokenizer), ids, args.layers, args.width)
+    vocabulary = processor.tokenizer.get_vocab()
+    ids = dict(video_token_id=vocabulary["<|video_pad|>"], vision_start_token_id=vocabulary["<|vision_start|>"])
+    ids["image_token_id"] = processor.image_token_id
+    vlm = real_size(len(processor.tokenizer), ids, args.layers, args.width)
     vlm = vlm.bfloat16() if CUDA and train != "full" else vlm
-    nora.choose_trained(cfg, vlm, prompt.first_action)
-    model = nora.Nora(vlm, prompt, nora.read_preprocessor(cfg.model), train_vision=train == "full").to(DEVICE).train()
+    vlm.generation_config = GenerationConfig(eos_token_id=processor.end, pad_token_id=processor.pad)
+    nora.choose_trained(cfg, vlm, processor.first_action)
+    model = nora.Nora(vlm, processor).to(DEVICE).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=CUDA or None)
     if CUDA:
@@ -129,28 +116,25 @@ def measure(args, folder, train, checkpointing, windows="batched"):
         loss = step(batches[k % 4])
     sync()
     seconds = (time.perf_counter() - start) / args.steps
-    tokens, patches = (
-        batches[0]["input_ids"].numel(),
-        batches[0]["images"].shape[0] * batches[0]["images"].shape[1] * 256,
-    )
+    tokens = batches[0]["input_ids"].numel()
+    patches = batches[0]["images"].shape[0] * batches[0]["images"].shape[1] * 256
     language, vision = (
         sum(p.numel() for n, p in m.named_parameters() if "embed_tokens" not in n)
         for m in (vlm.model.language_model, vlm.model.visual)
     )
     per_weight = {"full": 6, "lora": 4, "head": 4}[train]  # the frozen tower only goes forward
     flops = per_weight * language * tokens + (6 if train == "full" else 2) * vision * patches
-    mfu = (
-        f"MFU {flops / seconds / args.peak_tflops / 1e12:.1%}"
-        if args.peak_tflops
-        else f"{flops / seconds / 1e12:.2f} TFLOP/s"
-    )
-    print(
-        f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows:<8} batch {args.batch_size:>3}, {tokens // args.batch_size} tokens: {args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {mfu}, "
-        f"peak {torch.cuda.max_memory_allocated() / 1e9 if CUDA else float('nan'):.1f} GB, {sum(p.numel() for p in trained):,} trained, loss {loss.item():.2f}",
-        flush=True,
-    )
+    mfu = f"{flops / seconds / 1e12:.2f} TFLOP/s"
+    if args.peak_tflops:
+        mfu = f"MFU {flops / seconds / args.peak_tflops / 1e12:.1%}"
+    what = f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows:<8} batch {args.batch_size:>3}"
+    speed = f"{args.batch_size / seconds:8.2f} samples/s, {seconds * 1e3:8.1f} ms, {mfu}"
+    what = f"{what}, {tokens // args.batch_size} tokens:"
+    memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else float("nan")
+    count = sum(p.numel() for p in trained)
+    print(f"{what} {speed}, peak {memory:.1f} GB, {count:,} trained, loss {loss.item():.2f}", flush=True)
     if train == "head":
-        policy = nora.Policy(model.eval(), fast, data.spec, data.stats)
+        policy = nora.Policy(model.eval(), fast, data.spec)
         observation = dict(images={"camera1": np.zeros((480, 640, 3), np.uint8)}, instruction=make_demo.INSTRUCTION)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
             policy.predict([observation])
@@ -159,10 +143,8 @@ def measure(args, folder, train, checkpointing, windows="batched"):
             for _ in range(3):
                 policy.predict([observation])
         sync()
-        print(
-            f"predict one image, 10 x 6 actions with random weights (up to 61 tokens; trained models stop sooner): {(time.perf_counter() - start) / 3 * 1e3:.0f} ms",
-            flush=True,
-        )
+        took = f"{(time.perf_counter() - start) / 3 * 1e3:.0f} ms"
+        print(f"predict one image, 10 x 6 actions with random weights (trained models stop sooner): {took}", flush=True)
     attention.forward = batched
 
 
@@ -201,9 +183,7 @@ if __name__ == "__main__":
             try:
                 measure(args, Path(folder), train, checkpointing, windows)
             except torch.OutOfMemoryError:
-                print(
-                    f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows}: out of memory at batch {args.batch_size}",
-                    flush=True,
-                )
+                what = f"{train:<5} checkpointing {str(checkpointing):<5} windows {windows}"
+                print(f"{what}: out of memory at batch {args.batch_size}", flush=True)
             if CUDA:
                 torch.cuda.empty_cache()
