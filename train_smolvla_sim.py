@@ -820,11 +820,12 @@ def save_model(folder, tensors, cfg, collate, about, device="cpu"):
     inputs["observation.state"] = dict(type="STATE", shape=[spec.state_dim])
     output = dict(action=dict(type="ACTION", shape=[spec.definition.dim]))
     modes = dict(VISUAL="IDENTITY", STATE=spec.normalization, ACTION=spec.normalization)
-    network = dataclasses.asdict(p) | dict(load_vlm_weights=False)  # all are in our file
+    # as smolvla_base: LeRobot then makes the VLM in bf16; from the config alone, in fp32, 0.4.4 misplaces its patches
+    network = dataclasses.asdict(p) | dict(load_vlm_weights=True)
     network.pop("pretrained_model_id")
     network |= {f"optimizer_{k}": v for k, v in dataclasses.asdict(cfg.optimizer).items()}
-    names = ("scheduler_warmup_steps", "scheduler_decay_steps", "scheduler_decay_lr")
-    network |= dict(zip(names, (*schedule(cfg.training.steps, cfg), cfg.scheduler.decay_lr), strict=True))
+    scheduler = dict(zip(("warmup_steps", "decay_steps"), schedule(cfg.training.steps, cfg), strict=True))
+    network |= {f"scheduler_{k}": v for k, v in (scheduler | dict(decay_lr=cfg.scheduler.decay_lr)).items()}
     features = dict(input_features=inputs, output_features=output, normalization_mapping=modes)
     write("config.json", LEROBOT | features | network | dict(device=device))
 
@@ -845,9 +846,8 @@ def save_model(folder, tensors, cfg, collate, about, device="cpu"):
     after.append(step("device_processor", device="cpu", float_dtype=None))
     write("policy_preprocessor.json", dict(name="policy_preprocessor", steps=before))
     write("policy_postprocessor.json", dict(name="policy_postprocessor", steps=after))
-    stats = lerobot_stats(spec)
     for name in (NORMALIZER, UNNORMALIZER):
-        save_file(stats, folder / name)
+        save_file(lerobot_stats(spec), folder / name)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write("meta.json", dict(format_version=FORMAT, spec=dataclasses.asdict(spec)) | about)

@@ -46,7 +46,7 @@ LAUNCHERS = sorted(p.name for p in (ROOT / "shells").glob("train_*.sh"))
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_plain_call_is_one_process_with_the_default_config(launch, name):
-    arguments, shown = launch(name)
+    arguments, shown = launch(name, NUM_GPUS="1")
     script, config = Path(arguments[0]), Path(arguments[2])
     assert (
         arguments[1] == "--config"
@@ -56,6 +56,15 @@ def test_a_plain_call_is_one_process_with_the_default_config(launch, name):
         and config.is_file()
     )
     assert shown.startswith("+ ") and str(script) in shown
+
+
+def test_guide_2_means_every_gpu(launch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU\\nGPU\\nGPU\\nGPU\\nGPU\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    counts = [launch("train_smolvla_sim.sh", *flags, PATH=path)[0][4] for flags in ((), ("--num-gpus", "2"))]
+    assert counts == ["5", "2"] and launch("train_smolvla_sim.sh", PATH=path, NUM_GPUS="3")[0][4] == "3"
+    assert launch("compute_dataset_stats_sim.sh", PATH=path)[0][0].endswith("compute_stats.py")
 
 
 def test_several_gpus_go_through_torchrun(launch):

@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 
 import h5py
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,6 @@ import compute_stats
 import make_demo
 import train_smolvla_sim as smolvla
 from common import UserError
-from common import checkpoint as ckpt
 from common.config import parse_config
 from common.log import read_metrics
 from common.run import Run
@@ -512,6 +509,7 @@ def test_final_hf_has_lerobots_layout(trained, lerobot):
     numbers = {k for k, v in b.items() if isinstance(v, (int, float))}
     assert all(type(v) is type(b[k]) or k in numbers for k, v in a.items() if v is not None)
     assert a["input_features"].keys() == b["input_features"].keys() and a["output_features"] == b["output_features"]
+    assert a["load_vlm_weights"] is True  # without it LeRobot 0.4.4 misplaces the patches of a picture
     assert a["input_features"]["observation.images.camera1"] == {"type": "VISUAL", "shape": [3, 60, 80]}
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
         shapes = []
@@ -584,9 +582,6 @@ def test_evaluate_reports_on_the_held_out_episodes(trained, sim_root, tmp_path, 
     assert data.validation == sorted(random.Random(1000).sample(range(5), 2))
     assert f"Validation episode indices: {data.validation}" in (trained[0] / "validation_episodes.txt").read_text()
     assert written["units"] == {f"q{i}": "rad" for i in range(1, 7)}
-    episode = next(iter(smolvla.load_policy(trained[0], "cpu").open_episodes(sim_root)))
-    assert np.array_equal(episode["hold"], data.episodes[0].qpos)  # holding still is staying at the measured joints
-    assert np.array_equal(episode["target"], data.episodes[0].action)
 
 
 def test_validation_loss_on_the_whole_part_by_hand(trained):
@@ -662,34 +657,6 @@ def test_cameras_come_in_the_order_of_the_config(make):
     assert np.array_equal(a[0], b[2]) and np.array_equal(a[1], b[0]) and len(a) == 2
 
 
-def test_what_the_frame_sees_does_not_depend_on_later_frames(make, tmp_path, sim_root):
-    shutil.copytree(sim_root, tmp_path / "data")
-    cfg, items = make(dataset__root_dir=tmp_path / "data", validation__enable=False), []
-    for changed in (False, True):
-        data = smolvla.load_data(cfg)
-        if changed:
-            with h5py.File(data.episodes[0].path, "r+") as f:
-                for camera in data.spec.cameras:
-                    f[f"observations/images/{camera}"][6] = f[f"observations/images/{camera}"][0]
-                f["observations/ee_pose"][6:] = 0
-            data = smolvla.load_data(cfg)
-        items.append(smolvla.SmolVLADataset(data, [0], cfg)[(0, 5)])
-    assert np.array_equal(items[0]["state"], items[1]["state"])
-    assert all(np.array_equal(a, b) for a, b in zip(*(item["images"] for item in items), strict=True))
-
-
-@hypothesis.given(h=st.integers(20, 900), w=st.integers(20, 900), side=st.sampled_from([64, 512]))
-@hypothesis.settings(max_examples=25)
-def test_resize_keeps_the_aspect_and_pads_left_and_top(h, w, side):
-    out = smolvla.resize_with_pad(torch.full((1, 3, h, w), 0.75), side)
-    inside = out[0, 0] > -1
-    ch, cw = inside.any(1).sum().item(), inside.any(0).sum().item()
-    assert out.shape == (1, 3, side, side) and max(ch, cw) == side
-    assert abs(ch / cw - h / w) <= h / w * 2 / min(ch, cw)
-    torch.testing.assert_close(out[0, :, side - ch :, side - cw :], torch.full((3, ch, cw), 0.5))
-    assert (out[0, :, : side - ch] == -1).all() and (out[0, :, :, : side - cw] == -1).all()
-
-
 def test_augmentation_is_drawn_by_position_and_only_in_training(make):
     cfg = make(dataset__augment=True)
     data = smolvla.load_data(cfg)
@@ -706,7 +673,11 @@ def test_augmentation_is_drawn_by_position_and_only_in_training(make):
 def test_check_prints_the_batch_and_needs_no_weights(make, capsys, tmp_path):
     smolvla.main(make(check=True))
     said = capsys.readouterr().out
-    wanted = ["4 training episodes, 48 frames; 1 validation episodes", "side_camera -> camera1 60x80", "q1 .. q6 (action), 6 dims"]
+    wanted = [
+        "4 training episodes, 48 frames; 1 validation episodes",
+        "side_camera -> camera1 60x80",
+        "q1 .. q6 (action), 6 dims",
+    ]
     wanted += ["tokens         (2, 20)", "'Insert needle into eye trocar in simulation\\n", "check passed"]
     assert [words for words in wanted if words not in said] == []
     smolvla.main(make(check=True, policy__vlm_model_name=tmp_path / "nowhere"))
@@ -763,22 +734,3 @@ def test_the_guides_yaml_is_the_shipped_one(tmp_path):
     (tmp_path / "fp16.yaml").write_text("training: {use_amp: true}")
     with pytest.raises(UserError, match="training.use_amp is 'true', this program does false only"):
         read(tmp_path / "fp16.yaml")
-
-
-def test_the_guides_commands_on_the_simulators_recordings(shared, vlm_dir, tmp_path):
-    """train, resume, resume --reset_scheduler on six real episodes, with a tiny backbone."""
-    (tmp_path / "guide.yaml").write_text(GUIDE.replace("ROOT", str(shared / "data/insertion_sim")))
-    words = f"--policy.vlm_model_name {vlm_dir} --policy.num_vlm_layers 2 --policy.resize_imgs_with_padding 64 64"
-    words += f" --batch-size 2 --num_workers 0 --log_freq 1 --num_samples 4 --output_dir {tmp_path / 'run'}"
-    words += " --validation.num_episodes 2 --num_warmup_steps 3 --num_decay_steps 3"
-
-    def run(flags):
-        return train(read(tmp_path / "guide.yaml", *words.split(), *flags.split()))
-
-    run("--steps 3")
-    state, rows = run(f"--steps 6 --reset_scheduler --resume {tmp_path / 'run/checkpoints/checkpoint_step_3.pt'}")
-    lrs = [r["train/learning_rate"] for r in rows if "train/loss" in r]
-    assert state["step"] == 6 and lrs == pytest.approx([1e-4 / 3, 2e-4 / 3, 1e-4] * 2)
-    policy = smolvla.load_policy(tmp_path / "run", "cpu")
-    assert [name for name, _ in policy.action_names()] == [f"q{i}" for i in range(1, 7)]
-    assert ckpt.step_of(tmp_path / "run/checkpoints/final_hf") == 6
