@@ -74,7 +74,7 @@ def train(cfg):
 
 def build(cfg):
     """-> (model in eval mode, Prompt, Data, Policy), LoRA's B away from zero, so that everything matters."""
-    backbone = mobile.Backbone.open(cfg.model)
+    backbone = mobile.open_backbone(cfg.model)
     prompt, data = mobile.Prompt(backbone.tokenizer, cfg.dataset.max_text_len), mobile.load_data(cfg)
     model = mobile.build_model(cfg, backbone, prompt, torch.device("cpu")).eval()
     torch.manual_seed(1)
@@ -115,7 +115,7 @@ def direct(cfg):
 def dataset_of(path, make, **flags):
     flags = dict(dataset__colour_order="rgb", dataset__action_scale=[1, 1], dataset__max_text_len=16) | flags
     cfg = make(**flags)
-    prompt = mobile.Prompt(mobile.Backbone.open(cfg.model).tokenizer, cfg.dataset.max_text_len)
+    prompt = mobile.Prompt(mobile.open_backbone(cfg.model).tokenizer, cfg.dataset.max_text_len)
     return mobile.MobileVLAH5Dataset([mobile.read_episode(path, cfg.dataset)], cfg, direct(cfg), prompt)
 
 
@@ -342,7 +342,7 @@ def test_a_model_of_an_older_transformers_gives_the_same_numbers(shared, make):
     folder = shared / "fixtures/kosmos2_tf446"
     if not folder.is_dir():
         pytest.skip(f"{folder} does not exist")
-    io, backbone = np.load(folder / "io.npz"), mobile.Backbone.open(folder / "model")
+    io, backbone = np.load(folder / "io.npz"), mobile.open_backbone(folder / "model")
     prompt = mobile.Prompt(backbone.tokenizer, 64)
     cfg = make(train_setup__lora_enable=False)
     model = mobile.build_model(cfg, backbone, prompt, torch.device("cpu")).eval()
@@ -379,7 +379,7 @@ def test_files_of_other_releases_are_read(make, kosmos_dir, tmp_path):
                 k.replace("model.embed_tokens.", "lm_head.") if name == "tied" else k: v for k, v in tensors.items()
             }
             torch.save(tied, folder / "pytorch_model.bin")
-        backbone = mobile.Backbone.open(folder)
+        backbone = mobile.open_backbone(folder)
         assert backbone.mean[0] == pytest.approx(0.48145466)
         model = mobile.build_model(make(), backbone, mobile.Prompt(backbone.tokenizer, 64), torch.device("cpu"))
         embedding = model.backbone.text_model.model.embed_tokens.weight
@@ -812,7 +812,7 @@ def test_another_architecture_or_missing_tensors_are_refused(make, tmp_path, kos
     ):
         with pytest.raises(UserError, match=message):
             mobile.main(make(model=folder))
-    backbone = mobile.Backbone.open(kosmos_dir)
+    backbone = mobile.open_backbone(kosmos_dir)
     backbone.config.text_config.vocab_size = 65037
     with pytest.raises(UserError, match="do not belong together"):
         mobile.build_model(make(), backbone, mobile.Prompt(backbone.tokenizer, 64), torch.device("cpu"))
@@ -827,6 +827,7 @@ def test_the_guides_configuration_reads_the_recorders_files(shared, make, kosmos
     """The guide's YAML: batch 1, accumulation 8, LoRA 32/16/0.1, the four-layer LSTM. --check, then one step."""
     argv = ["--config", str(ROOT / "configs/mobile_kosmos.yaml"), "--data_dir", str(shared / "data/mobile")]
     argv += ["--model", str(kosmos_dir), "--output-dir", str(tmp_path / "run"), "--wandb.mode", "disabled"]
+    argv += ["--frame_dir", str(tmp_path / "frames")]
     mobile.main(parse_config(mobile.Config, [*argv, "--check"], mobile.ALIASES))
     said = " ".join(capsys.readouterr().out.split())
     for text in (
