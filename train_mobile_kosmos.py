@@ -18,17 +18,15 @@ Which action is which: W = 8 frames are observed, N = 10 velocities follow each,
     0        0             1 .. 10                                   0 .. 9
     7        0 .. 7        8 .. 17, action 0 unused                  7 .. 16, action 17 unused
 
-So S = 8 label steps. The guide writes 7: that appears when one frame more is dropped, and would leave the newest step,
-the only one a robot uses, without a label. The recorder sends action t and then takes image t, which shows that motion
-already. With label_offset 1 the first velocity of a chunk is the next motion: the row that a robot sends. With 0, the
-guide's counting, it is the motion that is over: send the second row.
+So S = 8 label steps; the guide's 7 drops one frame more, and the label of the newest step, the only one a robot uses.
+The recorder sends action t and then takes image t, which shows that motion already. With label_offset 1 the first
+velocity of a chunk is the next motion: send that row. With 0, the guide's, it is over: send the second row.
 
 Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N frames of a sample, Q
 image tokens of a frame, L text tokens, D width of the text model, T frames of an episode."""
 
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -37,6 +35,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import h5py
@@ -139,12 +138,7 @@ class Config:
     check: bool = False  # read the data, build and print one batch, stop
 
 
-ALIASES = {
-    "resume_from_checkpoint": "resume",
-    "lora_rank": "train_setup.lora_r",
-    "epochs": "trainer.max_epochs",
-    "lr": "learning_rate",
-}
+ALIASES = dict(resume_from_checkpoint="resume", lora_rank="train_setup.lora_r", epochs="trainer.max_epochs")
 # keys of the guide's config that say what this script does anyway
 ACCEPTED = {
     "trainer_type": ("MobileVLATrainer",),
@@ -234,8 +228,8 @@ def read_episode(path, d):
     by_name = next((t for word, t in (d.name_instructions or SIDE_TEXTS).items() if word in words), None)
     texts = dict(file=text, name=by_name, config=d.instruction)
     source = next((key for key, text in texts.items() if text), "config")
-    turns = bool(actions[:, 2:].any())
-    return Episode(str(path), name, len(actions), actions[:, :2], texts[source], source, turns)
+    turns, actions = bool(actions[:, 2:].any()), actions[:, :2]
+    return Episode(str(path), name, len(actions), actions, texts[source], source, turns)
 
 
 def leave_out(d, error, say):
@@ -256,14 +250,12 @@ def load_episodes(d, names=None, say=print):
     how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
     require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
     episodes = []
-    quiet = int(os.environ.get("RANK", 0)) > 0 or None  # None: where there is no terminal
     paths = paths if names is None else [found[name] for name in names]
-    for path in tqdm(paths, desc="reading episodes", unit="file", disable=quiet, leave=False):
+    for path in tqdm(paths, desc="reading episodes", unit="file", disable=None, leave=False):
         try:
             episodes.append(read_episode(path, d))
         except ep.BadEpisode as error:
             leave_out(d, error, say)
-    require(episodes, f"none of the {len(paths)} files of '{d.data_dir}' is usable")
     return sorted(episodes, key=lambda e: (e.recorded[0], e.name))
 
 
@@ -310,8 +302,8 @@ def load_data(cfg, store=None, say=print, first=0):
     """Find, read and split the episodes. `store`: decode all pictures into it, beginning at the share `first`."""
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
     if store:
-        reader = functools.partial(picture_reader, colour_order=d.colour_order, side=store.shape[0])
-        store.build({e.path: e.num_frames for e in found}, reader, first, quiet=first > 0)
+        counts, side = {e.path: e.num_frames for e in found}, store.shape[0]
+        store.build(counts, lambda path: picture_reader(path, d.colour_order, side), first, quiet=first > 0)
     episodes = []
     for e in found:
         bad = store.about(e.path)["bad"] if store else {}
@@ -339,8 +331,7 @@ def action_normalizer(cfg):
 
 
 def resize(image, side):
-    """(h, w, 3) uint8 RGB -> (side, side, 3): bicubic, the aspect is not kept. The one image preprocessing of training
-    and predict; /255, mean and std follow on the device."""
+    """(h, w, 3) uint8 RGB -> (side, side, 3), bicubic, whatever the aspect: of training and predict alike."""
     if image.shape[:2] == (side, side):
         return image
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.BICUBIC))
@@ -414,15 +405,14 @@ class MobileVLAH5Dataset(Dataset):
 
         rgb, hand_rgb, actions, text_mask = stack("rgb"), stack("hand_rgb"), stack("actions"), stack("text_mask")
         labels = slice(offset, W + N - 1 + offset)  # offset 0 drops the last action, 1 the first
-        future = self.cfg.dataset.future_images
         batch = dict(
             rgb=rgb[:, :W],
             hand_rgb=hand_rgb[:, :W],
             action=actions[:, :-1],
             text=stack("text"),
             text_mask=text_mask,
-            fwd_rgb_chunck=chunks(rgb)[:, 1:] if future else None,
-            fwd_hand_rgb_chunck=chunks(hand_rgb)[:, 1:] if future else None,
+            fwd_rgb_chunck=chunks(rgb)[:, 1:] if self.cfg.dataset.future_images else None,
+            fwd_hand_rgb_chunck=chunks(hand_rgb)[:, 1:] if self.cfg.dataset.future_images else None,
             fwd_mask=chunks(stack("image_mask"))[:, 1:],
             action_chunck=chunks(actions[:, labels]),
             chunck_mask=chunks(stack("action_mask")[:, labels]),
@@ -432,8 +422,7 @@ class MobileVLAH5Dataset(Dataset):
             names=[s["name"] for s in samples],
             text_len=None if text_mask is None else int(text_mask.sum(1).max()),
         )
-        shape = tuple(batch["action_chunck"].shape[1:])
-        assert shape == (W, N, 2), f"{shape[0]} label steps for {W} observed ones"
+        assert batch["action_chunck"].shape[1:] == (W, N, 2), "a label step for every observed one"
         return batch
 
 
@@ -446,8 +435,7 @@ def process_batch(batch):
 
 
 class Prompt:
-    """Instruction -> <s> <grounding> text </s>; the model puts the image in front of <grounding>, as Kosmos-2 was
-    trained."""
+    """Instruction -> <s> <grounding> text </s>; the model puts the image in front of <grounding>, as in Kosmos-2."""
 
     def __init__(self, tokenizer, max_text_len):
         self.tokenizer, self.max_text_len, self._known = tokenizer, max_text_len, {}
@@ -501,9 +489,8 @@ class MobileVLALSTMDecoder(nn.Module):
         return self.mlp(x).unflatten(-1, (self.fwd_pred_next_n, self.action_dim)), None
 
     def loss(self, pred_action, labels, attention_mask, count=None):
-        """Huber (delta 1) of (velocities, None) against (velocity_chunck, None) where attention_mask (B, S, N) is True.
-        Mean over these elements, 0 where there are none, or their sum / `count`: an optimizer step of several
-        micro-batches and ranks divides by its own total."""
+        """Huber (delta 1) of (velocities, None) against (velocity_chunck, None) where attention_mask (B, S, N) is True:
+        its mean, 0 where there is nothing, or its sum / `count`, the elements of a whole optimizer step."""
         error = F.huber_loss(pred_action[0].float(), labels[0], reduction="none") * attention_mask[..., None]
         count = (attention_mask.sum() * self.action_dim).clamp(min=1) if count is None else count
         return dict(loss_velocity=error.sum() / count, loss_gripper=None, acc_gripper=None)
@@ -543,9 +530,8 @@ class MobileVLA(nn.Module):
     def encode(self, image_embeds, lang_x, text_mask):
         """Frames (n, Q, D) with their text (n, L), text_mask (n, L) -> state of the action token (n, D).
 
-        <s> <image> Q image tokens </image> <grounding> text </s> ACT: Kosmos-2's own layout, and the action token
-        directly behind the last valid one. Behind the padding its position, and with it the answer, would depend on the
-        other texts of the batch.
+        <s> <image> Q image tokens </image> <grounding> text </s> ACT: Kosmos-2's own layout, and the action token right
+        behind the last valid one. Behind the padding its position would depend on the other texts of the batch.
         """
         n = len(lang_x)
         begin, end = (self.image_ids[k].expand(n, 1) for k in (0, 1))
@@ -621,8 +607,7 @@ class Policy:
         first -> (N, 2) float32 m/s, linear_x and linear_y of the next steps (see label_offset). It remembers W frames
         since reset(); a changed instruction starts anew, because no training window ever mixed two.
 
-        Without an instruction: predict([{images: 1 to W frames, oldest first, instruction: str}, ...]) -> (B, N, 2), no
-        memory.
+        Without memory: predict([{images: 1 to W frames, oldest first, instruction: str}, ...]) -> (B, N, 2).
         """
         W, rows = self.cfg.window_size, []
         if instruction is not None:
@@ -638,8 +623,7 @@ class Policy:
         return self.normalizer.unnormalize(self.velocities(rows))
 
     def rollout(self, vision_x, instruction):
-        """A whole episode as the robot would have driven it: uint8 (T, 3, side, side) -> (T, N, 2) float32 in [-1, 1],
-        row t from the last W frames up to t."""
+        """As the robot drives: (T, 3, side, side) -> (T, N, 2) float32 in [-1, 1], row t of the W frames up to t."""
         W, T = self.cfg.window_size, len(vision_x)
         states = torch.cat([self.action_states(vision_x[i : i + 2 * W], instruction) for i in range(0, T, 2 * W)])
         return self.velocities([states[max(0, t - W + 1) : t + 1] for t in range(T)])
@@ -670,40 +654,31 @@ class Policy:
 # ---- build, save, load -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Backbone:
-    """What is known of a Kosmos-2 without its weights."""
+def open_backbone(source, weights=True, why=""):
+    """-> what is known of a Kosmos-2 without its weights: folder, config, tokenizer, mean and std (3,) of its pixels in
+    0..1, image_size. `why`: see local_folder."""
+    from transformers import AutoConfig, AutoProcessor
 
-    folder: Path
-    config: object  # transformers' Kosmos2Config
-    tokenizer: object
-    mean: list  # (3,) of the pixels in 0..1
-    std: list
-    image_size: int  # pixels of the square that it sees
+    folder = local_folder(source, weights, why)
+    try:
+        config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        tokenizer, pixels = processor.tokenizer, processor.image_processor
+    except (OSError, ValueError, AttributeError) as error:  # a file is missing, or of something else
+        text = f"model '{source}' is no Kosmos-2 directory as transformers saves it ({str(error).splitlines()[0]})"
+        raise MissingFile(text) from error
+    another = f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. {Config.model}"
+    require(config.model_type == "kosmos-2", another)
+    about = dict(mean=list(pixels.image_mean), std=list(pixels.image_std), image_size=config.vision_config.image_size)
+    return SimpleNamespace(folder=folder, config=config, tokenizer=tokenizer, **about)
 
-    @classmethod
-    def open(cls, source, weights=True, why=""):
-        from transformers import AutoConfig, AutoProcessor
 
-        folder = local_folder(source, weights, why)
-        try:
-            config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-            tokenizer, pixels = processor.tokenizer, processor.image_processor
-        except (OSError, ValueError, AttributeError) as error:  # a file is missing, or of something else
-            text = f"model '{source}' is no Kosmos-2 directory as transformers saves it ({str(error).splitlines()[0]})"
-            raise MissingFile(text) from error
-        another = f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. {Config.model}"
-        require(config.model_type == "kosmos-2", another)
-        mean, std, size = list(pixels.image_mean), list(pixels.image_std), config.vision_config.image_size
-        return cls(folder, config, tokenizer, mean, std, size)
-
-    def tensors(self):
-        """(name in Kosmos2Model, tensor) of its files; the language model's head is the tied embedding, or not used."""
-        tied = self.config.text_config.tie_word_embeddings
-        for name, tensor in read_tensors(self.folder):
-            name = name.replace("lm_head.", "model.embed_tokens.") if tied else name
-            if "lm_head." not in name and not name.endswith("position_ids"):
-                yield name, tensor
+def read_backbone(backbone):
+    """Yield (name in Kosmos2Model, tensor); the language model's head is the tied embedding, or not used."""
+    tied = backbone.config.text_config.tie_word_embeddings
+    for name, tensor in read_tensors(backbone.folder):
+        name = name.replace("lm_head.", "model.embed_tokens.") if tied else name
+        if "lm_head." not in name and not name.endswith("position_ids"):
+            yield name, tensor
 
 
 def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
@@ -719,7 +694,7 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
         torch.manual_seed(cfg.seed)
         with torch.device(device):
             vlm = AutoModel.from_config(backbone.config, dtype=dtype)
-        load_weights(vlm, backbone.tensors(), backbone.folder)
+        load_weights(vlm, read_backbone(backbone), backbone.folder)
         vlm.requires_grad_(False)
         torch.manual_seed(cfg.seed)
         if s.lora_enable:
@@ -729,15 +704,13 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
 
 
 def save_model(path, core, optimizer, about):
-    """Write a .ckpt: trained weights, the optimizer's moments, and `about`: all else that load_policy and a resume
-    need, plain values."""
+    """Write a .ckpt: trained weights, the optimizer's moments, and `about`, plain values."""
     trained, moments = ckpt.training_state(core, optimizer)
     ckpt.save_state(path, about | dict(trained=trained, moments=moments))
 
 
 def best_files(folder):
-    """{path: val_loss} of the epoch checkpoints in `folder`, the best first; from the files themselves: a resumed run,
-    or one that was killed while saving, knows all of them."""
+    """{path: val_loss} of the epoch checkpoints in `folder`, the best first; a resumed run knows them from there."""
     found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")}
     return {path: found[path] for path in sorted(found, key=found.get)}
 
@@ -763,13 +736,14 @@ def load_policy(path, device=None, model=None):
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT)
     cfg = config_from(Config, saved["config"])
     why = "" if model else f", where the training of {path} found its backbone: load_policy(path, model=DIR)"
-    backbone = Backbone.open(model or cfg.model, why=why)
+    backbone = open_backbone(model or cfg.model, why=why)
     check_backbone(path, saved, weight_digest(backbone.folder))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = device.type == "cuda" and cfg.train_setup.precision != "32-true"
     prompt = Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     core = build_model(cfg, backbone, prompt, device, torch.bfloat16 if bf16 else torch.float32)
-    load_weights(core, saved["trained"].items(), path, missing_ok=("backbone.",))
+    frozen = tuple(name for name, p in core.named_parameters() if not p.requires_grad)
+    load_weights(core, saved["trained"].items(), path, missing_ok=frozen)
     core.requires_grad_(False).eval()
     return Policy(core, prompt, cfg, backbone.image_size, saved["stats"], saved["opposites"], bf16)
 
@@ -782,11 +756,6 @@ def check_backbone(path, saved, digest):
 # ---- validation ------------------------------------------------------------------------------------------------------
 
 SHORT = ("loss", "mae_linear_x", "mae_linear_y", "direction_accuracy")
-
-
-def rows_after(frames, cfg):
-    """(T, N): number of the action that each row of each frame's chunk means."""
-    return np.arange(frames)[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset
 
 
 def measure(predicted, target, mask, scale):
@@ -824,7 +793,8 @@ def validate(policy, dataset, blind, run):
     cfg, scale, rows = policy.cfg, np.array(policy.cfg.dataset.action_scale), []
     policy.model.eval()
     for e in dataset.episodes[run.rank :: run.world]:
-        rgb, after = dataset.pictures(e, np.arange(e.num_frames)), rows_after(e.num_frames, cfg)
+        rgb = dataset.pictures(e, np.arange(e.num_frames))
+        after = np.arange(e.num_frames)[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset  # (T, N)
         actions = policy.normalizer.normalize(e.actions)
         answer, other = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
         row = dict(answer=answer, target=actions[np.minimum(after, len(actions) - 1)], exists=after < len(actions))
@@ -861,8 +831,8 @@ def validation_text(v):
         swap += " (it does not listen to the text)" if v["swap_change"] < 0.01 else ""
     mae = f"MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s"
     blind = ", ".join(f"{n} {v[f'blind_{n}_loss']:.4f}" for n in ("zeros", "mean", "per_time"))
-    turns = f"direction {share['val_direction_accuracy']}"
-    return f"val_loss {v['val_loss']:.4f} | {mae} | {turns} | {swap} | blind loss: {blind}"
+    start = f"val_loss {v['val_loss']:.4f} | {mae} | direction {share['val_direction_accuracy']}"
+    return f"{start} | {swap} | blind loss: {blind}"
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -880,8 +850,8 @@ def lr_at(step, total, cfg):
 
 def describe(cfg, data, say):
     """Say what was found: episodes, scenarios, instructions and their sources, action ranges; and what looks wrong."""
-    d, train, held = cfg.dataset, data.train, data.validation
-    texts, frames = {e.instruction for e in train}, sum(e.num_frames for e in train)
+    d, train, held, texts = cfg.dataset, data.train, data.validation, {e.instruction for e in data.train}
+    frames = sum(e.num_frames for e in train)
     say(f"data      {len(train)} training episodes, {frames} frames; {len(held)} validation episodes; {d.data_dir}")
     kept, out = (Counter(e.recorded[1] or "(no scenario in the name)" for e in part) for part in (train, held))
     for group in sorted(kept | out)[:12]:
@@ -906,11 +876,10 @@ def describe(cfg, data, say):
 
 
 def check_data(cfg):
-    """--check: read the data, build one batch, print what the model would see. Needs no weights; without a backbone's
-    tokenizer the text stays unbuilt, and says so."""
+    """--check: read the data, build one batch, print what the model would see. Needs no weights, nor a tokenizer."""
     size, prompt = 224, None
     try:
-        backbone = Backbone.open(cfg.model, weights=False)
+        backbone = open_backbone(cfg.model, weights=False)
         size, prompt = backbone.image_size, Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     except MissingFile as error:
         print(f"note      text tokens are not shown: {error}")
@@ -950,7 +919,7 @@ def main(cfg):
         run.print("precision 16-mixed is run as bf16-mixed: as fast, and it needs no loss scale")
     path = run.find(cfg.resume, folder, ["last.ckpt", "epoch_*.ckpt"])
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT) if path else None
-    backbone = Backbone.open(cfg.model)
+    backbone = open_backbone(cfg.model)
     side, prompt = backbone.image_size, Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     store = FrameStore(cfg.dataset.frame_dir, (side, side, 3), ["bicubic", cfg.dataset.colour_order])
     data = load_data(cfg, store, run.print, run.rank / run.world)
