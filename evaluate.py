@@ -81,27 +81,28 @@ def read_about(checkpoint):
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def chunk_of(array, t, horizon):
-    """Rows t..t+H-1 -> ((H, A), valid (H,)); rows past the end repeat the last one and are not valid."""
-    index = np.arange(t, t + horizon)
-    return array[np.minimum(index, len(array) - 1)], index < len(array)
-
-
 def evaluate(policy, root, names=None, stride=1, batch_size=16):
-    """-> (records, tracks). records: one dict per predicted frame {episode, t, phase, error {who: (H, A) guess minus
-    recorded}, valid (H,)}; tracks: per episode {name, t, recorded, policy (n, A): the first action of each chunk}."""
+    """-> (records, tracks). records: per predicted frame {episode, t, phase, recorded (H, A), error {who: (H, A) guess
+    minus recorded}, opposite: what it does when told the opposite minus what it does, or None, valid (H,): False past
+    the episode's end}; tracks: per episode {name, t, recorded, policy (n, A): the first action of each chunk}."""
     mean, records, tracks = np.asarray(policy.stats["action"]["mean"], np.float32), [], []
+    opposites = getattr(policy, "opposites", {})  # {instruction: one that must lead elsewhere}
     for episode in policy.open_episodes(root, names):
         target, hold, phase = episode["target"], episode["hold"], episode["phase"]
-        frames, predicted = list(range(0, len(target), stride)), []
+        frames, predicted, others = list(range(0, len(target), stride)), [], []
         for i in tqdm(range(0, len(frames), batch_size), desc=episode["name"], unit="batch", disable=None, leave=False):
-            predicted.extend(policy.predict([episode["sample"](t) for t in frames[i : i + batch_size]]))
-        for t, chunk in zip(frames, predicted, strict=True):
-            wanted, valid = chunk_of(target, t, len(chunk))
+            seen = [episode["sample"](t) for t in frames[i : i + batch_size]]
+            predicted.extend(policy.predict(seen))
+            if opposites and seen[0]["instruction"] in opposites:
+                others.extend(policy.predict([o | dict(instruction=opposites[o["instruction"]]) for o in seen]))
+        for t, chunk, other in zip(frames, predicted, others or [None] * len(frames), strict=True):
+            index = np.arange(t, t + len(chunk))
+            recorded = target[np.minimum(index, len(target) - 1)]
             guesses = (chunk, hold[t], mean)  # holding still is known at t: it looks at no later frame
-            error = {who: guess - wanted for who, guess in zip(WHO, guesses, strict=True)}
-            now = None if phase is None else int(phase[t])
-            records.append(dict(episode=episode["name"], t=t, phase=now, error=error, valid=valid))
+            error = {who: guess - recorded for who, guess in zip(WHO, guesses, strict=True)}
+            about = dict(episode=episode["name"], t=t, phase=None if phase is None else int(phase[t]))
+            opposite = None if other is None else other - chunk
+            records.append(about | dict(recorded=recorded, error=error, opposite=opposite, valid=index < len(target)))
         track = dict(name=episode["name"], t=np.array(frames), recorded=target[frames], hold=hold[frames], mean=mean)
         tracks.append(track | dict(policy=np.array([chunk[0] for chunk in predicted])))
     require(records, f"no frame to evaluate under '{root}'")
@@ -111,28 +112,42 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
 def summarise(records, names):
     """{who: {per_dim, bias, per_unit, per_step, per_phase, relative}}: mean absolute errors in the data's units. `bias`
     is the mean signed error; `per_unit` the mean over the moving dimensions of one unit; `relative` the mean over
-    dimensions of error / error of the better baseline, 1 is no better than a baseline."""
+    dimensions of error / error of the better baseline, 1 is no better than a baseline. Of a policy that knows opposite
+    instructions also opposite_change, how far it moves away when told the opposite, and opposite_flips, the share of
+    the larger motions (above the mean size) whose sign then turns."""
     valid = np.stack([r["valid"] for r in records])[..., None]  # (n, H, 1)
     phases = np.array([-1 if r["phase"] is None else r["phase"] for r in records])
     errors = {who: np.stack([r["error"][who] for r in records]) for who in WHO}  # (n, H, A)
 
     def average(error, mask):
-        return (error * mask).sum((0, 1)) / max(mask.sum(), 1)  # (A,)
+        return (error * mask).sum((0, 1)) / np.maximum(mask.sum((0, 1)), 1)  # (A,)
 
     per_dim = {who: average(np.abs(e), valid) for who, e in errors.items()}
     scale = np.minimum(per_dim["hold still"], per_dim["mean action"])
     moving, report = scale > 1e-6, {}  # a dimension that never moves has nothing to be predicted
     units = {unit: [d for d, (_, u) in enumerate(names) if u == unit and moving[d]] for _, unit in names}
+
+    def named(values):
+        return {name: float(v) for (name, _), v in zip(names, values, strict=True)}
+
     for who, signed in errors.items():
-        size, bias = np.abs(signed), average(signed, valid)
+        size = np.abs(signed)
         report[who] = dict(
-            per_dim={name: float(v) for (name, _), v in zip(names, per_dim[who], strict=True)},
-            bias={name: float(v) for (name, _), v in zip(names, bias, strict=True)},
+            per_dim=named(per_dim[who]),
+            bias=named(average(signed, valid)),
             per_unit={unit: float(per_dim[who][dims].mean()) for unit, dims in units.items() if dims},
             per_step=[average(size[:, [h]], valid[:, [h]]).tolist() for h in range(size.shape[1])],
             per_phase={str(p): average(size[phases == p], valid[phases == p]).tolist() for p in set(phases) - {-1}},
             relative=float(np.mean(per_dim[who][moving] / scale[moving])) if moving.any() else 0.0,
         )
+    told = [r for r in records if r["opposite"] is not None]
+    if told:
+        change, recorded = (np.stack([r[key] for r in told]) for key in ("opposite", "recorded"))
+        answer = recorded + np.stack([r["error"]["policy"] for r in told])
+        real = np.stack([r["valid"] for r in told])[..., None]
+        large = real & (np.abs(recorded) > average(np.abs(recorded), real))
+        report["policy"]["opposite_change"] = named(average(np.abs(change), real))
+        report["policy"]["opposite_flips"] = named(average(np.sign(answer + change) == -np.sign(answer), large))
     return report
 
 
@@ -153,6 +168,9 @@ def print_table(report, names, records):
         line(who, [*r["per_dim"].values(), r["relative"]])
     policy = report["policy"]
     line("policy's bias", policy["bias"].values())
+    if "opposite_change" in policy:
+        line("told opposite", policy["opposite_change"].values())
+        line("  it flips", policy["opposite_flips"].values())
     for unit in policy["per_unit"]:
         each = ", ".join(f"{who} {r['per_unit'][unit]:.3g}" for who, r in report.items())
         print(f"mean of the dimensions in {unit or 'no unit'}: {each}")
@@ -177,10 +195,8 @@ def draw_episode(track, names, path):
         axis.grid(alpha=0.3)
     for axis in axes.ravel()[len(names) :]:
         axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("frame")
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{track['name']}: first action of each predicted chunk")
+    figure.suptitle(f"{track['name']}: first action of each predicted chunk, over frames")
     figure.savefig(path, dpi=110)
 
 
@@ -213,28 +229,26 @@ def run(cfg):
     require(min(cfg.stride, cfg.batch_size) >= 1 and cfg.plots >= 0, least)
     checkpoint = find_checkpoint(cfg.checkpoint)
     about = read_about(checkpoint)
-    if cfg.episodes:
-        names = None if cfg.episodes == ["all"] else cfg.episodes
-    else:
-        names = about.get("validation") or None
-        unknown = "all (the checkpoint names no validation episodes, so training episodes may be among them)"
-        print(f"episodes: {f'{len(names)} validation episodes of the checkpoint' if names else unknown}")
-    print(f"checkpoint: {checkpoint}, of {about['script']}.py")
+    names = cfg.episodes or about.get("validation") or ["all"]
+    unknown = "the checkpoint names no validation episodes: training episodes may be among them"
+    which = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
+    print(f"checkpoint: {checkpoint}, of {about['script']}.py\nepisodes: {', '.join(cfg.episodes) or which}")
     policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
     root = cfg.data if hasattr(policy, "several_roots") else cfg.data[0]
     require(root == cfg.data or len(cfg.data) == 1, f"{about['script']}.py reads one folder: --data DATA")
     try:
-        records, tracks = evaluate(policy, root, names, cfg.stride, cfg.batch_size)
+        wanted = None if names == ["all"] else names
+        records, tracks = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
     except UserError as error:
-        other_data = names and not cfg.episodes and "has no" in str(error)
-        how = f"{error}. These are the checkpoint's validation episodes; others: --episodes NAME ..., or all"
-        raise UserError(how if other_data else str(error)) from error
+        others = "These are the checkpoint's validation episodes; others: --episodes NAME ..., or all"
+        require(cfg.episodes or "has no" not in str(error), f"{error}. {others}")
+        raise
     columns = policy.action_names()
     report = summarise(records, columns)
+    print_table(report, columns, records)
     given = Path(cfg.checkpoint)
     folder = Path(cfg.output or (given / "evaluation" if given.is_dir() else f"{given.with_suffix('')}_evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
-    print_table(report, columns, records)
     about = dict(checkpoint=str(checkpoint), data=cfg.data, script=about["script"], frames=len(records))
     about |= dict(episodes=sorted({r["episode"] for r in records}), units=dict(columns), mean_absolute_error=report)
     (folder / "report.json").write_text(json.dumps(about, indent=2))

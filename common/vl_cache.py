@@ -27,7 +27,6 @@ from common import checkpoint as ckpt
 
 FORMAT = 2
 FOLDER = "qwen_vl_features"
-PLACE = "{instruction}"  # stands for the instruction in a recipe's prompt
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 SHAPE_NOTHING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures", "use_cache")
 MAX_IMAGE_AGE = 1.5  # seconds
@@ -68,10 +67,10 @@ class VLEncoder:
         compute_dtype = auto if compute_dtype == "auto" else compute_dtype
         self.compute_dtype = DTYPES[compute_dtype]
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1).to(self.device) * 255 for values in moments)
-        self._recipe = dict(views=self.views, height=height, width=width, layer=layer, dtype=dtype)
+        self._recipe = dict(format_version=FORMAT, model=hub.stored_source(model), weights=model_digest(self.folder))
+        self._recipe |= dict(views=self.views, height=height, width=width, layer=layer, dtype=dtype)
         self._recipe |= dict(compute_dtype=compute_dtype, pixels=list(self.size), mean_and_std=moments)
-        self._recipe |= dict(format_version=FORMAT, model=hub.stored_source(model), weights=model_digest(self.folder))
-        self._recipe |= dict(prompt=self.text(PLACE))
+        self._recipe |= dict(prompt=self.text("{instruction}"))
 
     @functools.cached_property
     def vlm(self):
@@ -320,12 +319,10 @@ def command(program, **flags):
 def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE_AGE, pictures=True):
     """Open the features of all `sessions` -> ({session name: FeatureFile}, recipe). Loads no VLM and decodes no image.
 
-    `expected`: the recipe's keys that the caller knows, e.g. {model, views, height, width}; keys left out (or None) may
-    have any value, the same in all sessions. `reuse`: steps per feature wanted; the cache's stride must divide it.
-    `pictures`: compare with the images; False for a machine that has cache and data.pkl only. MissingFile lists the
-    sessions without a file; a file made with other settings, instruction or images is a CacheMismatch that names what
-    differs. Both with the command to build it.
-    """
+    `expected`: the recipe's keys that the caller knows, e.g. {model, views, height, width}; the others may have any
+    value, the same in all sessions. `reuse`: steps per feature; the cache's stride must divide it. `pictures`: compare
+    with the images; False for a machine that has cache and data.pkl only. MissingFile lists sessions without a file; a
+    file made with other settings, instruction or images is a CacheMismatch. Both name the command to build them."""
     wanted = {key: value for key, value in expected.items() if value is not None}
     if "views" in wanted:
         wanted["views"] = sorted(set(wanted["views"]))
@@ -357,11 +354,9 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
             raise kind(f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}{more}\n{how}")
     whole = [json.loads(kind) for kind, files in kinds.items() if len(files) == len(sessions)]
     if not whole or any(recipe != whole[0][1] for _, recipe in whole):
-        several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one"
         shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
-        raise CacheMismatch(
-            f"{several}: {shown}. Keep one, build_vl_cache.py --prune, or give each its own --cache-root"
-        )
+        several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"
+        raise CacheMismatch(f"{several}. Keep one, with build_vl_cache.py --prune, or give each its own --cache-root")
     files = kinds[json.dumps(max(whole, key=lambda kind: kind[0]), sort_keys=True)]  # of several strides the coarsest
     return files, next(iter(files.values())).meta["recipe"]
 
@@ -386,9 +381,9 @@ def require_fit(file, session, wanted, reuse, max_image_age, pictures):
         for tick in np.flatnonzero((want >= 0) & (want != had))[:1]:
             reasons.append(f"image of {view} at tick {tick} was number {had[tick]}, now {want[tick]}")
         if pictures and not reasons:
-            rows, used = meta["frames"][view], sorted(set(had.tolist()) - {-1})
-            facts = image_facts(session, view, used, {row[0]: row for row in rows})
-            changed = [a[0] for a, b in zip(rows, facts, strict=True) if (a[0], a[3]) != (b[0], b[3])]
+            rows, used = meta["frames"][view], sorted(set(want.tolist()) - {-1})
+            facts, same = image_facts(session, view, used, {r[0]: r for r in rows}), {(r[0], r[3]) for r in rows}
+            changed = [name for name, _, _, digest in facts if (name, digest) not in same]
             reasons += [f"image {name} changed, one of {len(changed)} of {view}" for name in changed[:1]]
     if reasons:
         raise CacheMismatch("; ".join(reasons))

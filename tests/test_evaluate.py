@@ -89,6 +89,29 @@ def test_millimetres_and_radians_are_never_averaged():
     assert report["policy"]["relative"] == pytest.approx((0.5 / (14 / 12) + 0) / 2)
 
 
+def test_a_policy_that_listens_turns_when_told_the_opposite():
+    """x does, z does not; only motions above the mean size count as turned."""
+
+    class Listening(Scripted):
+        opposites = {"left": "right"}
+
+        def open_episodes(self, root, names):
+            for episode in super().open_episodes(root, names):
+                sample = lambda t, see=episode["sample"]: dict(see=see(t), instruction="left")  # noqa: E731
+                yield episode | dict(sample=sample)
+
+        def predict(self, observations):
+            out = super().predict([o["see"] for o in observations])
+            out[..., 0] *= -1 if observations[0]["instruction"] == "right" else 1
+            return out
+
+    policy = summary(Listening())["policy"]
+    assert policy["opposite_change"] == pytest.approx({"x": 2 * 20 / 12, "y": 0, "z": 0})
+    assert (
+        policy["opposite_flips"] == {"x": 1, "y": 0, "z": 0} and "opposite_change" not in summary(Scripted())["policy"]
+    )
+
+
 def test_a_perfect_policy_has_no_error_and_padding_never_counts():
     policy = summary(Scripted(0.0), batch_size=3)["policy"]
     assert policy["relative"] == 0 and max(policy["per_dim"].values()) == 0
