@@ -634,7 +634,7 @@ COLUMNS = {  # of the printed table: keys of metadata
     "num_images": "images",
     "has_sensor": "sensor",
     "sensor_overlap": "share",
-    "sensor_hz": "rows/s ",
+    "sensor_hz": "sensor/s",
 }
 
 
