@@ -6,7 +6,7 @@ largest batch inside 24 GB, and the time of predict.
     python benchmarks/openvla_gpu.py --layers 2 --width 128 --batch_size 2 --steps 3      # any machine: does it run
 
 Speed and memory do not depend on the values of the weights, so without --base they are random. A batch has the model's
-pictures and 40 tokens per sample (a prompt with a goal point, two actions, end of sequence), so this is the model's side
+pictures and 40 tokens per sample (a prompt with a goal point, two actions, end of sequence): this is the model's side
 of a step: forward, backward, clipping, AdamW. MFU counts 2 FLOPs per weight and position forward and 2 for the gradient
 of activations; adapters, attention, recomputation and the head (3 rows per sample) are not counted; over the card's
 dense bf16 peak (--peak_tflops). OpenVLA's authors report about 72 GB at batch 16 (A100)."""
