@@ -834,12 +834,12 @@ def main(cfg):
     core = LossModel(vla, images)
     model = run.prepare(core.train())
     trained = [p for p in vla.parameters() if p.requires_grad]
-    rate = dict(lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    optimizer = torch.optim.AdamW(trained, **rate, fused=cuda or None)
+    optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)
     if source := path or cfg.load_model_weights:
         moments = ckpt.load_state(path / "state.pt")["moments"] if path else {}
-        saved = dict(trained=read_adapter(checkpoint_folder(source)), moments=moments)
-        ckpt.restore_training_state(vla, optimizer, saved)
+        adapter = read_adapter(checkpoint_folder(source))
+        ckpt.restore_training_state(vla, optimizer, dict(trained=adapter, moments=moments))
+        del adapter, moments  # mapped from the files, which would keep their room when they are deleted
     dataset = VamosDataset(data.train, store.read, cfg.seed, cfg.image_aug)
     held_out = VamosDataset(data.validation, store.read)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), policy.collate, cfg.num_workers)

@@ -132,9 +132,6 @@ def test_a_foreign_directory_is_refused(base_dir, tmp_path):
         shutil.rmtree(tmp_path / "model")
 
 
-# ---- tiny data and model ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("openvla") / "tiny"
@@ -275,16 +272,14 @@ def test_missing_pictures_are_counted_and_damaged_ones_named_or_left_out(tmp_pat
     assert len(next(policy.open_episodes(tmp_path, [PATH]))["target"]) == 2
 
 
-def test_an_unreadable_file_stops_or_is_left_out_by_name(tmp_path, vamos_root, make, capsys):
+def test_an_unreadable_file_stops_or_is_left_out_by_name(tmp_path, vamos_root, make):
     shutil.copytree(vamos_root / "data", tmp_path / "data")
     broken = tmp_path / "data/train-00000-of-00002.parquet"
     broken.write_bytes(broken.read_bytes()[:-40])
     with pytest.raises(UserError, match="train-00000-of-00002.parquet: not a readable VAMOS file.*--skip_bad_episodes"):
         openvla.load_data(make(data_root_dir=tmp_path))
     data = openvla.load_data(make(data_root_dir=tmp_path, skip_bad_episodes=True))
-    openvla.describe(make(), data, print)
-    assert {p.name for p in data.train.table["path"]} == {"train-00001-of-00002.parquet"}
-    assert "excluded" in capsys.readouterr().out
+    assert {p.name for p in data.train.table["path"]} == {"train-00001-of-00002.parquet"} and len(data.excluded) == 1
     pq.write_table(pa.table({"image": [b""], "path": [1]}), broken)
     with pytest.raises(UserError, match="no column 'trajectory_3d'; it has image, path"):
         openvla.load_data(make(data_root_dir=tmp_path))
@@ -349,17 +344,11 @@ def test_the_first_steps_see_the_whole_data_set(tmp_path, make):
     assert seen == [(p, GlobalOrder(3000, 7).index(p)) for p in range(60)]
 
 
-def test_augmentation_changes_colours_by_position_alone(make):
-    data, processor = openvla.load_data(make()), openvla.read_folder(make().vla_path)[1].image_processor
-    plain, colored = items_of(data.train, processor), items_of(data.train, processor)
-    colored.augment = True
-    image = colored[(3, 5)]["image"]
-    assert np.array_equal(image, colored[(3, 5)]["image"]) and not np.array_equal(image, colored[(4, 5)]["image"])
-    before, after = plain[(3, 5)]["image"].sum(2, dtype=float), image.sum(2, dtype=float)
-    assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.9  # colours move, contours stay
-
-
-# ---- the frame store -------------------------------------------------------------------------------------------------
+def test_augmentation_changes_colours_by_position_alone():
+    image = np.random.default_rng(0).integers(60, 190, (9, 9, 3), np.uint8)
+    one, again, other = (openvla.augment_image(image, openvla.generator_at(7, p, "augment")) for p in (3, 3, 4))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert np.corrcoef(image.sum(2).ravel(), one.sum(2).ravel())[0, 1] > 0.9  # colours move, contours stay
 
 
 def test_training_and_predict_see_the_same_pixels(tmp_path, make):
@@ -381,11 +370,10 @@ def test_training_and_predict_see_the_same_pixels(tmp_path, make):
 def test_after_the_start_no_picture_is_read_from_the_parquet_files(make, monkeypatch):
     real, reads = pq.ParquetFile.read, []
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **how: reads.append(how["columns"]) or real(self, **how))
-    openvla.main(make(val_steps=1, max_steps=3))
-    assert sum(columns == ["image"] for columns in reads) == 3  # each file once
-    reads.clear()
-    openvla.main(make(max_steps=1, run_id_note="again"))
-    assert ["image"] not in reads
+    for note, expected in (("a", 3), ("b", 0)):  # each file once, for all runs
+        reads.clear()
+        openvla.main(make(val_steps=1, max_steps=2, run_id_note=note))
+        assert sum(columns == ["image"] for columns in reads) == expected
 
 
 # ---- batch, loss, prediction -----------------------------------------------------------------------------------------
@@ -423,7 +411,8 @@ def test_loss_and_metrics_on_three_rows_equal_those_of_the_full_logits(make):
     assert out["l1_sum"].item() == pytest.approx(apart, rel=1e-5)
 
 
-def test_padding_changes_no_loss_and_no_prediction(make):
+def test_what_changes_a_loss_or_a_prediction(make):
+    """Picture and instruction do; padding and letter case do not, nor the other prompts of a batch."""
     core, policy, dataset, batch = batch_of(make(), [0, 1])
     longer = batch | dict(input_ids=torch.nn.functional.pad(batch["input_ids"], (0, 7), value=32000))
     longer["rows"] = (batch["rows"].view(2, 3) + torch.arange(2)[:, None] * 7).flatten()
@@ -432,12 +421,8 @@ def test_padding_changes_no_loss_and_no_prediction(make):
     texts = ["go", "Go to the red post and then a good way further, slowly, along the wall", "x y z", "stop"]
     together = policy.decode(np.stack([i["image"] for i in items]), texts)
     alone = [policy.decode(i["image"][None], [text])[0] for i, text in zip(items, texts, strict=True)]
-    np.testing.assert_array_equal(together, alone)  # other prompts in the batch, longer ones too, change nothing
-
-
-def test_image_and_instruction_both_reach_the_action(make):
-    _, policy, dataset, _ = batch_of(make())
-    vla, image = policy.vla.eval(), dataset[(0, 0)]["image"]
+    np.testing.assert_array_equal(together, alone)
+    vla, image = policy.vla.eval(), items[0]["image"]
 
     def logits(image, text):
         pixels = policy.processor.image_processor.normalize(torch.from_numpy(image[None]))
@@ -447,15 +432,13 @@ def test_image_and_instruction_both_reach_the_action(make):
     here = logits(image, "Go to the red post")
     assert (logits(np.zeros_like(image), "Go to the red post") - here).abs().max() > 0.01
     assert (logits(image, "Go to the blue post") - here).abs().max() > 0.01
-    assert torch.equal(logits(image, "GO TO THE RED POST"), here)  # lower-cased in training and prediction alike
+    assert torch.equal(logits(image, "GO TO THE RED POST"), here)
 
 
-def test_only_the_adapter_trains_in_fp32_beside_a_bf16_base(make, base_dir):
+def test_a_bf16_base_gives_the_gradients_of_an_fp32_adapter(make, base_dir):
     vla = openvla.build_model(make(), base_dir, torch.device("cpu"), torch.bfloat16).get_base_model()
     trained = {n: p for n, p in vla.named_parameters() if p.requires_grad}
-    assert trained and all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
     assert {p.dtype for n, p in vla.named_parameters() if n not in trained} == {torch.bfloat16}
-    assert all(p.abs().sum() == 0 for n, p in trained.items() if "lora_B" in n)
     a = torch.cat([p.flatten() for n, p in trained.items() if "lora_A" in n])
     assert a.std().item() == pytest.approx(1 / 4, rel=0.02)  # N(0, 1 / r^2)
     reference, policy, _, batch = batch_of(make())
@@ -466,7 +449,7 @@ def test_only_the_adapter_trains_in_fp32_beside_a_bf16_base(make, base_dir):
         loss = openvla.LossModel(vla, reference.image_processor)(batch)["loss_sum"]
     loss.backward()
     assert loss.item() == pytest.approx(reference(batch)["loss_sum"].item(), rel=0.02)
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained.values())  # every one is used
+    assert all(p.grad.dtype == torch.float32 for p in trained.values())  # every one is used
 
 
 def test_gradient_checkpointing_changes_no_gradient(make):
@@ -483,14 +466,9 @@ def test_gradient_checkpointing_changes_no_gradient(make):
 # ---- run, stop, resume, export ---------------------------------------------------------------------------------------
 
 
-def guide_command(data, base, out, *more):
-    """The command of the guide, with other paths and small numbers."""
-    text = f"""--vla_path {base} --data_root_dir {data} --dataset_name vamos --run_root_dir {out}/runs
+GUIDE = """--vla_path {base} --data_root_dir {data} --dataset_name vamos --run_root_dir {out}/runs
     --adapter_tmp_dir {out}/adapter-tmp --lora_rank 4 --batch_size 4 --grad_accumulation_steps 1 --learning_rate 5e-4
-    --image_aug False --save_steps 2 --max_steps 4 --num_workers 0"""
-    return [*text.split(), *more]
-
-
+    --image_aug False --save_steps 2 --max_steps 4 --num_workers 0"""  # with small numbers
 SNIPPET = """
 import sys, json, numpy as np, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -507,11 +485,13 @@ assert "torchvision" not in sys.modules and "timm" not in sys.modules
 
 
 def test_the_guides_command_and_its_snippet(vamos_root, base_dir, tmp_path, monkeypatch):
-    """torchrun, 2 processes (gloo): the guide's files; the same weights and metrics as one process with twice the
-    batch; the merged directory alone, in a fresh process."""
+    """torchrun, 2 processes (gloo): the guide's files; the merged directory alone, in a fresh process."""
     monkeypatch.undo()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node", "2"]
-    command += [str(ROOT / "train_openvla_vamos.py"), *guide_command(vamos_root, base_dir, tmp_path)]
+    command += [
+        str(ROOT / "train_openvla_vamos.py"),
+        *GUIDE.format(base=base_dir, data=vamos_root, out=tmp_path).split(),
+    ]
     how = dict(cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     done = subprocess.run(command, **how)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -522,14 +502,10 @@ def test_the_guides_command_and_its_snippet(vamos_root, base_dir, tmp_path, monk
     files = {"adapter_config.json", "adapter_model.safetensors", "steps_2", "steps_4", "best"}
     assert {p.name for p in adapter.iterdir()} == files
     assert (run / "log/loss.png").stat().st_size > 5000 and (run / "log/validation_episodes.txt").is_file()
-    more = ("--batch_size", "8", "--frame_dir", str(tmp_path / "frames"))
-    single, rows = train(parse_config(openvla.Config, guide_command(vamos_root, base_dir, tmp_path / "one", *more)))
-    both = openvla.read_adapter(adapter)
-    close(both, openvla.read_adapter(adapter / "steps_4"))
-    close(single, both, 1e-4)  # the sum of two ranks rounds otherwise
-    for a, b in zip(rows, read_metrics(run / "log"), strict=True):
-        keys = {"train_loss", "val_loss", "val_mae_vx", "val_mae_mean_action", "grad_norm"} & set(a)
-        assert a["step"] == b["step"] and all(b[k] == pytest.approx(a[k], rel=1e-3) for k in keys)
+    close(openvla.read_adapter(adapter), openvla.read_adapter(adapter / "steps_4"))
+    assert [r["step"] for r in read_metrics(run / "log")] == [4, 4] and len(
+        list((tmp_path / "frames").glob("*.u8"))
+    ) == 3
     policy, moved = openvla.load_policy(run, "cpu"), tmp_path / "moved"
     image = next(policy.open_episodes(vamos_root))["sample"](0)["images"]["camera1"]
     Image.fromarray(image).save(tmp_path / "0.png")
@@ -667,9 +643,6 @@ def test_evaluate_on_the_validation_file(trained, vamos_root, tmp_path, capsys):
     np.testing.assert_allclose(tracks[0]["recorded"], [np.subtract(p[1], p[0])[:2] for p in paths], rtol=1e-6)
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_merge_that_failed_is_made_up_for_by_a_resume(make, monkeypatch, capsys):
     """No room at step 2 and at the end; then an interruption between two of its files."""
     cfg, space, replace, moved = make(save_steps=2), openvla.ckpt.require_space, os.replace, []
@@ -705,14 +678,12 @@ def test_a_run_without_validation_files(make, vamos_root, tmp_path):
     for file in (vamos_root / "data").glob("train-*"):  # and with the files directly in the root
         shutil.copy(file, tmp_path)
     cfg = make(data_root_dir=tmp_path, max_steps=2, val_steps=1)
-    _, rows = train(cfg)
-    assert len(rows) == 2 and not any("val_loss" in r for r in rows) and not (folders(cfg)[1] / "best").exists()
-    assert json.loads((folders(cfg)[0] / "meta.json").read_text())["validation"] == []
+    assert not any("val_loss" in r for r in train(cfg)[1]) and not (folders(cfg)[1] / "best").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
+def test_wrong_settings_are_named(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for flags, message in (
         (dict(data_root_dir=""), "data_root_dir is not set"),
         (dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"),
         (dict(batch_size=0), "batch_size is 0"),
@@ -721,27 +692,20 @@ def test_a_run_without_validation_files(make, vamos_root, tmp_path):
         (dict(resume="auto", load_model_weights="x"), "give one of them"),
         (dict(vla_path="nobody/nothing"), "neither a directory nor reachable"),
         (dict(use_quantization=True), "pip install bitsandbytes"),
-    ],
-)
-def test_wrong_settings_are_named(make, flags, message, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=message):
-        openvla.main(make(**flags))
+    ):
+        with pytest.raises(UserError, match=message):
+            openvla.main(make(**flags))
 
 
-def test_exp_id_is_upstreams():
+def test_exp_id_is_upstreams_and_the_learning_rate_is_known_by_hand():
     cfg = openvla.Config(vla_path="/models/openvla-7b/", batch_size=8, grad_accumulation_steps=2)
     assert openvla.exp_id(cfg) == "openvla-7b+vamos+b16+lr-0.0005+lora-r32+dropout-0.0"
     cfg = dataclasses.replace(cfg, use_quantization=True, run_id_note="x", image_aug=True)
     assert openvla.exp_id(cfg).endswith("+q-4bit--x--image_aug")
-
-
-def test_learning_rate_by_hand():
-    cosine = dict(lr_schedule="cosine"), [1, 0.8536, 0.5, 0.1464, 0]
-    for flags, expected in (({}, [1] * 5), (dict(warmup_steps=2), [0.5, 1, 1, 1, 1]), cosine):
+    cosine = dict(lr_schedule="cosine"), [1, 0.8536, 0.5, 0.1464, 0, 0]
+    for flags, expected in (({}, [1] * 6), (dict(warmup_steps=2), [0.5, 1, 1, 1, 1, 1]), cosine):
         cfg = openvla.Config(learning_rate=1.0, max_steps=4, **flags)
-        assert [openvla.lr_at(s, cfg) for s in (0, 1, 2, 3, 4)] == pytest.approx(expected, abs=1e-4)
-        assert openvla.lr_at(1000, cfg) == pytest.approx(expected[-1])
+        assert [openvla.lr_at(s, cfg) for s in (0, 1, 2, 3, 4, 1000)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_check_needs_no_weights(make, capsys, monkeypatch):
