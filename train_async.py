@@ -2,8 +2,8 @@
 its newest feature and on the force sensor.
 
 Data: robot sessions with a data.pkl (create_datapkl.py) and their cached features (build_vl_cache.py). One training
-sample is one 100 ms step k: the feature of the newest VLM tick, the last 65 sensor rows (100 ms at 650 Hz) -> the next
-8 actions, deltas of the TCP pose in mm and degrees. With a cache no image is opened and no VLM is loaded.
+sample is one 100 ms step k: the feature of the newest VLM tick, the newest sensor rows (65: 0.1 s) -> the next 8
+actions, deltas of the TCP pose in mm and degrees. No image is opened and no VLM is loaded.
 
     python train_async.py --config configs/async.yaml --check    # look at the data, no weights needed
     bash shells/train_async.sh --multi-gpu --num-gpus 4          # torchrun --nproc_per_node=4 ...
@@ -13,7 +13,8 @@ Output, in checkpoint_dir: qwen_vla_async.pt (newest, resumes), qwen_vla_async_b
 open with load_policy), and in qwen_vla_async/ config.yaml, metrics.jsonl, validation_episodes.txt, loss.png.
 
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), C sensor channels
-(1026: force, A-scan), H actions (the chunk), A action dims (7), D width of the expert."""
+(1026: force, A-scan), H actions (the chunk), A action dims (7), D width of the expert.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a r
 FORMAT = 2  # of the checkpoints
 NAME, PROJECT = "qwen_vla_async", "QwenVLA-Async"
 LATEST, BEST, FINAL = f"{NAME}.pt", f"{NAME}_best.pt", f"{NAME}_final.pt"
+SAVED = (BEST, FINAL, LATEST)  # of a folder, load_policy opens the first that is there
 METRICS = {key: f"train/{key}" for key in ("samples_per_s", "data_wait", "memory_gb", "skipped_steps")}
 WEIGHTS = {  # how often a sample of a data set is drawn (guide 5); others 1
     "New_dataset": 3.0,
@@ -67,6 +69,7 @@ class Config:
     image_resize_width: int = 640  # pixels
     vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
     vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
+    check_pictures: bool = True  # compare the cache with the images; false: a machine that has cache and data.pkl only
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
     # model
     hidden_dim: int = 1024  # D
@@ -208,7 +211,7 @@ class AsyncVLA(nn.Module):
         layer = nn.TransformerDecoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True)
         self.expert = nn.TransformerDecoder(layer, layers)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ACTIONS)))
-        # (7,) bool: dimensions that move in the training sessions; the others are left out of loss and metrics
+        # (7,) bool: dimensions that move in the training sessions; the others are 0 and in no loss or metric
         self.register_buffer("active", ~torch.tensor(stats["action"]["constant"]))
 
     def actions(self, batch):
@@ -245,7 +248,7 @@ class Policy(SessionPolicy):
 
 
 def build_model(cfg, about, device):
-    """-> AsyncVLA on `device`, new weights in fp32; the statistics of features, sensor and actions are buffers."""
+    """-> the model on `device`, new weights in fp32; the statistics of features, sensor and actions are buffers."""
     torch.manual_seed(cfg.seed)
     sensor_dim = cfg.sensor_dim if cfg.sensor_enabled else 0
     shape = (cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon)
@@ -274,7 +277,7 @@ def write_final(newest, final):
 def load_policy(path, device=None, vlm=None):
     """Open a checkpoint (a file, or checkpoint_dir: the best one in it) for inference. The VLM (`vlm`: where it is now,
     if not where it was) is loaded when the first image is seen."""
-    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, (BEST, FINAL, LATEST))
+    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, SAVED)
     cfg = config_from(Config, saved["config"])
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, saved, device)
@@ -333,7 +336,7 @@ def main(cfg):
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, resume=True) if path else None
     start = saved
     if cfg.init_from and not saved:
-        start = ckpt.read_checkpoint(cfg.init_from, Path(__file__).stem, FORMAT, (BEST, FINAL, LATEST))
+        start = ckpt.read_checkpoint(cfg.init_from, Path(__file__).stem, FORMAT, SAVED)
     data = load_data(cfg, run, start)
     if saved:
         run.restore(path, saved, data.about["fingerprint"], fixed=FIXED)
@@ -403,7 +406,7 @@ def main(cfg):
         run.once(write_final, folder / LATEST, folder / FINAL)
     best = folder / (BEST if data.validation else FINAL)
     at = f" (step {run.best_step}, validation loss {run.best_val_loss:.4f})" if run.best_step else ""
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset_dir[0]}"
+    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {' '.join(cfg.dataset_dir)}"
     run.finish(f"model: {best}{at}", evaluate, plot=("train/loss_step", "val/loss_epoch"))
 
 

@@ -1,23 +1,21 @@
-"""Diffusion VLA: an action expert denoises a chunk of actions, given the newest feature of a frozen Qwen2.5-VL and a
-second of the force sensor.
+"""Diffusion VLA: a frozen Qwen2.5-VL looks three times a second, a small action expert denoises a chunk of actions on
+its newest feature and on the force sensor (DDPM, Ho et al. 2020; Diffusion Policy, Chi et al. 2023).
 
-Data: robot sessions with a data.pkl (create_datapkl.py) and their cached features (build_vl_cache.py), as for
-train_async.py. One training sample is one 100 ms step k: the feature of the newest VLM tick, the last 650 sensor rows
-(1 s at 650 Hz) -> the next 8 actions, deltas of the TCP pose in mm and degrees. The expert learns the noise in them
-(DDPM, Ho et al. 2020; actions as in Diffusion Policy, Chi et al. 2023). With a cache no image is opened and no VLM is
-loaded.
+Data: robot sessions with a data.pkl (create_datapkl.py) and their cached features (build_vl_cache.py). One training
+sample is one 100 ms step k: the feature of the newest VLM tick, the newest sensor rows (650: 1 s) -> the next 8
+actions, deltas of the TCP pose in mm and degrees. No image is opened and no VLM is loaded.
 
-    python train_diffusion.py --config configs/diffusion.yaml --check   # look at the data, no weights needed
-    bash shells/train_diffusion.sh --multi-gpu --num-gpus 4             # torchrun --nproc_per_node=4 ...
-    python train_diffusion.py --config configs/demo/diffusion.yaml      # on a CPU, make_demo.py's output
+    python train_diffusion.py --config configs/diffusion.yaml --check    # look at the data, no weights needed
+    bash shells/train_diffusion.sh --multi-gpu --num-gpus 4          # torchrun --nproc_per_node=4 ...
+    python train_diffusion.py --config configs/demo/diffusion.yaml       # on a CPU, make_demo.py's output
 
-Output, in checkpoint_dir: diffusion_stage1_latest.pt (newest, resumes), diffusion_stage1_best.pt (averaged weights
-only; both open with load_policy), and in diffusion_stage1/ config.yaml, metrics.jsonl, validation_episodes.txt,
-loss.png.
+Output, in checkpoint_dir: diffusion_stage1_latest.pt (newest, resumes), diffusion_stage1_best.pt (averaged weights;
+both open with load_policy), in diffusion_stage1/ config.yaml, metrics.jsonl, validation_episodes.txt, loss.png.
 
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), C sensor channels
-(1026: force, A-scan), H actions (the chunk), A action dims (7), D width of the expert, T diffusion timesteps, K draws
-of noise."""
+(1026: force, A-scan), H actions (the chunk), A action dims (7), D width of the expert; T diffusion timesteps, K draws
+of noise.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -44,7 +42,7 @@ from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a r
 FORMAT = 2  # of the checkpoints
 NAME, PROJECT = "diffusion_stage1", "QwenVLA-Diffusion"
 LATEST, BEST = f"{NAME}_latest.pt", f"{NAME}_best.pt"
-VALIDATION_TIMES = 10  # timesteps at which the validation loss looks, spread over 0..T-1
+SAVED = (BEST, LATEST)  # of a folder, load_policy opens the first that is there
 METRICS = {key: f"train/{key}" for key in ("samples_per_s", "data_wait", "memory_gb", "skipped_steps")}
 WEIGHTS = {  # how often a sample of a data set is drawn (guide 5); others 1
     "New_dataset": 3.0,
@@ -53,6 +51,7 @@ WEIGHTS = {  # how often a sample of a data set is drawn (guide 5); others 1
     "OCT_insertion": 1.0,
     "part1": 1.0,
 }
+VALIDATION_TIMES = 10  # timesteps at which the validation loss looks, spread over 0..T-1
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -60,7 +59,6 @@ WEIGHTS = {  # how often a sample of a data set is drawn (guide 5); others 1
 
 @dataclass
 class Config:
-    training_stage: str = "stage1"  # the VLM stays frozen; stage 2 (LoRA) is not offered
     # data
     dataset_dir: list[str] = field(default_factory=list)  # folders with preprocessed sessions, searched recursively
     dataset_weight: list[str] = field(default_factory=list)  # NAME=W, over guide 5's table (3/2/2/1/1)
@@ -68,6 +66,7 @@ class Config:
     sensor_enabled: bool = True  # use the force sensor; false: features alone
     sensor_window_size: int = 650  # W, newest sensor rows at the step (650 per second)
     # VLM features
+    training_stage: str = "stage1"  # the VLM stays frozen; stage 2 (LoRA) is not offered
     cache_root: str | None = None  # folder that holds qwen_vl_features/; null: cache/ in the first dataset_dir
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the VLM: hub id or directory; compared with the cache, not loaded
     views: list[str] = field(default_factory=list)  # camera views; empty: the cache's, or all in common
@@ -75,17 +74,18 @@ class Config:
     image_resize_width: int = 640  # pixels
     vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
     vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
+    check_pictures: bool = True  # compare the cache with the images; false: a machine that has cache and data.pkl only
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
     # model
+    diffusion_timesteps: int = 100  # T, DDPM with a squared-cosine schedule
+    ddim_steps: int = 10  # network calls per prediction
+    noise_draws: int = 8  # K, noises and timesteps per sample and step; with 1 the sensor is not learned
     hidden_dim: int = 1024  # D
     sensor_dim: int = 3072  # width of the sensor's feature
     num_layers: int = 4  # of the action expert
     num_heads: int = 8  # of sensor encoder and expert
     dropout: float = 0.1  # in the sensor encoder and the expert
     horizon: int = 8  # H, actions per prediction, 100 ms each
-    diffusion_timesteps: int = 100  # T, DDPM with a squared-cosine schedule
-    ddim_steps: int = 10  # network calls per prediction
-    noise_draws: int = 8  # K, noises and timesteps per sample and step; with 1 the sensor is not learned
     # training
     epochs: int = 20  # passes over as many samples as there are
     max_steps: int | None = None  # optimizer steps instead of epochs
@@ -98,10 +98,10 @@ class Config:
     weight_decay: float = 0.01  # decoupled
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     sensor_loss_weight: float = 2.0  # weight in the loss of a sample that has sensor data; the others weigh 1
-    ema_decay: float = 0.9999  # largest decay of the averaged weights that validation, best and load_policy use; 0: off
     use_bfloat16: bool = True  # bf16 autocast on CUDA; weights are fp32 in any case
     num_workers: int = 4  # loader processes per rank; 0: in the main process
     seed: int = 42  # of order, noise, dropout and new weights
+    ema_decay: float = 0.9999  # largest decay of the averaged weights that validation, best and load_policy use; 0: off
     # output
     checkpoint_dir: str = "./checkpoints"  # the files named above
     eval_epochs: int = 1  # validate and save every so many epochs
@@ -116,32 +116,31 @@ class Config:
 ALIASES = dict(dataset_dirs="dataset_dir", grad_accum="grad_accum_steps", sensor="sensor_enabled", wandb="wandb.mode")
 # what a resume must not change: the moments or the order of the samples would belong to another run
 FIXED = (
+    *("diffusion_timesteps", "noise_draws", "ema_decay"),
     *("seed", "dataset_weight", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms"),
     *("hidden_dim", "sensor_dim", "num_layers", "num_heads", "horizon"),
-    *("diffusion_timesteps", "noise_draws", "ema_decay"),
 )
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
+    T, stage = cfg.diffusion_timesteps, cfg.training_stage
+    require(stage == "stage1", f"training_stage is {stage}: not supported, only stage1 (VLM frozen) is")
+    require(T >= 2, f"diffusion_timesteps is {T}: expected 2 or more (100)")
+    require(0 < cfg.ddim_steps <= T, f"ddim_steps is {cfg.ddim_steps}: expected 1..{T} (diffusion_timesteps)")
     first = "python create_datapkl.py --dataset-dirs DATA"
     require(cfg.dataset_dir, f"dataset_dir is empty: --dataset_dir DATA, the folders with the sessions, after {first}")
     ones = "sensor_window_size vlm_reuse_count hidden_dim sensor_dim num_layers num_heads horizon epochs batch_size"
-    for key in (ones + " grad_accum_steps eval_epochs log_steps").split():
+    for key in (ones + " grad_accum_steps eval_epochs log_steps noise_draws").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
+    require(0 <= cfg.ema_decay < 1, f"ema_decay is {cfg.ema_decay}: expected 0 (off) to below 1")
     width, heads = cfg.hidden_dim, 4 * cfg.num_heads
     require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
     latency = cfg.vlm_latency_ms
     require(len(latency) in (1, 2) and min(latency) >= 0, f"vlm_latency_ms is {latency}: expected a number, or a range")
     require(cfg.sensor_loss_weight > 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0")
-    T, stage = cfg.diffusion_timesteps, cfg.training_stage
-    require(stage == "stage1", f"training_stage is {stage}: not supported, only stage1 (VLM frozen) is")
-    require(T >= 2, f"diffusion_timesteps is {T}: expected 2 or more (100)")
-    require(0 < cfg.ddim_steps <= T, f"ddim_steps is {cfg.ddim_steps}: expected 1..{T} (diffusion_timesteps)")
-    require(cfg.noise_draws > 0, f"noise_draws is {cfg.noise_draws}: expected 1 or more")
-    require(0 <= cfg.ema_decay < 1, f"ema_decay is {cfg.ema_decay}: expected 0 (off) to below 1")
     low, both = min(cfg.warmup_ratio, cfg.hold_ratio), cfg.warmup_ratio + cfg.hold_ratio
     require(low >= 0 and both < 1, f"warmup_ratio + hold_ratio is {both}: expected shares below 1")
 
@@ -277,7 +276,7 @@ class DiffusionVLA(nn.Module):
         self.expert = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         head = [nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, len(ACTIONS))]
         self.out = nn.Sequential(*head)
-        # (7,) bool: dimensions that move in the training sessions; the others are 0 and get no noise
+        # (7,) bool: dimensions that move in the training sessions; the others are 0 and in no loss or metric
         self.register_buffer("active", ~torch.tensor(stats["action"]["constant"]))
 
     def predict_noise(self, condition, x_t, t, mask=None):
@@ -327,8 +326,9 @@ class Policy(SessionPolicy):
         """list of observations (see SessionPolicy.inputs) -> (B, H, 7) float32: pose deltas in mm and degrees, 100 ms
         each, and the constant gripper; the mean of `samples` draws. Every observation and call starts from new noise:
         the same one each time would shift all actions of a run to the same side."""
-        shape, batch = (samples, self.cfg.horizon, len(ACTIONS)), self.inputs(observations)
-        return self.decode(batch, torch.stack([torch.randn(shape, generator=self.generator) for _ in observations]))
+        shape, count = (self.cfg.horizon, len(ACTIONS)), len(observations) * samples
+        noise = torch.stack([torch.randn(shape, generator=self.generator) for _ in range(count)])
+        return self.decode(self.inputs(observations), noise.unflatten(0, (len(observations), samples)))
 
     def decode(self, batch, noise):
         """A batch on the device, noise (B, K, H, 7) -> (B, H, 7) float32 in mm and degrees, the mean of K draws."""
@@ -338,7 +338,7 @@ class Policy(SessionPolicy):
 
 
 def build_model(cfg, about, device):
-    """-> DiffusionVLA on `device`, new weights in fp32; the statistics of features, sensor and actions are buffers."""
+    """-> the model on `device`, new weights in fp32; the statistics of features, sensor and actions are buffers."""
     torch.manual_seed(cfg.seed)
     sensor_dim = cfg.sensor_dim if cfg.sensor_enabled else 0
     shape = (cfg.hidden_dim, cfg.num_layers, cfg.num_heads, cfg.dropout, cfg.horizon)
@@ -361,7 +361,7 @@ def save_model(path, content, core, ema, optimizer=None):
 def load_policy(path, device=None, vlm=None):
     """Open a checkpoint (a file, or checkpoint_dir: the best one in it) for inference. The VLM (`vlm`: where it is now,
     if not where it was) is loaded when the first image is seen."""
-    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, (BEST, LATEST))
+    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, SAVED)
     cfg = config_from(Config, saved["config"])
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, saved, device)
@@ -418,7 +418,7 @@ def main(cfg):
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, resume=True) if path else None
     start = saved
     if cfg.init_from and not saved:
-        start = ckpt.read_checkpoint(cfg.init_from, Path(__file__).stem, FORMAT, (BEST, LATEST))
+        start = ckpt.read_checkpoint(cfg.init_from, Path(__file__).stem, FORMAT, SAVED)
     data = load_data(cfg, run, start)
     if saved:
         run.restore(path, saved, data.about["fingerprint"], fixed=FIXED)
@@ -492,7 +492,7 @@ def main(cfg):
 
     best = folder / (BEST if data.validation else LATEST)
     at = f" (step {run.best_step}, validation loss {run.best_val_loss:.4f})" if run.best_step else ""
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset_dir[0]}"
+    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {' '.join(cfg.dataset_dir)}"
     run.finish(f"model: {best}{at}", evaluate, plot=("train/loss_step", "val/loss_epoch"))
 
 

@@ -74,7 +74,7 @@ class DatasetConfig:
     train_split: float = 0.8  # share of the episodes that is trained on
     split: Literal["group", "chronological"] = "group"  # hold out the newest of every scenario (see Episode), or of all
     instruction: str = "Navigate to the target location"  # where neither the file nor its name tells
-    name_instructions: dict[str, str] = field(default_factory=SIDE_TEXTS.copy)  # word of a file name -> its instruction
+    name_instructions: dict[str, str] = field(default_factory=dict)  # word of a file name -> text; default: SIDE_TEXTS
     swap_instructions: dict[str, str] = field(default_factory=dict)  # text -> opposite; default: as they drove
     max_text_len: int = 256  # text tokens
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
@@ -119,9 +119,7 @@ class Config:
     seed: int = 123  # of the sample order, dropout and new weights
     window_size: int = 8  # W, observed frames
     fwd_pred_next_n: int = 10  # N, predicted velocities
-    label_offset: Literal[0, 1] = (
-        1  # first label of a step: 1 the action after its image, 0 (the guide's) the one it shows
-    )
+    label_offset: Literal[0, 1] = 1  # first label: 1 the action after the newest image, 0 (the guide's) the one in it
     batch_size: int = 1  # windows per GPU and micro-batch
     num_workers: int = 2  # loader processes per rank; 0: in the main process
     learning_rate: float = 1e-4  # AdamW
@@ -202,9 +200,10 @@ class Episode:
 
     @property
     def side(self):
-        """-1 right, 1 left, 0 neither: where it drove on the whole. So metrics are split, and texts told apart."""
-        drift = self.actions[:, 1].mean()
-        return int(np.sign(drift)) if abs(drift) > 0.02 else 0
+        """1 left, -1 right, 0 neither: its first motion sideways, for at the end it is often back in the middle. So
+        metrics are split, and texts told apart."""
+        sideways = self.actions[np.abs(self.actions[:, 1]) > 0.1, 1]  # m/s
+        return int(np.sign(sideways[0])) if len(sideways) else 0
 
 
 def read_episode(path, d, images_too=False):
@@ -230,7 +229,7 @@ def read_episode(path, d, images_too=False):
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:  # h5py's, for damage
         raise ep.BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it") from error
     words, name = Path(path).stem.split("_"), os.path.relpath(path, d.data_dir)
-    by_name = next((t for word, t in d.name_instructions.items() if word in words), None)
+    by_name = next((t for word, t in (d.name_instructions or SIDE_TEXTS).items() if word in words), None)
     texts = dict(file=text, name=by_name, config=d.instruction)
     source = next((key for key, text in texts.items() if text), "config")
     turns = bool(actions[:, 2:].any())

@@ -790,7 +790,7 @@ def validate(policy, data, collate, cfg, run):
     mae, moves = np.array(errors) / max(steps, 1), ~spec.normalizer.constant
     values = dict(val_loss=loss / tokens, val_token_accuracy=correct / tokens)
     values |= dict(val_malformed_rate=malformed / max(decoded, 1))
-    values |= dict(val_action_mae=float(np.mean((mae / spec.normalizer.half)[moves])) if moves.any() else 0.0)
+    values |= dict(val_action_mae=float(np.mean(mae[moves] / spec.normalizer.half[moves])) if moves.any() else 0.0)
     return values | {f"val_mae_{name}": v for (name, _), v in zip(spec.action_names(), mae.tolist(), strict=True)}
 
 

@@ -9,8 +9,7 @@ recorded step (there is no clock in the data; --trajectory_hz makes it m/s).
     torchrun --standalone --nnodes 1 --nproc-per-node 4 train_openvla_vamos.py --data_root_dir DATA ...     # four GPUs
     python train_openvla_vamos.py --config configs/demo/openvla_vamos.yaml --max_steps 20     # on make_demo.py's output
 
-Output: run_root_dir/EXP_ID/ is the merged model (opens with transformers, trust_remote_code=True) with
-dataset_statistics.json, beside log/ (metrics.jsonl, loss.png, config.yaml, validation_episodes.txt).
+Output: run_root_dir/EXP_ID/ is the merged model (opens with transformers), beside log/ (metrics.jsonl, loss.png, ...).
 adapter_tmp_dir/EXP_ID/ is the newest LoRA adapter (opens with peft), beside best/, the adapter of the lowest validation
 loss, and steps_N/, from which a run resumes.
 
@@ -332,20 +331,19 @@ def load_data(cfg, store=None, resize=None, run=None):
     require(len(train.actions), f"'{cfg.data_root_dir}' has no usable sample: {dict(train.counts)}")
     column = choose_instructions(train, cfg.instruction_column)
     choose_instructions(validation, column)
-    unit = "m/s" if cfg.trajectory_hz else "m/step"
-    spec = dict(instruction_column=column, unit=unit)
-    spec |= {key: getattr(cfg, key) for key in ("trajectory_hz", "samples", "skip_bad_pictures")}
+    spec = dict(instruction_column=column, unit="m/s" if cfg.trajectory_hz else "m/step")
+    spec |= dict(trajectory_hz=cfg.trajectory_hz, samples=cfg.samples)
     entry = compute_stats({"action": [train.actions]})["action"]
     del entry["count"]
     for i, (low, high) in enumerate(zip(entry["q01"], entry["q99"], strict=True)):
         if low == high:  # only a rare jump moves: min and max keep it alive, and a constant stays one
             entry["q01"][i], entry["q99"][i] = entry["min"][i], entry["max"][i]
-    found = dict(num_transitions=len(train.actions), num_trajectories=len(np.unique(train.of)))
-    stats = dict(action=entry, **found, unit=unit, samples=cfg.samples)
+    stats = dict(action=entry, num_transitions=len(train.actions), num_trajectories=len(np.unique(train.of)))
     names = [p.relative_to(cfg.data_root_dir).as_posix() for p in validation.table["path"].unique()]
     text = [[p.name for p in train.table["path"].unique()], spec, train.table["instruction"].tolist()]
     digest = hashlib.sha256(json.dumps(text).encode() + train.actions.tobytes() + train.of.tobytes())
-    return Data(train, validation, excluded, spec, stats, names, digest.hexdigest()[:16])
+    spec |= dict(skip_bad_pictures=cfg.skip_bad_pictures)
+    return Data(train, validation, excluded, spec, stats | dict(unit=spec["unit"]), names, digest.hexdigest()[:16])
 
 
 def augment_image(image, rng):
@@ -364,11 +362,10 @@ class VamosDataset(Dataset):
     """One item per sample. Item (position, i), where `position` seeds the augmentation:
 
     image (h, w, 3) uint8 at the model's size | instruction str | action (2,) float32 in the data's units |
-    name (file, "row r step t")
+    name (file, "row r step t"). picture(path, row) -> image
     """
 
     def __init__(self, rows, picture, seed=0, augment=False):
-        """picture(path, row) -> image"""
         self.rows, self.picture, self.seed, self.augment = rows, picture, seed, augment
         self.table = rows.table[["path", "row", "instruction"]].to_numpy()
 
@@ -459,9 +456,7 @@ def load_4bit(folder, device):
         hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
         raise UserError(f"use_quantization needs the bitsandbytes package, which is not installed. {hint}") from error
     from transformers import BitsAndBytesConfig
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # its bars break ours
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     how = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head"])
     options = dict(config=read_folder(folder)[0], dtype=torch.bfloat16, device_map={"": device})
@@ -570,8 +565,7 @@ class Policy:
                 except UserError as error:
                     require(self.spec["skip_bad_pictures"], str(error))
                     print(f"left out  {error}")
-            target = rows.actions[list(frames)]
-            sample = list(frames.values()).__getitem__
+            target, sample = rows.actions[list(frames)], list(frames.values()).__getitem__
             yield dict(name=name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
     def action_names(self):
@@ -724,8 +718,7 @@ def describe(cfg, data, say):
     lost = np.abs(t.actions - np.clip(t.actions, action["q01"], action["q99"])).sum(0) / np.where(size > 0, size, 1)
     say(f"          clipping to them removes {lost[0]:.1%} of the motion in v_x, {lost[1]:.1%} in v_y")
     said = t.table["instruction"][np.unique(t.of)].value_counts()
-    examples = "; ".join(map(repr, said.index[:3]))
-    say(f"text      column {data.spec['instruction_column']}, {len(said)} instructions, e.g. {examples}")
+    say(f"text      column {data.spec['instruction_column']}, {len(said)} instructions, e.g. {list(said.index[:3])}")
     other, none = t.counts["other_column"], t.counts["no_instruction"]
     if other or none:
         say(f"          {other} rows without one use the other column, {none} have none at all ('navigate')")
@@ -744,8 +737,7 @@ def check_data(cfg):
     data = load_data(cfg)
     describe(cfg, data, print)
     try:
-        folder = local_folder(cfg.vla_path, weights=False)
-        config, processor = read_folder(folder)
+        config, processor = read_folder(local_folder(cfg.vla_path, weights=False))
         image_processor = processor.image_processor
     except MissingFile as error:
         processor, image_processor = None, modeling_openvla.PrismaticImageProcessor()
@@ -825,8 +817,7 @@ def main(cfg):
     cuda = torch.cuda.is_available()
     run = Run(cfg, run_dir / "log", cfg.batch_size, cfg.grad_accumulation_steps, bf16=cuda)
     path = run.find(cfg.resume_from_checkpoint, adapter_dir, ["steps_*"], beside=["best"])
-    folder = local_folder(cfg.vla_path, weights=False)
-    _, processor = read_folder(folder)
+    _, processor = read_folder(local_folder(cfg.vla_path, weights=False))
     images = processor.image_processor
     store = FrameStore(cfg.frame_dir, (*images.size, 3), [images.image_resize_strategy, "bicubic"])
     data = load_data(cfg, store, images.resize, run)

@@ -1,9 +1,6 @@
-"""SmolVLA: SmolVLM2 with a flow-matching action expert, on simulated (or real) HDF5 insertion episodes; what comes out
-is a LeRobot policy.
-
-Model: Shukor et al. 2025, arXiv 2506.01844. Names, shapes and results are those of LeRobot's SmolVLAPolicy, so that
-lerobot/smolvla_base loads here and checkpoints/final_hf/ loads there. One training sample is one frame: K images, text
-and robot state -> the next S actions.
+"""SmolVLA (Shukor et al. 2025, arXiv 2506.01844): SmolVLM2 with a flow-matching action expert, on simulated or real
+HDF5 insertion episodes. Names, shapes and results are those of LeRobot's SmolVLAPolicy: lerobot/smolvla_base loads
+here, final_hf/ loads there. One sample is one frame: K images, text and robot state -> the next S actions.
 
     python train_smolvla_sim.py --config configs/smolvla_sim.yaml --check               # the data, no weights needed
     bash shells/compute_dataset_stats_sim.sh                                            # dataset_stats_sim.yaml
@@ -252,26 +249,6 @@ class Data:
     names: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
 
 
-def read_cameras(cfg, first):
-    """-> recorded names in policy order"""
-    known, wanted = list(first.cameras), list(cfg.dataset.cameras)
-    numbered = {f"camera{k + 1}": name for k, name in enumerate(known)}
-    cameras = [c if c in known else numbered.get(c, c) for c in wanted]
-    usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
-    names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
-    require(usable, f"dataset.cameras is {wanted}; expected one or more of {names}, each once")
-    return cameras
-
-
-def read_state_keys(cfg, first):
-    """-> which arrays make the state, in this order"""
-    wanted = [k for k in ("qpos", "ee_pose") if getattr(cfg.dataset, f"use_{k}")]
-    there = [k for k in ("qpos", "ee_pose") if getattr(first, k) is not None]
-    made = f"the state is made of {wanted or 'nothing'} (dataset.use_qpos, dataset.use_ee_pose)"
-    require(wanted and set(wanted) <= set(there), f"{made}; {first.path} has {there or 'neither'}")
-    return wanted
-
-
 def name_actions(found, definition):
     """-> [[name, unit]] per action dim. It is a joint target if qpos tells more about it than its own mean does."""
     if definition.source == "ee_pose_delta":
@@ -308,7 +285,16 @@ def load_data(cfg, main=True, saved=None):
     trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
     fingerprint = hashlib.sha256(json.dumps([[e.name, e.num_frames] for e in trained]).encode()).hexdigest()[:16]
     fingerprint = saved["fingerprint"] if gone else fingerprint
-    cameras, state_keys = read_cameras(cfg, found[0]), read_state_keys(cfg, found[0])
+    known, first = list(found[0].cameras), found[0]
+    numbered = {f"camera{k + 1}": name for k, name in enumerate(known)}
+    cameras = [c if c in known else numbered.get(c, c) for c in d.cameras]
+    usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
+    names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
+    require(usable, f"dataset.cameras is {list(d.cameras)}; expected one or more of {names}, each once")
+    state_keys = [k for k in ("qpos", "ee_pose") if getattr(d, f"use_{k}")]
+    there = [k for k in ("qpos", "ee_pose") if getattr(first, k) is not None]
+    made = f"the state is made of {state_keys or 'nothing'} (dataset.use_qpos, dataset.use_ee_pose)"
+    require(state_keys and set(state_keys) <= set(there), f"{made}; {first.path} has {there or 'neither'}")
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
     plain = dataclasses.asdict(definition)
     if saved and saved["fingerprint"] == fingerprint:
@@ -318,19 +304,20 @@ def load_data(cfg, main=True, saved=None):
         stats = load_stats(n.stats_file, keys, plain, held_out, names, stats_command(cfg))
     else:
         stats = ep.insertion_stats(trained, definition, held_out, state_keys)
-    state_dim, has = ep.robot_state(found[0], state_keys).shape[1], len(stats["observation.state"]["mean"])
+    state_dim, has = ep.robot_state(first, state_keys).shape[1], len(stats["observation.state"]["mean"])
     wrong = f"the statistics have {has} dims for 'observation.state', the data has {state_dim}"
     require(has == state_dim, f"{wrong}. Make them with: {stats_command(cfg)}")
     p, reader = cfg.policy, ep.ImageReader()
     for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
         how = "raise it (a pretrained policy cannot be used then), or choose fewer"
         require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
-    shapes = [list(reader.read(found[0], c, 0).shape[:2]) for c in cameras]
+    shapes = [list(reader.read(first, c, 0).shape[:2]) for c in cameras]
     mode, names = n.mode if n.enable else "IDENTITY", name_actions(found, definition)
     spec = DataSpec(cameras, shapes, state_keys, state_dim, plain, names, mode, d.task_instruction, stats)
     part = {i: "validation" for i in validation}
-    episodes = {e.name: [e.num_frames, part.get(i, "train")] for i, e in enumerate(found)}
-    return Data(found, train, validation, notes, spec, fingerprint, episodes)
+    names = {e.name: [e.num_frames, part.get(i, "train")] for i, e in enumerate(found)}
+    names = saved["episodes"] if gone else names
+    return Data(found, train, validation, notes, spec, fingerprint, names)
 
 
 def stats_command(cfg):
@@ -343,17 +330,13 @@ def stats_command(cfg):
     return " ".join(words + ["--dataset.skip_bad_episodes"] * d.skip_bad_episodes)
 
 
-def content_size(height, width, side):
-    """(h, w) of a picture scaled into a square of `side` pixels, as LeRobot rounds it."""
-    ratio = max(width / side, height / side)
-    return int(height / ratio), int(width / ratio)
-
-
 def resize_with_pad(images, side):
-    """(n, 3, h, w) in [0, 1] -> (n, 3, side, side) in [-1, 1]: aspect kept, bilinear, padding on the left and on top.
-    The one image preprocessing of training and predict, on the model's device."""
-    h, w = content_size(*images.shape[-2:], side)
-    if images.shape[-2:] != (side, side):
+    """(n, 3, h, w) in [0, 1] -> (n, 3, side, side) in [-1, 1]: aspect kept, rounded as LeRobot does, bilinear, padding
+    on the left and on top. The one image preprocessing of training and predict, on the model's device."""
+    height, width = images.shape[-2:]
+    ratio = max(width / side, height / side)
+    h, w = int(height / ratio), int(width / ratio)
+    if (height, width) != (side, side):
         images = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False)
         images = F.pad(images, (side - w, 0, side - h, 0))
     return images * 2 - 1
@@ -428,30 +411,21 @@ class Collate:
         tokens = self.tokenizer(texts, padding="max_length", padding_side="right", **length)
         state = self.spec.state_scale.normalize(np.stack([np.asarray(o["state"]) for o in observations]))
         return dict(
-            images=[torch.from_numpy(image) for image in itertools.chain(*(o["images"] for o in observations))],
+            images=[
+                torch.from_numpy(np.array(image)) for image in itertools.chain(*(o["images"] for o in observations))
+            ],
             tokens=tokens["input_ids"],
             token_mask=tokens["attention_mask"].bool(),
-            state=pad_last(state, self.policy.max_state_dim),
+            state=F.pad(torch.from_numpy(state), (0, self.policy.max_state_dim - state.shape[-1])),
         )
 
     def __call__(self, items):
         """List of dataset items -> inputs() plus action, noise (B, S, A), time (B,), is_pad (B, S), names."""
-
-        def stack(key):
-            return np.stack([item[key] for item in items])
-
-        return self.inputs(items) | dict(
-            action=pad_last(self.spec.action_scale.normalize(stack("action")), self.policy.max_action_dim),
-            noise=torch.from_numpy(stack("noise")),
-            time=torch.from_numpy(stack("time")).float(),
-            is_pad=torch.from_numpy(stack("is_pad")),
-            names=[item["name"] for item in items],
-        )
-
-
-def pad_last(array, dim):
-    """(..., d) float32 array -> (..., dim) tensor, zeros at the end."""
-    return F.pad(torch.from_numpy(np.ascontiguousarray(array, np.float32)), (0, dim - array.shape[-1]))
+        keys = ("action", "noise", "time", "is_pad")
+        batch = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in keys}
+        action = torch.from_numpy(self.spec.action_scale.normalize(batch["action"].numpy()))
+        batch["action"] = F.pad(action, (0, self.policy.max_action_dim - action.shape[-1]))
+        return self.inputs(items) | batch | dict(time=batch["time"].float(), names=[item["name"] for item in items])
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -597,10 +571,10 @@ class FlowModel(nn.Module):
         positions = valid.sum(1, keepdim=True) + steps
         for joint, layer, (k, v) in zip(self.joint, expert.layers, kv, strict=True):
             y = layer.input_layernorm(x)
-            q = rope(heads(layer, "q_proj", y), positions if joint else steps)
             if joint:
                 k = torch.cat([k, rope(heads(layer, "k_proj", y), positions).to(k.dtype)], dim=2)
                 v = torch.cat([v, heads(layer, "v_proj", y).to(v.dtype)], dim=2)
+            q = rope(heads(layer, "q_proj", y), positions if joint else steps)
             x = finish(layer, x, attend(q, k, v, joint_mask if joint else seen))
         with torch.autocast(x.device.type, enabled=False):
             return self.action_out_proj(expert.norm(x).float())
@@ -660,13 +634,8 @@ class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
     def __init__(self, model, collate, bf16=False):
-        self.model, self.collate, self.spec, self.stats, self.bf16 = (
-            model,
-            collate,
-            collate.spec,
-            collate.spec.stats,
-            bf16,
-        )
+        self.model, self.collate, self.bf16 = model, collate, bf16
+        self.spec, self.stats = collate.spec, collate.spec.stats
 
     def predict(self, observations, noise=None):
         """list of {images: {camera1: (h, w, 3) uint8 RGB or float in [0, 1], ...}, state: (state_dim,) in data units,
@@ -709,8 +678,8 @@ class Policy:
 
         for e in found:
             sample = functools.partial(observe, e, ep.robot_state(e, self.spec.state_keys))
-            target, phase = definition.targets(e), None if e.phase is None else e.phase
-            yield dict(name=e.name, sample=sample, target=target, hold=definition.still(e), phase=phase)
+            target, still = definition.targets(e), definition.still(e)
+            yield dict(name=e.name, sample=sample, target=target, hold=still, phase=e.phase)
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""
@@ -816,14 +785,17 @@ def choose_trained(core, cfg):
 
 
 def build_model(cfg, vlm_config, action_dim, dtype=torch.float32, saved=None):
-    """-> (SmolVLA on the CPU, its peft model or None, a line about where its weights come from). Trained weights and
-    the small heads fp32, what is frozen of VLM and expert in `dtype`. `saved`: state dict of a resumed run."""
+    """-> (SmolVLA on the CPU, its peft model or None, a line on where its weights come from). Trained weights and
+    the small heads are fp32, what is frozen of VLM and expert in `dtype`. `saved`: the checkpoint of a resumed run."""
     torch.manual_seed(cfg.seed)
-    core = SmolVLA(vlm_config, cfg.policy, action_dim)
-    said = f"of the checkpoint {cfg.resume}" if saved else load_weights(core, cfg)
-    adapters = choose_trained(core, cfg)
+    core, said = SmolVLA(vlm_config, cfg.policy, action_dim), "those of the checkpoint"
     if saved:
-        core.load_state_dict(saved)
+        hub.load_weights(core, saved["policy_state_dict"].items(), cfg.resume)
+    else:
+        said = load_weights(core, cfg)
+    adapters = choose_trained(core, cfg)
+    if saved:  # instead of what was exported: not averaged, LoRA not folded in
+        core.load_state_dict(saved["model_state_dict"], strict=False)
     for parameter in core.model.vlm_with_expert.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -848,14 +820,8 @@ UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 # of LeRobot's config: an unknown field is an error there, a missing one takes its default: what 0.3.4 to 0.6.2 know
 LEROBOT = dict(type="smolvla", use_amp=False, push_to_hub=False, repo_id=None, private=None, tags=None, license=None)
 LEROBOT |= dict(pretrained_path=None, empty_cameras=0, adapt_to_pi_aloha=False, use_delta_joint_actions_aloha=False)
-LEROBOT |= dict(
-    n_obs_steps=1,
-    train_state_proj=True,
-    use_cache=True,
-    add_image_special_tokens=False,
-    prefix_length=-1,
-    pad_language_to="max_length",
-)
+LEROBOT |= dict(n_obs_steps=1, train_state_proj=True, use_cache=True, add_image_special_tokens=False)
+LEROBOT |= dict(prefix_length=-1, pad_language_to="max_length")
 
 
 def save_model(folder, tensors, cfg, collate, about, device="cpu"):
@@ -881,10 +847,9 @@ def save_model(folder, tensors, cfg, collate, about, device="cpu"):
     network = dataclasses.asdict(p) | dict(load_vlm_weights=False)  # all are in our file
     network.pop("pretrained_model_id")
     network |= {f"optimizer_{k}": v for k, v in dataclasses.asdict(cfg.optimizer).items()}
-    warmup, decay = schedule(cfg)
-    network |= dict(
-        scheduler_warmup_steps=warmup, scheduler_decay_steps=decay, scheduler_decay_lr=cfg.scheduler.decay_lr
-    )
+    warmup, decay = schedule(cfg.training.steps, cfg)
+    network |= dict(scheduler_warmup_steps=warmup, scheduler_decay_steps=decay)
+    network["scheduler_decay_lr"] = cfg.scheduler.decay_lr
     features = dict(input_features=inputs, output_features=output, normalization_mapping=modes)
     write("config.json", LEROBOT | features | network | dict(device=device))
 
@@ -978,10 +943,11 @@ def load_policy(path, device=None):
         vlm_config, tokenizer = open_vlm(policy.vlm_model_name, f" ({path} names it)")
         tensors = state["policy_state_dict"]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = SmolVLA(vlm_config, policy, spec.definition.dim)
+    with torch.device("meta"):
+        model = SmolVLA(vlm_config, policy, spec.definition.dim)
+    model = model.to_empty(device=device).requires_grad_(False)
     hub.load_weights(model, tensors.items(), path)
-    model = model.requires_grad_(False).to(device).eval()
-    return Policy(model, Collate(tokenizer, policy, spec), bf16=device.type == "cuda")
+    return Policy(model.eval(), Collate(tokenizer, policy, spec), bf16=device.type == "cuda")
 
 
 def read_state(path):
@@ -996,19 +962,16 @@ def read_state(path):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def schedule(cfg, begin=0):
-    """-> (warm-up steps, steps until the cosine ends) of the schedule that begins at step `begin`. As in LeRobot, both
-    shrink where the training is shorter than the schedule."""
-    warmup, decay, left = cfg.scheduler.num_warmup_steps, cfg.scheduler.num_decay_steps, cfg.training.steps - begin
-    if left < decay:
-        return int(warmup * left / decay), left
-    return warmup, decay
+def schedule(total, cfg):
+    """-> (warm-up steps, steps until the cosine ends) of `total` steps. As in LeRobot, both shrink where the training
+    is shorter than the schedule."""
+    warmup, decay = cfg.scheduler.num_warmup_steps, cfg.scheduler.num_decay_steps
+    return (int(warmup * total / decay), total) if total < decay else (warmup, decay)
 
 
-def lr_at(step, cfg, begin=0):
-    """Learning rate of update number `step` (from 0) of a schedule that began at `begin`: linear warm-up, cosine, and
-    its last value beyond the end."""
-    (warmup, decay), peak, step = schedule(cfg, begin), cfg.optimizer.lr, step - begin
+def lr_at(step, total, cfg):
+    """Learning rate of update number `step` (from 0) of `total`: linear warm-up, cosine, its last value beyond."""
+    (warmup, decay), peak = schedule(total, cfg), cfg.optimizer.lr
     if step < warmup:
         return peak * (step + 1) / warmup
     end, progress = cfg.scheduler.decay_lr / cfg.scheduler.peak_lr, min(1.0, (step - warmup) / max(1, decay - warmup))
@@ -1097,7 +1060,7 @@ def check_data(cfg):
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.training.batch_size, len(dataset)))]
     _, episode, frame = items[0]["name"]
     print(f"samples   {len(dataset)} (frames with a target); batch of {len(items)}, first: {episode} frame {frame}")
-    batch = {f"camera{k + 1}": torch.from_numpy(image) for k, image in enumerate(items[0]["images"])}
+    batch = {f"camera{k + 1}": torch.tensor(image) for k, image in enumerate(items[0]["images"])}
     try:
         _, tokenizer = open_vlm(cfg.policy.vlm_model_name)
         batch |= Collate(tokenizer, cfg.policy, data.spec)(items)
@@ -1106,8 +1069,8 @@ def check_data(cfg):
         print(f"note      tokens are not shown: {error}")
     for key, value in batch.items():
         if isinstance(value, torch.Tensor):
-            kind, shape = str(value.dtype).removeprefix("torch."), str(tuple(value.shape))
-            print(f"          {key:<14} {shape:<22} {kind:<8} {value.min().item():.4g} .. {value.max().item():.4g}")
+            about = f"{str(tuple(value.shape)):<22} {str(value.dtype):<14}"
+            print(f"          {key:<14} {about} {value.min().item():.4g} .. {value.max().item():.4g}")
     print("check passed")
 
 
@@ -1192,8 +1155,8 @@ def main(cfg):
         return
 
     # ---- model, optimizer
-    raw, dtype, o = saved and saved["model_state_dict"], torch.bfloat16 if bf16 else torch.float32, cfg.optimizer
-    core, adapters, said = build_model(cfg, vlm_config, data.spec.definition.dim, dtype, raw)
+    dims, A, o = data.spec.definition.dim, cfg.policy.max_action_dim, cfg.optimizer
+    core, adapters, said = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, saved)
     policy = Policy(core.to(run.device).train(), collate, bf16)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
     fused = run.device.type == "cuda" or None
@@ -1202,7 +1165,7 @@ def main(cfg):
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
     spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved["spikes"] if saved else dict(history=[], rows=[]))
-    model, saved, raw = run.prepare(core), None, None  # the mapped file may be rotated away
+    model, saved = run.prepare(core), None  # the mapped file may be rotated away
 
     # ---- data
     dataset = SmolVLADataset(data, data.train, cfg, cfg.dataset.augment)
@@ -1213,9 +1176,8 @@ def main(cfg):
     size += sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 8)  # two moments; an average, its export
     run.describe(core, len(dataset), size, folder)
     run.print(f"weights   {said}")
-    run.print(
-        f"schedule  warm-up of {schedule(cfg, begin)[0]} steps, cosine until step {begin + schedule(cfg, begin)[1]}"
-    )
+    warmup, decay = schedule(t.steps - begin, cfg)
+    run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     folder.mkdir(parents=True, exist_ok=True)
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
     run.once(save_stats, out / "dataset_stats.yaml", data.spec.stats)
@@ -1231,7 +1193,8 @@ def main(cfg):
         about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.names)
         about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
         about["spikes"] = dict(history=spikes.history, rows=spikes.rows)
-        state = dict(policy_state_dict=exported, model_state_dict=raw)
+        own = {k: v for k, v in raw.items() if k in trained or ".base_layer." in k}
+        state = dict(policy_state_dict=exported, model_state_dict=own)
         state["ema_state_dict"] = {k: v.cpu() for k, v in ema.average.items()}
         state["optimizer_state_dict"] = ckpt.training_state(core, optimizer)[1]
         ckpt.save_state(path, run.progress() | about | state)
@@ -1239,7 +1202,6 @@ def main(cfg):
     run.checkpoints(folder, "checkpoint_step_{step}.pt", write, size, keep=t.keep_checkpoints)
 
     # ---- loop
-    dims, A = data.spec.definition.dim, cfg.policy.max_action_dim
     mode = cfg.wandb.mode if cfg.wandb.enable else "disabled"
     wandb = dataclasses.replace(cfg.wandb, mode=mode, name=cfg.wandb.name or time.strftime("smolvla_sim_%Y%m%d_%H%M%S"))
     for step in run.steps(loader, cfg.wandb.project, wandb, NAMES):
@@ -1254,7 +1216,7 @@ def main(cfg):
             step.backward(action + temporal, out["sample_loss"])
             step.add(action_loss=action, temporal_loss=temporal, action_loss_real=out["real_sum"] / (steps * dims))
             samples.append((out["sample_loss"], batch["names"]))
-        step.update(optimizer, lr_at(step.index, cfg, begin), o.grad_clip_norm)
+        step.update(optimizer, lr_at(step.index - begin, t.steps - begin, cfg), o.grad_clip_norm)
         if step.finite:
             ema.update(step.index)
             if average := spikes.check(step.loss):

@@ -25,6 +25,7 @@ from common import MissingFile, UserError, require
 from common.stats import FORMAT_VERSION, compute_stats
 
 MAX_OPEN_FILES = 64  # per process; `ulimit -n` is 1024 on most machines and a training has many workers
+NO_PICTURE = 100  # bytes; a JPEG is never that small, and recorders write one byte where its encoding failed
 
 
 class BadEpisode(UserError, ValueError):
@@ -98,11 +99,28 @@ def _read_arrays(f, path, name):
             wanted = "(N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
             raise BadEpisode(f"{where} is {images.dtype} {images.shape}; expected {wanted}")
         cameras[camera] = "jpeg" if jpeg else "raw"
+        sizes = _jpeg_sizes(path, images) if jpeg else np.array([])
+        if len(bad := np.flatnonzero(sizes < NO_PICTURE)):
+            raise BadEpisode(f"{where} frame {bad[0]} is no picture: {sizes[bad[0]]} bytes ({len(bad)} such frames)")
     phase = f["phase"][:].astype(int) if "phase" in f else None
     if phase is not None and phase.shape != (n,):
         raise BadEpisode(f"{path}: dataset 'phase' has shape {phase.shape}, expected ({n},)")
     pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
     return Episode(str(path), name, n, cameras, action, pose, qpos, phase, read_instruction(f, path))
+
+
+def _jpeg_sizes(path, images):
+    """(N,) bytes of each picture, from the descriptors of the variable-length dataset: the pictures stay unread."""
+    n, start = len(images), images.id.get_offset()
+    if start is not None:
+        with open(path, "rb") as f:
+            f.seek(start)
+            table = f.read(16 * n)
+    elif images.chunks and not images.compression:
+        table = b"".join(images.id.read_direct_chunk((i,))[1] for i in range(0, n, images.chunks[0]))
+    else:
+        return np.array([len(images[i]) for i in range(n)])
+    return np.frombuffer(table[: 16 * n], dtype=[("size", "<u4"), ("heap", "<u8"), ("index", "<u4")])["size"]
 
 
 def load_episodes(root, skip_bad=False, progress=None):
@@ -163,7 +181,7 @@ def _lowdim(f, path, key, rows=None):
 
 def read_instruction(f, path):
     """language_instruction as scalar, (1,), bytes, S-type or str -> str; None without one."""
-    if "language_instruction" not in f:
+    if "language_instruction" not in f or not f["language_instruction"].size:
         return None
     value = f["language_instruction"][()]
     value = value.reshape(-1)[0] if isinstance(value, np.ndarray) else value
@@ -322,8 +340,7 @@ def insertion_stats(train, definition, held_out, state_keys=()):
         arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
     about = dict(format_version=FORMAT_VERSION, num_episodes=len(train))
     about |= dict(num_frames=int(sum(e.num_frames for e in train)), action_definition=asdict(definition))
-    about |= dict(episodes=[e.name for e in train], excluded_episodes=list(held_out))
-    return about | compute_stats(arrays)
+    return about | dict(episodes=[e.name for e in train], excluded_episodes=list(held_out)) | compute_stats(arrays)
 
 
 def _check_count(key, count, episodes):

@@ -41,16 +41,17 @@ class Features:
     """The cached VL features of the sessions, read without opening an image.
 
     `expected`: keys of the features' recipe that must be so; None: those of the config. `optional`: errors of the cache
-    after which images are read instead, for a VLM that runs now; `missing` then says why."""
+    after which images are read instead, for a VLM that runs now; `missing` then says why. `pictures`: see
+    vl_cache.read_features."""
 
-    def __init__(self, cfg, part, expected=None, optional=()):
+    def __init__(self, cfg, part, expected=None, optional=(), pictures=True):
         self.cfg, self.files, self.missing, self.shape = cfg, None, None, None
         self.stride, self.ticks, self.root = cfg.vlm_reuse_count, {}, cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
         size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
         expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
         try:
-            found = vl_cache.read_features(self.root, part, expected, cfg.vlm_reuse_count, cfg.max_image_age)
-            self.files, self.recipe = found
+            how = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures)
+            self.files, self.recipe = vl_cache.read_features(self.root, part, expected, *how)
             first = next(iter(self.files.values()))
             self.stride, self.shape = first.meta["stride"], first.shape[1:]
         except optional as error:
@@ -83,7 +84,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
         rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
         require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
     train, validation = ss.split_sessions(found, cfg.val_split)
-    features = Features(cfg, found, optional=optional)
+    features = Features(cfg, found, optional=optional, pictures=run is None or run.main)
     none = f"no step of the {len(train)} training sessions has an image of {', '.join(features.recipe['views'])}"
     how = f"at most {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
     require(any(len(features.usable(s)[0]) for s in train), f"{none} that is {how}")
@@ -203,7 +204,7 @@ class Collate:
     def __call__(self, items):
         """List of dataset items -> inputs() plus actions (B, H, 7) normalised, has_sensor (B,), names, and every other
         number or array of the items, stacked: action_mask (B, H), weight, reuse_step (B,), ..."""
-        ours = ("sensor", "vl_features", "instruction", "actions", "previous", "name")
+        ours = ("sensor", "vl_features", "images", "instruction", "actions", "previous", "name")
         rest = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key not in ours}
         return self.inputs(items) | dict(
             actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))),
@@ -221,6 +222,8 @@ class SessionPolicy:
     evaluate.py. A script adds predict(observations) -> (B, H, 7) in mm and degrees. Used by common.two_rate.
 
     `about`: Data.about, from the training or out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
+
+    several_roots = True  # for open_episodes
 
     def __init__(self, model, cfg, about, device, vlm=None):
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
@@ -260,11 +263,12 @@ class SessionPolicy:
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per session, and per stretch of it without a gap, {name, sample: callable(t) ->
         observation, target (M, 7), hold (M, 7): the action that stands still, phase None}."""
-        found = ss.find_sessions([root])
+        roots = [str(path) for path in (root if isinstance(root, (list, tuple)) else [root])]
+        found = ss.find_sessions(roots)
         unknown, some = sorted(set(names or []) - {s.name for s in found}), ", ".join(s.name for s in found[:5])
         require(not unknown, f"'{root}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
         chosen = [s for s in found if names is None or s.name in names]
-        cfg = dataclasses.replace(self.cfg, dataset_dir=[str(root)])
+        cfg = dataclasses.replace(self.cfg, dataset_dir=roots)
         expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}
         features = Features(cfg, chosen, expected, optional=(FileNotFoundError, vl_cache.CacheMismatch))
         if features.missing:
@@ -386,18 +390,15 @@ def describe(cfg, data, dataset, held_out, weights, print0):
     window, weight = cfg.sensor_window_size, f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
     rows = f"the newest {window} rows, {window / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; {weight}"
     print0(f"sensor    {rows if cfg.sensor_enabled else 'not used'}")
-    stats, normalizer = data.about["stats"]["action"], Normalizer(data.about["stats"]["action"])
-    print0(
-        f"action    {cfg.horizon} steps of {1000 // rate} ms; per step:"
-        + "".join(f"{f'{n} {u}':>11}" for n, u in ACTIONS)
-    )
-    for name in ("q01", "q99", "mean", "std"):
-        print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in stats[name]))
-    action = np.concatenate([s.action for s in data.train])
+    stats, action = data.about["stats"]["action"], np.concatenate([s.action for s in data.train])
+    normalizer, size = Normalizer(stats), np.maximum(np.abs(action).sum(0), 1e-9)
     lost = np.abs(action - normalizer.unnormalize(normalizer.normalize(action)))
-    shares = lost.sum(0) / np.maximum(np.abs(action).sum(0), 1e-9)
-    print0(f"          {'clipping removes at most':<30}" + "".join(f"{v:11.4g}" for v in lost.max(0)))
-    print0(f"          {'                 of all motion':<30}" + "".join(f"{v:11.2%}" for v in shares))
+    table = {name: stats[name] for name in ("q01", "q99", "mean", "std")}
+    table |= {"clipping removes at most": lost.max(0), "clipping removes, percent": 100 * lost.sum(0) / size}
+    names = "".join(f"{f'{n} {u}':>11}" for n, u in ACTIONS)
+    print0(f"action    {f'{cfg.horizon} steps of {1000 // rate} ms; per step:':<30}{names}")
+    for name, values in table.items():
+        print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in values))
     texts = data.about["instructions"]
     print0(f"text      {len(texts)} instruction(s), e.g. {texts[0]!r}")
 
@@ -413,14 +414,11 @@ def check_data(cfg, dataset_class, table):
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     name, k = items[0]["name"]
     print(f"samples   {len(dataset)}; batch of {len(items)}, first: {name} step {k}")
-    for item in items:
-        for view, image in item.pop("images", {}).items():
-            print(f"          {view:<14} {image.shape} {image.dtype}, {item['name'][0]} step {item['name'][1]}")
-        item["vl_features"] = item.get("vl_features", torch.zeros(0))
+    if data.features.missing:
+        print(f"note      the features are not there yet: {data.features.missing}")
+        items = [item | dict(images=0, vl_features=torch.zeros(0)) for item in items]
     for key, value in Collate(cfg, data.about["stats"])(items).items():
         if isinstance(value, torch.Tensor) and value.numel():
             dtype, low, high = str(value.dtype).removeprefix("torch."), value.min().item(), value.max().item()
             print(f"          {key:<14} {str(tuple(value.shape)):<18} {dtype:<8} {low:.4g} .. {high:.4g}")
-    if data.features.missing:
-        print(f"note      the features are not there yet: {data.features.missing}")
     print("check passed")

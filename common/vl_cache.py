@@ -332,7 +332,7 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
     build = dict(dataset_dirs="DATA", cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=max_image_age)
     build |= {key: wanted.get(key) for key in ("model", "views", "layer", "dtype")}
     build |= dict(image_resize_height=wanted.get("height"), image_resize_width=wanted.get("width"))
-    how = f"Build them: {command('build_vl_cache.py', **build)}\nor train with --cache online (slow)"
+    how = f"Build them: {command('build_vl_cache.py', **build)}"
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
         wanted["weights"] = digest
     kinds, refused, missing = {}, [], []  # kinds {stride and recipe as text: {session: file}}

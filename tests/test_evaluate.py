@@ -1,9 +1,7 @@
-"""evaluate.py: errors worked by hand, baselines that look at nothing later, and the whole command on a trained checkpoint."""
+"""evaluate.py: errors worked by hand, baselines that look at nothing later, which checkpoint is opened, the command."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,201 +9,192 @@ import pytest
 import torch
 
 import evaluate
-
-ROOT = Path(__file__).resolve().parent.parent
+from common import UserError
 
 
 class Scripted:
-    """Two episodes of 4 and 3 frames, one moving and one constant dim; predicts target + `offset`, except that padded steps are nonsense."""
+    """Two episodes of 4 and 3 frames, x and z moving and y constant; predicts target + `offset` in x, except that
+    padded steps are nonsense."""
 
-    stats = {"action": {"mean": [1.0, 5.0]}}
+    stats = {"action": {"mean": [1.0, 5.0, 0.0]}}
 
     def __init__(self, offset=0.0):
         self.offset = offset
-        self.targets = {
-            "a.h5": np.array([[0, 5], [1, 5], [2, 5], [3, 5]], np.float32),
-            "sub/b.h5": np.array([[4, 5], [0, 5], [2, 5]], np.float32),
-        }
+        a, b = [[0, 5, 0.1], [1, 5, 0], [2, 5, 0], [3, 5, 0]], [[4, 5, 0.1], [0, 5, 0], [2, 5, 0]]
+        self.targets = {"a.h5": np.array(a, np.float32), "sub/b.h5": np.array(b, np.float32)}
 
     def open_episodes(self, root, names):
+        unknown = sorted(set(names or []) - set(self.targets))
+        if unknown:
+            raise UserError(f"'{root}' has no episode '{unknown[0]}'")
         for name, target in self.targets.items():
             if names is None or name in names:
-                yield dict(
-                    name=name,
-                    sample=lambda t, target=target: (target, t),
-                    target=target,
-                    hold=np.zeros_like(target) + [0, 5],
-                    phase=np.array([1, 1, 2, 2][: len(target)]),
-                )
+                hold, phase = np.zeros_like(target) + [0, 5, 0], np.array([1, 1, 2, 2][: len(target)])
+                sample = lambda t, target=target: (target, t)  # noqa: E731
+                yield dict(name=name, sample=sample, target=target, hold=hold, phase=phase)
 
     def predict(self, observations):
-        out = np.full((len(observations), 2, 2), 1e6, np.float32)
-        for row, (target, t) in zip(out, observations):
+        out = np.full((len(observations), 2, 3), 1e6, np.float32)
+        for row, (target, t) in zip(out, observations, strict=True):
             n = len(target[t : t + 2])
-            row[:n] = target[t : t + 2] + [self.offset, 0]
+            row[:n] = target[t : t + 2] + [self.offset, 0, 0]
         return out
 
     def action_names(self):
-        return [("x", "mm"), ("y", "")]
+        return [("x", "mm"), ("y", "mm"), ("z", "rad")]
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """scripted.py is one of the scripts; -> the checkpoints that its load_policy was given."""
+    opened = []
+    load = lambda path, device: opened.append(path) or Scripted(0.5)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "scripted", SimpleNamespace(load_policy=load))
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    (tmp_path / "scripted.py").write_text("")
+    return opened
+
+
+def about(path, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(script="scripted", validation=["a.h5"]) | more))
+
+
+def summary(policy, **how):
+    return evaluate.summarise(evaluate.evaluate(policy, "", **how)[0], policy.action_names())
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_errors_by_hand():
     records, tracks = evaluate.evaluate(Scripted(0.5), "", batch_size=2)
     report = evaluate.summarise(records, Scripted().action_names())
     assert len(records) == 7 and [len(t["t"]) for t in tracks] == [4, 3]
-    assert report["policy"]["per_dim"] == {"x": 0.5, "y": 0.0}
-    # x over the chunks' valid steps: a 0 1 | 1 2 | 2 3 | 3, b 4 0 | 0 2 | 2: holding still errs by |x|, mean 20/12; the mean action by |x - 1|
-    assert report["hold still"]["per_dim"]["x"] == pytest.approx(20 / 12)
-    assert report["mean action"]["per_dim"]["x"] == pytest.approx((1 + 0 + 0 + 1 + 1 + 2 + 2 + 3 + 1 + 1 + 1 + 1) / 12)
-    assert report["policy"]["relative"] == pytest.approx(0.5 / (14 / 12)), (
-        "the constant dim has nothing to be predicted"
-    )
-    assert report["mean action"]["per_step"][1][0] == pytest.approx((0 + 1 + 2 + 1 + 1) / 5)
-    assert report["hold still"]["per_phase"]["2"][0] == pytest.approx((2 + 3 + 3 + 2) / 4)
+    assert report["policy"]["per_dim"] == report["policy"]["bias"] == {"x": 0.5, "y": 0.0, "z": 0.0}
+    # x over the chunks' valid steps: a 0 1 | 1 2 | 2 3 | 3, b 4 0 | 0 2 | 2: holding still errs by |x|, mean 20/12; the
+    # mean action by |x - 1|
+    hold, mean = report["hold still"], report["mean action"]
+    assert hold["per_dim"]["x"] == pytest.approx(20 / 12) and hold["bias"]["x"] == pytest.approx(-20 / 12)
+    assert mean["per_dim"]["x"] == pytest.approx(14 / 12)
+    assert mean["per_step"][1][0] == pytest.approx((0 + 1 + 2 + 1 + 1) / 5)
+    assert hold["per_phase"]["2"][0] == pytest.approx((2 + 3 + 3 + 2) / 4)
+
+
+def test_millimetres_and_radians_are_never_averaged():
+    """The constant dimension has nothing to be predicted; each other counts relative to its better baseline."""
+    report = summary(Scripted(0.5))
+    assert report["policy"]["per_unit"] == pytest.approx({"mm": 0.5, "rad": 0.0})
+    assert report["hold still"]["per_unit"] == pytest.approx({"mm": 20 / 12, "rad": 0.2 / 12})
+    assert report["policy"]["relative"] == pytest.approx((0.5 / (14 / 12) + 0) / 2)
 
 
 def test_a_perfect_policy_has_no_error_and_padding_never_counts():
-    report = evaluate.summarise(evaluate.evaluate(Scripted(0.0), "", batch_size=3)[0], Scripted().action_names())
-    assert report["policy"]["relative"] == 0 and max(report["policy"]["per_dim"].values()) == 0
+    policy = summary(Scripted(0.0), batch_size=3)["policy"]
+    assert policy["relative"] == 0 and max(policy["per_dim"].values()) == 0
 
 
 def test_stride_and_names_choose_the_frames():
     records, _ = evaluate.evaluate(Scripted(), "", ["sub/b.h5"], stride=2)
     assert [(r["episode"], r["t"]) for r in records] == [("sub/b.h5", 0), ("sub/b.h5", 2)]
+    with pytest.raises(UserError, match="no frame to evaluate under '/data'"):
+        evaluate.evaluate(SimpleNamespace(stats=Scripted.stats, open_episodes=lambda *_: []), "/data")
 
 
-def test_no_frame_is_an_error():
-    with pytest.raises(ValueError, match="no frame"):
-        evaluate.evaluate(Scripted(), "/data", ["other.h5"])
+# ---- which checkpoint ------------------------------------------------------------------------------------------------
 
 
-def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no meta.json"):
-        evaluate.find_script(tmp_path)
+def files(folder, *names):
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".pt", ".ckpt"):
+            torch.save(dict(meta=dict(script="scripted", validation=[f"{number}"]), step=number), path)
+        else:
+            path.mkdir()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, insertion_root, qwen_dir):
-    import train_nora as nora
-    from common.config import parse_config
-
-    out = tmp_path_factory.mktemp("evaluated")
-    flags = [
-        "--dataset.root_dir",
-        insertion_root,
-        "--model",
-        qwen_dir,
-        "--fast",
-        "fit",
-        "--fast_vocab_size",
-        300,
-        "--horizon",
-        2,
-        "--use_ee_pose_delta_as_action",
-        "--num_val_episodes",
-        1,
-        "--resize_resolution",
-        56,
-        56,
-        "--batch_size",
-        4,
-        "--gradient_accumulation_steps",
-        1,
-        "--num_workers",
-        0,
-        "--max_steps",
-        1,
-        "--output_dir",
-        out,
-    ]
-    nora.main(parse_config(nora.Config, [str(f) for f in flags], nora.ALIASES))
-    return out
+LAYOUTS = [
+    (["steps_900", "steps_20000", "steps_1000"], "steps_20000"),  # by number, not by text
+    (["best", "steps_20000"], "best"),
+    (["steps_3", "steps_20/model"], "steps_20"),
+    (["set_aside_1/steps_9", "steps_5"], "steps_5"),  # a run's timeline
+    (["checkpoints/x_step_900.pt", "checkpoints/x_step_10000.pt"], "checkpoints/x_step_10000.pt"),
+    (["checkpoints/best_hf", "checkpoints/checkpoint_step_4.pt"], "checkpoints/best_hf"),
+    (["qwen_vla_async_best.pt", "qwen_vla_async.pt"], "qwen_vla_async_best.pt"),
+    (["qwen_vla_async.pt"], "qwen_vla_async.pt"),
+    (["model", "state.txt"], ""),  # a checkpoint itself, or one that the script's load_policy chooses
+]
 
 
-def test_the_command_reports_the_validation_episodes(tmp_path, checkpoint, insertion_root):
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "evaluate.py"),
-            "--checkpoint",
-            str(checkpoint / "steps_1"),
-            "--data",
-            str(insertion_root),
-            "--output",
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
-    held_out = json.loads((checkpoint / "steps_1/meta.json").read_text())["validation"]
-    assert (
-        report["episodes"] == held_out
-        and report["frames"] == 13
-        and report["units"] == {"dx": "mm", "dy": "mm", "dz": "mm", "droll": "rad", "dpitch": "rad", "dyaw": "rad"}
-    )
-    assert (tmp_path / "summary.png").stat().st_size > 5000 and (tmp_path / (Path(held_out[0]).stem + ".png")).exists()
-    for text in ("policy", "hold still", "mean action", "phase 1", "step 2", "summary.png"):
-        assert text in result.stdout
+@pytest.mark.parametrize("names, chosen", LAYOUTS)
+def test_a_run_is_its_best_checkpoint_else_its_newest(tmp_path, names, chosen):
+    files(tmp_path, *names)
+    assert evaluate.find_checkpoint(tmp_path) == tmp_path / chosen
+    assert evaluate.find_checkpoint(tmp_path / names[0]) == tmp_path / names[0]
 
 
-def test_the_policy_sees_what_the_training_saw(checkpoint, insertion_root):
-    """The command's error equals the training's own validation MAE on the same frames."""
-    import train_nora as nora
-
-    policy = nora.load_policy(checkpoint, "cpu")
-    records, _ = evaluate.evaluate(policy, insertion_root, evaluate.held_out(checkpoint))
-    rows = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
-    mae = next(r["val_action_mae"] for r in rows if "val_action_mae" in r)
-    assert np.mean(
-        list(evaluate.summarise(records, policy.action_names())["policy"]["per_dim"].values())
-    ) == pytest.approx(mae, rel=1e-5)
+def test_two_runs_in_one_folder_are_not_guessed_between(tmp_path):
+    files(tmp_path, "qwen_vla_async_best.pt", "diffusion_stage1_best.pt")
+    with pytest.raises(UserError, match="holds several runs: choose .*best.pt or .*best.pt"):
+        evaluate.find_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        evaluate.find_checkpoint(tmp_path / "nothing")
 
 
-def test_unknown_episode_is_named(checkpoint, insertion_root):
-    import train_nora as nora
-
-    with pytest.raises(ValueError, match="no episode 'x.h5'"):
-        list(nora.load_policy(checkpoint, "cpu").open_episodes(insertion_root, ["x.h5"]))
-
-
-def test_a_policy_file_that_another_script_made_is_found_by_its_name(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "policy.json").write_text('{"script": "train_mine"}')
-    assert evaluate.find_script(tmp_path) == "train_mine"
-
-
-def test_a_checkpoint_that_is_one_file_names_its_script_and_episodes(tmp_path):
-    (tmp_path / "meta.json").write_text(
-        '{"script": "train_other", "validation": ["x"]}'
-    )  # of another script that saves into the same folder
-    torch.save(
-        {"meta": {"script": "train_mine", "validation": ["a", "b"]}, "weights": torch.zeros(3)},
-        tmp_path / "mine_best.pt",
-    )
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint_step_2.pt")
-    assert evaluate.find_script(tmp_path / "mine_best.pt") == "train_mine" and evaluate.held_out(
-        tmp_path / "mine_best.pt"
-    ) == ["a", "b"]
-    assert evaluate.find_script(tmp_path / "checkpoint_step_2.pt") == "train_other"
-    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="broken.pt"):
-        evaluate.find_script(tmp_path / "broken.pt")
+def test_the_nearest_file_names_script_and_episodes(tmp_path, scripted):
+    about(tmp_path / "run/meta.json", script="other", validation=["x"])  # of another script with the same folder
+    with pytest.raises(UserError, match="made by other.py, which is not in"):
+        evaluate.read_about(tmp_path / "run")
+    files(tmp_path / "run", "mine.pt")
+    assert evaluate.read_about(tmp_path / "run/mine.pt")["validation"] == ["0"]
+    about(tmp_path / "run/steps_2/meta.json", validation=["y"])
+    about(tmp_path / "run/steps_2/model/policy.json")
+    assert evaluate.read_about(tmp_path / "run/steps_2")["validation"] == ["y"]
+    (tmp_path / "nothing").mkdir()
+    for wrong, message in (
+        (tmp_path / "nothing", "nothing there names its script"),
+        (tmp_path / "broken.pt", "broken.pt"),
+    ):
+        if wrong.suffix:
+            wrong.write_bytes(b"not a checkpoint")
+        with pytest.raises(UserError, match=message):
+            evaluate.read_about(wrong)
 
 
-def test_plots_are_limited_and_errors_are_not(tmp_path, monkeypatch):
-    """The report covers all episodes although one is drawn, and a checkpoint file gets its report beside it."""
-    torch.save({"meta": {"script": "scripted", "validation": []}}, tmp_path / "mine_best.pt")
-    monkeypatch.setitem(
-        sys.modules, "scripted", SimpleNamespace(load_policy=lambda path, device: Scripted(0.5), __name__="scripted")
-    )
-    report = evaluate.main(["--checkpoint", str(tmp_path / "mine_best.pt"), "--data", str(tmp_path), "--plots", "1"])
-    folder = tmp_path / "mine_best_evaluation"
-    assert (
-        sorted(p.name for p in folder.glob("*.png")) == ["a.png", "summary.png"]
-        and report["policy"]["per_dim"]["x"] == 0.5
-    )
-    assert json.loads((folder / "report.json").read_text())["episodes"] == ["a.h5", "sub/b.h5"]
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_report(tmp_path, scripted, capsys):
+    """Of the run's best checkpoint, on its validation episodes; plots are limited, errors are over all."""
+    about(tmp_path / "run/best/meta.json", validation=["a.h5", "sub/b.h5"])
+    run = str(tmp_path / "run")
+    report = evaluate.main(["--checkpoint", run, "--data", "DATA", "--plots", "1", "--batch-size", "2"])
+    assert scripted == [tmp_path / "run/best"] and report["policy"]["per_dim"]["x"] == 0.5
+    folder = tmp_path / "run/evaluation"
+    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "report.json", "summary.png"]
+    written = json.loads((folder / "report.json").read_text())
+    assert written["episodes"] == ["a.h5", "sub/b.h5"] and written["frames"] == 7
+    assert written["units"] == {"x": "mm", "y": "mm", "z": "rad"} and written["mean_absolute_error"] == report
+    said = capsys.readouterr().out
+    for text in ("2 validation episodes", "hold still", "policy's bias", "phase 1", "step 2", "in mm: policy 0.5"):
+        assert text in said
+
+
+def test_other_recordings_need_names(tmp_path, scripted):
+    about(tmp_path / "steps_1/meta.json", validation=["gone.h5"])
+    words = ["--checkpoint", str(tmp_path / "steps_1"), "--data", "DATA", "--plots", "0"]
+    with pytest.raises(UserError, match="'DATA' has no episode 'gone.h5'. .*checkpoint's validation.*--episodes NAME"):
+        evaluate.main(words)
+    with pytest.raises(UserError, match="'DATA' has no episode 'x.h5'$"):
+        evaluate.main([*words, "--episodes", "x.h5"])
+    evaluate.main([*words, "--episodes", "all"])
+    assert len(json.loads((tmp_path / "steps_1/evaluation/report.json").read_text())["episodes"]) == 2
+    with pytest.raises(UserError, match="scripted.py reads one folder"):
+        evaluate.main([*words[:4], "MORE"])
+
+
+@pytest.mark.parametrize("words", [[], ["--checkpoint", "a"], ["--checkpoint", "a", "--data", "b", "--stride", "0"]])
+def test_a_users_mistake_is_one_line(words):
+    with pytest.raises(UserError, match="--checkpoint and --data are needed|--stride 0 and"):
+        evaluate.main(words)

@@ -1,15 +1,17 @@
-"""FAST in train_nora.py against hand-worked values, against `tokenizers`, and against everything a model may answer."""
+"""common/fast.py against hand-worked values, what the published class wrote, against `tokenizers`, and against everything a model may answer."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.trainers import BpeTrainer
 
-import train_nora
-from train_nora import FastTokenizer, dct_matrix
+from common import UserError
+from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, dct_matrix
 
 ROOT2 = math.sqrt(2)
 
@@ -20,24 +22,15 @@ def fast():
 
 
 def published_fit(chunks, scale=10.0, vocab_size=300):
-    """The fit of the paper's released processor, from its description: the alphabet is chr(0..max-min), so bytes that no coefficient used have no token."""
-    from tokenizers import ByteLevelBPETokenizer
-    from tokenizers.trainers import BpeTrainer
-
+    """The fit of the released processor: the alphabet is chr(0..max-min), so bytes that no coefficient used have no
+    token."""
     q = [np.rint(dct_matrix(len(c)) @ c * scale).astype(int).ravel() for c in chunks]
     low, high = min(x.min() for x in q), max(x.max() for x in q)
     inner = ByteLevelBPETokenizer()._tokenizer
-    inner.train_from_iterator(
-        ["".join(map(chr, x - low)) for x in q],
-        BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            show_progress=False,
-            special_tokens=[],
-            max_token_length=10000,
-            initial_alphabet=[chr(i) for i in range(high - low + 1)],
-        ),
-    )
+    settings = dict(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[])
+    alphabet = [chr(i) for i in range(high - low + 1)]
+    trainer = BpeTrainer(**settings, max_token_length=10000, initial_alphabet=alphabet)
+    inner.train_from_iterator(["".join(map(chr, x - low)) for x in q], trainer)
     return FastTokenizer(inner, scale, low)
 
 
@@ -90,15 +83,6 @@ def test_the_dct_by_hand():
     )
 
 
-def test_the_dct_equals_its_formula():
-    n, x = 7, np.random.default_rng(0).normal(size=7)
-    for k in range(n):
-        s = math.sqrt((1 if k == 0 else 2) / n)
-        assert (dct_matrix(n) @ x)[k] == pytest.approx(
-            s * sum(x[i] * math.cos(math.pi * (i + 0.5) * k / n) for i in range(n)), abs=1e-14
-        )
-
-
 # ---- encode ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,13 +118,6 @@ def test_round_trip_is_within_half_a_step_per_coefficient(fast, horizon, dim, se
     assert np.sqrt(((got - x) ** 2).mean()) <= 0.5 / fast.scale + 1e-6, "orthonormal: the error per value is no larger"
 
 
-def test_the_largest_motions_survive(fast):
-    """All ones: the one coefficient is scale * sqrt(H), exactly the bound of decode."""
-    for sign in (1, -1):
-        x = np.full((10, 6), float(sign))
-        np.testing.assert_allclose(fast.decode(fast.encode(x), 10, 6)[0], x, atol=0.02)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode_codes_every_coefficient(tokenizers, kind):
     """Whatever comes in, also far outside of what was fitted: H * A coefficients, each the nearest one that has a symbol, every change counted."""
@@ -155,9 +132,9 @@ def test_encode_codes_every_coefficient(tokenizers, kind):
         before = fast.clipped
         got = coefficients(fast, fast.encode(x))
         assert len(got) == 15
-        for g, w in zip(got, wanted):
+        for g, w in zip(got, wanted, strict=True):
             assert abs(g - w) == min(abs(c + fast.min_token - w) for c in codable)
-        assert fast.clipped - before == sum(g != w for g, w in zip(got, wanted))
+        assert fast.clipped - before == sum(g != w for g, w in zip(got, wanted, strict=True))
 
 
 def test_the_trap_of_a_fitted_range_below_128():
@@ -178,16 +155,6 @@ def test_the_trap_of_a_fitted_range_below_128():
         before = fast.clipped
         assert coefficients(fast, fast.encode(np.array(chunk))) == expected
         assert fast.clipped - before == clipped and fast.decode(fast.encode(np.array(chunk)), 1, 2)[1] == "ok"
-
-
-def test_a_gap_in_the_alphabet_goes_to_the_nearest():
-    """Coefficients 0 and 40 were seen, 10 and 30 were not: they go down and up."""
-    fast = published_fit([np.array([[0.0]]), np.array([[4.0]])] * 5)
-    code = lambda value: coefficients(fast, fast.encode(np.array([[value]])))  # noqa: E731
-    assert code(0.0) == [0] and code(4.0) == [40]
-    assert all(code(v / 10)[0] in {c for c in range(41) if code(c / 10) == [c]} for v in range(-5, 50))
-    nearest = [min({c for c in range(41) if code(c / 10) == [c]}, key=lambda c: abs(c - v)) for v in range(41)]
-    assert all(abs(code(v / 10)[0] - v) == abs(n - v) for v, n in enumerate(nearest))
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
@@ -248,27 +215,6 @@ def test_no_answer_is_a_huge_motion(tokenizers, kind, numbers, horizon, dim):
     assert np.abs(dct_matrix(horizon) @ x * fast.scale).max() <= math.ceil(fast.scale * math.sqrt(horizon)) + 1e-3
 
 
-def test_a_three_byte_character_is_bounded(fast):
-    x, _ = fast.decode([byte(fast, b) for b in (0xE1, 0x80, 0x80)], 1, 1)  # U+1000: coefficient 4096 + min_token
-    np.testing.assert_allclose(x, [[1.0]])
-
-
-def test_one_wrong_token_in_each_of_many_chunks(fast):
-    """Every status is possible, none raises, and the statuses agree with the number of characters."""
-    rng = np.random.default_rng(0)
-    seen = set()
-    for _ in range(500):
-        ids = fast.encode(rng.uniform(-1, 1, (10, 6)))
-        ids[rng.integers(len(ids))] = int(rng.integers(fast.vocab_size))
-        x, status = fast.decode(ids, 10, 6)
-        text = fast.bpe.decode(ids, skip_special_tokens=False)
-        assert status == (
-            "invalid" if "\ufffd" in text else "ok" if len(text) == 60 else "short" if len(text) < 60 else "long"
-        )
-        seen.add(status)
-    assert seen == {"ok", "short", "long", "invalid"}
-
-
 # ---- the table of bytes, against tokenizers --------------------------------------------------------------------------
 
 
@@ -280,14 +226,6 @@ def test_the_byte_table_is_the_decoder_of_tokenizers(tokenizers, kind, numbers):
     assert b"".join(fast.bytes[i] for i in ids).decode("utf-8", errors="replace") == fast.bpe.decode(
         ids, skip_special_tokens=False
     )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_single_id_decodes_as_tokenizers_decodes_it(tokenizers, kind):
-    fast = tokenizers[kind]
-    assert len(fast.bytes) == fast.vocab_size == fast.bpe.get_vocab_size()
-    for i in range(fast.vocab_size):
-        assert fast.bytes[i].decode("utf-8", errors="replace") == fast.bpe.decode([i], skip_special_tokens=False)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -309,14 +247,6 @@ def test_saved_and_loaded_gives_the_same_ids(tmp_path, tokenizers):
             np.testing.assert_array_equal(again.decode(again.encode(x), 8, 2)[0], fast.decode(fast.encode(x), 8, 2)[0])
 
 
-def test_the_files_are_the_public_layout(fast_dir):
-    meta = json.loads((fast_dir / "processor_config.json").read_text())
-    assert {"action_dim", "min_token", "processor_class", "scale", "time_horizon", "vocab_size"} <= set(meta) and meta[
-        "processor_class"
-    ] == "UniversalActionProcessor"
-    assert (fast_dir / "tokenizer.json").is_file()
-
-
 def test_transformers_reads_the_same_tokenizer(fast_dir):
     from transformers import PreTrainedTokenizerFast
 
@@ -331,7 +261,7 @@ def test_transformers_reads_the_same_tokenizer(fast_dir):
 def test_a_directory_without_a_file_names_it(tmp_path, fast, name):
     fast.save(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}'.*has no {name}.*public layout"):
+    with pytest.raises(UserError, match=f"'{tmp_path}'.*has no {name}.*public layout"):
         FastTokenizer.load(tmp_path)
 
 
@@ -341,15 +271,29 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, fast, name, content):
     """A git-lfs pointer instead of the file is the usual way to get here."""
     fast.save(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         FastTokenizer.load(tmp_path)
     assert name in str(error.value) and str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["physical-intelligence/no-such-thing", "no/such/folder/here", "nowhere"])
 def test_neither_directory_nor_hub_says_what_to_do(source):
-    with pytest.raises(FileNotFoundError, match=f"'{source}'.*--fast DIR.*--fast fit"):
+    with pytest.raises(UserError, match=f"'{source}'.*--fast DIR.*--fast fit"):
         FastTokenizer.load(source)
+
+
+def test_the_published_class_gives_the_same_ids_and_chunks(shared):
+    """Fitted, saved and used by the published processor: our ids and chunks of its 300 chunks."""
+    folder = shared / "fixtures" / "fast_upstream"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    fast, io = FastTokenizer.load(folder / "model"), np.load(folder / "io.npz")
+    assert (fast.scale, fast.min_token, fast.vocab_size) == (10, -354, 2048)
+    for k in range(300):
+        x, ids, chunk = io[f"x{k}"], io[f"i{k}"].tolist(), io[f"d{k}"]
+        assert fast.encode(x) == ids, k
+        np.testing.assert_allclose(fast.decode(ids, *x.shape)[0], chunk, atol=1e-6)
+    assert fast.clipped == 0
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -371,79 +315,77 @@ def test_a_fitted_tokenizer_codes_every_normalised_chunk(horizon, dim, scale, si
     assert fast.clipped == 0
 
 
-def test_merges_shorten_what_was_fitted():
-    rng = np.random.default_rng(0)
-    chunks = smooth(rng, 400, 10, 6, 0.3)
-    small, large = FastTokenizer.fit(chunks, 10, 256), FastTokenizer.fit(chunks, 10, 1024)
-    assert sum(len(large.encode(c)) for c in chunks) < 0.75 * sum(len(small.encode(c)) for c in chunks)
-
-
 def test_fit_refuses_what_cannot_work():
-    for size in (255, train_nora.NUM_ACTION_TOKENS + 1):
-        with pytest.raises(ValueError, match=f"fast_vocab_size is {size}: expected 256 .* to 2048"):
+    for size in (255, NUM_IDS + 1):
+        with pytest.raises(UserError, match=f"fast_vocab_size is {size}: expected 256 .* to 2048"):
             FastTokenizer.fit([np.zeros((1, 1))], 10, size)
-    with pytest.raises(ValueError, match="must be normalised"):
+    with pytest.raises(UserError, match="must be normalised"):
         FastTokenizer.fit([np.array([[0.0, 300.0]])], 10, 256)
 
 
-# ---- tables for constrained generation -------------------------------------------------------------------------------
+# ---- constrained generation ------------------------------------------------------------------------------------------
+
+FIRST, END = 7, 3  # <robot_action_0>, <|im_end|>
 
 
-def allowed_ids(fast, remaining, open_):
-    """The rule of Nora.generate."""
-    return np.flatnonzero(fast.valid & (fast.lead == open_) & (fast.starts <= remaining))
+def rule(fast, count, rows=1):
+    return ActionsOnly(fast, FIRST, END, torch.zeros(rows, 5, dtype=torch.long), count)
 
 
-@settings(max_examples=400)
+def answer(ids):
+    return torch.tensor([[0] * 5 + [FIRST + i for i in ids]])
+
+
+@settings(max_examples=150)
 @given(st.sampled_from(KINDS), st.integers(1, 12), st.integers(1, 7), st.integers(0, 2**32 - 1), st.booleans())
-def test_whatever_is_chosen_among_the_allowed_decodes_ok(tokenizers, kind, horizon, dim, seed, favour_open):
-    """No dead end, at most two tokens per coefficient, exactly H * A coefficients, valid UTF-8."""
+def test_whatever_the_model_wants_the_answer_decodes_ok(tokenizers, kind, horizon, dim, seed, favour_open):
+    """No dead end, at most two tokens per coefficient, exactly H * A coefficients, valid UTF-8, then the end."""
     fast, rng = tokenizers[kind], np.random.default_rng(seed)
-    remaining, open_, ids = horizon * dim, 0, []
-    while remaining or open_:
-        choices = allowed_ids(fast, remaining, open_)
-        assert len(choices), f"dead end with {remaining} coefficients to go, open {open_}"
-        if favour_open and (fast.tail[choices] == 1).any():
-            choices = choices[fast.tail[choices] == 1]  # the hardest way: break every character in two
-        i = int(rng.choice(choices))
-        ids.append(i)
-        remaining, open_ = remaining - fast.starts[i], fast.tail[i]
-        assert remaining >= 0 and len(ids) <= 2 * horizon * dim
-    x, status = fast.decode(ids, horizon, dim)
-    assert status == "ok" and len(fast.bpe.decode(ids, skip_special_tokens=False)) == horizon * dim
+    only, ids = rule(fast, horizon * dim), []
+    for _ in range(2 * horizon * dim + 1):
+        scores = torch.from_numpy(rng.normal(size=(1, FIRST + fast.vocab_size + 4)))
+        if favour_open:  # the hardest way: break every character in two
+            scores[:, FIRST : FIRST + fast.vocab_size] += 9 * torch.from_numpy(fast.tail == 1)
+        token = int(only(answer(ids), scores).argmax(-1))
+        if token == END:
+            break
+        ids.append(token - FIRST)
+    assert token == END and fast.decode(ids, horizon, dim)[1] == "ok"
+    assert len(fast.bpe.decode(ids, skip_special_tokens=False)) == horizon * dim
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 10), st.integers(1, 7), st.integers(0, 2**32 - 1), st.floats(0, 3))
 def test_every_answer_of_the_training_data_is_allowed(tokenizers, kind, horizon, dim, seed, size):
-    """A target that the mask forbids could never be generated."""
+    """A target that the rule forbids could never be generated; where it is wanted nothing is malformed."""
     fast = tokenizers[kind]
-    remaining, open_ = horizon * dim, 0
-    for i in fast.encode(np.random.default_rng(seed).normal(0, size, (horizon, dim))):
-        assert i in allowed_ids(fast, remaining, open_)
-        remaining, open_ = remaining - fast.starts[i], fast.tail[i]
-    assert (remaining, open_) == (0, 0)
+    ids = fast.encode(np.random.default_rng(seed).normal(0, size, (horizon, dim)))
+    only = rule(fast, horizon * dim)
+    for k, token in enumerate([*(FIRST + i for i in ids), END]):
+        scores = torch.zeros(1, FIRST + fast.vocab_size)
+        scores[0, token] = 1
+        assert only(answer(ids[:k]), scores).argmax(-1).item() == token
+    assert not only.malformed.any()
+
+
+def test_malformed_is_where_free_decoding_would_have_left_the_format(fast):
+    only, scores = rule(fast, 2, rows=2), torch.zeros(2, FIRST + fast.vocab_size)
+    scores[0, END], scores[1, FIRST + ids_of(fast, [4])[0]] = 1, 1  # the end at once; a coefficient
+    only(torch.zeros(2, 5, dtype=torch.long), scores)
+    assert only.malformed.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tables_say_what_the_bytes_are(tokenizers, kind):
     """By hand for single bytes, and for every usable token by completing it to whole characters."""
     fast = tokenizers[kind]
-    assert (
-        fast.valid.sum() > 10
-        and len(fast.lead) == len(fast.starts) == len(fast.tail) == len(fast.valid) == fast.vocab_size
-    )
-    for b, lead, starts, tail, valid in zip(fast.bytes, fast.lead, fast.starts, fast.tail, fast.valid):
+    tables = (fast.lead, fast.starts, fast.tail, fast.valid)
+    assert fast.valid.sum() > 10 and all(len(t) == fast.vocab_size == len(fast.bytes) for t in tables)
+    for b, lead, starts, tail, valid in zip(fast.bytes, *tables, strict=True):
         if valid:
             text = (b"\xc3" * lead + b + b"\x80" * tail).decode("utf-8")
             assert len(text) == lead + starts and max(map(ord, text)) < 2048
     if kind == "all bytes":
-        for value, row in (
-            (0x41, (0, 1, 0, True)),
-            (0x80, (1, 0, 0, True)),
-            (0xBF, (1, 0, 0, True)),
-            (0xC3, (0, 1, 1, True)),
-            (0xDF, (0, 1, 1, True)),
-        ):
+        for value, row in ((0x41, (0, 1, 0)), (0x80, (1, 0, 0)), (0xC3, (0, 1, 1)), (0xDF, (0, 1, 1))):
             i = byte(fast, value)
-            assert (fast.lead[i], fast.starts[i], fast.tail[i], fast.valid[i]) == row
+            assert (fast.lead[i], fast.starts[i], fast.tail[i], fast.valid[i]) == (*row, True)
         assert not fast.valid[[byte(fast, v) for v in (0xC0, 0xC1, 0xE0, 0xEF, 0xF0, 0xFF)]].any()

@@ -1,10 +1,12 @@
 """Sessions: what belongs to a step, known by hand; data.pkl and what is refused; folders; the split; the statistics."""
 
+import functools
+import operator
 import os
 import pickle
 import pickletools
+import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
@@ -15,16 +17,15 @@ import pytest
 import create_datapkl
 import make_demo
 from common import sessions as ss
-from common.config import parse_config
 from common.stats import Normalizer
 
 EPOCH = 1761551500.0
 
 
-def content(n=12, segments=None, images=(), sensor=0):
-    """A data.pkl's dict: n steps of 0.1 s, View1 images at the seconds `images`, `sensor` rows at 650 Hz from the start on."""
+def content(n=12, segments=None, images=(), sensor=0, sensor_hz=650.0):
+    """A data.pkl's dict: n steps of 0.1 s, View1 images at the seconds `images`, `sensor` rows at 650 Hz."""
     t = EPOCH + 0.1 * np.arange(n)
-    stamps = EPOCH + np.arange(sensor) / 650
+    stamps = EPOCH + np.arange(sensor) / sensor_hz
     return dict(
         action=np.arange(7 * n, dtype=np.float32).reshape(n, 7),
         action_timestamps=t,
@@ -33,7 +34,7 @@ def content(n=12, segments=None, images=(), sensor=0):
         robot_state=np.zeros((n, 12), np.float32),
         image={"View1_left": [f"View1/left/a_{i}.jpg" for i in range(len(images))]},
         image_timestamps={"View1_left": EPOCH + np.array(images, float)},
-        sensor_data=dict(file=ss.SENSOR_FILE, timestamps=stamps, rate_hz=650.0, channels=1026) if sensor else None,
+        sensor_data=dict(file=ss.SENSOR_FILE, timestamps=stamps, rate_hz=sensor_hz, channels=1026) if sensor else None,
         instruction="go",
         metadata=dict(sources=[], action_hz=10.0),
     )
@@ -60,60 +61,47 @@ def session(folder, rows=None, **what):
     [
         (1, 0, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
         (3, 0, [0, 1, 2] * 4),
-        (4, 0, [0, 1, 2, 3] * 3),
         (1, 300, [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
         (3, 300, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]),
-        (4, 300, [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3]),
-        (1, 381, [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]),
-        (3, 381, [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5]),
         (4, 381, [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]),
     ],
 )
 def test_staleness_by_hand(tmp_path, reuse, latency, ages):
-    """Age of the feature, in steps of 0.1 s, at each of 12 steps. Before the first feature is ready the first one counts: the robot waits for it."""
+    """Age of the feature, in steps of 0.1 s, at each of 12 steps. Before the first is ready the robot waits for it."""
     s = session(tmp_path)
     ticks = s.ticks(1, [])
     assert (np.arange(12) - ticks.start[s.tick_of_step(np.arange(12), 1, reuse, latency / 1000)]).tolist() == ages
     if reuse > 1:  # a cache of that stride, and steps one by one, say the same
         ticks = s.ticks(reuse, [])
         assert [k - ticks.start[s.tick_of_step(k, reuse, reuse, latency / 1000)] for k in range(12)] == ages
+    with pytest.raises(ValueError, match="vlm_reuse_count is 4: expected a multiple of the ticks' stride 3"):
+        s.tick_of_step(0, 3, 4)
+
+
+segment_lengths = st.lists(st.integers(1, 11), min_size=1, max_size=5)
 
 
 @hypothesis.settings(max_examples=40)
-@hypothesis.given(
-    st.lists(st.integers(1, 11), min_size=1, max_size=5),
-    st.sampled_from([1, 2, 3]),
-    st.integers(1, 4),
-    st.integers(0, 5),
-    st.integers(0, 5),
-)
+@hypothesis.given(segment_lengths, *(st.integers(*ends) for ends in ((1, 3), (1, 4), (0, 5), (0, 5))))
 def test_a_tick_is_of_the_steps_own_segment_and_in_time(tmp_path, lengths, stride, times, latency, pause):
-    """For any segments, stride, reuse = times * stride and latency: the newest tick of the segment that was ready, against a search through all of them."""
+    """For any segments, stride, reuse and latency: the newest tick of the segment that was ready, against all ticks."""
     segments = np.repeat(np.arange(len(lengths)), lengths)
     s = session(tmp_path, n=len(segments), segments=segments)
     s.starts = s.starts + pause * segments  # gaps between the segments
     ticks, reuse, delay = s.ticks(stride, []), stride * times, latency * 0.1
     at = s.tick_of_step(np.arange(len(s)), stride, reuse, delay)
     for k in range(len(s)):
-        first = int(np.flatnonzero(segments == segments[k])[0])
-        ready = [
-            i
-            for i, b in enumerate(ticks.start)
-            if segments[b] == segments[k]
-            and (b - first) % reuse == 0
-            and b <= k
-            and s.starts[b] + delay <= s.starts[k] + 1e-5
-        ]
+        first, ready = int(np.flatnonzero(segments == segments[k])[0]), []
+        for i, b in enumerate(ticks.start):
+            in_time = b <= k and s.starts[b] + delay <= s.starts[k] + 1e-5
+            if segments[b] == segments[k] and (b - first) % reuse == 0 and in_time:
+                ready.append(i)
         assert at[k] == (ready[-1] if ready else np.flatnonzero(ticks.start == first)[0])
 
 
-def test_a_reuse_that_is_no_multiple_of_the_stride_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vlm_reuse_count is 4: expected a multiple of the ticks' stride 3"):
-        session(tmp_path).tick_of_step(0, 3, 4)
-
-
 def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
-    """Ticks at 0, 0.3, 0.6, 0.9 s; images at 0.1, 0.3 and 0.7 s: none before the first one, one exactly at a tick counts, none may be older than 0.25 s."""
+    """Ticks at 0, 0.3, 0.6, 0.9 s; images at 0.1, 0.3 and 0.7 s: none before the first, one exactly at a tick counts,
+    none may be older than 0.25 s."""
     s = session(tmp_path, images=[0.1, 0.3, 0.7])
     assert s.ticks(3, ["View1"], 1.5).frame_index["View1"].tolist() == [-1, 1, 1, 2]
     assert s.ticks(3, ["View1"], 0.25).frame_index["View1"].tolist() == [-1, 1, -1, 2]
@@ -129,29 +117,30 @@ def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
 
 @pytest.mark.parametrize("window", [65, 650])
 def test_sensor_windows_by_hand(tmp_path, window):
-    """Row i is at i / 650 s and holds i. At step 0 there is one row, at step k the newest is 65 k; zeros stand on the left."""
+    """Row i is at i / 650 s and holds i. At step 0 there is one row, at step k the newest is 65 k (or, by a rounding
+    error of the stamps, the one before); zeros stand on the left."""
     s = session(tmp_path, sensor=650 * 3)
     for k in (0, 1, 2, 11):
         rows, length = s.sensor_window(k, window)
         assert rows.shape == (window, 1026) and rows.dtype == np.float32 and length == min(window, 65 * k + 1)
-        assert (
-            rows[-1, 0] in (65 * k, 65 * k - 1)
-            and (np.diff(rows[window - length :, 5]) == 1).all()
-            and not rows[: window - length].any()
-        )  # a rounding error of the stamps is 1 row
+        assert rows[-1, 0] in (65 * k, 65 * k - 1) and not rows[: window - length].any()
+        assert (np.diff(rows[window - length :, 5]) == 1).all()
 
 
 def test_a_sensor_that_stopped_is_absent_not_frozen(tmp_path):
-    """130 rows, 0.2 s: at 0.3 s some rows are still of the last 0.2 s, at 0.5 s none."""
+    """130 rows, 0.2 s: at 0.3 s some rows are still of the last 0.2 s, at 0.5 s none. At half the rate 65 rows last
+    twice as long: the measured rate says how long they count."""
     s = session(tmp_path, sensor=130)
     assert s.sensor_window(2, 65)[1] == 65 and 0 < s.sensor_window(3, 65)[1] <= 65 and s.sensor_window(5, 65)[1] == 0
+    slow = session(tmp_path / "slow", sensor=130, sensor_hz=325.0)
+    assert slow.sensor_hz == 325 and 0 < slow.sensor_window(6, 65)[1] < 65 and slow.sensor_window(8, 65)[1] == 0
     assert session(tmp_path).sensor_window(3, 65)[1] == 0 and not session(tmp_path).has_sensor
 
 
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(st.integers(0, 11), st.sampled_from([1, 3]), st.integers(0, 2**31))
 def test_changing_the_future_changes_nothing_at_a_step(tmp_path, k, stride, seed):
-    """Causality: other sensor rows, other images and other poses after starts[k] leave feature, images, sensor window and state of step k as they were."""
+    """Causality: other sensor rows and images after starts[k] leave image and sensor window of step k as they were."""
     rng = np.random.default_rng(seed)
     images, rows = np.sort(rng.uniform(0, 1.2, 8)).tolist(), rng.normal(size=(1000, 1026)).astype(np.float32)
     before, now = session(tmp_path / "a", rows, images=images, sensor=1000), 0.1 * k
@@ -170,21 +159,14 @@ def test_changing_the_future_changes_nothing_at_a_step(tmp_path, k, stride, seed
 def test_targets_end_with_their_segment(tmp_path):
     s = session(tmp_path, n=6, segments=[0, 0, 0, 0, 1, 1])
     actions, mask = s.targets(2, 4)
-    assert (
-        mask.tolist() == [True, True, False, False]
-        and np.array_equal(actions, s.action[[2, 3, 3, 3]])
-        and s.targets(0, 3)[1].all()
-    )
-    assert np.array_equal(s.targets(5, 2)[0], s.action[[5, 5]])
+    assert mask.tolist() == [True, True, False, False] and np.array_equal(actions, s.action[[2, 3, 3, 3]])
+    assert s.targets(0, 3)[1].all() and np.array_equal(s.targets(5, 2)[0], s.action[[5, 5]])
 
 
 def test_a_session_goes_to_another_process_without_its_data(tmp_path):
     s = session(tmp_path, sensor=6500, images=[0.0])
-    s.sensor_window(3, 65)
-    packed = pickle.dumps(s)
-    assert len(packed) < 6500 * 8 + 10000 and np.array_equal(
-        pickle.loads(packed).sensor_window(3, 65)[0], s.sensor_window(3, 65)[0]
-    )
+    window, packed = s.sensor_window(3, 65)[0], pickle.dumps(s)
+    assert len(packed) < 6500 * 8 + 10000 and np.array_equal(pickle.loads(packed).sensor_window(3, 65)[0], window)
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
@@ -205,18 +187,7 @@ def test_what_is_written_is_read_and_names_no_class(tmp_path):
     assert all(np.array_equal(got[k], data[k]) and got[k].dtype == data[k].dtype for k in ss.ARRAYS)
     assert got["image"] == data["image"] and got["metadata"] == data["metadata"]
     names = {op.name for op, _, _ in pickletools.genops((tmp_path / "data.pkl").read_bytes())}
-    assert not names & {
-        "GLOBAL",
-        "STACK_GLOBAL",
-        "REDUCE",
-        "BUILD",
-        "INST",
-        "OBJ",
-        "NEWOBJ",
-        "EXT1",
-        "PERSID",
-        "BINPERSID",
-    }
+    assert not [name for name in names if re.search("GLOBAL|REDUCE|BUILD|INST|OBJ|EXT|PERSID", name)]
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -233,13 +204,6 @@ def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
     with pytest.raises(ss.BadSession, match="LONG_BINPUT"):
         ss.load_data_pkl(tmp_path / "data.pkl")
     assert not sign.exists()
-
-
-def put(data, path, value):
-    *groups, key = path
-    for group in groups:
-        data = data[group]
-    data[key] = value
 
 
 @pytest.mark.parametrize(
@@ -268,18 +232,16 @@ def put(data, path, value):
 )
 def test_wrong_contents_are_named_with_the_command(tmp_path, path, value, message):
     data = ss._pack(content(images=[0.0], sensor=65) | dict(schema_version=ss.SCHEMA))
-    put(data, path, ss._pack(value))
+    *groups, key = path
+    functools.reduce(operator.getitem, groups, data)[key] = ss._pack(value)
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(data, 4))
     with pytest.raises(ss.BadSession, match=message) as caught:
         ss.load_data_pkl(tmp_path / "data.pkl")
     assert f"Make it again: python create_datapkl.py --dataset-dirs {tmp_path}" in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", [b"", b"nonsense", pickle.dumps([1], 4), pickle.dumps(ss._pack(content()), 4)[:300]])
-def test_damaged_files_are_named_with_the_command(tmp_path, damage):
-    (tmp_path / "data.pkl").write_bytes(damage)
-    with pytest.raises(ss.BadSession, match=r"data\.pkl is refused[\s\S]*create_datapkl\.py --dataset-dirs"):
-        ss.load_data_pkl(tmp_path / "data.pkl")
+    for damage in (b"", b"nonsense", pickle.dumps([1], 4), pickle.dumps(data, 4)[:300]):
+        (tmp_path / "data.pkl").write_bytes(damage)
+        with pytest.raises(ss.BadSession, match=r"data\.pkl is refused[\s\S]*create_datapkl\.py --dataset-dirs"):
+            ss.load_data_pkl(tmp_path / "data.pkl")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -339,8 +301,7 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
     assert [line.endswith("has no data.pkl") for line in lines[1:5]] == [True, False, True, True]
     assert "it holds more than plain values" in lines[2] and "Make it again" not in lines[2]
     assert lines[5] == f"Run: python create_datapkl.py --dataset-dirs {root}"
-    argv = ["--dataset_dirs", str(root), "--workers", "0", "--min-sensor-overlap", "0.5"]
-    create_datapkl.main(parse_config(create_datapkl.Config, argv))
+    create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0, min_sensor_overlap=0.5))
     found = ss.find_sessions([root, root / "OCT_insertion"])
     assert [s.name for s in found] == sorted(s.name for s in found) and len(found) == 4
     assert ss.common_views(found) == (["View1", "View5"], {})
@@ -352,10 +313,8 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
 
 
 def test_a_view_that_one_session_lacks_is_said():
-    parts = [
-        SimpleNamespace(name=n, view_names=v)
-        for n, v in (("a", ["View1_left", "View1_right", "View5"]), ("b", ["View1", "View2"]))
-    ]
+    views = dict(a=["View1_left", "View1_right", "View5"], b=["View1", "View2"])
+    parts = [SimpleNamespace(name=name, view_names=names) for name, names in views.items()]
     assert ss.common_views(parts) == (["View1"], {"View2": ["a"], "View5": ["b"]})
 
 
@@ -364,8 +323,12 @@ def test_a_view_that_one_session_lacks_is_said():
 
 @hypothesis.given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 40), min_size=1), st.floats(0.01, 0.9))
 def test_the_split_is_by_session_and_stable(sizes, fraction):
-    """Each session on one side; data sets with two or more on both; a session added to another data set moves nobody."""
-    make = lambda sizes: [SimpleNamespace(name=f"{d}/-/{i}", dataset=d) for d, n in sizes.items() for i in range(n)]  # noqa: E731
+    """Each session on one side; data sets with two or more on both; one added to another data set moves nobody."""
+
+    def make(sizes):
+        names = [(d, f"{d}/-/{i}") for d in sizes for i in range(sizes[d])]
+        return [SimpleNamespace(name=name, dataset=d) for d, name in names]
+
     train, validation = ss.split_sessions(make(sizes), fraction)
     names = {s.name for s in train}, {s.name for s in validation}
     assert not names[0] & names[1] and len(names[0] | names[1]) == sum(sizes.values())
@@ -376,28 +339,22 @@ def test_the_split_is_by_session_and_stable(sizes, fraction):
 
 
 def test_statistics_by_hand(tmp_path):
-    """Constant dims are flagged and closed; the sensor's numbers are those of every tenth row; a dead A-scan channel does not blow up."""
+    """Constant dims are flagged and closed; the sensor's numbers are those of every tenth row, also far from zero; a
+    dead A-scan channel does not blow up."""
     rng = np.random.default_rng(0)
     rows = rng.normal(5, 2, (6600, 1026)).astype(np.float32)
-    rows[:, 9] = 3
+    rows[:, 9], rows[:, 0] = 3, 1000 + rng.normal(0, 0.01, 6600)
     s = session(tmp_path, rows, sensor=6600)
     s.action = rng.normal(0, 1, (12, 7)).astype(np.float32)
     s.action[:, 6], s.action[:, 2] = 1, 0.5 + rng.uniform(0, 5e-5, 12)
     stats = ss.session_stats([s, s])
+    action, sensor = stats["action"], stats["sensor"]
     picked = np.concatenate([rows[:6500:10], rows[6500::10]] * 2).astype(np.float64)
-    assert (
-        stats["action"]["constant"] == [False, False, True, False, False, False, True]
-        and stats["num_episodes"] == 2
-        and stats["num_frames"] == 24
-    )
-    assert (
-        np.allclose(stats["sensor"]["mean"], picked.mean(0))
-        and stats["sensor"]["std"][9] == 1e-3
-        and stats["sensor"]["count"] == len(picked)
-    )
-    assert np.allclose(np.delete(stats["sensor"]["std"], 9), np.delete(picked.std(0), 9))
-    normal = Normalizer(stats["action"])
-    assert (normal.normalize(s.action)[:, [2, 6]] == 0).all() and np.allclose(
-        normal.unnormalize(np.zeros((1, 7)))[0, 6], 1
-    )
+    assert action["constant"] == [False, False, True, False, False, False, True]
+    assert (stats["num_episodes"], stats["num_frames"], sensor["count"]) == (2, 24, len(picked))
+    assert np.allclose(sensor["mean"], picked.mean(0)) and sensor["std"][9] == 1e-3
+    assert np.allclose(np.delete(sensor["std"], 9), np.delete(picked.std(0), 9), rtol=1e-4)
+    normal = Normalizer(action)
+    assert (normal.normalize(s.action)[:, [2, 6]] == 0).all()
+    assert np.allclose(normal.unnormalize(np.zeros((1, 7)))[0, 6], 1)
     assert ss.session_stats([session(tmp_path / "x")])["sensor"] is None
