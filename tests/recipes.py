@@ -27,7 +27,7 @@ class Recipe:
     whole: bool = False  # the checkpoint holds frozen weights, too: it is the exported model
     eyes: tuple = ()  # modules that see inputs, beside embeddings and convolutions
     instructed: Callable = lambda policy, o, text: o | dict(instruction=text)  # observation -> with another instruction
-    frame: Callable = lambda frame, cfg: frame  # of the observation with which a training sample ends
+    place: Callable = lambda name, frame, cfg: (name, frame)  # of a training sample -> of its observation
     written: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -180,6 +180,7 @@ RECIPES = {
         root="data_root_dir",
         newest=newest("*/steps_*"),
         tensors=lambda path: {f"vla.{n}": t for n, t in RECIPES["openvla"].script.read_adapter(path).items()},
+        place=lambda name, row, cfg: (f"data/{name}", int(row.split()[1])),
     ),
     "mobile": Recipe(
         "train_mobile_kosmos",
@@ -190,6 +191,6 @@ RECIPES = {
         root="dataset__data_dir",
         newest=lambda out: out / "checkpoints/last.ckpt",
         tensors=lambda path: ckpt.load_state(path)["trained"],
-        frame=lambda frame, cfg: frame + cfg.window_size - 1,
+        place=lambda name, start, cfg: (name, start + cfg.window_size - 1),
     ),
 }

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +27,11 @@ from recipes import RECIPES
 class Watch:
     """Notes of a training in this process. steps: per update what Step says of it, the samples and dropout seeds of
     its micro-batches, and copies of gradients, weights and moments. `stop_at`: a step in whose first micro-batch this
-    process gets SIGTERM. `spoil` {step: "loss" or "gradient"}: what is made NaN in its last micro-batch."""
+    process gets SIGTERM. `spoil` {step: "loss" or "gradient"}: what is made NaN in its last micro-batch. `eyes`: of
+    what inputs_of takes notes, in `seen`."""
 
-    def __init__(self, stop_at=None, spoil=None):
-        self.stop_at, self.spoil, self.steps, self.batches = stop_at, spoil or {}, [], []
+    def __init__(self, stop_at=None, spoil=None, eyes=()):
+        self.stop_at, self.spoil, self.eyes, self.steps, self.batches = stop_at, spoil or {}, eyes, [], []
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
@@ -51,7 +53,7 @@ class Watch:
 
     def prepare(self, run, core, *args, **kwargs):
         self.run, self.core = run, core
-        self.before = copies(self.trained())
+        self.before, self.seen = copies(self.trained()), inputs_of(core, self.eyes)
         return self.real["prepare"](run, core, *args, **kwargs)
 
     def micro_batches(self, step, model):
@@ -106,8 +108,9 @@ def whole(recipe, tmp_path_factory):
     out, validate, asked = tmp_path_factory.mktemp("whole"), recipe.script.validate, []
 
     def watched(*args):
+        watch.core.eval()
         policy = next(arg for arg in args if hasattr(arg, "predict"))
-        asked.append(policy.predict(looks(recipe, policy)))
+        asked.append(ask(policy, looks(recipe, policy)))
         return validate(*args)
 
     watch = Watch()
@@ -116,6 +119,13 @@ def whole(recipe, tmp_path_factory):
         seen = train(recipe, out, watch)
     seen.predicted = asked[-1]
     return out, seen
+
+
+def ask(policy, *batches):
+    """Predictions for lists of observations, one list after the other, from the policy's first noise on."""
+    if hasattr(policy, "reset"):
+        policy.reset()
+    return np.concatenate([policy.predict(batch) for batch in batches])
 
 
 def looks(recipe, policy, names=None, count=3):
@@ -198,7 +208,8 @@ def ranks(recipe, tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which imports them once for all recipes
+    context.set_forkserver_preload([r.name for r in RECIPES.values()])
     name = next(name for name, r in RECIPES.items() if r is recipe)
     processes = []
     for rank in range(2):
@@ -265,7 +276,7 @@ def test_5_a_checkpoint_holds_the_weights_after_its_step(recipe, whole, tmp_path
 
 def test_5_load_policy_predicts_what_was_trained(recipe, whole):
     policy = recipe.script.load_policy(recipe.newest(whole[0]))
-    predicted = policy.predict(looks(recipe, policy))
+    predicted = ask(policy, looks(recipe, policy))
     np.testing.assert_allclose(predicted, whole[1].predicted, atol=1e-4 * np.abs(predicted).max())
     assert np.isfinite(predicted).all()
 
@@ -286,20 +297,19 @@ def change_after(path, t):
 
 
 @pytest.fixture
-def copied(recipe, tmp_path):
-    """A copy of the HDF5 episodes, to be changed: (recipe, folder)."""
+def copy(recipe, tmp_path):
+    """copy(name) -> a copy of the HDF5 episodes, to be changed."""
     if not any(Path(recipe.data()).glob("*.h5")):
         pytest.skip("not HDF5")
-    return shutil.copytree(recipe.data(), tmp_path / "copy")
+    return lambda name: shutil.copytree(recipe.data(), tmp_path / name)
 
 
-def test_6_what_comes_later_is_not_seen(recipe, whole, copied):
-    policy = recipe.script.load_policy(recipe.newest(whole[0]))
-    path, answers, targets = min(copied.glob("*.h5")), [], []
-    for t in (None, 3, 1):  # untouched, then what comes after the observed frame, then that frame itself
-        if t is not None:
-            change_after(path, t)
-        episode = next(iter(policy.open_episodes(copied, [path.name])))
+def test_6_what_comes_later_is_not_seen(recipe, whole, copy):
+    policy, answers, targets = recipe.script.load_policy(recipe.newest(whole[0])), [], []
+    for t in (99, 3, 1):  # nothing is changed, what comes after the observed frame, that frame itself
+        folder = copy(str(t))
+        change_after(min(folder.glob("*.h5")), t)
+        episode = next(iter(policy.open_episodes(folder, [min(folder.glob("*.h5")).name])))
         observation = episode["sample"](3)
         answers.append(np.concatenate([np.ravel(image) for image in pictures(observation)]))
         targets.append(episode["target"])
@@ -312,59 +322,54 @@ def pictures(observation):
     return list(images.values() if isinstance(images, dict) else images)
 
 
-def test_6_validation_episodes_teach_nothing(recipe, whole, copied, tmp_path):
-    """Not a name of theirs is in a batch, and with other numbers in them nothing is different."""
+def test_6_validation_episodes_are_not_trained_on(whole):
     held = (whole[1].run.out / "validation_episodes.txt").read_text().split()
-    assert held and not {name[-2] for s in whole[1].steps for b in s.batches for name in b.names} & set(held)
-    for name in held:
-        change_after(copied / name, 0)
-    other = train(recipe, tmp_path, **{recipe.root: str(copied)}, steps=1)
-    same(other.steps[0].gradients, whole[1].steps[0].gradients)
+    seen = {Path(name[-2]).name for step in whole[1].steps for batch in step.batches for name in batch.names}
+    assert held and not seen & {Path(name).name for name in held}
+
+
+def test_6_validation_episodes_teach_nothing(recipe, whole, copy, tmp_path):
+    """With other numbers in them no statistic and no gradient is different."""
+    folder = copy("other")
+    held = (whole[1].run.out / "validation_episodes.txt").read_text().split()
+    for name in [name for name in held if (folder / name).is_file()]:
+        change_after(folder / name, 0)
+    other = train(recipe, tmp_path, **{recipe.root: str(folder)})
+    same(other.steps[-1].weights, whole[1].steps[-1].weights)
 
 
 # ---- 7: one preprocessing --------------------------------------------------------------------------------------------
 
 
-class Eyes:
-    """Inputs of a network: what embeddings, convolutions and the modules `named` were given first."""
+def note(seen, name, module, args):
+    seen.setdefault(name, args[0].detach().clone())
 
-    KINDS = (torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
-    def __init__(self, network, named):
-        self.seen, self.hooks = {}, []
-        for name, module in network.named_modules():
-            if isinstance(module, self.KINDS) or name in named:
-                self.hooks.append(module.register_forward_pre_hook(self.note(name)))
-
-    def note(self, name):
-        return lambda module, args: self.seen.setdefault(name, args[0].detach().clone())
+def inputs_of(network, named):
+    """-> {module: its first input}, to be filled while the network runs: embeddings, convolutions, those `named`."""
+    kinds, seen = (torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d), {}
+    for name, module in network.named_modules():
+        name = name.removeprefix("vla.").replace(".base_layer", "")
+        if "lora_" not in name and (isinstance(module, kinds) or name in named):
+            module.register_forward_pre_hook(partial(note, seen, name))
+    return seen
 
 
 def test_7_training_and_prediction_see_the_same(recipe, tmp_path):
     """The sample of step 2, and its observation as evaluate.py reads it, both with the weights of step 1."""
-    alone = dict(batch=1, accumulation=1, **recipe.still)
+    alone, watch = dict(batch=1, accumulation=1, **recipe.still), Watch(eyes=recipe.eyes)
     train(recipe, tmp_path, **alone, steps=1)
-    policy, watch = recipe.script.load_policy(recipe.newest(tmp_path)), Watch()
-    with watch:
-        watch.real["prepare"], prepare = lambda run, core: watched(prepare(run, core), core), watch.real["prepare"]
-
-        def watched(model, core):
-            watch.eyes = Eyes(core, recipe.eyes)
-            return model
-
-        cfg = recipe.config(tmp_path, **alone, steps=2, resume="auto")
-        recipe.script.main(cfg)
-    *_, name, frame = watch.steps[0].batches[0].names[0]
-    frame = recipe.frame(frame, cfg)
+    policy = recipe.script.load_policy(recipe.newest(tmp_path))
+    train(recipe, tmp_path, watch, **alone, steps=2, resume="auto")
+    name, frame = recipe.place(*watch.steps[0].batches[0].names[0][-2:], watch.run.cfg)
     episode = next(iter(policy.open_episodes(recipe.data(), [name])))
     observations = [episode["sample"](t) for t in range(len(episode["target"]))]
-    chosen = [o for t, o in enumerate(observations) if o.get("name", (name, t))[-1] == frame]
-    network = policy.vla if hasattr(policy, "vla") else policy.model
-    eyes = Eyes(network, recipe.eyes)
-    policy.predict(chosen[:1])
-    assert eyes.seen and {n.removeprefix("vla.") for n in watch.eyes.seen} >= set(eyes.seen)
-    for where, theirs in eyes.seen.items():
-        ours = watch.eyes.seen[where if where in watch.eyes.seen else f"vla.{where}"]
+    chosen = next(o for t, o in enumerate(observations) if o.get("name", (name, t))[-1] == frame)
+    seen = inputs_of(policy.vla if hasattr(policy, "vla") else policy.model, recipe.eyes)
+    policy.predict([chosen])
+    assert seen and set(seen) <= set(watch.seen)
+    for where, theirs in seen.items():
+        ours = watch.seen[where]
         if not theirs.is_floating_point():  # in training the answer follows
             ours = ours[..., : theirs.shape[-1]]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=lambda m, where=where: f"{where}: {m}")
@@ -378,10 +383,10 @@ def test_8_a_prediction_depends_on_its_instruction_alone_not_on_its_batch(recipe
     first = looks(recipe, policy)[0]
     texts = ("Go left", "Insert the needle into the red point on the right and hold it there")
     observations = [recipe.instructed(policy, first, text) for text in texts]
-    together = policy.predict(observations)
-    alone = np.concatenate([policy.predict([o]) for o in observations])
+    together, alone = ask(policy, observations), ask(policy, *([o] for o in observations))
     np.testing.assert_allclose(together, alone, atol=1e-4 * np.abs(alone).max())
-    assert np.abs(alone[0] - alone[1]).max() > 1e-4 * np.abs(alone).max()
+    other = [recipe.instructed(policy, first, texts[1])]
+    assert np.abs(ask(policy, other) - alone[:1]).max() > 1e-4 * np.abs(alone).max()
 
 
 # ---- 9: precision and what is trained --------------------------------------------------------------------------------
