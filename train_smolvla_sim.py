@@ -131,8 +131,8 @@ class ValidationConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = 1e-4  # peak, AdamW
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of the moments
+    eps: float = 1e-8  # of AdamW
     weight_decay: float = 1e-10  # decoupled
     grad_clip_norm: float = 10.0  # largest gradient norm; 0: no clipping
 
