@@ -99,6 +99,9 @@ def load_data(cfg, run=None, saved=None, optional=()):
     about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape or ()))
     about["instructions"] = sorted({s.instruction for s in train})
     about["fingerprint"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    first = run.once(str, about["fingerprint"]) if run else about["fingerprint"]  # which compared the pictures
+    others = "the processes see other sessions or features: start again when they are all built"
+    require(about["fingerprint"] == first, others)
     return Data(train, validation, features, about)
 
 
