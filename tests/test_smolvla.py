@@ -126,8 +126,14 @@ def sim_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vlm_dir(tmp_path_factory):
+    """A tiny backbone whose config says bfloat16, as the published one's does."""
     sizes = dict(text=(48, 3), vision=(32, 2), image_size=64, patch=8, shuffle=2)
-    return make_demo.write_smolvlm2(tmp_path_factory.mktemp("smolvlm2"), **sizes)
+    folder = make_demo.write_smolvlm2(tmp_path_factory.mktemp("smolvlm2"), **sizes)
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 TINY = dict(dataset__horizon=4, policy__chunk_size=4, policy__n_action_steps=4, policy__num_vlm_layers=2)
@@ -187,7 +193,7 @@ def batch_of(cfg, count=4, start=0, dtype=torch.float32):
 def test_checkpoint_files_and_their_step(make):
     cfg = make(training__save_freq=2, validation__val_freq=2)
     train(cfg)
-    out, folder = Path(cfg.output_dir), Path(cfg.output_dir) / "checkpoints"
+    folder = Path(cfg.output_dir) / "checkpoints"
     own = {"checkpoint_latest.pt", "checkpoint_step_2.pt", "checkpoint_step_4.pt", "best_hf", "final_hf", "meta.json"}
     assert {p.name for p in folder.iterdir()} == own
     two, four = (torch.load(folder / f"checkpoint_step_{n}.pt", weights_only=True) for n in (2, 4))
@@ -195,7 +201,6 @@ def test_checkpoint_files_and_their_step(make):
     best = {2: two, 4: four}[json.loads((folder / "best_hf/meta.json").read_text())["step"]]
     same(load_file(folder / "best_hf/model.safetensors"), best["policy_state_dict"])
     same(load_file(folder / "final_hf/model.safetensors"), four["policy_state_dict"])
-    assert {"loss_spikes.csv", "validation_episodes.txt", "dataset_stats.yaml"} <= {p.name for p in out.iterdir()}
 
 
 def test_a_finished_run_writes_the_export_that_is_missing(make, monkeypatch):
@@ -361,7 +366,8 @@ def test_every_trained_tensor_gets_a_gradient_whatever_is_trained(make, flags):
     """DDP waits for a gradient of every parameter that requires one."""
     core, _, batch = batch_of(make(**flags), count=1)
     core(batch)["flow_sum"].backward()
-    assert [n for n, p in core.named_parameters() if p.requires_grad and p.grad is None] == []
+    wrong = [n for n, p in core.named_parameters() if p.requires_grad and (p.grad is None or p.dtype != torch.float32)]
+    assert wrong == []
 
 
 def test_bf16_autocast_is_close_to_fp32_and_keeps_state_action_and_time(make):
@@ -615,12 +621,6 @@ def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
         compute_stats.main(parse_config(compute_stats.Config, argv, partial=True))
         read = smolvla.load_data(cfg).spec.stats
         assert len(read["excluded_episodes"]) == 2 and len(read["observation.state"]["mean"]) == 12
-    make_demo.write_insertion_sim(tmp_path / "other", episodes=4, seed=9, size=(60, 80), max_frames=10)
-    for recording in list((tmp_path / "other").iterdir()):
-        recording.rename(recording.with_name(f"other_{recording.name}"))
-    cfg.dataset.root_dir, cfg.validation.enable = str(tmp_path / "other"), False
-    with pytest.raises(UserError, match="other data: 3 episodes, none of this run's"):
-        smolvla.load_data(cfg)
 
 
 def test_cameras_come_in_the_order_of_the_config(make):
