@@ -247,11 +247,8 @@ def test_all_layouts_and_their_streams(tmp_path):
 
 def test_spoiled_rows_are_counted_named_and_left_out(tmp_path, capsys):
     """Two NaN and a row without a time in 2 s: the recording is made without these three, and --dry-run says so."""
-    folder, stamps, forces = (
-        recording(tmp_path, np.arange(0, 2, 0.01)),
-        np.arange(1300) / 650,
-        np.ones(1300, np.float32),
-    )
+    folder = recording(tmp_path, np.arange(0, 2, 0.01))
+    stamps, forces = np.arange(1300) / 650, np.ones(1300, np.float32)
     forces[[7, 900]], stamps[1000] = np.nan, np.nan
     stream(folder, stamps, forces)
     for dry in (["--dry-run"], []):
