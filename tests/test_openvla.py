@@ -596,7 +596,8 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root):
         openvla.main(openvla.Config(merge=str(run)))
     seen = []
     with pytest.MonkeyPatch.context() as m:  # the default: run_root_dir/EXP_ID is the newest merge, as in the guide
-        m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which))
+        real = openvla.merge_adapter
+        m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which) or real(*which))
         cfg = make(save_steps=2, max_steps=5)
         openvla.main(cfg)
     run, adapter = folders(cfg)
