@@ -347,7 +347,7 @@ class ChunkErrors:
             values |= {f"val/mae_{name}": float(rows["policy"][d]), f"val/bias_{name}": float(rows["bias"][d])}
         for name, own in (("feature", "policy"), ("sensor", "felt"), ("force", "felt"), ("ascan", "felt")):
             if rows[name].any():  # without a sensor there is nothing to swap
-                values[f"val/swap_{name}"] = float((rows[name] / rows[own])[self.active].max())
+                values[f"val/swap_{name}"] = float((rows[name][self.active] / rows[own][self.active]).max())
         return values
 
     @staticmethod

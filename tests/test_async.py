@@ -21,7 +21,6 @@ from common.log import read_metrics
 from common.run import Run
 from common.two_rate import TwoRateLoop
 
-ROOT = Path(__file__).resolve().parent.parent
 BOTH = pytest.mark.parametrize("script", [train_async, train_diffusion], ids=lambda s: s.__name__)
 STATS = dict(action=dict(constant=[False] * 6 + [True]))
 
