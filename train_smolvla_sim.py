@@ -1082,6 +1082,7 @@ def main(cfg):
     # ---- inputs: everything that can be wrong is found before weights are loaded
     t, out = cfg.training, Path(cfg.output_dir)
     folder, bf16 = out / "checkpoints", t.use_bfloat16 and torch.cuda.is_available()
+    cfg.policy.vlm_model_name = hub.stored_source(cfg.policy.vlm_model_name)
     run = Run(cfg, out, t.batch_size, t.gradient_accumulation_steps, bf16)
     path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
@@ -1094,7 +1095,6 @@ def main(cfg):
     if saved:
         run.restore(path, saved, data.fingerprint, FIXED)
     begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # of the schedule
-    cfg.policy.vlm_model_name = hub.stored_source(cfg.policy.vlm_model_name)
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
     collate = Collate(tokenizer, cfg.policy, data.spec)
     meta = dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])
