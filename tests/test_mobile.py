@@ -183,6 +183,20 @@ def test_one_window_per_episode_as_the_guide_counts(make):
         assert len(mobile.MobileVLAH5Dataset(mobile.load_data(cfg).train, cfg, direct(cfg))) == windows
 
 
+def test_a_yaml_of_the_guides_keys_is_read(tmp_path):
+    """Keys that say what the script does anyway are accepted, others named; texts may be pairs."""
+    path = tmp_path / "guide.yaml"
+    path.write_text(
+        "trainer_type: MobileVLATrainer\nact_head: {type: MobileVLALSTMDecoder}\ntrainer: {save_last: true}\n"
+        "dataset: {swap_instructions: {왼쪽으로: 오른쪽으로}, name_instructions: {}}\n"
+    )
+    cfg = parse_config(mobile.Config, ["--config", str(path)], accepted=mobile.ACCEPTED)
+    assert cfg.dataset.swap_instructions == {"왼쪽으로": "오른쪽으로"} and cfg.dataset.name_instructions == {}
+    path.write_text("trainer: {monitor: train_loss}\n")
+    with pytest.raises(UserError, match="trainer.monitor is 'train_loss', this program does val_loss only"):
+        parse_config(mobile.Config, ["--config", str(path)], accepted=mobile.ACCEPTED)
+
+
 # ---- episodes --------------------------------------------------------------------------------------------------------
 
 
