@@ -893,9 +893,7 @@ def check_data(cfg):
     dataset = MobileVLAH5Dataset(data.train, cfg, read, prompt)
     order = GlobalOrder(len(dataset), cfg.seed)
     samples = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
-    print(
-        f"samples   {len(dataset)} windows ({cfg.dataset.windows}); the first of {len(samples)}: {samples[0]['name']}"
-    )
+    print(f"samples   {len(dataset)} windows ({cfg.dataset.windows}); the first one: {samples[0]['name']}")
     for key, v in dataset.collater(samples).items():
         if isinstance(v, torch.Tensor):
             span = f"{v.min().item():.4g} .. {v.max().item():.4g}"
