@@ -723,7 +723,8 @@ def keep_best(run, folder, about, k, write, size):
     losses = {path: loss for path, loss in there.items() if not path.name.startswith(epoch)} | {own: about["val_loss"]}
     best = sorted(losses, key=losses.get)[:k]
     if own not in best or run.save_as(own, write, size):
-        run.once(lambda: [path.unlink(missing_ok=True) for path in there if path not in best])
+        for path in there.keys() - set(best) if run.main else ():
+            path.unlink(missing_ok=True)
 
 
 def load_policy(path, device=None, model=None):
@@ -778,14 +779,14 @@ def measure(predicted, target, mask, scale):
 def blind_table(episodes, cfg):
     """What predictors that see nothing say: the mean action in [-1, 1] at every time of an episode, and in the last row
     over all times -> (n + 1, 2)."""
-    actions = [action_normalizer(cfg).normalize(e.actions) for e in episodes]
-    at = [np.mean([a[t] for a in actions if t < len(a)], axis=0) for t in range(max(map(len, actions)))]
-    return np.stack([*at, np.concatenate(actions).mean(0)])
+    actions, rows = [action_normalizer(cfg).normalize(e.actions) for e in episodes], []
+    for t in range(max(e.num_frames for e in episodes)):
+        rows.append(np.mean([a[t] for a in actions if t < len(a)], axis=0))
+    return np.stack([*rows, np.concatenate(actions).mean(0)])
 
 
 def validate(policy, dataset, blind, run):
-    """Drive every validation episode once, as the robot would (each frame with the last W up to it) -> {val_loss,
-    val_mae_linear_y, ...}; sums over all ranks.
+    """Drive every validation episode once, each frame with the last W up to it -> {val_loss, val_mae_linear_y, ...}.
 
     swap_change: mean |velocity(text) - velocity(opposite text)| in m/s on the same frames; swap_flip: of the steps that
     turn, how many turn the other way (linear_y changes its sign). A policy that does not read has 0 and 0.
@@ -803,7 +804,7 @@ def validate(policy, dataset, blind, run):
         row |= dict(zeros=np.zeros_like(timed), mean=np.broadcast_to(blind[-1], timed.shape), per_time=timed)
         rows.append(row | dict(side=np.full(after.shape, e.side)))
     policy.model.train()
-    rows = [row for part in run.gather(rows) for row in part]
+    rows = sum(run.gather(rows), [])
     v = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
     answer, swapped, target, exists, side = (v[key] for key in ("answer", "swapped", "target", "exists", "side"))
     out = {f"val_{name}": value for name, value in measure(answer, target, exists, scale).items()}
@@ -892,15 +893,13 @@ def check_data(cfg):
     dataset = MobileVLAH5Dataset(data.train, cfg, read, prompt)
     order = GlobalOrder(len(dataset), cfg.seed)
     samples = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
-    (name, frame), kind = samples[0]["name"], cfg.dataset.windows
-    print(f"samples   {len(dataset)} windows ({kind}); batch of {len(samples)}, first: {name} frame {frame}")
+    print(f"samples   {len(dataset)} windows ({cfg.dataset.windows}); the first one: {samples[0]['name']}")
     for key, v in dataset.collater(samples).items():
         if isinstance(v, torch.Tensor):
             span = f"{v.min().item():.4g} .. {v.max().item():.4g}"
             print(f"          {key:<20} {str(tuple(v.shape)):<28} {str(v.dtype).removeprefix('torch.'):<8} {span}")
     means = "red {:.0f}, green {:.0f}, blue {:.0f}".format(*samples[0]["rgb"].float().mean((0, 2, 3)).tolist())
-    how = "if red and blue look exchanged, set dataset.colour_order"
-    print(f"colours   stored as {cfg.dataset.colour_order}: the mean is {means}; {how}")
+    print(f"colours   the mean is {means}; if red and blue look exchanged, dataset.colour_order is wrong")
     decoded = repr(prompt.tokenizer.decode(samples[0]["text"][samples[0]["text_mask"]])) if prompt else "not shown"
     print(f"lang      {samples[0]['lang']!r} -> {decoded}\ncheck passed")
 
