@@ -401,28 +401,16 @@ def test_loss_and_metrics_on_three_rows_equal_those_of_the_full_logits(make):
     assert out["l1_sum"].item() == pytest.approx(apart, rel=1e-5)
 
 
-def test_what_changes_a_loss_or_a_prediction(make):
-    """Picture and instruction do; padding and letter case do not, nor the other prompts of a batch."""
-    core, policy, dataset, batch = batch_of(make(), [0, 1])
+def test_the_picture_reaches_the_answer_and_padding_does_not(make):
+    core, policy, _, batch = batch_of(make(), [0, 1])
     longer = batch | dict(input_ids=torch.nn.functional.pad(batch["input_ids"], (0, 7), value=32000))
     longer["rows"] = (batch["rows"].view(2, 3) + torch.arange(2)[:, None] * 7).flatten()
     torch.testing.assert_close(core(longer)["sample_loss"], core(batch)["sample_loss"], rtol=1e-5, atol=1e-6)
-    items = [dataset[(i, i)] for i in range(4)]
-    texts = ["go", "Go to the red post and then a good way further, slowly, along the wall", "x y z", "stop"]
-    together = policy.decode(np.stack([i["image"] for i in items]), texts)
-    alone = [policy.decode(i["image"][None], [text])[0] for i, text in zip(items, texts, strict=True)]
-    np.testing.assert_array_equal(together, alone)
-    vla, image = policy.vla.eval(), items[0]["image"]
-
-    def logits(image, text):
-        pixels = policy.processor.image_processor.normalize(torch.from_numpy(image[None]))
-        out = vla(input_ids=torch.tensor([policy.collate.prompt_ids(text)]), pixel_values=pixels).logits.detach()
-        return out[0, -1, vla.action_begin : vla.action_end]
-
-    here = logits(image, "Go to the red post")
-    assert (logits(np.zeros_like(image), "Go to the red post") - here).abs().max() > 0.01
-    assert (logits(image, "Go to the blue post") - here).abs().max() > 0.01
-    assert torch.equal(logits(image, "GO TO THE RED POST"), here)
+    ids, actions = torch.tensor([policy.collate.prompt_ids("Go to the red post")]), slice(31744, 32000)
+    pictures = torch.stack([batch["images"][0], torch.zeros_like(batch["images"][0])])
+    with torch.no_grad():
+        seen, black = policy.vla(ids.expand(2, -1), pixel_values=core.image_processor.normalize(pictures)).logits[:, -1]
+    assert (seen - black)[actions].abs().max() > 0.01
 
 
 def test_a_bf16_base_gives_the_gradients_of_an_fp32_adapter(make, base_dir):
