@@ -586,15 +586,19 @@ def image_changes(folder, shots):
 def force_changes(files):
     """npz files -> (middles of bins of 50 ms (m,), change of the mean force from bin to bin (m - 1,))."""
     paths, read, *_ = open_sensor(files)
-    stamps, force = [], []
+    stamps, force = [np.zeros(0)], [np.zeros(0)]
     for path in paths:
-        for t, block in read(path):
-            good = np.isfinite(block[:, 0]) & np.isfinite(t)
-            stamps.append(t[good])
-            force.append(block[good, 0].astype(np.float64))
-    stamps, _ = spread(np.concatenate(stamps), read is read_windows)
+        with reading(path):
+            for t, block in read(path):
+                good = np.isfinite(block[:, 0]) & np.isfinite(t)
+                stamps.append(t[good])
+                force.append(block[good, 0].astype(np.float64))
+    stamps, force = np.concatenate(stamps), np.cumsum(np.concatenate(force))
+    if not len(stamps) or stamps[-1] - stamps[0] < 1:
+        raise NoSensor(f"{paths[0].name} has less than a second of the sensor")
+    stamps, _ = spread(stamps, read is read_windows)
     edges = np.arange(stamps[0], stamps[-1], 0.05)
-    mean = np.diff(np.interp(edges, stamps, np.cumsum(np.concatenate(force))))
+    mean = np.diff(np.interp(edges, stamps, force))
     return edges[:-1] + 0.025, np.abs(np.diff(mean))
 
 
@@ -603,7 +607,7 @@ def find_offset(t, travelled, series):
     clock, correlation there, best correlation elsewhere). At least half of the shorter recording must overlap."""
     begin, end = min(s[0] for s, _ in series), max(s[-1] for s, _ in series)
     half = min(t[-1] - t[0], end - begin) / 2
-    offsets = np.arange(t[0] - end + half, t[-1] - begin - half, 0.02)
+    offsets = np.arange(t[0] - end + half, t[-1] - begin - half + 0.02, 0.02)
     curve = np.zeros(len(offsets))
     for stamps, change in series:
         between = np.diff(stamps)

@@ -357,6 +357,7 @@ def main(cfg):
         load_weights(core, start["model_state_dict"].items(), path or cfg.init_from)
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
+    saved = start = None  # lets go of the mapped file
     model = run.prepare(core.train())
     size = 12 * sum(p.numel() for p in core.parameters())  # fp32 weights and two moments
     run.describe(core, len(dataset), size, folder, " (the VLM is not loaded)")

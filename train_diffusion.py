@@ -440,6 +440,7 @@ def main(cfg):
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(dict(core.named_parameters()), cfg.ema_decay, saved=saved and saved["model_state_dict"])
+    saved = start = None  # lets go of the mapped file
     model = run.prepare(core.train())
     size = 16 * sum(p.numel() for p in core.parameters())  # fp32 weights, their average, and two moments
     run.describe(core, len(dataset), size, folder, " (the VLM is not loaded)")

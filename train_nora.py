@@ -45,10 +45,8 @@ from common.sampler import GlobalOrder, generator_at
 from common.stats import Normalizer, load_stats, save_stats
 
 FORMAT = 2  # of steps_N/state.pt and model/policy.json
-ACTION_TOKEN, NUM_ACTION_TOKENS = (
-    "<robot_action_{}>",
-    2048,
-)  # nora's vocabulary: <robot_action_0> .. <robot_action_2047>
+ACTION_TOKEN = "<robot_action_{}>"
+NUM_ACTION_TOKENS = 2048  # nora's vocabulary: <robot_action_0> .. <robot_action_2047>
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -424,8 +422,8 @@ class Nora(nn.Module):
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
         seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
-        most = 2 * count + 1  # a coefficient takes at most two tokens
-        out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule], synced_gpus=synced)
+        most = dict(max_new_tokens=2 * count + 1)  # a coefficient takes at most two tokens
+        out = self.vlm.generate(**seen, **most, logits_processor=[rule], synced_gpus=synced)
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
 
@@ -710,11 +708,13 @@ def describe_fast(data, fast, show):
     show(f"error     of {len(lengths)} chunks" + " ".join(f"{name:>11}" for name in names).rjust(12 * len(names)))
     for what, values in zip(("holding still", "q01..q99 clip", "clip and FAST"), errors, strict=True):
         show(f"          {what:<13}" + " ".join(f"{v:11.4g}" for v in values))
+    worst = []
     for name, still, limited, coded in zip(names, *errors, strict=True):
         if coded > 0.5 * still > 0:
-            shares = f"clipping leaves {limited / still:.0%} and FAST {coded / still:.0%} of the error of holding still"
-            how = "use deltas, another horizon, or --fast fit with a larger --fast_scale"
-            show(f"warning   {name}: {shares}, and no policy can do better: {how}")
+            worst.append(f"{name} {coded / still:.0%} (clipping alone {limited / still:.0%})")
+    if worst:
+        show(f"warning   the best that a policy can reach, of the error of holding still: {', '.join(worst)}")
+        show("          Use deltas, another horizon, or --fast fit with a larger --fast_scale")
 
 
 def check_data(cfg):
@@ -749,7 +749,6 @@ def check_data(cfg):
 
 def validate(policy, data, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
-
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
     val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged}"""
     spec, model, size, dataset = (
@@ -861,8 +860,8 @@ def main(cfg):
     run.describe(core, len(dataset), size, out, f", train {cfg.train}; attention {attention}")
     run.write("dataset_stats.json", json.dumps(data.spec.stats, indent=2))
     run.write("validation_episodes.txt", "".join(f"{e.name}\n" for e in data.validation))
-    about = dict(format_version=FORMAT, script=Path(__file__).stem, fingerprint=data.fingerprint())
-    about["validation"] = [e.name for e in data.validation]
+    about = dict(format_version=FORMAT, script=Path(__file__).stem, validation=[e.name for e in data.validation])
+    about["fingerprint"] = data.fingerprint()
     saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, about)
     gather = partial(ckpt.training_state, core, optimizer, True) if cfg.fsdp else None
     run.checkpoints(out, "steps_{step}", saver.write, size, keep=cfg.keep_checkpoints, gather=gather)

@@ -124,6 +124,7 @@ def check_config(cfg):
     hz = cfg.trajectory_hz
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
     require(0 <= cfg.lora_dropout < 1, f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
+    require(cfg.data_root_dir or cfg.merge, "data_root_dir is not set: the folder with data/train-*.parquet")
     both = cfg.resume_from_checkpoint and cfg.load_model_weights
     require(not both, "--resume continues a run, --load_model_weights starts one: give one of them")
 
@@ -153,7 +154,6 @@ class Rows:
 def find_files(root):
     """-> (train files, validation files), sorted"""
     hint = "Set --data_root_dir; make_demo.py vamos writes a small set"
-    require(root, f"data_root_dir is not set: expected the folder with data/train-*.parquet. {hint}")
     for folder in (Path(root) / "data", Path(root)):
         if train := sorted(folder.glob("train-*.parquet")):
             return train, sorted(folder.glob("validation-*.parquet"))

@@ -131,8 +131,8 @@ class ValidationConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = 1e-4  # peak, AdamW
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of the moments
+    eps: float = 1e-8  # of AdamW
     weight_decay: float = 1e-10  # decoupled
     grad_clip_norm: float = 10.0  # largest gradient norm; 0: no clipping
 
@@ -505,6 +505,7 @@ class FlowModel(nn.Module):
         self.state_proj = nn.Linear(p.max_state_dim, D)
         self.action_in_proj, self.action_out_proj = nn.Linear(p.max_action_dim, W), nn.Linear(W, p.max_action_dim)
         self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * W, W), nn.Linear(W, W)
+        self.float()  # the published VLM's config says bfloat16, and parts of it are made so
 
     @property
     def vlm(self):
@@ -528,8 +529,7 @@ class FlowModel(nn.Module):
         """features (B, K*T, D), tokens and token_mask (B, L), state (B, max_state_dim) -> (valid (B, N), per expert
         layer keys and values)."""
         text = self.vlm.text_model.embed_tokens(tokens)
-        # the state below is not scaled
-        x = torch.cat([features.to(text.dtype), text], dim=1) * math.sqrt(text.shape[-1])
+        x = torch.cat([features.to(text.dtype), text], dim=1) * math.sqrt(text.shape[-1])  # the state is not scaled
         valid = torch.cat([token_mask.new_ones(features.shape[:2]), token_mask, token_mask.new_ones(len(x), 1)], dim=1)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
         # padded text is never seen; what it computes itself is never read

@@ -8,6 +8,7 @@ at all, so a build that was stopped goes on where it stood, and several processe
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import PIL
 from tqdm import tqdm
 
 from common import checkpoint as ckpt
+from common import require
 
 VERSION = 1
 
@@ -56,15 +58,18 @@ class FrameStore:
         return about | dict(bad={int(i): why for i, why in about["bad"].items()}) if whole else None
 
     def build(self, sources, open_source, first=0, threads=4, quiet=False):
-        """Make what is missing of `sources` {path: pictures in it}. open_source(path) -> function of an index that returns
-        a frame or raises why there is none. Each of several processes begins at its own share `first` (0 to 1) of the
-        list and leaves out what the others have made."""
+        """Make what is missing of `sources` {path: pictures in it}. open_source(path) -> function of an index that
+        returns a frame or raises why there is none. Each of several processes begins at its own share `first` (0 to 1)
+        of the list and leaves out what the others have made."""
         missing = [path for path in sources if self.about(path) is None]
         if not missing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         ckpt.remove_temporaries(self.folder)
-        ckpt.require_space(self.folder, sum(sources[path] for path in missing) * self.bytes_per_frame)
+        needed = sum(sources[path] for path in missing) * self.bytes_per_frame / 1e9
+        free = shutil.disk_usage(self.folder).free / 1e9
+        room = f"{needed:.2f} GB of decoded pictures do not fit into {self.folder}, {free:.2f} GB are free"
+        require(needed < free, f"{room}. Choose a folder on another local disk")
         begin = int(first * len(missing))
         bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=quiet or None)
         for path in bar:

@@ -1,6 +1,7 @@
 """Backbones on disk and on the hub: where their files are, and their weights, read by one function that asserts that
 every tensor found its place. Import it before transformers."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -110,18 +111,19 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
 def weight_digest(folder):
     """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. The hub names its files by their
     sha256; those of other files are kept beside them, and a file is read again only where its size or time moved."""
-    kept = Path(folder) / ".sha256.json"  # {name: [bytes, mtime_ns, sha256]}
-    known, now = json.loads(kept.read_text()) if kept.is_file() else {}, {}
+    kept, digests = Path(folder) / ".sha256.json", []
+    known = json.loads(kept.read_text()) if kept.is_file() else {}  # {name: [bytes, mtime_ns, sha256]}
+    before = dict(known)
     for path in weight_files(folder):
         about, target = path.stat(), path.resolve()
-        now[path.name] = [about.st_size, about.st_mtime_ns, target.name]
-        if target.parent.name != "blobs" or len(target.name) != 64:
-            same = known.get(path.name, [])[:2] == now[path.name][:2]
-            now[path.name][2] = known[path.name][2] if same else sha256_of(path)
-    if now != known and os.access(folder, os.W_OK):  # in a folder that only others may write they are read every time
-        with atomic_path(kept) as temporary:
-            temporary.write_text(json.dumps(now))
-    return hashlib.sha256(json.dumps([digest for _, _, digest in now.values()]).encode()).hexdigest()
+        facts, named = [about.st_size, about.st_mtime_ns], target.parent.name == "blobs" and len(target.name) == 64
+        if not named and known.get(path.name, [])[:2] != facts:
+            known[path.name] = [*facts, sha256_of(path)]
+        digests.append(target.name if named else known[path.name][2])
+    if known != before:  # where they cannot be kept, in a folder of others, the files are read every time
+        with contextlib.suppress(OSError), atomic_path(kept) as temporary:
+            temporary.write_text(json.dumps(known))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def sha256_of(path):

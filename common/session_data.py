@@ -99,6 +99,9 @@ def load_data(cfg, run=None, saved=None, optional=()):
     about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape or ()))
     about["instructions"] = sorted({s.instruction for s in train})
     about["fingerprint"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    first = run.once(str, about["fingerprint"]) if run else about["fingerprint"]  # which compared the pictures
+    others = "the processes see other sessions or features: start again when they are all built"
+    require(about["fingerprint"] == first, others)
     return Data(train, validation, features, about)
 
 
@@ -287,58 +290,64 @@ class SessionPolicy:
 
 def held_out_batches(dataset, policy, run):
     """This rank's share of the held-out steps, each once -> (items, their batch on the device, {input: the batch with
-    this input of samples far away}): an error that stays the same there says that the input is not used."""
-    n, size = len(dataset), policy.cfg.batch_size
-    mine = range(run.rank, n, run.world)
-    for i in range(0, len(mine), size):
-        items = [dataset[(k, k)] for k in mine[i : i + size]]
-        others = [dataset[(k, k)] for k in ((k + n // 2) % n for k in mine[i : i + size])]
+    this input of samples far away, with sensor data for those that have some})."""
+    felt, partner = np.array([s.has_sensor for s in dataset.sessions], bool)[dataset.owner], np.arange(len(dataset))
+    for group in (np.flatnonzero(felt), np.flatnonzero(~felt)):
+        partner[group] = np.roll(group, len(group) // 2)
+    mine = range(run.rank, len(dataset), run.world)
+    for i in range(0, len(mine), policy.cfg.batch_size):
+        items = [dataset[(k, k)] for k in mine[i : i + policy.cfg.batch_size]]
+        others = [dataset[(int(k), int(k))] for k in partner[mine[i : i + policy.cfg.batch_size]]]
         batch, other = (to_device(policy.collate(part), policy.device) for part in (items, others))
         swapped = dict(feature=batch | dict(vl_features=other["vl_features"]))
         if "sensor" in batch:
-            fits = (other["sensor_length"] >= batch["sensor_length"])[:, None, None]
-            here, there = batch["sensor"], torch.where(fits, other["sensor"], batch["sensor"])
-            swapped["sensor"] = batch | dict(sensor=there)
+            here, there = batch["sensor"], other["sensor"]
+            swapped["sensor"] = batch | dict(sensor=there, sensor_length=other["sensor_length"])
             swapped["force"] = batch | dict(sensor=torch.cat([there[..., :1], here[..., 1:]], -1))
             swapped["ascan"] = batch | dict(sensor=torch.cat([here[..., :1], there[..., 1:]], -1))
         yield items, batch, swapped
 
 
 class ChunkErrors:
-    """Sums over held-out steps: the loss, every sample weighing 1; the absolute error of predicted chunks beside two
-    baselines (no motion; the last action again) and with inputs of other samples; its signed mean, the bias. Padded
+    """Sums over held-out steps: the loss, every sample weighing 1; the absolute error of predicted chunks, of two
+    baselines (no motion; the last action again), and with inputs of other samples; its signed mean, the bias. Padded
     steps and dimensions that never move do not count."""
-
-    WHO = ("", "_zero", "_last", "_swap_feature", "_swap_sensor", "_swap_force", "_swap_ascan")
 
     def __init__(self, active):
         self.active, self.counts = active.cpu().numpy(), np.zeros(3)  # loss, samples, steps
-        self.sums = {who: np.zeros(len(ACTIONS)) for who in (*self.WHO, "bias")}
+        names = ("policy", "zero", "last", "bias", "felt", "feature", "sensor", "force", "ascan")
+        self.sums = {name: np.zeros(len(ACTIONS)) for name in names}  # felt: the policy's where there is a sensor
 
     def add(self, items, sample_loss, predicted, swapped):
         """predicted (B, H, 7), swapped {input: (B, H, 7)}"""
         target = np.stack([item["actions"] for item in items])
         real = np.stack([item["action_mask"] for item in items])
+        felt = real & np.array([item["sensor"] is not None for item in items])[:, None]
         last = np.stack([item["previous"] for item in items])[:, None]
-        guesses = {"": predicted, "_zero": np.where(self.active, 0.0, target), "_last": last}
-        for who, guess in (guesses | {f"_swap_{name}": guess for name, guess in swapped.items()}).items():
-            self.sums[who] += np.abs(guess - target)[real].sum(0)
+        guesses = dict(policy=predicted, zero=np.where(self.active, 0.0, target), last=last, felt=predicted) | swapped
+        for name, guess in guesses.items():
+            where = felt if name in ("felt", "sensor", "force", "ascan") else real
+            self.sums[name] += np.abs(guess - target)[where].sum(0)
         self.sums["bias"] += (predicted - target)[real].sum(0)
         self.counts += [float(sample_loss.sum()), len(items), real.sum()]
 
     def values(self, run):
-        """Over all ranks -> {val/loss_epoch, val/mae_mm, val/mae_deg, the same of each of WHO, val/mae_<dim>,
-        val/bias_<dim>}."""
+        """Over all ranks -> {val/loss_epoch; val/mae_mm, val/mae_deg, the same of the baselines; val/mae_<dim>,
+        val/bias_<dim>; val/swap_<input>: error with this input of another sample / error with its own, in the dimension
+        where that is largest: 1 says that it is not used}."""
         loss, samples, steps, *sums = run.sum(*self.counts, *np.concatenate(list(self.sums.values())))
         rows = dict(zip(self.sums, np.reshape(sums, (-1, len(ACTIONS))) / steps, strict=True))
         values = {"val/loss_epoch": loss / samples}
         for unit in ("mm", "deg"):
             dims = [d for d, (_, u) in enumerate(ACTIONS) if u == unit and self.active[d]]
-            for who in self.WHO:
-                if dims and rows[who].any():  # without a sensor there is nothing to swap
-                    values[f"val/mae_{unit}{who}"] = float(rows[who][dims].mean())
+            for name, end in (("policy", ""), ("zero", "_zero"), ("last", "_last")) if dims else ():
+                values[f"val/mae_{unit}{end}"] = float(rows[name][dims].mean())
         for d in np.flatnonzero(self.active):
-            values[f"val/mae_{ACTIONS[d][0]}"], values[f"val/bias_{ACTIONS[d][0]}"] = rows[""][d], rows["bias"][d]
+            name = ACTIONS[d][0]
+            values |= {f"val/mae_{name}": float(rows["policy"][d]), f"val/bias_{name}": float(rows["bias"][d])}
+        for name, own in (("feature", "policy"), ("sensor", "felt"), ("force", "felt"), ("ascan", "felt")):
+            if rows[name].any():  # without a sensor there is nothing to swap
+                values[f"val/swap_{name}"] = float((rows[name][self.active] / rows[own][self.active]).max())
         return values
 
     @staticmethod
@@ -348,8 +357,8 @@ class ChunkErrors:
             if f"val/mae_{unit}" in values:
                 mae, zero, last = (values[f"val/mae_{unit}{who}"] for who in ("", "_zero", "_last"))
                 parts.append(f"MAE {unit} {mae:.4g} (no motion {zero:.4g}, last action {last:.4g})")
-        swaps = {k.rpartition("_")[2]: v for k, v in values.items() if k.startswith("val/mae_mm_swap")}
-        return " | ".join(parts) + " | mm with another sample's " + ", ".join(f"{k} {v:.4g}" for k, v in swaps.items())
+        swaps = [f"{k.removeprefix('val/swap_')} x{v:.2f}" for k, v in values.items() if k.startswith("val/swap_")]
+        return " | ".join([*parts, "error with another sample's " + ", ".join(swaps)])
 
 
 def describe(cfg, data, dataset, held_out, weights, print0):

@@ -30,8 +30,13 @@ CHANNELS = 1026  # of a sensor row: force, then 1025 A-scan values
 SENSOR_HZ = 650  # nominal; Session.sensor_hz is what was measured
 ACTION_HZ = 10  # what the trainings expect of the sessions' actions
 GUIDE = ("New_dataset", "White_silicone_white_circle", "Needle_insertion_eye_trocar", "OCT_insertion", "part1")
-MOTION = dict(action=("f4", 7), action_timestamps=("f8", 0), action_end_timestamps=("f8", 0))
-ARRAYS = MOTION | dict(segment_id=("i4", 0), robot_state=("f4", 12))  # {key of data.pkl: (dtype, columns)}
+ARRAYS = {  # key of data.pkl: (dtype, columns)
+    "action": ("f4", 7),
+    "action_timestamps": ("f8", 0),
+    "action_end_timestamps": ("f8", 0),
+    "segment_id": ("i4", 0),
+    "robot_state": ("f4", 12),
+}
 REMAKE = "python create_datapkl.py --dataset-dirs {}"
 
 
@@ -40,7 +45,7 @@ class BadSession(UserError, ValueError):
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
-# A pickle of dicts, lists, strings and numbers; an array is the tuple (dtype name, shape, bytes). Its instructions are
+# A pickle of dicts, lists, texts and numbers; an array is the tuple (dtype name, shape, bytes). Its instructions are
 # looked at before any is run: none may name a class or call a function.
 
 PLAIN = """PROTO FRAME MARK STOP MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT

@@ -1,8 +1,6 @@
 """Asynchronous VLA: the network, samples from real session folders, the training's promises, the policy."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +21,6 @@ from common.log import read_metrics
 from common.run import Run
 from common.two_rate import TwoRateLoop
 
-ROOT = Path(__file__).resolve().parent.parent
 BOTH = pytest.mark.parametrize("script", [train_async, train_diffusion], ids=lambda s: s.__name__)
 STATS = dict(action=dict(constant=[False] * 6 + [True]))
 
@@ -146,14 +143,6 @@ def test_padding_and_resting_dimensions_teach_nothing():
     batch["actions"][1, 3:], batch["actions"][..., 6] = torch.nan, 5.0
     assert torch.allclose(model(batch)["sample_loss"], out["sample_loss"])
     assert (model.sample(batch)[..., 6] == 0).all()
-
-
-def test_the_truth_is_no_input():
-    """The code behind the guide fed the truth in as z_chunk and predicted the difference: its loss could only be 0."""
-    model, batch = small_model(), small_batch()
-    predicted = model.sample(batch)
-    batch["actions"] = batch["actions"].flip(0) * 3
-    assert torch.equal(model.sample(batch), predicted)
 
 
 def test_learning_rate_by_hand():
@@ -390,30 +379,6 @@ def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
     assert open_data(tmp_path / "s", qwen_dir)[1].about == data.about
 
 
-def test_without_a_fresh_image_there_is_nothing_to_train_on(sessions_root, qwen_dir):
-    old = "no step of the 4 training sessions has an image of View1, View5 that is at most 0.01 s old"
-    with pytest.raises(UserError, match=old):
-        open_data(sessions_root, qwen_dir, max_image_age=0.01)
-
-
-def test_a_missing_cache_names_the_command(sessions_root, qwen_dir, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python build_vl_cache\.py "):
-        open_data(sessions_root, qwen_dir, cache_root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        (dict(image_resize_height=84), "height was 56, now 84"),
-        (dict(views=["View1"]), "views was"),
-        (dict(vlm_reuse_count=4), "no multiple"),
-    ],
-)
-def test_features_of_other_settings_are_refused(sessions_root, qwen_dir, changed, message):
-    with pytest.raises(vl_cache.CacheMismatch, match=message):
-        open_data(sessions_root, qwen_dir, **changed)
-
-
 def test_what_clipping_removes_is_said(sessions_root, qwen_dir, tmp_path, capsys):
     """A turn of 3 degrees in less than 1 % of the steps is beyond q99: training sees almost nothing of it."""
     shutil.copytree(sessions_root, tmp_path / "s")
@@ -450,7 +415,7 @@ def test_the_files_of_a_run(finished):
     assert all(r["train/sensor_samples"] + r["train/nonsensor_samples"] == 8 for r in steps)
     known = set().union(*rows)
     assert {"train/lr", "train/grad_norm", "train/samples_per_s", "val/loss_epoch", "val/bias_dx"} <= known
-    assert {f"val/mae_mm_swap_{name}" for name in ("feature", "sensor", "force", "ascan")} <= known
+    assert {f"val/swap_{name}" for name in ("feature", "sensor", "force", "ascan")} <= known
     assert not list(finished.glob(".tmp-*")) and (finished / "qwen_vla_async" / "loss.png").stat().st_size > 1000
 
 
@@ -613,15 +578,6 @@ def test_evaluation_without_a_cache_runs_the_vlm(finished, sessions_root, tmp_pa
     assert "computed now by" in capsys.readouterr().out
 
 
-def test_a_foreign_file_is_refused(tmp_path, finished):
-    torch.save(dict(model=torch.nn.Linear(2, 2)), tmp_path / "bad.pt")
-    with pytest.raises(UserError, match="refused"):
-        train_async.load_policy(tmp_path / "bad.pt")
-    torch.save(load(finished / "qwen_vla_async_best.pt") | dict(meta=dict(script="train_other")), tmp_path / "other.pt")
-    with pytest.raises(UserError, match="train_other"):
-        train_async.load_policy(tmp_path / "other.pt")
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -640,13 +596,6 @@ def test_check_prints_a_batch_without_a_cache(sessions_root, qwen_dir, tmp_path,
     for text in ("check passed", "not there yet", "build_vl_cache.py", "New_dataset", "(4, 65, 1026)"):
         assert text in shown
     assert not list(tmp_path.iterdir())
-
-
-@BOTH
-def test_a_mistake_is_one_line(tmp_path, script):
-    command = [sys.executable, script.__file__, "--checkpoint-dir", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "create_datapkl.py" in result.stderr
 
 
 # ---- the guide's three commands --------------------------------------------------------------------------------------

@@ -247,11 +247,8 @@ def test_all_layouts_and_their_streams(tmp_path):
 
 def test_spoiled_rows_are_counted_named_and_left_out(tmp_path, capsys):
     """Two NaN and a row without a time in 2 s: the recording is made without these three, and --dry-run says so."""
-    folder, stamps, forces = (
-        recording(tmp_path, np.arange(0, 2, 0.01)),
-        np.arange(1300) / 650,
-        np.ones(1300, np.float32),
-    )
+    folder = recording(tmp_path, np.arange(0, 2, 0.01))
+    stamps, forces = np.arange(1300) / 650, np.ones(1300, np.float32)
     forces[[7, 900]], stamps[1000] = np.nan, np.nan
     stream(folder, stamps, forces)
     for dry in (["--dry-run"], []):
@@ -439,20 +436,24 @@ def test_a_log_that_ends_in_the_middle_of_a_row_is_read(tmp_path):
     assert run(tmp_path) == 0 and Session(folder).metadata["num_robot_states"] == 199
 
 
-def test_workers_make_the_same_and_end(tmp_path):
-    """Two processes write what none writes; exit code 1 tells of a failure, 2 of a user's mistake in one line."""
+def test_workers_make_the_same(tmp_path, capsys):
+    """Two processes write what none writes, and name what failed."""
     for side in ("a", "b"):
         make_demo.write_sessions(tmp_path / side, 1, white=2, needle=1, new=0, oct=0, seconds=1.5, size=(24, 40))
-    run(tmp_path / "a")
-    next((tmp_path / "b/Needle_insertion_eye_trocar").rglob("*.csv")).unlink()
-    command = [sys.executable, str(ROOT / "create_datapkl.py"), "--dataset_dirs", str(tmp_path / "b"), "--workers"]
-    result = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and "1 failed, 2 made" in result.stdout and "Needle_insertion" in result.stderr
+        next((tmp_path / side / "Needle_insertion_eye_trocar").rglob("*.csv")).unlink()
+    assert run(tmp_path / "a") == cd.main(cd.Config(dataset_dirs=[str(tmp_path / "b")], workers=2)) == 1
+    out = capsys.readouterr()
+    assert out.out.count("1 failed, 2 made") == 2 and out.err.count("FAILED") == 2 and "Needle_insertion" in out.err
     files = [sorted((tmp_path / side / "White_silicone_white_circle").rglob("data.pkl")) for side in ("a", "b")]
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]] and len(files[0]) == 2
     assert not [p for p in tmp_path.rglob(".tmp*")]
-    result = subprocess.run([*command, "-1"], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2 and result.stderr == "create_datapkl.py: workers is -1: expected 0 or more\n"
+
+
+def test_a_users_mistake_is_one_line():
+    command = [sys.executable, str(ROOT / "create_datapkl.py"), "--dataset_dirs", "none"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    expected = "'none' is not a folder: expected one that holds recordings (recv_all_*, episode_*)"
+    assert result.returncode == 2 and result.stderr == f"create_datapkl.py: {expected}\n"
 
 
 def test_the_shipped_config_and_the_guides_flags_parse():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from common import UserError
 from common.frames import FrameStore
 
 
@@ -63,3 +64,10 @@ def test_a_stopped_build_goes_on_and_no_half_file_is_taken(tmp_path):
         store.build(sources, open_source, first=0.4, quiet=True)  # begins at "b"
     store.build(sources, open_source, first=0.4, quiet=True)
     assert made == ["stop", "b", "c", "a"] and all(store.read(p, 2)[0, 0, 0] == ord(p.name) for p in sources)
+
+
+def test_a_disk_without_room_is_named_before_anything_is_decoded(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    store = FrameStore(tmp_path / "store", (1000, 1000, 3), "")
+    with pytest.raises(UserError, match="30000000.00 GB of decoded pictures do not fit into .*another local disk"):
+        store.build({tmp_path / "a": 10**10}, None)

@@ -713,6 +713,7 @@ def test_evaluate_opens_a_run(make, tmp_path, mobile_root):
     assert set(report) == {"policy", "hold still", "mean action"}
     assert set(report["policy"]["per_dim"]) == {"linear_x", "linear_y"}
     assert len(json.loads((tmp_path / "report/report.json").read_text())["episodes"]) == 2, "those held out"
+    assert report["policy"]["opposite_change"]["linear_y"] > 0
 
 
 def test_other_scopes_train(make):

@@ -620,14 +620,14 @@ def test_what_no_policy_can_win_is_said_before_the_training(tmp_path, base, caps
             f["observations/qpos"][:] += 9 * k
     recorded = ["--use_ee_pose_delta_as_action", "false"]
     nora.main(config(base, "--check", "--dataset.root_dir", tmp_path / "far", "--horizon", 1, *recorded))
-    assert "warning   action1: clipping leaves" in capsys.readouterr().out
+    assert "the error of holding still: action1 " in capsys.readouterr().out
     for path in make_demo.write_insertion(tmp_path / "rare", episodes=4, size=(60, 80), layout="raw"):
         with h5py.File(path, "r+") as f:
             f["observations/ee_pose"][:, 4] = 1e-6 * np.sin(np.arange(len(f["action"])))
             if path.name.endswith("0.h5"):
                 f["observations/ee_pose"][5:, 4] += 0.05
     nora.main(config(base, "--check", "--dataset.root_dir", tmp_path / "rare", "--horizon", 1))
-    assert "warning   dpitch rad: clipping leaves 9" in capsys.readouterr().out
+    assert "the error of holding still: dpitch rad 9" in capsys.readouterr().out
 
 
 def test_settings_without_effect_are_named(base, capsys):

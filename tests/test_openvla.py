@@ -24,7 +24,6 @@ import make_demo
 import modeling_openvla
 import train_openvla_vamos as openvla
 from common import UserError
-from common.config import parse_config
 from common.log import read_metrics
 from common.sampler import GlobalOrder
 
@@ -57,10 +56,6 @@ def vla(original):
     return openvla.load_vla(original[0], torch.device("cpu"), torch.float32)
 
 
-def tensors(values, *names):
-    return [torch.from_numpy(values[name]) for name in names]
-
-
 def test_tensors_pictures_features_logits_and_loss_equal_the_original(original, vla, shared):
     folder, values = original
     lines = (shared / "fixtures/openvla_hf/params.txt").read_text().splitlines()
@@ -70,10 +65,10 @@ def test_tensors_pictures_features_logits_and_loss_equal_the_original(original, 
     processor = openvla.read_folder(folder)[1].image_processor
     pictures = processor([Image.fromarray(image) for image in values["images"]])["pixel_values"]
     np.testing.assert_allclose(pictures, values["pixel_values"], atol=1e-6)
-    ids, mask, pixels, labels = tensors(values, "input_ids", "attention_mask", "pixel_values", "labels")
+    names = ("input_ids", "attention_mask", "pixel_values", "labels")
+    inputs = {name: torch.from_numpy(values[name]) for name in names}
     with torch.no_grad():
-        features = vla.vision_backbone(pixels)
-        out = vla(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels)
+        features, out = vla.vision_backbone(inputs["pixel_values"]), vla(**inputs)
         projected = vla.projector(features)
     np.testing.assert_allclose(features[:, ::16], values["vision_features"], atol=1e-4)
     np.testing.assert_allclose(projected[:, ::16], values["projector_features"], atol=1e-4)
@@ -83,7 +78,7 @@ def test_tensors_pictures_features_logits_and_loss_equal_the_original(original, 
 
 def test_predicted_actions_equal_the_original(original, vla):
     values = original[1]
-    prompts, pixels = tensors(values, "predict_prompts", "pixel_values")
+    prompts, pixels = (torch.from_numpy(values[name]) for name in ("predict_prompts", "pixel_values"))
     together = vla.predict_action(input_ids=prompts, pixel_values=pixels, unnorm_key="vamos_dataset", do_sample=False)
     np.testing.assert_array_equal(together, values["predict_actions"])
     np.testing.assert_array_equal(vla.generate_action_ids(prompts, pixels, 2), values["generated_ids"])
@@ -147,10 +142,7 @@ def vamos_root(tmp_path_factory):
 
 
 def config(**flags):
-    words = []
-    for key, value in (FLAGS | flags).items():
-        words += [f"--{key}", str(value)]
-    return parse_config(openvla.Config, words, openvla.ALIASES)
+    return openvla.Config(**{k: str(v) if isinstance(v, Path) else v for k, v in (FLAGS | flags).items()})
 
 
 @pytest.fixture
@@ -179,9 +171,7 @@ def train(cfg):
 
 
 def close(a, b, atol=0.0):
-    assert a.keys() == b.keys()
-    for k in a:
-        torch.testing.assert_close(a[k], b[k], rtol=0, atol=atol, msg=lambda m, k=k: f"{k}: {m}")
+    torch.testing.assert_close(dict(a), dict(b), rtol=0, atol=atol)
 
 
 def items_of(rows, processor):
@@ -573,14 +563,9 @@ def test_best_is_the_adapter_of_the_lowest_validation_loss(trained, make):
     assert len(losses) == 4 and best["step"] == min(losses, key=losses.get)
     assert not (adapter / "best/state.pt").exists()
     policy, data = openvla.load_policy(adapter / "best", "cpu"), openvla.load_data(cfg)
-    dataset = items_of(data.validation, policy.processor.image_processor)
-    again = openvla.validate(
-        openvla.LossModel(policy.vla, policy.processor.image_processor),
-        policy,
-        dataset,
-        cfg,
-        common.run.Run(cfg, run, 4),
-    )
+    images = policy.processor.image_processor
+    core, dataset = openvla.LossModel(policy.vla, images), items_of(data.validation, images)
+    again = openvla.validate(core, policy, dataset, cfg, common.run.Run(cfg, run, 4))
     assert again["val_loss"] == pytest.approx(losses[best["step"]], rel=1e-5)
 
 
@@ -596,7 +581,8 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root):
         openvla.main(openvla.Config(merge=str(run)))
     seen = []
     with pytest.MonkeyPatch.context() as m:  # the default: run_root_dir/EXP_ID is the newest merge, as in the guide
-        m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which))
+        real = openvla.merge_adapter
+        m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which) or real(*which))
         cfg = make(save_steps=2, max_steps=5)
         openvla.main(cfg)
     run, adapter = folders(cfg)
@@ -689,7 +675,7 @@ def test_wrong_settings_are_named(make, monkeypatch):
         (dict(batch_size=0), "batch_size is 0"),
         (dict(trajectory_hz=0), "trajectory_hz is 0"),
         (dict(lora_dropout=1.0), "lora_dropout"),
-        (dict(resume="auto", load_model_weights="x"), "give one of them"),
+        (dict(resume_from_checkpoint="auto", load_model_weights="x"), "give one of them"),
         (dict(vla_path="nobody/nothing"), "neither a directory nor reachable"),
         (dict(use_quantization=True), "pip install bitsandbytes"),
     ):

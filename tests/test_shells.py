@@ -1,4 +1,4 @@
-"""Launchers: what they start, from where, with which flags. The program itself is replaced by one that prints its arguments."""
+"""Launchers: what they start, from where, with which flags. The program is replaced by one that says its arguments."""
 
 import json
 import os
@@ -14,9 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def launch(tmp_path):
     """Run a launcher from a folder with a blank in its name, with a Python that prints its own arguments."""
     python = tmp_path / "python"
-    python.write_text(
-        '#!/usr/bin/env python3\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ.get("OMP_NUM_THREADS")]))\n'
-    )
+    said = 'json.dumps([sys.argv[1:], os.environ.get("OMP_NUM_THREADS")])'
+    python.write_text(f"#!/usr/bin/env python3\nimport json, os, sys\nprint({said})\n")
     python.chmod(0o755)
     elsewhere = tmp_path / "some where"
     elsewhere.mkdir()

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(big, monkeypatch):
     data[3_333_333] ^= 1
     shard.write_bytes(data)
     assert vc.model_digest(big) != first and len(reads) == 3
-    digests = []
+    digests, kept = [], (big / ".sha256.json").read_text()
     for name in ("a", "b"):  # the hub names its files by their hash
         blob = big / "blobs" / (name * 64)
         blob.parent.mkdir(exist_ok=True)
@@ -228,7 +229,8 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(big, monkeypatch):
         shard.unlink(missing_ok=True)
         shard.symlink_to(blob)
         digests.append(vc.model_digest(big))
-    assert digests[0] != digests[1] and len(reads) == 3 and vc.model_digest("no/such-model") is None
+    assert digests[0] != digests[1] and len(reads) == 3 and (big / ".sha256.json").read_text() == kept
+    assert vc.model_digest("no/such-model") is None
 
 
 def test_only_fields_that_shape_a_feature_count(big):
@@ -356,6 +358,24 @@ def test_pictures_are_known_by_content_where_their_times_moved(cached, qwen_dir,
     with pytest.raises(MissingFile, match="is in data.pkl but not on the disk"):
         read(cached, qwen_dir)
     assert len(read(cached, qwen_dir, pictures=False)[0]) == 4
+
+
+def test_ranks_that_see_other_features_do_not_train_together(cached, qwen_dir):
+    """Only the first process compares pictures."""
+    import train_async
+
+    size = dict(image_resize_height=56, image_resize_width=84)
+    cfg = train_async.Config(dataset_dir=[str(cached)], model=str(qwen_dir), val_split=0.3, **size)
+    run = SimpleNamespace(main=False, once=lambda function, *a: "another" if function is str else function(*a))
+    with pytest.raises(UserError, match="the processes see other sessions or features"):
+        train_async.load_data(cfg, run)
+    run.once = lambda function, *a: function(*a)
+    for path in cached.rglob("*.jpg"):
+        path.unlink()
+    assert len(train_async.load_data(cfg, run).features.files) == 4
+    run.main = True
+    with pytest.raises(MissingFile, match="--no-check-pictures"):
+        train_async.load_data(cfg, run)
 
 
 def test_other_settings_and_models_are_refused(built, qwen_dir, tmp_path):
