@@ -189,15 +189,17 @@ def test_2_the_learning_rate_is_a_function_of_the_step(recipe, whole, tmp_path, 
 
 
 def one_of_two(name, written, out, rank, port):
-    """The body of a process: the run of `whole`, a micro-batch per rank."""
+    """The body of a process: the run of `whole`, a micro-batch per rank, stopped by a signal to rank 1 and resumed."""
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     recipe = RECIPES[name]
     recipe.written = written
-    seen = train(recipe, out, accumulation=1)
-    torch.save([vars(step) for step in seen.steps], out / f"rank{rank}.pt")
+    steps = train(recipe, out, Watch(stop_at=5 if rank else None), accumulation=1).steps
+    assert len(steps) == 5
+    steps += train(recipe, out, accumulation=1, resume="auto").steps
+    torch.save([vars(step) for step in steps], out / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -216,13 +218,17 @@ def ranks(recipe, tmp_path_factory):
         processes.append(context.Process(target=one_of_two, args=(name, recipe.written, out, rank, port)))
         processes[-1].start()
     for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def test_3_two_processes_train_as_one(whole, ranks):
-    """A rank gets one of the micro-batches of a process alone: its own samples, its own noise and dropout."""
+    """A rank gets one of the micro-batches of a process alone: its own samples, its own noise and dropout. A stop of
+    both and a resume change nothing."""
     first, second = ranks
     assert len(first) == len(second) == len(whole[1].steps)
     for one, *both in zip(whole[1].steps, first, second, strict=True):
