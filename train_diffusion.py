@@ -13,8 +13,7 @@ Output, in checkpoint_dir: diffusion_stage1_latest.pt (newest, resumes), diffusi
 both open with load_policy), in diffusion_stage1/ config.yaml, metrics.jsonl, validation_episodes.txt, loss.png.
 
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), C sensor channels
-(1026: force, A-scan), H actions (the chunk), A action dims (7), D width of the expert; T diffusion timesteps, K draws
-of noise.
+(1026: force, A-scan), H actions (the chunk), A action dims (7), D width of the expert; T timesteps, K draws.
 """
 
 import math
@@ -80,6 +79,7 @@ class Config:
     diffusion_timesteps: int = 100  # T, DDPM with a squared-cosine schedule
     ddim_steps: int = 10  # network calls per prediction
     noise_draws: int = 8  # K, noises and timesteps per sample and step; with 1 the sensor is not learned
+    predict_draws: int = 1  # chunks that a prediction is the mean of, also in validation; at most noise_draws
     hidden_dim: int = 1024  # D
     sensor_dim: int = 3072  # width of the sensor's feature
     num_layers: int = 4  # of the action expert
@@ -135,6 +135,7 @@ def check_config(cfg):
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
+    require(0 < cfg.predict_draws <= cfg.noise_draws, f"predict_draws is {cfg.predict_draws}: expected 1..noise_draws")
     require(0 <= cfg.ema_decay < 1, f"ema_decay is {cfg.ema_decay}: expected 0 (off) to below 1")
     width, heads = cfg.hidden_dim, 4 * cfg.num_heads
     require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
@@ -292,8 +293,7 @@ class DiffusionVLA(nn.Module):
         return self.noise_loss(batch, batch["noise"], batch["t"])
 
     def noise_loss(self, batch, noise, t):
-        """noise (B, K, H, 7), t (B, K): K draws of each sample, which share what is costly, the condition; a sample's
-        loss is their mean."""
+        """noise (B, K, H, 7), t (B, K): K draws of a sample share the costly condition; its loss is their mean."""
         B, K = t.shape
         actions, mask = batch["actions"].repeat_interleave(K, 0), batch["action_mask"].repeat_interleave(K, 0)
         condition = self.condition(batch).repeat_interleave(K, 0)
@@ -322,13 +322,13 @@ class Policy(SessionPolicy):
         """The noise of the calls that follow begins anew: the same calls then give the same actions."""
         self.generator = torch.Generator().manual_seed(seed)
 
-    def predict(self, observations, samples=1):
+    def predict(self, observations, samples=None):
         """list of observations (see SessionPolicy.inputs) -> (B, H, 7) float32: pose deltas in mm and degrees, 100 ms
-        each, and the constant gripper; the mean of `samples` draws. Every observation and call starts from new noise:
-        the same one each time would shift all actions of a run to the same side."""
-        shape, count = (self.cfg.horizon, len(ACTIONS)), len(observations) * samples
-        noise = torch.stack([torch.randn(shape, generator=self.generator) for _ in range(count)])
-        return self.decode(self.inputs(observations), noise.unflatten(0, (len(observations), samples)))
+        each, and the constant gripper; the mean of `samples` (predict_draws) chunks. Every observation and call starts
+        from new noise: the same one each time would shift all actions of a run to the same side."""
+        shape, K = (self.cfg.horizon, len(ACTIONS)), samples or self.cfg.predict_draws
+        noise = [torch.randn(shape, generator=self.generator) for _ in range(len(observations) * K)]
+        return self.decode(self.inputs(observations), torch.stack(noise).unflatten(0, (len(observations), K)))
 
     def decode(self, batch, noise):
         """A batch on the device, noise (B, K, H, 7) -> (B, H, 7) float32 in mm and degrees, the mean of K draws."""
@@ -396,9 +396,9 @@ def validate(core, policy, dataset, run):
     times = torch.linspace(0, T - 1, min(VALIDATION_TIMES, T)).round().long().to(policy.device)
     core.eval()
     for items, batch, swapped in held_out_batches(dataset, policy, run):
-        noise = batch["noise"][:, :1]
+        noise, own = batch["noise"][:, : policy.cfg.predict_draws], batch["noise"][:, :1].expand(-1, len(times), -1, -1)
         with torch.no_grad(), policy.autocast():
-            loss = core.noise_loss(batch, noise.expand(-1, len(times), -1, -1), times.expand(len(items), -1))
+            loss = core.noise_loss(batch, own, times.expand(len(items), -1))
         chunks = {name: policy.decode(b, noise) for name, b in swapped.items()}
         errors.add(items, loss["sample_loss"], policy.decode(batch, noise), chunks)
     core.train()

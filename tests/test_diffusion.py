@@ -212,6 +212,7 @@ def test_the_guides_command_parses():
         (dict(training_stage="stage2"), "not supported"),
         (dict(ddim_steps=200), "ddim_steps is 200"),
         (dict(ema_decay=1), "ema_decay"),
+        (dict(predict_draws=9), "predict_draws is 9"),
     ],
 )
 def test_wrong_settings_are_explained(sessions_root, qwen_dir, tmp_path, changed, message):  # noqa: F811
