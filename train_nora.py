@@ -560,7 +560,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
         tensors = {k.removeprefix("vlm."): v for k, v in (weights or policy.model.state_dict()).items()}
         if vlm.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        tensors = {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in tensors.items()}
+        tensors = {k: v.to("cpu", dtype if v.is_floating_point() else None) for k, v in tensors.items()}
         vlm.save_pretrained(folder, state_dict=tensors)
     for path in policy.model.processor.folder.iterdir():  # as they are: other releases read them as well as this one
         if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
