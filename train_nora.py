@@ -680,8 +680,9 @@ def describe(cfg, data, show):
     own = [e.instruction for e in data.train if e.instruction]
     texts = sorted({*own, spec.task_instruction} if len(own) < len(data.train) else {*own})
     show(f"text      {len(texts)} instruction(s), {len(own)} episodes bring their own; e.g. {texts[0]!r}")
+    state = " and ".join(spec.state_keys) + ", in the prompt"
     unseen = "not seen by the model; dataset.state_in_prompt: true appends use_qpos and use_ee_pose"
-    show(f"state     {' and '.join(spec.state_keys) + ', in the prompt' if spec.state_keys else unseen}")
+    show(f"state     {state if spec.state_keys else unseen}")
     if d.camera_dropout_prob and d.min_cameras == len(spec.cameras):
         show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {spec.cameras}")
     if action.source == "action" and ep.records_past_motion(data.train):
@@ -705,9 +706,9 @@ def describe_fast(data, fast, show):
     symbols = f"{clipped} coefficients without a symbol" + (" (--fast fit has them)" if clipped else "")
     show(f"FAST      {fast.vocab_size} ids; {np.mean(lengths):.1f} tokens per chunk (max {max(lengths)}), {symbols}")
     names = [f"{name} {unit}".strip() for name, unit in spec.action_names()]
-    show(f"error     of {len(lengths)} chunks" + " ".join(f"{name:>11}" for name in names).rjust(12 * len(names)))
+    show(f"error     {f'of {len(lengths)} chunks':<13} " + " ".join(f"{name:>11}" for name in names))
     for what, values in zip(("holding still", "q01..q99 clip", "clip and FAST"), errors, strict=True):
-        show(f"          {what:<13}" + " ".join(f"{v:11.4g}" for v in values))
+        show(f"          {what:<13} " + " ".join(f"{v:11.4g}" for v in values))
     worst = []
     for name, still, limited, coded in zip(names, *errors, strict=True):
         if coded > 0.5 * still > 0:
