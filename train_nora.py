@@ -109,9 +109,7 @@ class Config:
     val_samples: int = 256  # frames of the held-out episodes for the loss, evenly spread
     val_decode_samples: int = 64  # of these, frames whose actions are decoded for the MAE
     resume_from_checkpoint: str | None = None  # steps_N directory, or "auto" for the newest one in output_dir
-    load_model_weights: str | None = (
-        None  # start from these weights: a checkpoint or model directory, in place of model
-    )
+    load_model_weights: str | None = None  # start from this checkpoint or model directory, in place of model
     wandb_project_name: str = "NORA VLA Training"  # W&B project
     wandb: WandbConfig = field(default_factory=WandbConfig)
     check: bool = False  # read the data, build and print one batch, stop
