@@ -633,7 +633,7 @@ class Saver:
     peft_model: nn.Module | None
     backbone: dict
     dtype: torch.dtype
-    about: dict
+    meta: dict  # what is the same in every meta.json of the run
 
     def write(self, folder, gathered=None):
         weights, moments = gathered or ckpt.training_state(self.policy.model, self.optimizer)
@@ -642,7 +642,7 @@ class Saver:
 
     def export(self, folder, weights=None):
         save_model(folder / "model", self.policy, self.peft_model, self.backbone, self.dtype, weights)
-        (folder / "meta.json").write_text(json.dumps(self.about | self.run.progress(), indent=2))
+        (folder / "meta.json").write_text(json.dumps(self.meta | self.run.progress(), indent=2))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -737,9 +737,8 @@ def check_data(cfg):
         collate = Collate(processor, fast, data.spec.normalizer)
         shown |= {k: v.numpy() for k, v in collate(items).items() if k not in ("images", "names")}
     for key, value in shown.items():
-        print(
-            f"          {key:<14} {str(value.shape):<24} {str(value.dtype):<8} {value.min():.4g} .. {value.max():.4g}"
-        )
+        low, high = value.min(), value.max()
+        print(f"          {key:<14} {str(value.shape):<24} {str(value.dtype):<8} {low:.4g} .. {high:.4g}")
     if processor is not None:
         print(f"prompt    {processor.text(items[0]['instruction'], items[0]['state'])!r}")
         print(f"answer    {processor.tokenizer.decode(collate.answer(items[0]['action']))}")
@@ -750,12 +749,8 @@ def validate(policy, data, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
     val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged}"""
-    spec, model, size, dataset = (
-        policy.spec,
-        policy.model,
-        cfg.per_device_batch_size,
-        NoraDataset(data.validation, policy.spec),
-    )
+    spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
+    dataset = NoraDataset(data.validation, spec)
     pick = dataset.spread(cfg.val_samples)
     decoded = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)
     decoded = set(pick[decoded].tolist())
@@ -859,9 +854,9 @@ def main(cfg):
     run.describe(core, len(dataset), size, out, f", train {cfg.train}; attention {attention}")
     run.write("dataset_stats.json", json.dumps(data.spec.stats, indent=2))
     run.write("validation_episodes.txt", "".join(f"{e.name}\n" for e in data.validation))
-    about = dict(format_version=FORMAT, script=Path(__file__).stem, validation=[e.name for e in data.validation])
-    about["fingerprint"] = data.fingerprint()
-    saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, about)
+    meta = dict(format_version=FORMAT, script=Path(__file__).stem, fingerprint=data.fingerprint())
+    meta["validation"] = [e.name for e in data.validation]
+    saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, meta)
     gather = partial(ckpt.training_state, core, optimizer, True) if cfg.fsdp else None
     run.checkpoints(out, "steps_{step}", saver.write, size, keep=cfg.keep_checkpoints, gather=gather)
 
