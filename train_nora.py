@@ -109,9 +109,7 @@ class Config:
     val_samples: int = 256  # frames of the held-out episodes for the loss, evenly spread
     val_decode_samples: int = 64  # of these, frames whose actions are decoded for the MAE
     resume_from_checkpoint: str | None = None  # steps_N directory, or "auto" for the newest one in output_dir
-    load_model_weights: str | None = (
-        None  # start from these weights: a checkpoint or model directory, in place of model
-    )
+    load_model_weights: str | None = None  # start from this checkpoint or model directory, in place of model
     wandb_project_name: str = "NORA VLA Training"  # W&B project
     wandb: WandbConfig = field(default_factory=WandbConfig)
     check: bool = False  # read the data, build and print one batch, stop
@@ -560,7 +558,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
         tensors = {k.removeprefix("vlm."): v for k, v in (weights or policy.model.state_dict()).items()}
         if vlm.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        tensors = {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in tensors.items()}
+        tensors = {k: v.to("cpu", dtype if v.is_floating_point() else None) for k, v in tensors.items()}
         vlm.save_pretrained(folder, state_dict=tensors)
     for path in policy.model.processor.folder.iterdir():  # as they are: other releases read them as well as this one
         if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
@@ -635,7 +633,7 @@ class Saver:
     peft_model: nn.Module | None
     backbone: dict
     dtype: torch.dtype
-    about: dict
+    meta: dict  # what is the same in every meta.json of the run
 
     def write(self, folder, gathered=None):
         weights, moments = gathered or ckpt.training_state(self.policy.model, self.optimizer)
@@ -644,7 +642,7 @@ class Saver:
 
     def export(self, folder, weights=None):
         save_model(folder / "model", self.policy, self.peft_model, self.backbone, self.dtype, weights)
-        (folder / "meta.json").write_text(json.dumps(self.about | self.run.progress(), indent=2))
+        (folder / "meta.json").write_text(json.dumps(self.meta | self.run.progress(), indent=2))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -680,8 +678,9 @@ def describe(cfg, data, show):
     own = [e.instruction for e in data.train if e.instruction]
     texts = sorted({*own, spec.task_instruction} if len(own) < len(data.train) else {*own})
     show(f"text      {len(texts)} instruction(s), {len(own)} episodes bring their own; e.g. {texts[0]!r}")
+    state = " and ".join(spec.state_keys) + ", in the prompt"
     unseen = "not seen by the model; dataset.state_in_prompt: true appends use_qpos and use_ee_pose"
-    show(f"state     {' and '.join(spec.state_keys) + ', in the prompt' if spec.state_keys else unseen}")
+    show(f"state     {state if spec.state_keys else unseen}")
     if d.camera_dropout_prob and d.min_cameras == len(spec.cameras):
         show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {spec.cameras}")
     if action.source == "action" and ep.records_past_motion(data.train):
@@ -705,9 +704,9 @@ def describe_fast(data, fast, show):
     symbols = f"{clipped} coefficients without a symbol" + (" (--fast fit has them)" if clipped else "")
     show(f"FAST      {fast.vocab_size} ids; {np.mean(lengths):.1f} tokens per chunk (max {max(lengths)}), {symbols}")
     names = [f"{name} {unit}".strip() for name, unit in spec.action_names()]
-    show(f"error     of {len(lengths)} chunks" + " ".join(f"{name:>11}" for name in names).rjust(12 * len(names)))
+    show(f"error     {f'of {len(lengths)} chunks':<13} " + " ".join(f"{name:>11}" for name in names))
     for what, values in zip(("holding still", "q01..q99 clip", "clip and FAST"), errors, strict=True):
-        show(f"          {what:<13}" + " ".join(f"{v:11.4g}" for v in values))
+        show(f"          {what:<13} " + " ".join(f"{v:11.4g}" for v in values))
     worst = []
     for name, still, limited, coded in zip(names, *errors, strict=True):
         if coded > 0.5 * still > 0:
@@ -738,9 +737,8 @@ def check_data(cfg):
         collate = Collate(processor, fast, data.spec.normalizer)
         shown |= {k: v.numpy() for k, v in collate(items).items() if k not in ("images", "names")}
     for key, value in shown.items():
-        print(
-            f"          {key:<14} {str(value.shape):<24} {str(value.dtype):<8} {value.min():.4g} .. {value.max():.4g}"
-        )
+        low, high = value.min(), value.max()
+        print(f"          {key:<14} {str(value.shape):<24} {str(value.dtype):<8} {low:.4g} .. {high:.4g}")
     if processor is not None:
         print(f"prompt    {processor.text(items[0]['instruction'], items[0]['state'])!r}")
         print(f"answer    {processor.tokenizer.decode(collate.answer(items[0]['action']))}")
@@ -751,12 +749,8 @@ def validate(policy, data, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
     val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged}"""
-    spec, model, size, dataset = (
-        policy.spec,
-        policy.model,
-        cfg.per_device_batch_size,
-        NoraDataset(data.validation, policy.spec),
-    )
+    spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
+    dataset = NoraDataset(data.validation, spec)
     pick = dataset.spread(cfg.val_samples)
     decoded = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)
     decoded = set(pick[decoded].tolist())
@@ -860,9 +854,9 @@ def main(cfg):
     run.describe(core, len(dataset), size, out, f", train {cfg.train}; attention {attention}")
     run.write("dataset_stats.json", json.dumps(data.spec.stats, indent=2))
     run.write("validation_episodes.txt", "".join(f"{e.name}\n" for e in data.validation))
-    about = dict(format_version=FORMAT, script=Path(__file__).stem, validation=[e.name for e in data.validation])
-    about["fingerprint"] = data.fingerprint()
-    saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, about)
+    meta = dict(format_version=FORMAT, script=Path(__file__).stem, fingerprint=data.fingerprint())
+    meta["validation"] = [e.name for e in data.validation]
+    saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, meta)
     gather = partial(ckpt.training_state, core, optimizer, True) if cfg.fsdp else None
     run.checkpoints(out, "steps_{step}", saver.write, size, keep=cfg.keep_checkpoints, gather=gather)
 
