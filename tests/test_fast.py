@@ -211,12 +211,6 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, fast, name, content):
         FastTokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["physical-intelligence/no-such-thing", "no/such/folder/here", "nowhere"])
-def test_neither_directory_nor_hub_says_what_to_do(source):
-    with pytest.raises(UserError, match=f"'{source}'.*--fast DIR.*--fast fit"):
-        FastTokenizer.load(source)
-
-
 @pytest.mark.parametrize("horizon,dim,scale,size", [(1, 6, 10, 256), (10, 6, 10, 512), (16, 2, 25, 300)])
 def test_a_fitted_tokenizer_codes_every_normalised_chunk(horizon, dim, scale, size):
     """Also the largest motions: all ones is one coefficient of scale * sqrt(H), exactly the bound of decode."""
