@@ -794,7 +794,7 @@ def merge_by_hand(cfg):
 
 def merge(run, source, target, last=False):
     """Merge on rank 0, while the others wait. What fails costs the merge, not the training."""
-    if last and (target / "config.json").is_file() and read_meta(target)["step"] == run.step:
+    if last and run.once(lambda: (target / "config.json").is_file() and read_meta(target)["step"] == run.step):
         return
     try:
         run.print(f"merged model: {run.once(merge_adapter, source, target)}")

@@ -1102,10 +1102,12 @@ def main(cfg):
     def export(path, tensors):
         save_model(path, tensors, cfg, collate, meta | dict(step=run.step), run.device.type)
 
+    def export_final(tensors, size):
+        ok = run.save_as(folder / "final_hf", lambda path: export(path, tensors()), size)
+        require(ok, f"{folder}/final_hf could not be written. Free space; --resume auto writes it")
+
     if not run.plan(t.steps, "--steps"):
-        if not (folder / "final_hf").is_dir():
-            run.save_as(folder / "final_hf", lambda path: export(path, saved["policy_state_dict"]), 0)
-        return
+        return export_final(lambda: saved["policy_state_dict"], 0)  # it may be missing, or of a shorter run
 
     # ---- model, optimizer
     dims, A, o = data.spec.definition.dim, cfg.policy.max_action_dim, cfg.optimizer
@@ -1128,7 +1130,6 @@ def main(cfg):
     run.describe(core, len(dataset), size, folder, f"; {said}")
     warmup, decay = schedule(t.steps - begin, cfg)
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
-    folder.mkdir(parents=True, exist_ok=True)
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
     run.once(save_stats, out / "dataset_stats.yaml", data.spec.stats)
     run.once(ep.write_validation_list, out / "validation_episodes.txt", data.episodes, data.validation)
@@ -1148,6 +1149,7 @@ def main(cfg):
         state["ema_state_dict"] = {k: v.cpu() for k, v in ema.average.items()}
         state["optimizer_state_dict"] = ckpt.training_state(core, optimizer)[1]
         ckpt.save_state(path, run.progress() | about | state)
+        ckpt.link(path, folder / "checkpoint_latest.pt")
 
     run.checkpoints(folder, "checkpoint_step_{step}.pt", write, size, keep=t.keep_checkpoints)
 
@@ -1181,18 +1183,17 @@ def main(cfg):
             line = f"[VAL] Step {step.number} | {losses} | Action MAE: {values['val/action_mae']:.4g}"
             if step.validated(values, values["val/loss"], line=f"{line} {policy.action_names()[0][1]}"):
                 run.save_best(folder / "best_hf", lambda path: export(path, weights()[1]), size)
-        if step.should_save(t.save_freq) and run.save() and run.main:
-            ckpt.link(run.saved, folder / "checkpoint_latest.pt")
+        if step.should_save(t.save_freq):
+            run.save()
 
     # ---- end
     if run.step == t.steps:
         if adapters:  # opens with peft, on the weights that this run began with
             with ema.swapped():
                 run.save_as(folder / "final_adapter", adapters.save_pretrained, size)
-        ok = run.save_as(folder / "final_hf", lambda path: export(path, weights()[1]), size)
-        require(ok, f"{folder / 'final_hf'} could not be written. Free space; --resume auto writes it")
+        export_final(lambda: weights()[1], size)
     evaluate = f"evaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}"
-    run.finish(f"model: {folder / 'final_hf'} (LeRobot format)", evaluate, plot=("train/loss", "val/loss"))
+    run.finish(f"model: {folder}/final_hf (LeRobot format)", evaluate, plot=("train/loss", "val/loss"))
 
 
 if __name__ == "__main__":

@@ -58,10 +58,8 @@ def atomic_path(final):
             os.replace(aside, final)
         _remove(temporary)
         if full:
-            text = (
-                f"no room left while writing {final} ({error}); what was there before is untouched. Free space, resume"
-            )
-            raise DiskFull(errno.ENOSPC, text) from error
+            untouched = "what was there before is untouched. Free space, resume"
+            raise DiskFull(errno.ENOSPC, f"no room left while writing {final} ({error}); {untouched}") from error
         raise
     _remove(aside)
 
@@ -78,8 +76,9 @@ def _umask():
 
 
 def _disk_is_full(error, folder):
-    """Also where torch.save ("unexpected pos 704 vs 598") and safetensors hide it behind an error of their own."""
-    said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    """Also where torch.save ("[enforce fail at inline_container.cc", whatever the cause) and safetensors hide it."""
+    said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    said = said or re.search("No space left|quota exceeded|inline_container", str(error))
     return isinstance(error, Exception) and (said or shutil.disk_usage(folder).free < 2**20)
 
 
@@ -185,14 +184,7 @@ def _check_plain(value, where):
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             _check_plain(item, f"{where}[{i}]")
-    elif type(value) not in (
-        torch.Tensor,
-        int,
-        float,
-        bool,
-        str,
-        type(None),
-    ):  # weights_only reads no subclass, no bytes
+    elif type(value) not in (torch.Tensor, int, float, bool, str, type(None)):  # weights_only reads no subclass
         raise TypeError(f"{where} is a {type(value).__name__}; only tensors and plain values are stored")
 
 
@@ -244,7 +236,8 @@ def find_checkpoint(wanted, folder, patterns, beside=()):
 def set_aside(folder, patterns, step):
     """Move the checkpoints after `step` into a folder beside them: the run goes on from `step`. -> their new paths."""
     later = [path for path in checkpoints_in(folder, patterns) if (step_of(path) or 0) > step]
-    number = len(list(Path(folder).glob(f"{SET_ASIDE}_*"))) + 1
+    taken = {path.name for path in Path(folder).glob(f"{SET_ASIDE}_*")}
+    number = next(n for n in range(1, len(taken) + 2) if f"{SET_ASIDE}_{n}" not in taken)
     moved = [path.parent / f"{SET_ASIDE}_{number}" / path.name for path in later]
     for path, target in zip(later, moved, strict=True):
         target.parent.mkdir(exist_ok=True)
@@ -252,9 +245,11 @@ def set_aside(folder, patterns, step):
     return moved
 
 
-def rotate(folder, pattern, keep):
-    """Delete all but the newest `keep` checkpoints (0 keeps all). Call it after the new one is in place."""
-    for path in checkpoints_in(folder, (pattern,))[:-keep] if keep else []:
+def rotate(folder, name, keep):
+    """Delete all but the newest `keep` checkpoints called `name` ("steps_{step}"; 0 keeps all), not a user's copies
+    beside them. Call it after the new one is in place."""
+    own = [path for path in Path(folder).iterdir() if re.fullmatch(name.format(step=r"\d+"), path.name)]
+    for path in sorted(own, key=step_of)[:-keep] if keep else []:
         doomed = _beside(path)
         os.replace(path, doomed)  # the name goes first: deleting a folder takes many calls
         _remove(doomed)

@@ -30,7 +30,7 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         else:
             require(flags, f"unexpected argument '{word}': arguments are --key value")
             flags[-1][1].append(word)
-    for path in [given[0] if given else "" for name, given in flags if name == "config"]:
+    for path in [" ".join(given) for name, given in flags if name == "config"]:
         words += _yaml_flags(path, _read_yaml(path), kinds, partial, accepted or {})
     for name, given in flags:
         words += [] if name == "config" else _flag(name, given, kinds, aliases or {})
@@ -83,7 +83,7 @@ def _words(name, given, kinds):
         given = [word.capitalize() for word in given or ["True"]]
     if int in kinds:  # 1e5 and 100.0 are whole numbers, too
         given = [str(int(float(w))) if re.fullmatch(r"\d+(\.0*)?(e\d+)?", w) and len(w) < 16 else w for w in given]
-    return [f"--{name}", *given]
+    return [f"--{name}={given[0]}"] if len(given) == 1 else [f"--{name}", *given]  # = is for what begins with -
 
 
 def _read_yaml(path):
@@ -102,7 +102,10 @@ def _yaml_flags(path, tree, kinds, partial, accepted, prefix=""):
         name = f"{prefix}{key}"
         if name in kinds:
             value = [word for pair in value.items() for word in pair] if isinstance(value, dict) else value
-            words += _words(name, value if isinstance(value, list) else [value], kinds)
+            given = value if isinstance(value, list) else [value]
+            plain = all(isinstance(word, str) for word in given)
+            require(plain, f"{path}: {name} is {value}: expected one value, or a list of plain ones")
+            words += _words(name, given, kinds)
         elif name in accepted:
             means = [str(v).lower() for v in accepted[name] or [value]]
             fits = f"{path}: {name} is '{value}', this program does {' or '.join(means)} only: leave the key out"

@@ -1,6 +1,7 @@
 """What a training says: one aligned line per log step, the same values in metrics.jsonl and (if wanted) in W&B, a bar,
 a loss plot."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -94,7 +95,10 @@ class RunLog:
         if not self.active:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        except OSError as error:  # a full disk must not cost a training; the row is written when there is room
+            self.print(f"metrics.jsonl: {error}. Training goes on")
         if line:
             self.print(line)
         if self._wandb is not None:
@@ -103,7 +107,8 @@ class RunLog:
     def close(self):
         if self.active:
             self._bar.close()
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             if self._wandb is not None:
                 self._wandb_call(self._wandb.finish)
 

@@ -42,7 +42,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
-from common import UserError
+from common import UserError, require
 from common import checkpoint as ckpt
 from common.config import parse_config
 from common.log import RunLog, memory_gb, plot_loss
@@ -144,7 +144,8 @@ class Run:
         if wanted == "auto" and not path:
             self.print(f"resume    auto: no checkpoint in {folder}, starting a new run")
         self.folder, self.all_names = Path(folder), (*patterns, *beside)
-        self.sum(0)  # all ranks have looked before rank 0 writes
+        same = len(set(self.gather(path and str(path)))) == 1  # all ranks have looked before rank 0 writes
+        require(same, f"not every process sees the checkpoints in {folder}: all machines must share that disk")
         return path
 
     def progress(self):
@@ -160,7 +161,8 @@ class Run:
         moved = self.once(ckpt.set_aside, self.folder, self.all_names, self.step)
         if moved:
             self.print(f"set aside {', '.join(p.name for p in moved)}, of later steps: now in {moved[0].parent}")
-        if any("best" in p.name for p in moved):  # it had replaced the one known at this step: another will come
+        elsewhere = Path(path).resolve().parent != self.folder.resolve()
+        if elsewhere or any("best" in p.name for p in moved):  # the one known at this step is not here: another comes
             self.best_val_loss, self.best_step = None, None
 
     def plan(self, total, how):
@@ -182,8 +184,9 @@ class Run:
     def write(self, name, text):
         """A file beside the log."""
         if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / name).write_text(text, encoding="utf-8")
+            path = self.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
     # ---- saving
 
@@ -201,7 +204,7 @@ class Run:
             return False
         self.saved, self.saved_step = path, self.step
         if self.main and "{step}" in self._name:
-            ckpt.rotate(self._folder, self._name.format(step="*"), self._keep)
+            ckpt.rotate(self._folder, self._name, self._keep)
         return True
 
     def save_as(self, path, write, size, *args):
@@ -238,9 +241,7 @@ class Run:
         self.log.close()
         path = self._folder / self._name.format(step=self.step)
         if not self.sound or self._gather:
-            print(
-                f"NOT SAVED: the weights are not whole on one process; the newest checkpoint: {self.saved}", flush=True
-            )
+            print(f"NOT SAVED: no process has the whole weights; the newest checkpoint: {self.saved}", flush=True)
             return
         try:
             self._save_here(path, self._write, self._size)
@@ -435,7 +436,7 @@ class Step:
         """{loss, grad_norm, added sums: mean over the updates since the last log line}; NaN if there were none."""
         window = self.run.window
         names = [name for name in self.run.metrics if name not in ("stop", "error")]
-        return {k: sum(w[k] for w in window) / len(window) if window else math.nan for k in names}
+        return {k: sum(w.get(k, math.nan) for w in window) / len(window) if window else math.nan for k in names}
 
     def speed(self):
         """-> (samples per second, share of the time that waited for data, memory in GB) since the last log line."""
@@ -523,10 +524,11 @@ def launch(main, config, aliases=None, memory="", accepted=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)  # no thread, worker or process group may change the exit code or hold it up
+    if dist.is_initialized():
+        Run.current.sum(0)  # rank 0 may be merging: NCCL's own barrier would give up after 10 minutes
     Run.current = None
     if dist.is_initialized():
         gc.collect()  # a DDP reducer that outlives the process group would join gloo's threads with Python's lock held
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -535,8 +537,8 @@ def _explain(error, cfg, memory):
     text = str(error).strip()
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
         keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} if cfg else {}
-        first = text.splitlines()[0] if text else "of the host"
-        return f"CUDA out of memory ({first}). {memory.format(**keys)}"
+        where = "The host is" if isinstance(error, MemoryError) else "CUDA"
+        return f"{where} out of memory ({text.partition(chr(10))[0]}). {memory.format(**keys)}"
     if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
         return "another process of this training ended first: its message says why"
-    return text if isinstance(error, UserError) else None
+    return text if isinstance(error, UserError) or "No space left" in text else None

@@ -60,7 +60,7 @@ $multi || exec "${command[@]}"
 
 set -m  # a process group of its own: the terminal's Ctrl-C reaches this shell alone, which passes it on
 "${command[@]}" <&0 &
-pass() { pkill "-$1" -P "$agent" || true; }  # torchrun's children, not torchrun
+pass() { pkill "-$1" -P "$agent" || kill "-$1" "$agent" || true; }  # torchrun's children, not torchrun, where it has some
 agent=$!
 trap 'pass TERM' TERM
 trap 'pass INT' INT

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import time
@@ -191,7 +192,7 @@ def save_forever(folder, report, keep=2):
         for name in (f"steps_{number}", "best"):
             with atomic_path(folder / name) as temporary:
                 write_pair(temporary, number)
-        ckpt.rotate(folder, "steps_*", keep)
+        ckpt.rotate(folder, "steps_{step}", keep)
         os.write(report, number.to_bytes(4, "little"))
 
 
@@ -276,7 +277,7 @@ def test_kill_at_every_step_of_a_save(tmp_path):
             for name in ("steps_3", "best"):
                 with atomic_path(folder / name) as temporary:
                     write_pair(temporary, 3)
-            ckpt.rotate(folder, "steps_*", 2)
+            ckpt.rotate(folder, "steps_{step}", 2)
             os._exit(0)
 
         # an even point dies before call number point/2, an odd one after it
@@ -309,9 +310,21 @@ def test_checkpoints_in_order_of_number(tmp_path):
 def test_rotate(tmp_path, keep, left):
     for step in (100, 5, 20, 9):
         (tmp_path / f"steps_{step}" / "model").mkdir(parents=True)
-    (tmp_path / "loss.png").touch()
-    ckpt.rotate(tmp_path, "steps_*", keep)
-    assert steps(tmp_path) == left and (tmp_path / "loss.png").exists()
+    theirs = [tmp_path / name for name in ("loss.png", "steps_5_keep", "steps_notes.txt")]
+    for path in theirs:
+        path.touch()
+    ckpt.rotate(tmp_path, "steps_{step}", keep)
+    assert all(path.exists() for path in theirs), "a user's copy and notes are not the run's checkpoints"
+    theirs[1].unlink()
+    theirs[2].unlink()
+    assert steps(tmp_path) == left
+
+
+def test_a_write_that_fails_for_another_reason_than_a_full_disk_is_a_failed_save_too(tmp_path):
+    """torch.save of a quota or a lost disk: RuntimeError; the training can go on."""
+    said = "[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"
+    with pytest.raises(OSError, match="unexpected pos 704"), atomic_path(tmp_path / "state.pt"):
+        raise RuntimeError(said)
 
 
 def test_a_rotation_that_is_interrupted_leaves_no_half_checkpoint(tmp_path, monkeypatch):
@@ -325,7 +338,7 @@ def test_a_rotation_that_is_interrupted_leaves_no_half_checkpoint(tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ckpt.shutil, "rmtree", dies_half_way)
-        ckpt.rotate(tmp_path, "steps_*", 1)
+        ckpt.rotate(tmp_path, "steps_{step}", 1)
     assert steps(tmp_path) == [2]
     ckpt.remove_temporaries(tmp_path)
     assert list(tree(tmp_path)) == ["steps_2", "steps_2/model", "steps_2/model/config.json", "steps_2/state.pt"]
@@ -511,6 +524,11 @@ def test_what_comes_after_the_resumed_step_is_set_aside(tmp_path):
     assert ckpt.set_aside(tmp_path, ("steps_*",), 4) == []
     write_pair(tmp_path / "steps_6", 6)
     assert ckpt.set_aside(tmp_path, ("steps_*",), 4)[0].parent.name == "set_aside_2"
+    shutil.rmtree(tmp_path / "set_aside_1")  # to make room
+    write_pair(tmp_path / "steps_6", 6)
+    write_pair(tmp_path / "steps_8", 8)
+    moved = ckpt.set_aside(tmp_path, ("steps_*",), 4)
+    assert [path.parent.name for path in moved] == ["set_aside_1"] * 2 and (tmp_path / "set_aside_2/steps_6").is_dir()
 
 
 def test_a_resume_that_would_silently_be_another_run_is_refused():

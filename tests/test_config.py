@@ -110,6 +110,12 @@ def test_lists_and_dicts(tmp_path, text):
     assert parse("--cameras").data.cameras == []
 
 
+def test_text_may_begin_with_a_dash(tmp_path):
+    for text in ("--name=--foo", "--name=-1x", "--name -foo"):
+        assert parse(*text.split()).model.name == text[7:]
+    assert from_yaml(tmp_path, "model: {name: --clip}").model.name == "--clip"
+
+
 def test_negative_numbers_and_null(tmp_path):
     assert parse("--clip", "-1").clip == -1.0
     assert parse("--clip", "null").clip is None and from_yaml(tmp_path, "clip: null\nresume:\n").clip is None
@@ -163,6 +169,7 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("train", "unexpected argument 'train'"),
         ("--config", "ready-made files are in configs/"),
         ("--config nowhere.yaml", "nowhere.yaml"),
+        ("--config a.yaml b.yaml", "--config a.yaml b.yaml: "),
     ],
 )
 def test_wrong_flags(text, said):
@@ -185,6 +192,8 @@ def test_wrong_flags(text, said):
         ("- 1\n- 2\n", "found a list"),
         ("just words", "found a str"),
         ("data: 3", "unknown key 'data'"),
+        ("data: {size: [[112, 56]]}", "data.size is [['112', '56']]: expected one value, or a list of plain ones"),
+        ("data: {weights: {sim: {a: 1}}}", "expected one value"),
     ],
 )
 def test_wrong_files(tmp_path, text, said):
@@ -249,7 +258,7 @@ def test_a_checkpoint_opens_after_a_field_came_and_another_went():
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(
     lambda s: not s.startswith("-") and s not in ("~", "null", "none", "None")
-)
+)  # a list of several texts cannot have one that begins with a dash
 
 
 @given(st.builds(Data, st.integers(), st.booleans(), st.lists(st.integers()), st.lists(texts)), st.floats(1e-9, 1e9))

@@ -14,8 +14,8 @@ import torch
 import toy
 from common import UserError
 from common import checkpoint as ckpt
-from common.log import read_metrics
-from common.run import Run, StopSignal, launch
+from common.log import RunLog, read_metrics
+from common.run import Run, Step, StopSignal, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +114,39 @@ def test_a_best_of_a_later_step_is_set_aside_too(tmp_path):
     train(tmp_path, steps=6, val_steps=6, resume="auto")
     train(tmp_path, steps=6, val_steps=3, resume=str(tmp_path / "steps_2"))
     assert meta(tmp_path / "set_aside_1" / "best")["best_step"] == 6 and meta(tmp_path / "best")["best_step"] in (3, 6)
+
+
+def test_a_run_that_goes_on_in_another_folder_has_its_best_there(tmp_path):
+    train(tmp_path / "a", steps=3, val_steps=3)
+    start = tmp_path / "a" / "steps_3"
+    (start / "meta.json").write_text(json.dumps(meta(start) | dict(best_val_loss=0.0)))  # none will be better
+    train(tmp_path / "b", steps=4, resume=str(start))
+    assert meta(tmp_path / "b" / "best")["best_step"] == 4
+
+
+def test_processes_that_see_other_checkpoints_do_not_train(tmp_path, monkeypatch):
+    """Several machines, a disk of each one's own."""
+    train(tmp_path, steps=2)
+    monkeypatch.setattr(Run, "gather", lambda self, value: [value, None])
+    with pytest.raises(UserError, match="all machines must share that disk"):
+        train(tmp_path, resume="auto")
+
+
+def test_a_metric_may_be_added_to_a_run(tmp_path, monkeypatch):
+    """Its sums since the last line are in the checkpoint, without the new name."""
+    train(tmp_path, log_steps=2, signal_step=3)
+    assert len(meta(tmp_path / "steps_3")["window"]) == 1
+    add = Step.add
+    monkeypatch.setattr(Step, "add", lambda self, **sums: add(self, **sums, new=1.0))
+    train(tmp_path, log_steps=2, resume="auto")
+
+
+def test_a_full_disk_under_the_log_does_not_end_the_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(RunLog, "_open_metrics", lambda *_: open("/dev/full", "a", 1))  # noqa: SIM115
+    (tmp_path / "metrics.jsonl").touch()  # for the plot
+    train(tmp_path)
+    assert "metrics.jsonl: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert meta(tmp_path / "steps_6")["step"] == 6
 
 
 def test_a_folder_without_a_checkpoint_is_no_obstacle(tmp_path):

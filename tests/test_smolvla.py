@@ -209,6 +209,10 @@ def test_a_finished_run_writes_the_export_that_is_missing(make, monkeypatch):
     shutil.rmtree(Path(cfg.output_dir) / "checkpoints/final_hf")
     monkeypatch.setattr(smolvla, "build_model", lambda *_: pytest.fail("nothing is to be trained"))
     smolvla.main(make(steps=2, resume="auto"))
+    meta = Path(cfg.output_dir) / "checkpoints/final_hf/meta.json"
+    meta.write_text(meta.read_text().replace('"step": 2', '"step": 1'))  # an export from before --steps was raised
+    smolvla.main(make(steps=2, resume="auto"))
+    assert json.loads(meta.read_text())["step"] == 2
     same(load_file(Path(cfg.output_dir) / "checkpoints/final_hf/model.safetensors"), state["policy_state_dict"])
 
 

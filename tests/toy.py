@@ -21,6 +21,7 @@ class Config:
     batch_size: int = 2  # samples per process and micro-batch
     accumulation: int = 2  # micro-batches per step
     num_workers: int = 0  # loader processes
+    log_steps: int = 1  # optimizer steps
     save_steps: int = 2  # optimizer steps
     val_steps: int = 3  # optimizer steps
     keep: int = 0  # checkpoints; 0: all
@@ -105,7 +106,7 @@ def main(cfg):
 
             os.kill(os.getpid(), signal.SIGTERM)
         step.update(optimizer, 0.01, 1.0)
-        if step.every(1):
+        if step.every(cfg.log_steps):
             mean = step.mean()
             step.log(dict(loss=mean["loss"], grad_norm=mean["grad_norm"]), f"loss {mean['loss']:.4f}")
         if step.every(cfg.val_steps):
