@@ -664,7 +664,7 @@ def open_backbone(source, weights=True, why=""):
         config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         tokenizer, pixels = processor.tokenizer, processor.image_processor
     except (OSError, ValueError, AttributeError) as error:  # a file is missing, or of something else
-        text = f"model '{source}' is no Kosmos-2 directory as transformers saves it ({str(error).splitlines()[0]})"
+        text = f"model '{source}' lacks a file of a Kosmos-2: preprocessor_config.json? {str(error).splitlines()[0]}"
         raise MissingFile(text) from error
     another = f"model '{source}' is a {config.model_type}; expected a kosmos-2, e.g. {Config.model}"
     require(config.model_type == "kosmos-2", another)
