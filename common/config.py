@@ -41,10 +41,8 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        lines = [
-            line.strip("│─ ") for line in said.getvalue().splitlines() if line.startswith("│")
-        ]  # a box -> one line
-        text = " ".join(line for line in lines if line and not re.search("full helptext| --help$", line))
+        box = [line.strip("│─ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        text = " ".join(line for line in box if line and not re.search("full helptext| --help$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
 
 

@@ -224,8 +224,6 @@ class Run:
         self.best_val_loss, self.best_step = self._candidate
         if not self.save_as(path, write, size):
             self.best_val_loss, self.best_step = before
-            return False
-        return True
 
     def _save_here(self, path, write, size, *args):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,8 +233,7 @@ class Run:
 
     def save_after_error(self):
         """The last complete step, where rank 0 can still write it: other ranks may be gone or wait for each other."""
-        unsaved = self.main and self._write is not None and self.log is not None and self.step > self.saved_step
-        if not unsaved:
+        if not (self.main and self._write and self.log and self.step > self.saved_step):
             return
         self.log.close()
         path = self._folder / self._name.format(step=self.step)
@@ -397,9 +394,8 @@ class Step:
             assert len(set(map(tuple, run.gather(names)))) == 1, "step.add must get the same names on every rank"
             run.metrics = names
         assert names == run.metrics, f"step.add must get the same names in every step: {run.metrics}, now {names}"
-        sums = [torch.as_tensor(float(v) if isinstance(v, bool) else v) for v in (stop | self._sums).values()]
-        sums = dict(zip(stop | self._sums, sums, strict=True))
-        total = torch.stack([sums[n].to(run.device, torch.float64, non_blocking=True) for n in names])
+        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in (stop | self._sums).items()}
+        total = torch.stack([sums[name].to(run.device, non_blocking=True) for name in names])
         if run.world > 1:
             dist.all_reduce(total)
         values = dict(zip(names, total.tolist(), strict=True))  # the one wait for the GPU in a step

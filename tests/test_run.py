@@ -309,6 +309,19 @@ def test_data_that_one_process_cannot_read_stops_all(tmp_path):
     assert list(tmp_path.glob("steps_*"))
 
 
+def test_launch_sh_ends_a_torchrun_that_has_no_processes_yet(tmp_path):
+    """It may be waiting for other machines."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 30\n")
+    (tmp_path / "python").chmod(0o755)
+    argv = ["bash", str(ROOT / "shells" / "train_async.sh"), "--num-gpus", "2"]
+    running = subprocess.Popen(argv, env=os.environ | dict(PYTHON=str(tmp_path / "python")), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # touch is no child any more
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=20) == 128 + signal.SIGTERM
+
+
 def test_launch_sh_passes_a_signal_on(tmp_path):
     """torchrun itself would end with 1, and kill the processes after 30 s."""
     (tmp_path / "shells").mkdir()
