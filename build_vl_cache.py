@@ -76,6 +76,52 @@ def unique_looks(ticks, views):
     return looks, rows
 
 
+# ---- its file --------------------------------------------------------------------------------------------------------
+
+
+def make_meta(recipe, session, ticks, known=None):
+    """What a feature file must say about itself, plain values. `known`: see image_facts."""
+    index = {view: np.where(ticks.complete, ticks.frame_index[view], -1).tolist() for view in recipe["views"]}
+    used = {view: sorted(set(numbers) - {-1}) for view, numbers in index.items()}
+    return dict(
+        recipe=recipe,
+        session=session.name,
+        instruction=session.instruction,
+        stride=ticks.stride,
+        tick_times=ticks.tick_time.tolist(),
+        frame_index=index,
+        frames={view: vl_cache.image_facts(session, view, numbers, known) for view, numbers in used.items()},
+    )
+
+
+def fingerprint(meta):
+    """24 hex digits that change with anything in make_meta's result but places and times on the disk."""
+    frames = {view: [[name, digest] for name, _, _, digest in rows] for view, rows in meta["frames"].items()}
+    recipe = {k: v for k, v in meta["recipe"].items() if k != "model"}  # its files identify a model, not its path
+    return vl_cache.digest_of(meta | dict(frames=frames, recipe=recipe))
+
+
+def file_of(root, session, meta):
+    """Path of the file with these features."""
+    return Path(root) / vl_cache.FOLDER / f"{vl_cache.stem_of(session)}__{fingerprint(meta)}.pt"
+
+
+def write_features(cache_root, session, ticks, features, meta):
+    """features (n_ticks, 1, D) float32 -> file, atomically; returns its path."""
+    dtype = meta["recipe"]["dtype"]
+    stored = features.to(vl_cache.DTYPES[dtype])
+    finite = torch.isfinite(stored[torch.from_numpy(ticks.complete)]).all()
+    how = "Build with --dtype fp32, or look at the images of this session"
+    require(finite, f"{session.name}: a feature is not finite in {dtype}. {how}")
+    path = file_of(cache_root, session, meta)
+    with ckpt.atomic_path(path) as temporary:
+        ckpt.save_state(temporary, dict(features=stored, meta=meta, checksum=vl_cache.checksum(stored, meta)))
+    return path
+
+
+# ---- the work --------------------------------------------------------------------------------------------------------
+
+
 class Builder:
     """Makes what is missing, session after session. Remembers the micro batch that fits, `paths` {session name: file},
     and what it took: `built` sessions, `computed` features, `seconds`. `go_on`, called with the number of features that
@@ -100,7 +146,7 @@ class Builder:
                 features = self.features(session, ticks)
                 if features is None:
                     return True
-                path = vl_cache.write_features(self.root, session, ticks, features, meta)
+                path = write_features(self.root, session, ticks, features, meta)
                 self.seconds, self.built = self.seconds + time.perf_counter() - began, self.built + 1
             self.paths[session.name] = path
             return True
@@ -175,11 +221,11 @@ def find_file(root, session, ticks, recipe):
     for file in reversed(files):
         for rows in file.meta["frames"].values():
             known |= {row[0]: row for row in rows}
-    meta = vl_cache.make_meta(recipe, session, ticks, known)
-    path = vl_cache.cache_path(root, session, vl_cache.fingerprint(meta))
+    meta = make_meta(recipe, session, ticks, known)
+    path = file_of(root, session, meta)
     found = next((file for file in files if file.path == path), None)
     if found and found.meta != meta:
-        vl_cache.write_features(root, session, ticks, found.features.float(), meta)
+        write_features(root, session, ticks, found.features.float(), meta)
     return meta, path if found else None
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common import checkpoint as ckpt
 from common import require
+from common.hub import content_facts
 
 VERSION = 1
 
@@ -34,18 +35,12 @@ class FrameStore:
         """Hash of content and recipe. The content's is kept by the file's size and time: a file is read once for it."""
         path = Path(path).resolve()
         if path not in self._keys:
-            status = path.stat()
-            seen = [str(path), status.st_size, status.st_mtime_ns]
-            note = self.folder / f"{hashlib.sha256(seen[0].encode()).hexdigest()[:32]}.digest"
-            known = json.loads(note.read_text()) if note.is_file() else []
-            if known[:3] != seen:
-                digest = hashlib.sha256()
-                with open(path, "rb") as file:
-                    while block := file.read(2**20):
-                        digest.update(block)
-                known = [*seen, digest.hexdigest()]
-                write_json(note, known)
-            self._keys[path] = hashlib.sha256((known[3] + self.recipe).encode()).hexdigest()[:32]
+            note = self.folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.digest"
+            known = json.loads(note.read_text()) if note.is_file() else None
+            facts = content_facts(path, known)
+            if facts != known:
+                write_json(note, facts)
+            self._keys[path] = hashlib.sha256((facts[2] + self.recipe).encode()).hexdigest()[:32]
         return self._keys[path]
 
     def about(self, path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common import MissingFile, UserError, require
+from common import MissingFile, require
 from common.checkpoint import atomic_path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
@@ -25,30 +25,26 @@ TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 def local_folder(source, weights=True, why=""):
     """Directory or hub id -> local directory with config and tokenizer files, and with `weights` the weight files.
     `why`: said where there is none, e.g. that a checkpoint named it."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    patterns = [*TEXTS, "*.safetensors", "pytorch_model*.bin"] if weights else list(TEXTS)
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen types; all mean that the files cannot be had
-        said = f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}){why}"
-        raise MissingFile(f"{said}. Give a local directory; python make_demo.py --help lists tiny ones") from error
+    return _folder(source, [*TEXTS, "*.safetensors", "pytorch_model*.bin"] if weights else list(TEXTS), why)
 
 
 def hub_file(source, name):
     """Path of one file of a local directory or a hub repository."""
+    path = _folder(source, [name]) / name
+    require(path.is_file(), f"{source} has no {name}")
+    return path
+
+
+def _folder(source, patterns, why="", **how):
     if Path(source).is_dir():
-        require((Path(source) / name).is_file(), f"the directory {source} has no {name}")
-        return Path(source) / name
-    from huggingface_hub import hf_hub_download
+        return Path(source)
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(hf_hub_download(str(source), name))
-    except Exception as error:  # as above
-        text = f"'{source}' is no directory, and {name} is not on the hub under that name ({type(error).__name__})"
-        raise MissingFile(text) from error
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **how))
+    except Exception as error:  # the hub client raises a dozen types; all mean that the files cannot be had
+        said = f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}){why}"
+        raise MissingFile(f"{said}. Give a local directory; python make_demo.py --help lists tiny ones") from error
 
 
 def stored_source(source):
@@ -102,28 +98,36 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
     missing = [name for name, p in wanted.items() if p.numel() and p.data_ptr() not in found]
     lost = [name for name in missing if not name.startswith(tuple(missing_ok))]
     for kind, names in (("lacks", lost), ("has unknown", unused)):
-        if names:
-            shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-            raise UserError(f"{source} {kind} {len(names)} tensors: {shown}. Give the model that this program expects")
+        shown = f"{len(names)} tensors: {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
+        require(not names, f"{source} {kind} {shown}. Give the model that this program expects")
     return missing
 
 
 def weight_digest(folder):
     """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. The hub names its files by their
     sha256; those of other files are kept beside them, and a file is read again only where its size or time moved."""
-    kept, digests = Path(folder) / ".sha256.json", []
-    known = json.loads(kept.read_text()) if kept.is_file() else {}  # {name: [bytes, mtime_ns, sha256]}
-    before = dict(known)
+    kept, facts, digests = Path(folder) / ".sha256.json", {}, []
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
     for path in weight_files(folder):
-        about, target = path.stat(), path.resolve()
-        facts, named = [about.st_size, about.st_mtime_ns], target.parent.name == "blobs" and len(target.name) == 64
-        if not named and known.get(path.name, [])[:2] != facts:
-            known[path.name] = [*facts, sha256_of(path)]
-        digests.append(target.name if named else known[path.name][2])
-    if known != before:  # where they cannot be kept, in a folder of others, the files are read every time
+        target = path.resolve()
+        if target.parent.name == "blobs" and len(target.name) == 64:
+            digests.append(target.name)
+        else:
+            facts[path.name] = content_facts(path, known.get(path.name))
+            digests.append(facts[path.name][2])
+    if (
+        not facts.items() <= known.items()
+    ):  # where they cannot be kept, in a folder of others, the files are read every time
         with contextlib.suppress(OSError), atomic_path(kept) as temporary:
-            temporary.write_text(json.dumps(known))
+            temporary.write_text(json.dumps(facts))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def content_facts(path, known=None):
+    """-> [bytes, mtime_ns, sha256] of a file; where size and time are those in `known` it is not read again."""
+    about = os.stat(path)
+    facts = [about.st_size, about.st_mtime_ns]
+    return known if known and known[:2] == facts else [*facts, sha256_of(path)]
 
 
 def sha256_of(path):
@@ -138,12 +142,9 @@ def folder_here(source):
     """local_folder without a download: None where the model is not, or not whole, on this machine."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     try:
-        folder = Path(snapshot_download(str(source), local_files_only=True))
+        folder = _folder(source, None, local_files_only=True)
         weight_files(folder)  # an interrupted download lacks some
-    except (LocalEntryNotFoundError, HFValidationError, MissingFile):
+    except MissingFile:
         return None
     return folder

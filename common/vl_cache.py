@@ -48,8 +48,6 @@ class VLEncoder:
     tokens. `layer` -1: the last, normed state; k: the state after k layers. The feature is its mean over all tokens.
     """
 
-    tokens = 1  # per feature
-
     def __init__(self, model, views, height=360, width=640, layer=-1, dtype="fp16", device="cpu", compute_dtype="auto"):
         self.device, self.views, self.layer = torch.device(device), sorted(set(views)), layer
         require(self.views, "views is empty: name at least one, e.g. --views View1 View5")
@@ -188,7 +186,7 @@ def model_digest(model):
         chat=[_read_json(folder, name).get("chat_template") for name in chat],
         images=[images.get("image_mean"), images.get("image_std")],
     )
-    return _digest(facts)
+    return digest_of(facts)
 
 
 def _read_json(folder, name, without=()):
@@ -198,7 +196,7 @@ def _read_json(folder, name, without=()):
     return json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k not in without})
 
 
-def _digest(values):
+def digest_of(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -207,38 +205,14 @@ def image_facts(session, view, indices, known=None):
     and time are still those is not read again."""
     names, rows = session.view(view)[0], []
     for name in (str(names[i]) for i in indices):
-        path, old = f"{session.path}/{name}", (known or {}).get(name, [])
+        path = f"{session.path}/{name}"
         try:
-            about = os.stat(path)
-            row = [name, about.st_size, about.st_mtime_ns]
-            rows.append(old if old[:3] == row else [*row, hub.sha256_of(path)])
+            rows.append([name, *hub.content_facts(path, (known or {}).get(name, [])[1:])])
         except FileNotFoundError:
             how = f"Copy it back, or run create_datapkl.py --dataset-dirs {session.path} --force"
             only = "Where cache and data.pkl are all there is, train with --no-check-pictures"
             raise MissingFile(f"{path} is in data.pkl but not on the disk. {how}. {only}") from None
     return rows
-
-
-def make_meta(recipe, session, ticks, known=None):
-    """What a feature file must say about itself, plain values. `known`: see image_facts."""
-    index = {view: np.where(ticks.complete, ticks.frame_index[view], -1).tolist() for view in recipe["views"]}
-    used = {view: sorted(set(numbers) - {-1}) for view, numbers in index.items()}
-    return dict(
-        recipe=recipe,
-        session=session.name,
-        instruction=session.instruction,
-        stride=ticks.stride,
-        tick_times=ticks.tick_time.tolist(),
-        frame_index=index,
-        frames={view: image_facts(session, view, numbers, known) for view, numbers in used.items()},
-    )
-
-
-def fingerprint(meta):
-    """24 hex digits that change with anything in make_meta's result but places and times on the disk."""
-    frames = {view: [[name, digest] for name, _, _, digest in rows] for view, rows in meta["frames"].items()}
-    recipe = {k: v for k, v in meta["recipe"].items() if k != "model"}  # its files identify a model, not its path
-    return _digest(meta | dict(frames=frames, recipe=recipe))
 
 
 def different(then, now):
@@ -255,24 +229,7 @@ def stem_of(session):
     return session.name.replace("/", "__")
 
 
-def cache_path(cache_root, session, fp):
-    return Path(cache_root) / FOLDER / f"{stem_of(session)}__{fp}.pt"
-
-
-def write_features(cache_root, session, ticks, features, meta):
-    """features (n_ticks, 1, D) float32 -> file, atomically; returns its path."""
-    dtype = meta["recipe"]["dtype"]
-    stored = features.to(DTYPES[dtype])
-    finite = torch.isfinite(stored[torch.from_numpy(ticks.complete)]).all()
-    how = "Build with --dtype fp32, or look at the images of this session"
-    require(finite, f"{session.name}: a feature is not finite in {dtype}. {how}")
-    path = cache_path(cache_root, session, fingerprint(meta))
-    with ckpt.atomic_path(path) as temporary:
-        ckpt.save_state(temporary, dict(features=stored, meta=meta, checksum=_checksum(stored, meta)))
-    return path
-
-
-def _checksum(features, meta):
+def checksum(features, meta):
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     digest.update(features.contiguous().numpy())
     return digest.hexdigest()
@@ -287,7 +244,7 @@ class FeatureFile:
         try:
             content = ckpt.load_state(path)
             self.shape, self.meta = tuple(content["features"].shape), content["meta"]
-            whole = content["checksum"] == _checksum(content["features"], self.meta)
+            whole = content["checksum"] == checksum(content["features"], self.meta)
         except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
             whole = False
         if not whole:

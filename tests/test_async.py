@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import build_vl_cache
 import evaluate
 import train_async
 import train_diffusion
@@ -213,7 +214,8 @@ def build_cache(root, cache_root, model, stride=3, views=("View1", "View5")):
         for j in np.flatnonzero(ticks.complete):
             images = {v: s.frame_path(v, int(ticks.frame_index[v][j])) for v in views}
             features[j] = encoder.encode([(images, s.instruction)])[0]
-        vl_cache.write_features(cache_root, s, ticks, features, vl_cache.make_meta(encoder.recipe(), s, ticks))
+        meta = build_vl_cache.make_meta(encoder.recipe(), s, ticks)
+        build_vl_cache.write_features(cache_root, s, ticks, features, meta)
 
 
 @pytest.fixture(scope="session")
@@ -621,7 +623,6 @@ def test_recordings_go_through_the_guides_commands(recordings, qwen_dir, tmp_pat
 def recordings(shared, qwen_dir, tmp_path_factory):
     """A copy of ../shared/data/sessions after create_datapkl.py and build_vl_cache.py; the sensor files of these short
     recordings begin a second late."""
-    import build_vl_cache
     import create_datapkl
 
     root = tmp_path_factory.mktemp("recordings") / "sessions"
