@@ -82,6 +82,8 @@ def loader(folder):
 
 
 def start(folder):
+    pictures = np.empty(400, object)
+    pictures[:] = [np.zeros(128 + i % 2, np.uint8) for i in range(400)]  # never decoded here
     for i in range(1000):
         path = folder / "many" / f"episode_{i:04d}.h5"
         path.parent.mkdir(exist_ok=True)
@@ -93,7 +95,7 @@ def start(folder):
                     compression="gzip",
                 )
             images = f.create_dataset("observations/images/side_camera", (400,), dtype=h5py.vlen_dtype(np.uint8))
-            images[0] = np.zeros(8, np.uint8)
+            images[:] = pictures
 
     def bare():
         for p in sorted((folder / "many").iterdir()):
