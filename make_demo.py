@@ -776,10 +776,11 @@ def sharpen_kosmos2(model, text_width, vision_width, patch):
 # ---- robot sessions: CSV, npz and images, as guide 5's recorders write them ------------------------------------------
 # The phantom stands on a turntable: the tip chases a trocar that goes round, and follows tissue that breathes. Where
 # the trocar is can be seen: the tool camera looks at a mat, fixed to the trocar, whose red rises to the right and blue
-# to the bottom. Where the tissue is in its cycle can only be felt: force and the A-scan's peak follow it. Recordings
-# without a sensor are of a stiff phantom, so they have nothing to feel.
+# to the bottom. What can only be felt: the A-scan's peak follows the tissue's height, and the force a torsion of its own
+# pace, to which the last axis gives way. Recordings without a sensor are of a stiff phantom: nothing to feel.
 
 TISSUE_MM, TISSUE_HZ, TABLE_HZ = 4.0, 0.9, 0.35
+TWIST_DEG, TWIST_HZ = 1.5, 0.65
 JOINTS = "{0}_1,{0}_2,{0}_3,{0}_4,{0}_5,{0}_6"
 POSE = "{0}_x,{0}_y,{0}_z,{0}_a,{0}_b,{0}_r"
 CSV_COLUMNS = f"recv_timestamp,origin_timestamp,send_timestamp,{{force}},{JOINTS.format('joint')},{POSE.format('pose')}"
@@ -792,11 +793,16 @@ SESSION_FILES = {  # layout: the robot's log, the sensor's file, pictures of Vie
 }
 
 
+def make_wave(rng, hz):
+    hz, start = hz + rng.uniform(-0.04, 0.04), rng.uniform(0, 2 * np.pi)
+    return lambda seconds: np.sin(2 * np.pi * hz * seconds + start)
+
+
 def simulate_session(rng, seconds, breathes=True):
-    """-> dict(t (n,) s at 100 Hz, pose (n, 6) mm and degrees, offset (n, 2) mm from the trocar to the tip, phase:
-    function of seconds -> tissue's phase in rad)."""
+    """-> dict(t (n,) s at 100 Hz, pose (n, 6) mm and degrees, offset (n, 2) mm from the trocar to the tip, height and
+    twist: functions of seconds -> -1..1)."""
     t = np.arange(int(seconds * 100)) / 100
-    hz, start = TISSUE_HZ + rng.uniform(-0.04, 0.04), rng.uniform(0, 2 * np.pi)
+    height, twist = make_wave(rng, TISSUE_HZ), make_wave(rng, TWIST_HZ)
     angle = 2 * np.pi * TABLE_HZ * t + rng.uniform(0, 2 * np.pi)
     trocar = rng.uniform(10, 15) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     xy, here = np.zeros((len(t), 2)), trocar[0] + rng.uniform(-10, 10, 2)
@@ -804,19 +810,19 @@ def simulate_session(rng, seconds, breathes=True):
         xy[i] = here
         here = here + 2.5 * (trocar[i] - here) / 100  # per second 2.5 times the way that is left
     offset, xy = xy - trocar, xy + [80.0, 118.0]
-    z = 245 + (TISSUE_MM * np.sin(2 * np.pi * hz * t + start) if breathes else 0 * t)
-    x, y = xy.T
-    tilt = np.stack([-150 + 0.3 * (y - 118), 43 - 0.3 * (x - 80), 179 + 0.3 * (x - 80)], axis=1)  # the last crosses 180
+    z, x, y = 245 + breathes * TISSUE_MM * height(t), *xy.T
+    last = 179 + 0.1 * (x - 80) + breathes * TWIST_DEG * twist(t)  # crosses 180
+    tilt = np.stack([-150 + 0.3 * (y - 118), 43 - 0.3 * (x - 80), last], axis=1)
     pose = np.concatenate([xy, z[:, None], (tilt + 180) % 360 - 180], axis=1)
-    return dict(t=t, pose=pose, offset=offset, phase=lambda s: 2 * np.pi * hz * s + start)
+    return dict(t=t, pose=pose, offset=offset, height=height, twist=twist)
 
 
 def session_sensor(run, stamps, rng):
     """Seconds (n,) -> force (n,) float32 and A-scan (n, 1025) float32 with a peak at the tissue."""
-    height = np.sin(run["phase"](stamps))
-    peak = 60 * np.exp(-(((np.arange(1025) - 500 - 120 * height[:, None]) / 25) ** 2))
+    peak = 60 * np.exp(-(((np.arange(1025) - 500 - 120 * run["height"](stamps)[:, None]) / 25) ** 2))
     ascan = 45 + peak + rng.integers(0, 4, (len(stamps), 1025))
-    return (1 + 0.8 * height + rng.normal(0, 0.03, len(stamps))).astype(np.float32), np.rint(ascan).astype(np.float32)
+    force = 1 + 0.8 * run["twist"](stamps) + rng.normal(0, 0.03, len(stamps))
+    return force.astype(np.float32), np.rint(ascan).astype(np.float32)
 
 
 def render_session(offset, view, size, rng):
