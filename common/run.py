@@ -291,7 +291,8 @@ class Run:
             self.queue.append(next(self.iterator))
         except Exception as error:
             self.error = error
-            if str(error).startswith("DataLoader worker"):  # was killed, mostly for memory
+            died = self.workers and isinstance(error, (ConnectionError, EOFError)) and "Caught" not in str(error)
+            if died or str(error).startswith("DataLoader worker"):  # was killed, mostly for memory
                 how = f"Lower num_workers (now {self.workers}), or load in the main process: --num_workers 0"
                 self.error = UserError(f"DataLoader worker crashed: {error}. {how}")
             elif isinstance(error, UserError):  # a worker's comes with its traceback
@@ -301,7 +302,7 @@ class Run:
 
     def _raise_data_error(self):
         """The data's error on any rank ends all of them."""
-        texts = [text for text in self.gather(None if self.error is None else repr(self.error)) if text is not None]
+        texts = [text for text in self.gather(self.error and (str(self.error) or repr(self.error))) if text]
         if self.error is not None:
             raise self.error
         if texts:

@@ -15,7 +15,7 @@ import toy
 from common import UserError
 from common import checkpoint as ckpt
 from common.log import RunLog, read_metrics
-from common.run import Run, Step, StopSignal, launch
+from common.run import Run, Step, StopSignal, _explain, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,6 +198,18 @@ def test_a_killed_worker_is_told_after_saving(tmp_path):
     assert list(tmp_path.glob("steps_*"))
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_while_it_hands_a_batch_over_is_told_too(tmp_path, error):
+    def batches():
+        yield from ()
+        raise error
+
+    run = Run(toy.Config(), tmp_path, 2)
+    run.workers, run.left, run.queue, run.iterator = 1, 1, [], batches()
+    run._fetch()
+    assert isinstance(run.error, UserError) and "DataLoader worker crashed" in str(run.error)
+
+
 def test_the_loops_own_mistakes_are_named(tmp_path):
     cfg = toy.Config(output_dir=str(tmp_path))
     run = Run(cfg, tmp_path, 2, 2)
@@ -253,6 +265,8 @@ def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
     code, out, err = command(monkeypatch, capsys, toy.main, *argv, memory=advice)
     said = "train_toy.py: CUDA out of memory (tried). Lower batch_size (now 2), see disabled\n"
     assert code == 2 and err == said and "steps_3 after the error" in out
+    assert _explain(MemoryError("tried"), toy.Config(), "Lower it") == "The host is out of memory (tried). Lower it"
+    assert "config.yaml" in _explain(OSError(28, "No space left on device", "config.yaml"), None, "")
 
 
 def test_signals_are_harmless_after_the_first_and_a_second_ctrl_c_acts(monkeypatch):
