@@ -776,7 +776,7 @@ def sharpen_kosmos2(model, text_width, vision_width, patch):
 # ---- robot sessions: CSV, npz and images, as guide 5's recorders write them ------------------------------------------
 # The phantom stands on a turntable: the tip chases a trocar that goes round, and follows tissue that breathes. Where
 # the trocar is can be seen: the tool camera looks at a mat, fixed to the trocar, whose red rises to the right and blue
-# to the bottom. What can only be felt: the A-scan's peak follows the tissue's height, and the force a torsion of its own
+# to the bottom. What can only be felt: the A-scan's peak follows the tissue's height, the force a torsion of its own
 # pace, to which the last axis gives way. Recordings without a sensor are of a stiff phantom: nothing to feel.
 
 TISSUE_MM, TISSUE_HZ, TABLE_HZ = 4.0, 0.9, 0.35
