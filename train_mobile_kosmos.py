@@ -712,7 +712,7 @@ def save_model(path, core, optimizer, about):
 def best_files(folder):
     """{path: val_loss} of the epoch checkpoints in `folder`, the best first; a resumed run knows them from there."""
     found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")}
-    return {path: found[path] for path in sorted(found, key=found.get)}
+    return {path: found[path] for path in sorted(found, key=lambda p: (math.isnan(found[p]), found[p]))}
 
 
 def keep_best(run, folder, about, k, write, size):
@@ -721,7 +721,7 @@ def keep_best(run, folder, about, k, write, size):
     there, epoch = run.once(best_files, folder), f"epoch_{about['epoch']:02d}-"
     own = folder / f"{epoch}val_loss={about['val_loss']:.3f}.ckpt"
     losses = {path: loss for path, loss in there.items() if not path.name.startswith(epoch)} | {own: about["val_loss"]}
-    best = sorted(losses, key=losses.get)[:k]
+    best = sorted(losses, key=lambda p: (math.isnan(losses[p]), losses[p]))[:k]
     if own not in best or run.save_as(own, write, size):
         for path in there.keys() - set(best) if run.main else ():
             path.unlink(missing_ok=True)

@@ -596,6 +596,20 @@ def fake_validation(monkeypatch, losses):
     monkeypatch.setattr(mobile, "validation_text", lambda *_: "")
 
 
+def test_an_epoch_whose_validation_is_not_finite_is_never_among_the_best(tmp_path):
+    class Alone:
+        main, once = True, staticmethod(lambda function, *args: function(*args))
+
+        def save_as(self, path, write, size):
+            mobile.ckpt.save_state(path, dict(val_loss=about["val_loss"], step=1))
+            return True
+
+    for epoch, loss in enumerate([3.0, float("nan"), 1.0, 2.0]):
+        about = dict(epoch=epoch, val_loss=loss)
+        mobile.keep_best(Alone(), tmp_path, about, 2, None, 0)
+    assert [path.name[:8] for path in mobile.best_files(tmp_path)] == ["epoch_02", "epoch_03"]
+
+
 def test_the_best_three_and_the_last_are_kept_over_a_resume(make, monkeypatch, tmp_path):
     """Six epochs, stopped after the third by its number of epochs; a step of 5 windows crosses the end of an epoch."""
     fake_validation(monkeypatch, [5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
