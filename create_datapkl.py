@@ -46,7 +46,7 @@ from tqdm import tqdm
 from common import MissingFile, UserError, require
 from common import sessions as ss
 from common.checkpoint import atomic_path, require_space
-from common.config import parse_config
+from common.run import launch
 from common.sessions import CHANNELS, SENSOR_HZ, BadSession
 
 ALIASES = dict(dataset_dir="dataset_dirs")
@@ -692,8 +692,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(1 if main(parse_config(Config, aliases=ALIASES)) else 0)
-    except UserError as error:
-        print(f"create_datapkl.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch(lambda cfg: sys.exit(1 if main(cfg) else 0), Config, ALIASES)

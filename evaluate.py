@@ -82,10 +82,10 @@ def read_about(checkpoint):
 
 
 def evaluate(policy, root, names=None, stride=1, batch_size=16):
-    """-> (records, tracks). records: per predicted frame {episode, t, phase, recorded (H, A), error {who: (H, A) guess
-    minus recorded}, opposite: what it does when told the opposite minus what it does, or None, valid (H,): False past
-    the episode's end}; tracks: per episode {name, t, recorded, policy (n, A): the first action of each chunk}."""
-    mean, records, tracks = np.asarray(policy.stats["action"]["mean"], np.float32), [], []
+    """-> records, one per predicted frame: {episode, t, phase or -1, recorded (H, A), error {who: (H, A) guess minus
+    recorded}, opposite: what it does when told the opposite minus what it does, or None, valid (H,): False past the
+    episode's end}."""
+    mean, records = np.asarray(policy.stats["action"]["mean"], np.float32), []
     opposites = getattr(policy, "opposites", {})  # {instruction: one that must lead elsewhere}
     for episode in policy.open_episodes(root, names):
         target, hold, phase = episode["target"], episode["hold"], episode["phase"]
@@ -100,13 +100,11 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
             recorded = target[np.minimum(index, len(target) - 1)]
             guesses = (chunk, hold[t], mean)  # holding still is known at t: it looks at no later frame
             error = {who: guess - recorded for who, guess in zip(WHO, guesses, strict=True)}
-            about = dict(episode=episode["name"], t=t, phase=None if phase is None else int(phase[t]))
-            opposite = None if other is None else other - chunk
-            records.append(about | dict(recorded=recorded, error=error, opposite=opposite, valid=index < len(target)))
-        track = dict(name=episode["name"], t=np.array(frames), recorded=target[frames], hold=hold[frames], mean=mean)
-        tracks.append(track | dict(policy=np.array([chunk[0] for chunk in predicted])))
+            record = dict(episode=episode["name"], t=t, recorded=recorded, error=error, valid=index < len(target))
+            record |= dict(phase=-1 if phase is None else int(phase[t]))
+            records.append(record | dict(opposite=None if other is None else other - chunk))
     require(records, f"no frame to evaluate under '{root}'")
-    return records, tracks
+    return records
 
 
 def summarise(records, names):
@@ -116,7 +114,7 @@ def summarise(records, names):
     instructions also opposite_change, how far it moves away when told the opposite, and opposite_flips, the share of
     the larger motions (above the mean size) whose sign then turns."""
     valid = np.stack([r["valid"] for r in records])[..., None]  # (n, H, 1)
-    phases = np.array([-1 if r["phase"] is None else r["phase"] for r in records])
+    phases = np.array([r["phase"] for r in records])
     errors = {who: np.stack([r["error"][who] for r in records]) for who in WHO}  # (n, H, A)
 
     def average(error, mask):
@@ -181,22 +179,23 @@ def print_table(report, names, records):
         line(f"  step {h + 1}", policy["per_step"][h])
 
 
-def draw_episode(track, names, path):
-    """Recorded and predicted first action over time, one panel per dimension."""
+def draw_episode(records, names, path):
+    """Recorded and predicted first action of one episode's frames, one panel per dimension."""
+    times, recorded = [r["t"] for r in records], np.stack([r["recorded"][0] for r in records])
     rows, columns = -(-len(names) // 3), min(3, len(names))
     figure = Figure(figsize=(13, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for i, (axis, (name, unit)) in enumerate(zip(axes.ravel(), names, strict=False)):
-        axis.plot(track["t"], track["recorded"][:, i], color="black", lw=1.6, label="recorded")
-        axis.plot(track["t"], track["policy"][:, i], color=WHO["policy"], lw=1.3, label="policy")
-        axis.plot(track["t"], track["hold"][:, i], color=WHO["hold still"], lw=0.8, ls="--", label="hold still")
-        axis.axhline(track["mean"][i], color=WHO["mean action"], lw=0.8, ls=":", label="mean action")
+        axis.plot(times, recorded[:, i], color="black", lw=1.6, label="recorded")
+        for (who, color), style in zip(WHO.items(), ("-", "--", ":"), strict=True):
+            guess = recorded + np.stack([r["error"][who][0] for r in records])
+            axis.plot(times, guess[:, i], style, color=color, lw=1, label=who)
         axis.set_title(f"{name} ({unit})" if unit else name, fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes.ravel()[len(names) :]:
         axis.set_visible(False)
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{track['name']}: first action of each predicted chunk, over frames")
+    figure.suptitle(f"{records[0]['episode']}: first action of each predicted chunk, over frames")
     figure.savefig(path, dpi=110)
 
 
@@ -238,7 +237,7 @@ def run(cfg):
     require(root == cfg.data or len(cfg.data) == 1, f"{about['script']}.py reads one folder: --data DATA")
     try:
         wanted = None if names == ["all"] else names
-        records, tracks = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
+        records = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
     except UserError as error:
         others = "These are the checkpoint's validation episodes; others: --episodes NAME ..., or all"
         require(cfg.episodes or "has no" not in str(error), f"{error}. {others}")
@@ -250,11 +249,12 @@ def run(cfg):
     folder = Path(cfg.output or (given / "evaluation" if given.is_dir() else f"{given.with_suffix('')}_evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
     about = dict(checkpoint=str(checkpoint), data=cfg.data, script=about["script"], frames=len(records))
-    about |= dict(episodes=sorted({r["episode"] for r in records}), units=dict(columns), mean_absolute_error=report)
+    episodes = list(dict.fromkeys(r["episode"] for r in records))
+    about |= dict(episodes=sorted(episodes), units=dict(columns), mean_absolute_error=report)
     (folder / "report.json").write_text(json.dumps(about, indent=2))
-    for track in tracks[: cfg.plots]:
-        name = Path(track["name"]).with_suffix("").as_posix().replace("/", "__")
-        draw_episode(track, columns, folder / f"{name}.png")
+    for name in episodes[: cfg.plots]:
+        picture = folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png"
+        draw_episode([r for r in records if r["episode"] == name], columns, picture)
     draw_summary(report, columns, folder / "summary.png")
     relative, best = report["policy"]["relative"], min(report[who]["relative"] for who in ("hold still", "mean action"))
     verdict = "" if relative < best else ": no better than doing nothing, train longer or check the data"

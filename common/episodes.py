@@ -28,7 +28,7 @@ MAX_OPEN_FILES = 64  # per process; `ulimit -n` is 1024 on most machines and a t
 NO_PICTURE = 100  # bytes; a JPEG is never that small, and recorders write one byte where its encoding failed
 
 
-class BadEpisode(UserError, ValueError):
+class BadEpisode(UserError):
     """A file or frame that cannot be used. The message names file, dataset and frame."""
 
 
@@ -51,10 +51,9 @@ def find_episodes(root):
     """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder
     once."""
     none = "No HDF5 files found"
-    if not str(root):
-        raise MissingFile(f"{none}: dataset.root_dir is empty. Set it to the folder with your .h5 episodes")
-    if not Path(root).is_dir():
-        raise MissingFile(f"{none}: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})")
+    require(str(root), f"{none}: dataset.root_dir is empty. Set it to the folder with your .h5 episodes", MissingFile)
+    wrong = f"{none}: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})"
+    require(Path(root).is_dir(), wrong, MissingFile)
     paths, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -65,8 +64,7 @@ def find_episodes(root):
         # links last: a recording keeps its real name
         subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
-    if not paths:
-        raise MissingFile(f"{none} under '{root}' (*.h5 and *.hdf5, recursively). Check dataset.root_dir")
+    require(paths, f"{none} under '{root}' (*.h5 and *.hdf5, recursively). Check dataset.root_dir", MissingFile)
     return sorted(paths)
 
 
@@ -75,8 +73,6 @@ def read_episode(path, root=None):
     try:
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             return _read_arrays(f, path, os.path.relpath(path, root) if root else Path(path).name)
-    except BadEpisode:
-        raise
     # what h5py raises for damage, or a group where a dataset should be
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         how = "It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out"
@@ -84,27 +80,27 @@ def read_episode(path, root=None):
 
 
 def _read_arrays(f, path, name):
-    if "observations/images" not in f or not len(f["observations/images"]):
-        raise BadEpisode(f"{path}: no 'observations/images/<camera>'; the file has {sorted(f)}. Re-record it")
+    has = f"the file has {sorted(f)}. Re-record it"
+    seen = "observations/images" in f and len(f["observations/images"])
+    require(seen, f"{path}: no 'observations/images/<camera>'; {has}", BadEpisode)
     action, cameras = _lowdim(f, path, "action"), {}
-    if action is None or not len(action):
-        raise BadEpisode(f"{path}: no dataset 'action' or one with 0 rows; the file has {sorted(f)}. Re-record it")
+    acts = action is not None and len(action)
+    require(acts, f"{path}: no dataset 'action' or one with 0 rows; {has}", BadEpisode)
     n = len(action)
     for camera in sorted(f["observations/images"]):
         images, where = f["observations/images"][camera], f"{path}: dataset 'observations/images/{camera}'"
-        if len(images) != n:
-            raise BadEpisode(f"{where} has {len(images)} frames, 'action' has {n} rows")
+        require(len(images) == n, f"{where} has {len(images)} frames, 'action' has {n} rows", BadEpisode)
         jpeg = h5py.check_vlen_dtype(images.dtype) == np.uint8 and images.ndim == 1
-        if not jpeg and not (images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3):
-            wanted = "(N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
-            raise BadEpisode(f"{where} is {images.dtype} {images.shape}; expected {wanted}")
+        raw = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
+        wanted = "(N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
+        require(jpeg or raw, f"{where} is {images.dtype} {images.shape}; expected {wanted}", BadEpisode)
         cameras[camera] = "jpeg" if jpeg else "raw"
         sizes = _jpeg_sizes(path, images) if jpeg else np.array([])
         if len(bad := np.flatnonzero(sizes < NO_PICTURE)):
             raise BadEpisode(f"{where} frame {bad[0]} is no picture: {sizes[bad[0]]} bytes ({len(bad)} such frames)")
     phase = f["phase"][:].astype(int) if "phase" in f else None
-    if phase is not None and phase.shape != (n,):
-        raise BadEpisode(f"{path}: dataset 'phase' has shape {phase.shape}, expected ({n},)")
+    shape = None if phase is None else phase.shape
+    require(shape in (None, (n,)), f"{path}: dataset 'phase' has shape {shape}, expected ({n},)", BadEpisode)
     pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
     return Episode(str(path), name, n, cameras, action, pose, qpos, phase, read_instruction(f, path))
 
@@ -137,8 +133,8 @@ def load_episodes(root, skip_bad=False, progress=None):
             if not skip_bad:
                 raise BadEpisode(f"{error} (--skip_bad_episodes leaves such files out and lists them)") from error
             excluded.append(str(error))
-    if not episodes:
-        raise BadEpisode(f"none of the {len(excluded)} files under '{root}' is usable; the first: {excluded[0]}")
+    none = f"none of the {len(excluded)} files under '{root}' is usable; the first: {''.join(excluded[:1])}"
+    require(episodes, none, BadEpisode)
     return episodes, excluded
 
 
@@ -154,15 +150,13 @@ def open_episodes(root, names=None):
 
 def _check_agreement(first, other):
     def signature(e):
-        dims = {
-            f"{k} dims": None if (x := getattr(e, k)) is None else x.shape[1] for k in ("action", "ee_pose", "qpos")
-        }
-        return {"cameras": list(e.cameras)} | dims
+        arrays = {"action dims": e.action, "ee_pose dims": e.ee_pose, "qpos dims": e.qpos}
+        return dict(cameras=list(e.cameras)) | {key: x if x is None else x.shape[1] for key, x in arrays.items()}
 
+    found, how = signature(other), "Train on one kind of recording at a time: move one away"
     for what, expected in signature(first).items():
-        if (found := signature(other)[what]) != expected:
-            how = "Train on one kind of recording at a time: move one away"
-            raise BadEpisode(f"{other.path}: {what} {found} do not match {expected} of {first.path}. {how}")
+        wrong = f"{other.path}: {what} {found[what]} do not match {expected} of {first.path}. {how}"
+        require(found[what] == expected, wrong, BadEpisode)
 
 
 def _lowdim(f, path, key, rows=None):
@@ -170,12 +164,11 @@ def _lowdim(f, path, key, rows=None):
     if key not in f:
         return None
     array = f[key][:].astype(np.float32)
-    if array.ndim != 2 or (rows is not None and len(array) != rows):
-        raise BadEpisode(f"{path}: dataset '{key}' has shape {array.shape}, expected ({rows or 'frames'}, dims)")
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        what = f"frame {bad[0]} is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)"
-        raise BadEpisode(f"{path}: dataset '{key}' {what}")
+    fits, where = array.ndim == 2 and len(array) == (rows or len(array)), f"{path}: dataset '{key}'"
+    require(fits, f"{where} has shape {array.shape}, expected ({rows or 'frames'}, dims)", BadEpisode)
+    if len(bad := np.flatnonzero(~np.isfinite(array).all(axis=1))):
+        what = f"is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)"
+        raise BadEpisode(f"{where} frame {bad[0]} {what}")
     return array
 
 
@@ -270,11 +263,9 @@ def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
     if not use_ee_pose_delta:
         return ActionDefinition("action", episodes[0].action.shape[1], unit)
     pose = episodes[0].ee_pose
-    if pose is None or pose.shape[1] != 6:
-        found = f"found {None if pose is None else pose.shape}"
-        how = "Set dataset.use_ee_pose_delta_as_action: false to train on the recorded 'action'"
-        wanted = "use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6)"
-        raise BadEpisode(f"{episodes[0].path}: {wanted}, {found}. {how}")
+    shape, how = None if pose is None else pose.shape, "Set it to false to train on the recorded 'action'"
+    wanted = f"use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {shape}"
+    require(shape and shape[1] == 6, f"{episodes[0].path}: {wanted}. {how}", BadEpisode)
     return ActionDefinition("ee_pose_delta", 6, unit)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from common import MissingFile, UserError
+from common import MissingFile, UserError, require
 from common.stats import compute_stats
 
 SCHEMA = 3  # of data.pkl
@@ -40,7 +40,7 @@ ARRAYS = {  # key of data.pkl: (dtype, columns)
 REMAKE = "python create_datapkl.py --dataset-dirs {}"
 
 
-class BadSession(UserError, ValueError):
+class BadSession(UserError):
     """A recording or its data.pkl cannot be used; the message names it, what was expected and the next command."""
 
 
@@ -93,24 +93,25 @@ def _unpack(value):
 
 
 def _check(data):
-    if type(data["schema_version"]) is not int or data["schema_version"] != SCHEMA:
-        raise ValueError(f"its schema_version is not {SCHEMA}")
+    same = type(data["schema_version"]) is int and data["schema_version"] == SCHEMA
+    require(same, f"its schema_version is not {SCHEMA}")
     n, sensor = len(data["action"]), data["sensor_data"]
     arrays = {key: (data[key], dtype, (n, width) if width else (n,)) for key, (dtype, width) in ARRAYS.items()}
     for view, paths in data["image"].items():
         arrays[f"image_timestamps of {view}"] = data["image_timestamps"][view], "f8", (len(paths),)
-        if outside := [path for path in paths if os.path.isabs(path) or ".." in path.split("/")]:
-            raise ValueError(f"the image path '{outside[0]}' leads out of the recording")
+        for path in paths:
+            inside = not os.path.isabs(path) and ".." not in path.split("/")
+            require(inside, f"the image path '{path}' leads out of the recording")
     if sensor is not None:
         arrays["timestamps of the sensor"] = sensor["timestamps"], "f8", (len(sensor["timestamps"]),)
-        if (sensor["file"], sensor["channels"]) != (SENSOR_FILE, CHANNELS) or not 0 < sensor["rate_hz"] < math.inf:
-            raise ValueError(f"sensor_data is not {CHANNELS} channels in {SENSOR_FILE} at a rate above 0")
+        known = (sensor["file"], sensor["channels"]) == (SENSOR_FILE, CHANNELS) and 0 < sensor["rate_hz"] < math.inf
+        require(known, f"sensor_data is not {CHANNELS} channels in {SENSOR_FILE} at a rate above 0")
     for key, (x, dtype, shape) in arrays.items():
-        if not isinstance(x, np.ndarray) or x.dtype != dtype or x.shape != shape or not np.isfinite(x).all() or not n:
-            raise ValueError(f"{key} is not {dtype} {shape}, finite and not empty")
+        fits = isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == shape and np.isfinite(x).all() and n
+        require(fits, f"{key} is not {dtype} {shape}, finite and not empty")
     names = [*data["image"], *(name for name, _ in data["metadata"]["sources"])]
-    if any("/" in name for name in names) or not isinstance(data["instruction"], str):
-        raise ValueError("a view or source is not a plain name, or the instruction no text")
+    plain = not any("/" in name for name in names) and isinstance(data["instruction"], str)
+    require(plain, "a view or source is not a plain name, or the instruction no text")
 
 
 def content_of(path):
@@ -144,8 +145,8 @@ def read_notes(folder):
         good = good and set(notes) == set(NOTES) and isinstance(notes["exclude"], bool) and "/" not in texts[1]
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise BadSession(f"{path}: {error}") from error
-    if not good:
-        raise BadSession(f"{path}: expected only {', '.join(NOTES)} (seconds, texts, true or false), got {notes}")
+    expected = f"expected only {', '.join(NOTES)} (seconds, texts, true or false), got {notes}"
+    require(good, f"{path}: {expected}", BadSession)
     return notes
 
 
@@ -155,8 +156,8 @@ def find_recordings(roots, excluded=False):
     one whose session.yaml says exclude (`excluded`: these only)."""
     found, seen = set(), set()
     for root in roots:
-        if not os.path.isdir(root):
-            raise MissingFile(f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*)")
+        wrong = f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*)"
+        require(os.path.isdir(root), wrong, MissingFile)
         for folder, subfolders, files in os.walk(os.path.realpath(root), followlinks=True):
             real = Path(os.path.realpath(folder))
             marked = DATA_PKL in files or any(map(ROBOT_CSV.fullmatch, files))
@@ -183,28 +184,25 @@ def find_sessions(roots):
     """Folders -> list of Session, sorted by name. Recordings whose data.pkl is missing, cannot be used or was made from
     other files are listed with the command to run."""
     folders = find_recordings(roots)
-    if not folders:
-        expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
-        raise MissingFile(f"no sessions below {', '.join(map(str, roots))}: {expected}")
+    below = " ".join(map(str, roots))
+    expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
+    require(folders, f"no sessions below {below}: {expected}", MissingFile)
     found, wrong = [], []
     for folder in folders:
         try:
             found.append(Session(folder))
-            if found[-1].stale():
-                wrong.append(f"{folder} changed since its {DATA_PKL} was made")
+            require(not found[-1].stale(), f"{folder} changed since its {DATA_PKL} was made", BadSession)
         except FileNotFoundError:
             wrong.append(f"{folder} has no {DATA_PKL}")
         except BadSession as error:
             wrong.append(str(error).partition(". Make it again")[0])
-    if wrong:
-        shown = "\n  ".join([f"{len(wrong)} of {len(folders)} recordings are not preprocessed:", *wrong[:10]])
-        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise BadSession(f"{shown}{more}\nRun: {REMAKE.format(' '.join(map(str, roots)))}")
+    shown = "\n  ".join(wrong[:10] + [f"and {len(wrong) - 10} more"] * (len(wrong) > 10))
+    lacking = f"{len(wrong)} of {len(folders)} recordings are not preprocessed:\n  {shown}"
+    require(not wrong, f"{lacking}\nRun: {REMAKE.format(below)}", BadSession)
     found.sort(key=lambda s: s.name)
+    once = f"Give only one of the two, rename one, or say dataset: NAME in its {NOTES_FILE}"
     for a, b in itertools.pairwise(found):
-        if a.name == b.name:
-            once = f"Give only one of the two, rename one, or say dataset: NAME in its {NOTES_FILE}"
-            raise BadSession(f"two sessions are called {a.name}: {a.path} and {b.path}. {once}")
+        require(a.name != b.name, f"two sessions are called {a.name}: {a.path} and {b.path}. {once}", BadSession)
     return found
 
 
@@ -259,10 +257,11 @@ class Session:
         sensor = data["sensor_data"] or dict(timestamps=None, rate_hz=SENSOR_HZ)
         self.sensor_stamps, self.sensor_hz = sensor["timestamps"], sensor["rate_hz"]
         self.has_sensor, self.sensor_path = self.sensor_stamps is not None, self.path / SENSOR_FILE
-        wanted = len(self.sensor_stamps) * CHANNELS * 4 if self.has_sensor else 0
-        if wanted and (not self.sensor_path.is_file() or self.sensor_path.stat().st_size < wanted):
-            again = f"Make it again: {REMAKE.format(self.path)}"
-            raise BadSession(f"{self.sensor_path} is missing or has fewer rows than {DATA_PKL} says. {again}")
+        if self.has_sensor:
+            wanted, path = len(self.sensor_stamps) * CHANNELS * 4, self.sensor_path
+            fewer = f"{path} is missing or has fewer rows than {DATA_PKL} says. Make it again"
+            whole = path.is_file() and path.stat().st_size >= wanted
+            require(whole, f"{fewer}: {REMAKE.format(self.path)}", BadSession)
         # first step of each segment, and that of every step's own
         self._first = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
         self._last = np.r_[self._first[1:], len(self.segment)]  # one past the segment's last
@@ -274,9 +273,9 @@ class Session:
     def view(self, name):
         """-> (paths relative to the session, stamps (M,)) of a view; "View1" also finds "View1_left"."""
         key = name if name in self._images else f"{name}_left"
-        if key not in self._images:
-            other = f"Choose others with --views, or say exclude: true in its {NOTES_FILE}"
-            raise BadSession(f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. {other}")
+        other = f"Choose others with --views, or say exclude: true in its {NOTES_FILE}"
+        lacks = f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. {other}"
+        require(key in self._images, lacks, BadSession)
         return self._images[key]
 
     def frame_path(self, view, index):
@@ -314,8 +313,7 @@ class Session:
         newest with tick time + latency <= starts[k]; before any is ready the segment's first, for the robot waits for
         it. `reuse` must be a multiple of `stride`.
         """
-        if reuse % stride:
-            raise ValueError(f"vlm_reuse_count is {reuse}: expected a multiple of the ticks' stride {stride}")
+        require(reuse % stride == 0, f"vlm_reuse_count is {reuse}: expected a multiple of the ticks' stride {stride}")
         k = np.asarray(k)
         row = self._row[k]
         first = self._first[row]

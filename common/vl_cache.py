@@ -54,6 +54,7 @@ class VLEncoder:
         self.folder, self.dtype = hub.local_folder(model), DTYPES[dtype]
         config, self.tokenizer, *moments = qwen_vl.open_backbone(self.folder)
         text, vision, self.image_token_id = config.text_config, config.vision_config, config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.width, self.patch, self.merge = text.hidden_size, vision.patch_size, vision.spatial_merge_size
         depth, side, self._rows = text.num_hidden_layers, self.patch * self.merge, {}
         require(-1 <= layer <= depth, f"layer is {layer}: expected -1 (the last, normed) or 0 to {depth}")
@@ -101,21 +102,20 @@ class VLEncoder:
         """The encoder that made features of this recipe; `model`: where the backbone is now. Another is refused."""
         same = {key: recipe[key] for key in ("views", "height", "width", "layer", "dtype", "compute_dtype")}
         encoder = cls(model or recipe["model"], device=device, **same)
-        if differs := different(recipe, encoder.recipe()):
-            another = f"model '{encoder.folder}' is not the one the features were made with: {'; '.join(differs)}"
-            raise CacheMismatch(f"{another}. Give the right one with --model")
+        differs = "; ".join(different(recipe, encoder.recipe()))
+        another = f"model '{encoder.folder}' is not the one the features were made with: {differs}"
+        require(not differs, f"{another}. Give the right one with --model", CacheMismatch)
         return encoder
 
     def text(self, instruction):
         """The prompt, with one image token per view."""
-        image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        return qwen_vl.chat_text(self.tokenizer, image, len(self.views), instruction)
+        return qwen_vl.chat_text(self.tokenizer, self.image_token, len(self.views), instruction)
 
     def _row(self, instruction):
         """-> (ids (L,), rope positions (3, L)) of the prompt, every image place expanded to its tokens."""
         if instruction not in self._rows:
-            image = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            text = self.text(instruction).replace(image, image * (self.grid[0] * self.grid[1]))
+            expanded = self.image_token * (self.grid[0] * self.grid[1])
+            text = self.text(instruction).replace(self.image_token, expanded)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             self._rows[instruction] = np.array(ids), qwen_vl.rope_positions(ids, self.image_token_id, self.grid)
         return self._rows[instruction]
@@ -247,8 +247,7 @@ class FeatureFile:
             whole = content["checksum"] == checksum(content["features"], self.meta)
         except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
             whole = False
-        if not whole:
-            raise CacheMismatch(f"{path} is damaged, or of another version of this program")
+        require(whole, f"{path} is damaged, or of another version of this program", CacheMismatch)
 
     @functools.cached_property
     def features(self):
@@ -306,14 +305,14 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
         elif len(reasons) == len(paths):
             refused.append(f"{session.name}: {reasons[0]}")
     for names, kind, what in ((refused, CacheMismatch, "that fit"), (missing, MissingFile, "at all")):
-        if names:
-            more, shown = f" and {len(names) - 5} more" if len(names) > 5 else "", "\n  ".join(names[:5])
-            raise kind(f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}{more}\n{how}")
+        shown = "\n  ".join(names[:5] + [f"and {len(names) - 5} more"] * (len(names) > 5))
+        require(not names, f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}\n{how}", kind)
     whole = [json.loads(kind) for kind, files in kinds.items() if len(files) == len(sessions)]
-    if not whole or any(recipe != whole[0][1] for _, recipe in whole):
-        shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
-        several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"
-        raise CacheMismatch(f"{several}. Keep one, with build_vl_cache.py --prune, or give each its own --cache-root")
+    shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
+    several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"
+    keep = "Keep one, with build_vl_cache.py --prune, or give each its own --cache-root"
+    same = whole and all(recipe == whole[0][1] for _, recipe in whole)
+    require(same, f"{several}. {keep}", CacheMismatch)
     files = kinds[json.dumps(max(whole, key=lambda kind: kind[0]), sort_keys=True)]  # of several strides the coarsest
     return files, next(iter(files.values())).meta["recipe"]
 
@@ -342,5 +341,4 @@ def require_fit(file, session, wanted, reuse, max_image_age, pictures):
             facts, same = image_facts(session, view, used, {r[0]: r for r in rows}), {(r[0], r[3]) for r in rows}
             changed = [name for name, _, _, digest in facts if (name, digest) not in same]
             reasons += [f"image {name} changed, one of {len(changed)} of {view}" for name in changed[:1]]
-    if reasons:
-        raise CacheMismatch("; ".join(reasons))
+    require(not reasons, "; ".join(reasons), CacheMismatch)

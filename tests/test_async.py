@@ -565,7 +565,7 @@ def test_evaluation_reads_every_stretch(finished, sessions_root):
     assert lengths["episode_20260101_000001#1"] == 11 and lengths["episode_20260101_000001#2"] == 18
     assert {e["name"].split("#")[0] for e in episodes} == set(names)
     assert all((e["hold"] == [0, 0, 0, 0, 0, 0, 1]).all() for e in episodes)
-    records, _ = evaluate.evaluate(policy, str(sessions_root), names, stride=10)
+    records = evaluate.evaluate(policy, str(sessions_root), names, stride=10)
     report = evaluate.summarise(records, policy.action_names())
     assert report["hold still"]["per_dim"]["gripper"] == 0 and np.isfinite(report["policy"]["relative"])
     with pytest.raises(UserError, match="no session 'nobody'"):

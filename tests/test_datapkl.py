@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from common.sessions import BadSession, Session, find_sessions, load_data_pkl
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCH = 1761551500.0
+TWO_SECONDS = np.arange(0, 2, 0.01)
 
 
 def run(root, *argv):
@@ -51,7 +50,7 @@ def stream(folder, stamps, forces=None, name="sensor_data_1.npz"):
     n = len(stamps)
     forces = np.arange(n, dtype=np.float32) if forces is None else forces
     alines = np.repeat(np.arange(n, dtype=np.float32)[:, None], 1025, axis=1)
-    np.savez(folder / name, timestamps=EPOCH + np.asarray(stamps), forces=forces, alines=alines)
+    np.savez(folder / name, timestamps=EPOCH + np.asarray(stamps, float), forces=forces, alines=alines)
 
 
 def actions_of(stamps, pose, tolerance=0.02):
@@ -93,23 +92,20 @@ def test_segments_telescope_and_bridge_no_gap(gaps, seed):
     t = EPOCH + np.cumsum(gaps) * 0.004
     angle = np.cumsum(np.random.default_rng(seed).uniform(-170, 170, len(t)))
     stretches, _, n_gaps = cd.find_stretches(t, 0.1, 0.02)
-    longest = max(0.1, 1.5 * np.median(np.diff(t))) + 0.02
-    gap_ends = t[1:][np.diff(t) > longest + 1e-5]
+    gap_ends = t[1:][np.diff(t) > max(0.1, 1.5 * np.median(np.diff(t))) + 0.02 + 1e-5]
     assert n_gaps == len(gap_ends)
     if max(t[s[-1]] - t[s[0]] for s in stretches) < 0.1:
         return
     made = actions_of(t, np.tile(((angle + 180) % 360 - 180)[:, None], 6))
     starts, ends, segment = (made[k] for k in ("action_timestamps", "action_end_timestamps", "segment_id"))
-    assert set(np.diff(segment)) <= {0, 1} and np.array_equal(
-        starts[1:][np.diff(segment) == 0], ends[:-1][np.diff(segment) == 0]
-    )
+    joined = np.diff(segment) == 0
+    assert set(np.diff(segment)) <= {0, 1} and np.array_equal(starts[1:][joined], ends[:-1][joined])
     assert (np.searchsorted(gap_ends, starts + 1e-4) == np.searchsorted(gap_ends, ends - 1e-4)).all()
     for s in set(segment.tolist()):
         rows = np.flatnonzero(segment == s)
         ways = np.interp([starts[rows[0]], ends[rows[-1]]], t, angle)
         assert abs(made["action"][rows, 4].sum() - (ways[1] - ways[0])) < 0.05
-    whole = sum(int((t[s[-1]] - t[s[0]] + 1e-5) / 0.1) for s in stretches)
-    assert len(starts) == whole
+    assert len(starts) == sum(int((t[s[-1]] - t[s[0]] + 1e-5) / 0.1) for s in stretches)
 
 
 def test_by_hand():
@@ -133,12 +129,14 @@ def test_a_clock_that_steps_back_splits(tmp_path, capsys, back):
     assert len(data["action"]) in (57, 58)
 
 
-def test_repeated_and_overtaken_rows_are_counted_and_harmless(tmp_path):
+def test_repeated_overtaken_and_torn_rows_are_harmless(tmp_path):
     t = np.delete(np.arange(0, 4, 0.01), slice(150, 300))  # a pause of 1.5 s
-    messy = np.concatenate([t[:50], t[49:50], t[50:]])  # the newest pose sent twice
+    messy = np.concatenate([t[:50], t[49:50], t[50:], [4.0]])  # the newest pose sent twice
     messy[[11, 12]] = messy[[12, 11]]
     clean = recording(tmp_path / "a", t, np.tile(t[:, None], 6))
     dirty = recording(tmp_path / "b", messy, np.tile(messy[:, None], 6))
+    table = next(dirty.glob("*.csv"))
+    table.write_text(table.read_text().rstrip()[:-1])  # the recorder was stopped within the last number
     assert run(tmp_path) == 0
     a, b = load_data_pkl(clean / "data.pkl"), load_data_pkl(dirty / "data.pkl")
     assert (a["metadata"]["n_duplicates"], b["metadata"]["n_duplicates"]) == (0, 2)
@@ -247,17 +245,14 @@ def test_all_layouts_and_their_streams(tmp_path):
 
 def test_spoiled_rows_are_counted_named_and_left_out(tmp_path, capsys):
     """Two NaN and a row without a time in 2 s: the recording is made without these three, and --dry-run says so."""
-    folder = recording(tmp_path, np.arange(0, 2, 0.01))
+    folder = recording(tmp_path, TWO_SECONDS)
     stamps, forces = np.arange(1300) / 650, np.ones(1300, np.float32)
     forces[[7, 900]], stamps[1000] = np.nan, np.nan
     stream(folder, stamps, forces)
     for dry in (["--dry-run"], []):
         assert run(tmp_path, *dry) == 0
-        assert (
-            "3 sensor rows" in (out := capsys.readouterr().out)
-            and "sensor_data_1.npz row 7," in out
-            and "row 900" in out
-        )
+        out = capsys.readouterr().out
+        assert "3 sensor rows" in out and "sensor_data_1.npz row 7," in out and "row 900" in out
     s = find_sessions([tmp_path])[0]
     rows = np.load(s.sensor_path)
     assert rows.shape == (1297, 1026) and np.isfinite(rows).all() and s.sensor_window(15, 65)[1] == 65
@@ -271,12 +266,10 @@ def test_disordered_datagrams_are_sorted_and_files_join(tmp_path):
     assert (np.diff(stamps) > 0).all() and np.array_equal(np.unique(rows[:, 0]), np.arange(150)) and len(rows) <= 151
 
 
-@pytest.mark.parametrize(
-    "stamps, said", [(np.zeros(0), "hold no rows: no sensor"), ([*range(9), 5], "steps back by 3.0")]
-)
+@pytest.mark.parametrize("stamps, said", [([], "hold no rows: no sensor"), ([*range(9), 5], "steps back by 3.0")])
 def test_a_sensor_without_an_order_of_time_is_left_out(tmp_path, capsys, stamps, said):
-    folder = recording(tmp_path, np.arange(0, 2, 0.01))
-    stream(folder, np.asarray(stamps, float))
+    folder = recording(tmp_path, TWO_SECONDS)
+    stream(folder, stamps)
     assert run(tmp_path) == 0 and said in capsys.readouterr().out and not Session(folder).has_sensor
 
 
@@ -317,10 +310,8 @@ def test_offsets_are_proposed_from_what_moved(tmp_path, capsys):
         at = int(1.5 * np.interp(taken, t, x))
         Image.fromarray(texture[:, at : at + 64]).save(folder / f"View1/left/{EPOCH + taken - 40:.3f}.png")
     rows = np.arange(0, 20, 1 / 650)
-    force = np.interp(rows, t, np.cumsum(speed * rng.choice([-1, 1], 25).repeat(80)) / 100) + rng.normal(
-        0, 0.01, len(rows)
-    )
-    stream(folder, rows + 3.7, force.astype(np.float32))
+    force = np.interp(rows, t, np.cumsum(speed * rng.choice([-1, 1], 25).repeat(80)) / 100)
+    stream(folder, rows + 3.7, (force + rng.normal(0, 0.01, len(rows))).astype(np.float32))
     assert run(tmp_path, "--estimate-offsets") == 0 and not (folder / "session.yaml").exists()
     assert "sensor_offset_s: -3." in capsys.readouterr().out
     assert run(tmp_path, "--estimate-offsets", "--write-offsets") == 0
@@ -349,43 +340,45 @@ def test_broken_pictures_are_listed_and_left_out(tmp_path, capsys):
 
 
 def test_a_second_run_does_nothing_and_a_change_is_noticed(tmp_path, capsys):
-    folder = recording(tmp_path, np.arange(0, 2, 0.01))
-    again = lambda *more: (run(tmp_path, *more), capsys.readouterr().out)[1]  # noqa: E731
+    """Nor does a copy that loses the files' times; another instruction, log or sensor is named."""
+    folder = recording(tmp_path / "a", TWO_SECONDS)
+    stream(folder, np.arange(1300) / 650)
+    again = lambda *more, side="a": (run(tmp_path / side, *more), capsys.readouterr().out)[1]  # noqa: E731
     assert "1 made" in again()
     before = (folder / "data.pkl").stat().st_mtime_ns
     assert "1 unchanged" in again() and (folder / "data.pkl").stat().st_mtime_ns == before
     assert "1 made" in again("--force")
-    out = again("--instruction", "White_silicone_white_circle", "Go on, then")
-    assert "instruction (was Insert the needle into the white circle, is Go on, then)" in out
-    assert Session(folder).instruction == "Go on, then" and "1 made" in again()
-    csv_path = next(folder.glob("*.csv"))
-    csv_path.write_text("\n".join(csv_path.read_text().splitlines()[:-50]) + "\n")
-    with pytest.raises(BadSession, match="changed since its data.pkl was made"):
-        find_sessions([tmp_path])
-    assert "robot log or sensor file" in again() and len(find_sessions([tmp_path])[0]) == 14
-
-
-def test_a_copy_without_times_is_the_same(tmp_path, capsys):
-    folder = recording(tmp_path / "a", np.arange(0, 2, 0.01))
-    stream(folder, np.arange(1300) / 650)
-    assert run(tmp_path / "a") == 0
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
     for path in (tmp_path / "b").rglob("*.*"):
         os.utime(path, (1, 1))
-    assert find_sessions([tmp_path / "b"]) and run(tmp_path / "b") == 0 and "1 unchanged" in capsys.readouterr().out
-    arrays = dict(np.load(next((tmp_path / "b").rglob("*.npz"))))
-    np.savez(next((tmp_path / "b").rglob("*.npz")), **arrays | dict(forces=arrays["forces"] + 1))
-    with pytest.raises(BadSession, match="changed since"):
-        find_sessions([tmp_path / "b"])
+    assert find_sessions([tmp_path / "b"]) and "1 unchanged" in again(side="b")
+    out = again("--instruction", "White_silicone_white_circle", "Go on, then")
+    assert "instruction (was Insert the needle into the white circle, is Go on, then)" in out
+    assert Session(folder).instruction == "Go on, then" and "1 made" in again()
+    log, sensor = next(folder.glob("*.csv")), next((tmp_path / "b").rglob("*.npz"))
+    log.write_text("\n".join(log.read_text().splitlines()[:-50]) + "\n")
+    arrays = dict(np.load(sensor))
+    np.savez(sensor, **arrays | dict(forces=arrays["forces"] + 1))
+    for side in ("a", "b"):
+        with pytest.raises(BadSession, match="changed since its data.pkl was made"):
+            find_sessions([tmp_path / side])
+        assert "robot log or sensor file" in again("--min-sensor-overlap", "0.5", side=side)
+    assert len(find_sessions([tmp_path / "a"])[0]) == 14
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     folder = make_demo.write_session(tmp_path / "White/recv_all_1", "old", seconds=2.0, size=(24, 40))
-    before = sorted(p.name for p in folder.rglob("*"))
-    assert run(tmp_path, "--dry-run") == 0 and sorted(p.name for p in folder.rglob("*")) == before
+    before = sorted(folder.rglob("*"))
+    assert run(tmp_path, "--dry-run") == 0 and sorted(folder.rglob("*")) == before
     out = capsys.readouterr().out
-    assert "1 read" in out and "100.0" in out and "0.99" in out and "nothing written" in out
-    assert "data set 'White' is none of the guide's: its samples get weight 1" in out
+    for text in (
+        "1 read",
+        "100.0",
+        "0.99",
+        "nothing written",
+        "'White' is none of the guide's: its samples get weight 1",
+    ):
+        assert text in out
 
 
 def rewrite(change):
@@ -429,13 +422,6 @@ def test_a_recording_that_fails_is_named_and_the_others_are_made(tmp_path, capsy
     assert "exclude: true" in out.err and run(tmp_path) == 0 and len(find_sessions([tmp_path])) == 1
 
 
-def test_a_log_that_ends_in_the_middle_of_a_row_is_read(tmp_path):
-    folder = recording(tmp_path, np.arange(0, 2, 0.01))
-    table = next(folder.glob("*.csv"))
-    table.write_text(table.read_text().rstrip()[:-1])  # within the last number: nobody could tell
-    assert run(tmp_path) == 0 and Session(folder).metadata["num_robot_states"] == 199
-
-
 def test_workers_make_the_same(tmp_path, capsys):
     """Two processes write what none writes, and name what failed."""
     for side in ("a", "b"):
@@ -443,29 +429,15 @@ def test_workers_make_the_same(tmp_path, capsys):
         next((tmp_path / side / "Needle_insertion_eye_trocar").rglob("*.csv")).unlink()
     assert run(tmp_path / "a") == cd.main(cd.Config(dataset_dirs=[str(tmp_path / "b")], workers=2)) == 1
     out = capsys.readouterr()
-    assert out.out.count("1 failed, 2 made") == 2 and out.err.count("FAILED") == 2 and "Needle_insertion" in out.err
+    assert out.out.count("1 failed, 2 made") == 2 and out.err.count("Needle_insertion") == 2
     files = [sorted((tmp_path / side / "White_silicone_white_circle").rglob("data.pkl")) for side in ("a", "b")]
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]] and len(files[0]) == 2
-    assert not [p for p in tmp_path.rglob(".tmp*")]
-
-
-def test_a_users_mistake_is_one_line():
-    command = [sys.executable, str(ROOT / "create_datapkl.py"), "--dataset_dirs", "none"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    expected = "'none' is not a folder: expected one that holds recordings (recv_all_*, episode_*)"
-    assert result.returncode == 2 and result.stderr == f"create_datapkl.py: {expected}\n"
 
 
 def test_the_shipped_config_and_the_guides_flags_parse():
     flags = "--dataset-dirs a b --new-dataset-dir c --action-hz 10 --tolerance-ms 20 --workers 2 --force --dry-run"
     cfg = parse_config(cd.Config, ["--config", str(ROOT / "configs/datapkl.yaml"), *flags.split()])
-    assert (cfg.dataset_dirs, cfg.new_dataset_dir, cfg.workers, cfg.force, cfg.dry_run) == (
-        ["a", "b"],
-        "c",
-        2,
-        True,
-        True,
-    )
+    assert (cfg.dataset_dirs, cfg.new_dataset_dir, cfg.workers) == (["a", "b"], "c", 2) and cfg.force and cfg.dry_run
 
 
 @pytest.mark.parametrize(
@@ -473,16 +445,13 @@ def test_the_shipped_config_and_the_guides_flags_parse():
     [
         (["--tolerance-ms", "0"], "tolerance_ms is 0"),
         (["--write-offsets"], "goes with --estimate-offsets"),
-        (["--dataset_dirs"], "dataset_dirs is empty"),
-        (["--dataset_dirs", "none"], "'none' is not a folder"),
+        (["--dataset-dirs", "none"], "'none' is not a folder: expected one that holds recordings"),
         ([], "no recordings below"),
     ],
 )
 def test_wrong_calls(tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
-        cd.main(
-            parse_config(cd.Config, [*([] if "--dataset_dirs" in argv else ["--dataset_dirs", str(tmp_path)]), *argv])
-        )
+        run(tmp_path, *argv)
 
 
 def test_recordings_of_other_hands(shared, tmp_path, capsys):
@@ -493,9 +462,8 @@ def test_recordings_of_other_hands(shared, tmp_path, capsys):
         os.chmod(p, 0o755 if p.is_dir() else 0o644)
     assert run(root) == 0 and "left out" in capsys.readouterr().out
     assert not any(s.has_sensor for s in find_sessions([root]))
-    assert (
-        run(root, "--min-sensor-overlap", "0.3") == 0 and "(was {'min_sensor_overlap': 0.9}" in capsys.readouterr().out
-    )
+    assert run(root, "--min-sensor-overlap", "0.3") == 0
+    assert "(was {'min_sensor_overlap': 0.9}" in capsys.readouterr().out
     found = {s.dataset: s for s in find_sessions([root])}
     assert {d: (len(s), s.has_sensor, len(s.view_names)) for d, s in found.items()} == {
         "Needle_insertion_eye_trocar": (29, True, 9),
@@ -507,4 +475,3 @@ def test_recordings_of_other_hands(shared, tmp_path, capsys):
         pose = np.unwrap(rows[:, 10:], period=360, axis=0)
         way = [np.interp([s.starts[0], s.ends[-1]], rows[:, 1], column) for column in pose.T]
         assert np.allclose(s.action[:, :6].sum(0), np.diff(way, axis=1)[:, 0], atol=1e-3)
-        assert np.allclose(s.ends - s.starts, 0.1, atol=1e-6)

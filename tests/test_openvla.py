@@ -613,8 +613,9 @@ def test_evaluate_on_the_validation_file(trained, vamos_root, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 validation episodes" in said and "m/step" in said
     paths = pq.read_table(vamos_root / name)["trajectory_3d"].to_pylist()
-    _, tracks = evaluate.evaluate(openvla.load_policy(adapter, "cpu"), vamos_root, [name], batch_size=3)
-    np.testing.assert_allclose(tracks[0]["recorded"], [np.subtract(p[1], p[0])[:2] for p in paths], rtol=1e-6)
+    records = evaluate.evaluate(openvla.load_policy(adapter, "cpu"), vamos_root, [name], batch_size=3)
+    recorded = [record["recorded"][0] for record in records]
+    np.testing.assert_allclose(recorded, [np.subtract(p[1], p[0])[:2] for p in paths], rtol=1e-6)
 
 
 def test_a_merge_that_failed_is_made_up_for_by_a_resume(make, monkeypatch, capsys):

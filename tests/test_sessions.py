@@ -16,6 +16,7 @@ import pytest
 
 import create_datapkl
 import make_demo
+from common import UserError
 from common import sessions as ss
 from common.stats import Normalizer
 
@@ -74,7 +75,7 @@ def test_staleness_by_hand(tmp_path, reuse, latency, ages):
     if reuse > 1:  # a cache of that stride, and steps one by one, say the same
         ticks = s.ticks(reuse, [])
         assert [k - ticks.start[s.tick_of_step(k, reuse, reuse, latency / 1000)] for k in range(12)] == ages
-    with pytest.raises(ValueError, match="vlm_reuse_count is 4: expected a multiple of the ticks' stride 3"):
+    with pytest.raises(UserError, match="vlm_reuse_count is 4: expected a multiple of the ticks' stride 3"):
         s.tick_of_step(0, 3, 4)
 
 

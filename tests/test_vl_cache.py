@@ -199,7 +199,9 @@ def test_every_field_of_the_fingerprint_counts(built, encoder):
     assert len(seen) == 1 + len(fields) and all(len(fp) == 24 for fp in seen)
     other = copy.deepcopy(meta)
     other["recipe"]["model"], other["frames"]["View1"][0][2] = "/moved/there", 0
-    assert build_vl_cache.fingerprint(other) == build_vl_cache.fingerprint(meta), "places and times on the disk are no part of it"
+    assert build_vl_cache.fingerprint(other) == build_vl_cache.fingerprint(meta), (
+        "places and times on the disk are no part of it"
+    )
 
 
 @pytest.fixture
