@@ -344,7 +344,8 @@ class Run:
     def finish(self, *lines, plot=("loss", "val_loss")):
         """After a loop that came to its end: draw the metrics `plot` (training, validation), say `lines`."""
         if self.main and self.step == self.total:
-            print(f"loss plot: {plot_loss(self.out, *plot)}", *lines, sep="\n", flush=True)
+            drawn = [f"loss plot: {plot_loss(self.out, *plot)}"] if self.log else []  # no loop: an export only
+            print(*drawn, *lines, sep="\n", flush=True)
 
 
 class Step:
