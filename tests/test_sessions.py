@@ -119,13 +119,16 @@ def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
 @pytest.mark.parametrize("window", [65, 650])
 def test_sensor_windows_by_hand(tmp_path, window):
     """Row i is at i / 650 s and holds i. At step 0 there is one row, at step k the newest is 65 k (or, by a rounding
-    error of the stamps, the one before); zeros stand on the left."""
-    s = session(tmp_path, sensor=650 * 3)
+    error of the stamps, the one before); zeros stand on the left. Another process gets the same, without the data."""
+    s = session(tmp_path, sensor=650 * 3, images=[0.0])
+    packed = pickle.dumps(s)
+    assert len(packed) < 650 * 3 * 8 + 10000
     for k in (0, 1, 2, 11):
         rows, length = s.sensor_window(k, window)
         assert rows.shape == (window, 1026) and rows.dtype == np.float32 and length == min(window, 65 * k + 1)
         assert rows[-1, 0] in (65 * k, 65 * k - 1) and not rows[: window - length].any()
         assert (np.diff(rows[window - length :, 5]) == 1).all()
+        assert np.array_equal(pickle.loads(packed).sensor_window(k, window)[0], rows)
 
 
 def test_a_sensor_that_stopped_is_absent_not_frozen(tmp_path):
@@ -164,18 +167,12 @@ def test_targets_end_with_their_segment(tmp_path):
     assert s.targets(0, 3)[1].all() and np.array_equal(s.targets(5, 2)[0], s.action[[5, 5]])
 
 
-def test_a_session_goes_to_another_process_without_its_data(tmp_path):
-    s = session(tmp_path, sensor=6500, images=[0.0])
-    window, packed = s.sensor_window(3, 65)[0], pickle.dumps(s)
-    assert len(packed) < 6500 * 8 + 10000 and np.array_equal(pickle.loads(packed).sensor_window(3, 65)[0], window)
-
-
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
 
 
 class Evil:
-    def __init__(self, call, *args):
-        self.call = call, args
+    def __init__(self, *call):
+        self.call = call[0], call[1:]
 
     def __reduce__(self):
         return self.call
@@ -191,6 +188,13 @@ def test_what_is_written_is_read_and_names_no_class(tmp_path):
     assert not [name for name in names if re.search("GLOBAL|REDUCE|BUILD|INST|OBJ|EXT|PERSID", name)]
 
 
+def refuses(folder, written, message):
+    (folder / "data.pkl").write_bytes(written)
+    with pytest.raises(ss.BadSession, match=message) as caught:
+        ss.load_data_pkl(folder / "data.pkl")
+    assert f"Make it again: python create_datapkl.py --dataset-dirs {folder}" in str(caught.value)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
     """Calls, arrays as objects (schema 2, a dtype with other flags), and a memo that would fill the memory."""
@@ -198,51 +202,45 @@ def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
     evils = [Evil(os.system, f"touch {sign}"), Evil(eval, f"open({str(sign)!r}, 'w')"), Evil(os.mkdir, str(sign))]
     for evil in (*evils, SimpleNamespace(a=1), np.zeros(3), np.dtype("f8"), np.float64(1), {1, 2}):
         for key in ("metadata", "schema_version", "action"):
-            (tmp_path / "data.pkl").write_bytes(pickle.dumps(plain | {key: evil}, protocol))
-            with pytest.raises(ss.BadSession, match="it holds more than plain values"):
-                ss.load_data_pkl(tmp_path / "data.pkl")
-    (tmp_path / "data.pkl").write_bytes(b"\x80\x04}r\xff\xff\xff\xff.")
-    with pytest.raises(ss.BadSession, match="LONG_BINPUT"):
-        ss.load_data_pkl(tmp_path / "data.pkl")
+            refuses(tmp_path, pickle.dumps(plain | {key: evil}, protocol), "it holds more than plain values")
+    refuses(tmp_path, b"\x80\x04}r\xff\xff\xff\xff.", "LONG_BINPUT")
     assert not sign.exists()
 
 
-@pytest.mark.parametrize(
-    "path, value, message",
-    [
-        (["schema_version"], 2, "schema_version is not 3"),
-        (["schema_version"], [[]], "schema_version is not 3"),
-        (["action"], np.zeros((12, 6), np.float32), r"action is not f4 \(12, 7\)"),
-        (["action"], ("object", (12, 7), b"x" * 672), "another kind of numbers"),
-        (["action"], ("float32", (-1, 7), b"x" * 5), "buffer size"),
-        (["action"], 5, "no len"),
-        (["robot_state"], np.full((12, 12), np.nan, np.float32), "finite"),
-        (["action_timestamps"], [0.0] * 12, "action_timestamps is not"),
-        (["image", "View1_left"], ["/etc/passwd"], "'/etc/passwd' leads out of the recording"),
-        (["image", "View1_left"], ["View1/../../../other.jpg"], "leads out of the recording"),
-        (["image", "View1_left"], [7], "expected str"),
-        (["image"], {"View2": []}, "it has no 'View2'"),
-        (["sensor_data", "file"], "../x.npy", "sensor_data is not"),
-        (["sensor_data", "rate_hz"], 0, "sensor_data is not"),
-        (["sensor_data"], {}, "it has no 'timestamps'"),
-        (["sensor_data", "timestamps"], "now", "timestamps of the sensor"),
-        (["metadata"], {}, "it has no 'sources'"),
-        (["metadata", "sources"], [["../robot.csv", "1"]], "not a plain name"),
-        (["instruction"], 5, "no text"),
-    ],
-)
+WRONG = [  # (where, what stands there, what is said)
+    ("schema_version", 2, "schema_version is not 3"),
+    ("schema_version", [[]], "schema_version is not 3"),
+    ("action", np.zeros((12, 6), np.float32), r"action is not f4 \(12, 7\)"),
+    ("action", ("object", (12, 7), b"x" * 672), "another kind of numbers"),
+    ("action", ("float32", (-1, 7), b"x" * 5), "buffer size"),
+    ("action", 5, "no len"),
+    ("robot_state", np.full((12, 12), np.nan, np.float32), "finite"),
+    ("action_timestamps", [0.0] * 12, "action_timestamps is not"),
+    ("image View1_left", ["/etc/passwd"], "'/etc/passwd' leads out of the recording"),
+    ("image View1_left", ["View1/../../../other.jpg"], "leads out of the recording"),
+    ("image View1_left", [7], "expected str"),
+    ("image", {"View2": []}, "it has no 'View2'"),
+    ("sensor_data file", "../x.npy", "sensor_data is not"),
+    ("sensor_data rate_hz", 0, "sensor_data is not"),
+    ("sensor_data", {}, "it has no 'timestamps'"),
+    ("sensor_data timestamps", "now", "timestamps of the sensor"),
+    ("metadata", {}, "it has no 'sources'"),
+    ("metadata sources", [["../robot.csv", "1"]], "not a plain name"),
+    ("instruction", 5, "no text"),
+]
+
+
+@pytest.mark.parametrize("path, value, message", WRONG)
 def test_wrong_contents_are_named_with_the_command(tmp_path, path, value, message):
     data = ss._pack(content(images=[0.0], sensor=65) | dict(schema_version=ss.SCHEMA))
-    *groups, key = path
+    *groups, key = path.split()
     functools.reduce(operator.getitem, groups, data)[key] = ss._pack(value)
-    (tmp_path / "data.pkl").write_bytes(pickle.dumps(data, 4))
-    with pytest.raises(ss.BadSession, match=message) as caught:
-        ss.load_data_pkl(tmp_path / "data.pkl")
-    assert f"Make it again: python create_datapkl.py --dataset-dirs {tmp_path}" in str(caught.value)
-    for damage in (b"", b"nonsense", pickle.dumps([1], 4), pickle.dumps(data, 4)[:300]):
-        (tmp_path / "data.pkl").write_bytes(damage)
-        with pytest.raises(ss.BadSession, match=r"data\.pkl is refused[\s\S]*create_datapkl\.py --dataset-dirs"):
-            ss.load_data_pkl(tmp_path / "data.pkl")
+    refuses(tmp_path, pickle.dumps(data, 4), message)
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", pickle.dumps([1], 4), pickle.dumps(dict(content()), 4)[:300]])
+def test_damaged_bytes_are_named_with_the_command(tmp_path, damage):
+    refuses(tmp_path, damage, r"data\.pkl is refused")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -254,7 +252,6 @@ def test_wrong_contents_are_named_with_the_command(tmp_path, path, value, messag
         ("White_silicone_white_circle/recv_all_1", "White_silicone_white_circle/-/recv_all_1"),
         ("White_silicone_white_circle/day1/recv_all_1", "White_silicone_white_circle/day1/recv_all_1"),
         ("Make_dataset/New_dataset/Eye_trocar/episode_2", "New_dataset/Eye_trocar/episode_2"),
-        ("OCT_insertion/Captures7", "OCT_insertion/-/Captures7"),
         ("part1/ZED_Captures_3th", "part1/-/ZED_Captures_3th"),
         ("New_dataset/episode_9", "New_dataset/-/episode_9"),
         ("copied/Blue_point/episode_9", "Blue_point/-/episode_9"),
@@ -306,17 +303,14 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
     found = ss.find_sessions([root, root / "OCT_insertion"])
     assert [s.name for s in found] == sorted(s.name for s in found) and len(found) == 4
     assert ss.common_views(found) == (["View1", "View5"], {})
+    views = dict(a=["View1_left", "View1_right", "View5"], b=["View1", "View2"])
+    parts = [SimpleNamespace(name=name, view_names=names) for name, names in views.items()]
+    assert ss.common_views(parts) == (["View1"], {"View2": ["a"], "View5": ["b"]})
     shutil.copytree(root / "OCT_insertion", tmp_path / "e/OCT_insertion")
     with pytest.raises(ss.BadSession, match="two sessions are called OCT_insertion/-/Captures4"):
         ss.find_sessions([tmp_path])
     with pytest.raises(FileNotFoundError, match="no sessions below"):
         ss.find_sessions([tmp_path / "d/OCT_insertion/Captures4/view1"])
-
-
-def test_a_view_that_one_session_lacks_is_said():
-    views = dict(a=["View1_left", "View1_right", "View5"], b=["View1", "View2"])
-    parts = [SimpleNamespace(name=name, view_names=names) for name, names in views.items()]
-    assert ss.common_views(parts) == (["View1"], {"View2": ["a"], "View5": ["b"]})
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------
