@@ -141,25 +141,6 @@ def test_a_sensor_that_stopped_is_absent_not_frozen(tmp_path):
     assert session(tmp_path).sensor_window(3, 65)[1] == 0 and not session(tmp_path).has_sensor
 
 
-@hypothesis.settings(max_examples=25)
-@hypothesis.given(st.integers(0, 11), st.sampled_from([1, 3]), st.integers(0, 2**31))
-def test_changing_the_future_changes_nothing_at_a_step(tmp_path, k, stride, seed):
-    """Causality: other sensor rows and images after starts[k] leave image and sensor window of step k as they were."""
-    rng = np.random.default_rng(seed)
-    images, rows = np.sort(rng.uniform(0, 1.2, 8)).tolist(), rng.normal(size=(1000, 1026)).astype(np.float32)
-    before, now = session(tmp_path / "a", rows, images=images, sensor=1000), 0.1 * k
-    later_rows = rows.copy()
-    later_rows[int(np.floor(now * 650 + 1e-6)) + 1 :] += 1
-    later_images = [t if t <= now else rng.uniform(now + 1e-3, 2) for t in images]
-    after = session(tmp_path / "b", later_rows, images=sorted(later_images), sensor=1000)
-    tick = before.tick_of_step(k, stride, stride)
-    frame = [s.ticks(stride, ["View1"]).frame_index["View1"][tick] for s in (before, after)]
-    windows = [s.sensor_window(k, 65) for s in (before, after)]
-    assert frame[0] == frame[1] and windows[0][1] == windows[1][1] and np.array_equal(windows[0][0], windows[1][0])
-    if frame[0] >= 0:
-        assert before.view("View1")[1][frame[0]] <= before.starts[k] + 1e-6
-
-
 def test_targets_end_with_their_segment(tmp_path):
     s = session(tmp_path, n=6, segments=[0, 0, 0, 0, 1, 1])
     actions, mask = s.targets(2, 4)
