@@ -27,6 +27,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import re
 import sys
 import zipfile
@@ -450,10 +451,23 @@ def preprocess(folder, cfg):
         return report
     parts = dict(image=given["image"], image_timestamps=image_stamps, instruction=given["instruction"])
     with atomic_path(folder / ss.DATA_PKL) as temporary:
-        ss.save_data_pkl(temporary, motion | parts | dict(sensor_data=sensor, metadata=metadata))
+        save_data_pkl(temporary, motion | parts | dict(sensor_data=sensor, metadata=metadata))
     if sensor is None:
         (folder / ss.SENSOR_FILE).unlink(missing_ok=True)  # of an earlier run with other settings
     return report
+
+
+def save_data_pkl(path, data):
+    """dict (see above), with arrays -> file."""
+    path.write_bytes(pickle.dumps(pack(data | dict(schema_version=ss.SCHEMA)), protocol=4))
+
+
+def pack(value):
+    if isinstance(value, dict):
+        return {key: pack(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.dtype.name, value.shape, value.tobytes()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def existing(folder):

@@ -53,11 +53,6 @@ SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT SETITEM SETITEMS 
 TUPLE TUPLE1 TUPLE2 TUPLE3"""
 
 
-def save_data_pkl(path, data):
-    """dict (see create_datapkl.py), with arrays -> file."""
-    Path(path).write_bytes(pickle.dumps(_pack(data | dict(schema_version=SCHEMA)), protocol=4))
-
-
 def load_data_pkl(path):
     """Path of a data.pkl -> its dict, every field that the programs use checked; BadSession."""
     raw = Path(path).read_bytes()
@@ -71,14 +66,6 @@ def load_data_pkl(path):
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
         raise BadSession(f"{path} is refused: {reason}. Make it again: {REMAKE.format(Path(path).parent)}") from error
     return data
-
-
-def _pack(value):
-    if isinstance(value, dict):
-        return {key: _pack(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.dtype.name, value.shape, value.tobytes()
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _unpack(value):

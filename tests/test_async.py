@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import build_vl_cache
+import create_datapkl
 import evaluate
 import train_async
 import train_diffusion
@@ -192,7 +193,7 @@ def write_session(folder, seed, steps=30, sensor=True, instruction="Touch the re
     data |= dict(robot_state=np.zeros((keep.sum(), 12), np.float32), sensor_data=stream if sensor else None)
     data["image"] = {v: [f"{v}/{stamp:.3f}.jpg" for stamp in frames] for v in views}
     data |= dict(image_timestamps={v: frames.copy() for v in views}, metadata=dict(sources=[], action_hz=10.0))
-    ss.save_data_pkl(folder / "data.pkl", data)
+    create_datapkl.save_data_pkl(folder / "data.pkl", data)
     return folder
 
 
@@ -330,7 +331,7 @@ def test_what_comes_later_is_not_seen(sessions_root, qwen_dir, tmp_path_factory,
     shutil.copytree(original.path, folder)
     data, t = ss.load_data_pkl(folder / "data.pkl"), original.starts[k]
     data["action"][k + 1 :] = 7.0
-    ss.save_data_pkl(folder / "data.pkl", data)
+    create_datapkl.save_data_pkl(folder / "data.pkl", data)
     rows = np.load(folder / "sensor_stream.npy")
     rows[original.sensor_stamps > t] = 1e6
     np.save(folder / "sensor_stream.npy", rows)
@@ -377,7 +378,7 @@ def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
     held_out = tmp_path / "s" / data.validation[0].path.relative_to(sessions_root)
     changed = ss.load_data_pkl(held_out / "data.pkl")
     changed["action"] *= 100
-    ss.save_data_pkl(held_out / "data.pkl", changed)
+    create_datapkl.save_data_pkl(held_out / "data.pkl", changed)
     assert open_data(tmp_path / "s", qwen_dir)[1].about == data.about
 
 
@@ -389,7 +390,7 @@ def test_what_clipping_removes_is_said(sessions_root, qwen_dir, tmp_path, capsys
         data = ss.load_data_pkl(path)
         data["action"][:, 3] = 0.001 * (np.arange(len(data["action"])) % 3 - 1)
         data["action"][7, 3] = 3.0 if i == 0 else 0.0
-        ss.save_data_pkl(path, data)
+        create_datapkl.save_data_pkl(path, data)
     run(tmp_path / "s", qwen_dir, tmp_path / "out", max_steps=1, val_split=0)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     most = next(words for words in lines if words[:4] == ["clipping", "removes", "at", "most"])
@@ -623,8 +624,6 @@ def test_recordings_go_through_the_guides_commands(recordings, qwen_dir, tmp_pat
 def recordings(shared, qwen_dir, tmp_path_factory):
     """A copy of ../shared/data/sessions after create_datapkl.py and build_vl_cache.py; the sensor files of these short
     recordings begin a second late."""
-    import create_datapkl
-
     root = tmp_path_factory.mktemp("recordings") / "sessions"
     shutil.copytree(shared / "data" / "sessions", root)
     words = f"--dataset-dirs {root} --workers 0 --min-sensor-overlap 0.3".split()

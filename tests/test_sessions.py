@@ -50,7 +50,7 @@ def session(folder, rows=None, **what):
         counted = np.repeat(np.arange(what["sensor"], dtype=np.float32)[:, None], 1026, axis=1)
         np.save(folder / ss.SENSOR_FILE, counted if rows is None else rows)
     ss._map_sensor.cache_clear()
-    ss.save_data_pkl(folder / "data.pkl", data)
+    create_datapkl.save_data_pkl(folder / "data.pkl", data)
     return ss.Session(folder)
 
 
@@ -161,7 +161,7 @@ class Evil:
 
 def test_what_is_written_is_read_and_names_no_class(tmp_path):
     data = content(images=[0.1], sensor=650) | dict(metadata=dict(sources=[["a.csv", "1"]], action_hz=np.float64(10)))
-    ss.save_data_pkl(tmp_path / "data.pkl", data)
+    create_datapkl.save_data_pkl(tmp_path / "data.pkl", data)
     got = ss.load_data_pkl(tmp_path / "data.pkl")
     assert all(np.array_equal(got[k], data[k]) and got[k].dtype == data[k].dtype for k in ss.ARRAYS)
     assert got["image"] == data["image"] and got["metadata"] == data["metadata"]
@@ -179,7 +179,7 @@ def refuses(folder, written, message):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
     """Calls, arrays as objects (schema 2, a dtype with other flags), and a memo that would fill the memory."""
-    sign, plain = tmp_path / "sign", ss._pack(content() | dict(schema_version=ss.SCHEMA))
+    sign, plain = tmp_path / "sign", create_datapkl.pack(content() | dict(schema_version=ss.SCHEMA))
     evils = [Evil(os.system, f"touch {sign}"), Evil(eval, f"open({str(sign)!r}, 'w')"), Evil(os.mkdir, str(sign))]
     for evil in (*evils, SimpleNamespace(a=1), np.zeros(3), np.dtype("f8"), np.float64(1), {1, 2}):
         for key in ("metadata", "schema_version", "action"):
@@ -213,9 +213,9 @@ WRONG = [  # (where, what stands there, what is said)
 
 @pytest.mark.parametrize("path, value, message", WRONG)
 def test_wrong_contents_are_named_with_the_command(tmp_path, path, value, message):
-    data = ss._pack(content(images=[0.0], sensor=65) | dict(schema_version=ss.SCHEMA))
+    data = create_datapkl.pack(content(images=[0.0], sensor=65) | dict(schema_version=ss.SCHEMA))
     *groups, key = path.split()
-    functools.reduce(operator.getitem, groups, data)[key] = ss._pack(value)
+    functools.reduce(operator.getitem, groups, data)[key] = create_datapkl.pack(value)
     refuses(tmp_path, pickle.dumps(data, 4), message)
 
 
