@@ -54,16 +54,16 @@ def stored_source(source):
 
 def weight_files(folder):
     """Directory -> its weight files: safetensors, or else pytorch_model.bin, in shards or whole."""
-    folder = Path(folder)
+    folder, again = Path(folder), "not a complete model. Copy or download it again"
     for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors"):
-        index = next(iter(sorted(folder.glob(f"{pattern}.index.json"))), None)
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
-        files = [folder / name for name in named] or sorted(folder.glob(pattern))
-        if lost := [file.name for file in files if not file.is_file()]:
-            raise MissingFile(f"{folder} lacks {lost[0]}: not a complete model. Copy or download it again")
+        index = sorted(folder.glob(f"{pattern}.index.json"))
+        named = set(json.loads(index[0].read_text())["weight_map"].values()) if index else ()
+        files = sorted(folder / name for name in named) or sorted(folder.glob(pattern))
+        lost = ", ".join(file.name for file in files if not file.is_file())
+        require(not lost, f"{folder} lacks {lost}: {again}", MissingFile)
         if files:
             return files
-    raise MissingFile(f"{folder} has no weights (model*.safetensors): not a complete model. Copy or download it again")
+    raise MissingFile(f"{folder} has no weights (model*.safetensors): {again}")
 
 
 def read_tensors(folder):

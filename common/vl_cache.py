@@ -321,24 +321,25 @@ def require_fit(file, session, wanted, reuse, max_image_age, pictures):
     """CacheMismatch says why `file` cannot serve."""
     meta, recipe = file.meta, file.meta["recipe"]
     now = {key: value for key, value in wanted.items() if key != "model"} | dict(format_version=FORMAT)
-    reasons = different({key: recipe.get(key) for key in now}, now)
+    differs = different({key: recipe.get(key) for key in now}, now)
     model = wanted.get("model", recipe["model"])
     if "weights" not in now and Path(model).name != Path(recipe["model"]).name:
-        reasons.append(f"model was {recipe['model']}, now {model}")  # not on this machine: its name is all there is
-    if meta["instruction"] != session.instruction:
-        reasons.append(f"instruction was {meta['instruction']!r}, now {session.instruction!r}")
+        differs.append(f"model was {recipe['model']}, now {model}")  # not on this machine: its name is all there is
+    differs += different(dict(instruction=meta["instruction"]), dict(instruction=session.instruction))
     if reuse % meta["stride"]:
-        reasons.append(f"stride was {meta['stride']}, of which vlm_reuse_count {reuse} is no multiple")
-    ticks = session.ticks(meta["stride"], recipe["views"], max_image_age) if not reasons else None
-    if ticks is not None and meta["tick_times"] != ticks.tick_time.tolist():
-        reasons.append(f"ticks were {len(meta['tick_times'])}, now {len(ticks)} at other times: a new data.pkl")
-    for view in () if reasons else recipe["views"]:
+        differs.append(f"stride was {meta['stride']}, of which vlm_reuse_count {reuse} is no multiple")
+    require(not differs, "; ".join(differs), CacheMismatch)
+    ticks = session.ticks(meta["stride"], recipe["views"], max_image_age)
+    moved = f"ticks were {len(meta['tick_times'])}, now {len(ticks)} at other times: a new data.pkl"
+    require(meta["tick_times"] == ticks.tick_time.tolist(), moved, CacheMismatch)
+    for view in recipe["views"]:
         had, want = np.array(meta["frame_index"][view]), np.where(ticks.complete, ticks.frame_index[view], -1)
-        for tick in np.flatnonzero((want >= 0) & (want != had))[:1]:
-            reasons.append(f"image of {view} at tick {tick} was number {had[tick]}, now {want[tick]}")
-        if pictures and not reasons:
+        if len(other := np.flatnonzero((want >= 0) & (want != had))):
+            tick = other[0]
+            raise CacheMismatch(f"image of {view} at tick {tick} was number {had[tick]}, now {want[tick]}")
+        if pictures:
             rows, used = meta["frames"][view], sorted(set(want.tolist()) - {-1})
             facts, same = image_facts(session, view, used, {r[0]: r for r in rows}), {(r[0], r[3]) for r in rows}
             changed = [name for name, _, _, digest in facts if (name, digest) not in same]
-            reasons += [f"image {name} changed, one of {len(changed)} of {view}" for name in changed[:1]]
-    require(not reasons, "; ".join(reasons), CacheMismatch)
+            said = f"image {''.join(changed[:1])} changed, one of {len(changed)} of {view}"
+            require(not changed, said, CacheMismatch)
