@@ -115,9 +115,8 @@ def weight_digest(folder):
         else:
             facts[path.name] = content_facts(path, known.get(path.name))
             digests.append(facts[path.name][2])
-    if (
-        not facts.items() <= known.items()
-    ):  # where they cannot be kept, in a folder of others, the files are read every time
+    if any(known.get(name) != fact for name, fact in facts.items()):
+        # where they cannot be kept, in a folder of others, the files are read every time
         with contextlib.suppress(OSError), atomic_path(kept) as temporary:
             temporary.write_text(json.dumps(facts))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
