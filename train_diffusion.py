@@ -37,6 +37,7 @@ from common.session_data import ACTIONS, ChunkErrors, SessionPolicy
 from common.session_data import check_data, describe, held_out_batches, load_data
 from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
+from common.vl_cache import command
 
 FORMAT = 2  # of the checkpoints
 NAME, PROJECT = "diffusion_stage1", "QwenVLA-Diffusion"
@@ -493,8 +494,8 @@ def main(cfg):
 
     best = folder / (BEST if data.validation else LATEST)
     at = f" (step {run.best_step}, validation loss {run.best_val_loss:.4f})" if run.best_step else ""
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {' '.join(cfg.dataset_dir)}"
-    run.finish(f"model: {best}{at}", evaluate, plot=("train/loss_step", "val/loss_epoch"))
+    evaluate = command("evaluate.py", checkpoint=best, data=cfg.dataset_dir)
+    run.finish(f"model: {best}{at}", f"evaluate: {evaluate}", plot=("train/loss_step", "val/loss_epoch"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,14 +23,14 @@ from common.stats import Normalizer
 ACTIONS = [("dx", "mm"), ("dy", "mm"), ("dz", "mm"), ("da", "deg"), ("db", "deg"), ("dr", "deg"), ("gripper", "")]
 
 
-@dataclass
+@dataclasses.dataclass
 class Data:
     """Sessions of a run, split and described."""
 
     train: list  # common.sessions.Session, sorted by name
     validation: list
     features: object  # Features
-    about: dict  # what a checkpoint tells about them: stats, recipe, vl_shape, instructions, fingerprint
+    about: dict  # what a checkpoint tells about them: stats, recipe, vl_shape, sensor_hz, instructions, fingerprint
 
 
 class Features:
@@ -97,7 +96,8 @@ def load_data(cfg, run=None, saved=None, optional=()):
         stats = run.once(all_stats, train, features, cfg) if run else all_stats(train, features, cfg)
     require(not all(stats["action"]["constant"]), "no action dimension moves in the training sessions")
     about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape or ()))
-    about["instructions"] = sorted({s.instruction for s in train})
+    rates = [s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ]
+    about |= dict(sensor_hz=float(np.median(rates)), instructions=sorted({s.instruction for s in train}))
     about["fingerprint"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     first = run.once(str, about["fingerprint"]) if run else about["fingerprint"]  # which compared the pictures
     others = "the processes see other sessions or features: start again when they are all built"
@@ -138,14 +138,12 @@ class SessionDataset(Dataset):
 
     def sample_weights(self, table, changes=()):
         """{data set: weight} (others 1), changes ["NAME=W"] -> (n,) weight of each sample."""
-        names = sorted({s.dataset for s in self.sessions})
-        weights = {name: table.get(name, 1.0) for name in names}
+        weights = {s.dataset: table.get(s.dataset, 1.0) for s in self.sessions}
+        wanted = f"expected NAME=W: one of {', '.join(sorted(weights))}, and a weight above 0"
         for name, _, value in (text.rpartition("=") for text in changes):
-            with contextlib.suppress(ValueError):
-                weights[name] = float(value) if name in names else math.nan
-            wanted = f"expected NAME=W: one of {', '.join(names)}, and a weight above 0"
-            good = 0 < weights.get(name, 0) < math.inf and value.replace(".", "", 1).isdigit()
-            require(good, f"dataset_weight '{name}={value}': {wanted}")
+            number = float(value) if value.replace(".", "", 1).isdecimal() else 0.0
+            require(name in weights and 0 < number < math.inf, f"dataset_weight '{name}={value}': {wanted}")
+            weights[name] = number
         return np.array([weights[name] for name in self.datasets], np.float64)
 
     def __getitem__(self, key):
@@ -161,15 +159,10 @@ class SessionDataset(Dataset):
         if cfg.sensor_enabled and s.has_sensor:
             window, length = s.sensor_window(k, cfg.sensor_window_size)
             sensor = window[len(window) - length :] if length else None
-        return self.features.read(s, tick) | dict(
-            sensor=sensor,
-            actions=actions,
-            action_mask=mask,
-            previous=np.zeros_like(s.action[0]) if first else s.action[k - 1],
-            weight=np.float32(cfg.sensor_loss_weight if sensor is not None else 1),
-            reuse_step=k - int(ticks.start[tick]),
-            name=(s.name, k),
-        )
+        item = dict(sensor=sensor, actions=actions, action_mask=mask, reuse_step=k - int(ticks.start[tick]))
+        item["previous"] = np.zeros_like(s.action[0]) if first else s.action[k - 1]
+        item["weight"] = np.float32(cfg.sensor_loss_weight if sensor is not None else 1)
+        return self.features.read(s, tick) | item | dict(name=(s.name, k))
 
 
 class Collate:
@@ -184,13 +177,11 @@ class Collate:
         sensor_length (B,), 0 without sensor."""
         batch = dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
         if self.sensor_enabled:
-            sensor, length = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32), []
-            for b, o in enumerate(observations):
-                rows = [] if o.get("sensor") is None else np.asarray(o["sensor"])[-self.window :]
-                if len(rows):
-                    sensor[b, self.window - len(rows) :] = rows
-                length.append(len(rows))
-            batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor(length))
+            sensor = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32)
+            rows = [sensor[0, :0] if o.get("sensor") is None else o["sensor"][-self.window :] for o in observations]
+            for padded, x in zip(sensor, rows, strict=True):
+                padded[self.window - len(x) :] = x
+            batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor([len(x) for x in rows]))
         return batch
 
     def __call__(self, items):
@@ -198,12 +189,9 @@ class Collate:
         number or array of the items, stacked: action_mask (B, H), weight, reuse_step (B,), ..."""
         ours = ("sensor", "vl_features", "images", "instruction", "actions", "previous", "name")
         rest = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key not in ours}
-        return self.inputs(items) | dict(
-            actions=torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items]))),
-            has_sensor=torch.tensor([item["sensor"] is not None for item in items]),
-            names=[item["name"] for item in items],
-            **rest,
-        )
+        rest["actions"] = torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items])))
+        rest["has_sensor"] = torch.tensor([item["sensor"] is not None for item in items])
+        return self.inputs(items) | rest | dict(names=[item["name"] for item in items])
 
 
 # ---- policy ----------------------------------------------------------------------------------------------------------
@@ -218,6 +206,7 @@ class SessionPolicy:
     def __init__(self, model, cfg, about, device, vlm=None):
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
         self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
+        self.sensor_hz = about.get("sensor_hz", ss.SENSOR_HZ)  # measured in the training's sessions
         self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, Collate(cfg, self.stats)
         self.reset()
 
@@ -272,13 +261,9 @@ class SessionPolicy:
             breaks = np.flatnonzero((np.diff(steps) != 1) | (np.diff(s.segment[steps]) != 0)) + 1
             parts = [part for part in np.split(items, breaks) if len(part)]
             for n, part in enumerate(parts):
-                yield dict(
-                    name=s.name if len(parts) == 1 else f"{s.name}#{n + 1}",
-                    sample=lambda t, part=part: dataset[(int(part[t]), int(part[t]))],
-                    target=s.action[dataset.steps[part]],
-                    hold=np.repeat(still[None], len(part), 0),
-                    phase=None,
-                )
+                name = s.name if len(parts) == 1 else f"{s.name}#{n + 1}"
+                truth = dict(target=s.action[dataset.steps[part]], hold=np.repeat(still[None], len(part), 0))
+                yield truth | dict(name=name, sample=lambda t, p=part: dataset[(int(p[t]), int(p[t]))], phase=None)
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""
@@ -379,9 +364,9 @@ def describe(cfg, data, dataset, held_out, weights, print0):
     if (enough := math.ceil(max(cfg.vlm_latency_ms) * rate / 1000)) > reuse:
         slow = f"a VLM that takes {max(cfg.vlm_latency_ms):g} ms cannot look every {reuse} steps"
         print0(f"warning   {slow}. Use --vlm-reuse-count {enough}, fewer views, or smaller images")
-    window, weight = cfg.sensor_window_size, f"loss weight {cfg.sensor_loss_weight:g} with sensor, 1 without"
-    rows = f"the newest {window} rows, {window / ss.SENSOR_HZ:.2f} s at {ss.SENSOR_HZ} Hz; {weight}"
-    print0(f"sensor    {rows if cfg.sensor_enabled else 'not used'}")
+    window, hz = cfg.sensor_window_size, data.about["sensor_hz"]
+    rows = f"the newest {window} rows, {window / hz:.2f} s at {hz:.0f} Hz; loss weight {cfg.sensor_loss_weight:g}"
+    print0(f"sensor    {f'{rows} with sensor, 1 without' if cfg.sensor_enabled else 'not used'}")
     stats, action = data.about["stats"]["action"], np.concatenate([s.action for s in data.train])
     normalizer, size = Normalizer(stats), np.maximum(np.abs(action).sum(0), 1e-9)
     lost = np.abs(action - normalizer.unnormalize(normalizer.normalize(action)))
@@ -404,8 +389,7 @@ def check_data(cfg, dataset_class, table):
     describe(cfg, data, dataset, held_out, weights, print)
     order = GlobalOrder(len(dataset), cfg.seed, weights)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
-    name, k = items[0]["name"]
-    print(f"samples   {len(dataset)}; batch of {len(items)}, first: {name} step {k}")
+    print(f"samples   {len(dataset)}; batch of {len(items)}, first: {' step '.join(map(str, items[0]['name']))}")
     if data.features.missing:
         print(f"note      the features are not there yet: {data.features.missing}")
         items = [item | dict(images=0, vl_features=torch.zeros(0)) for item in items]

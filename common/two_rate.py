@@ -46,12 +46,12 @@ class TwoRateLoop:
 
     def push_sensor(self, rows, stamps=None):
         """Take (n, 1026) raw sensor rows in the order of time, or one (1026,), as they come; from any thread. `stamps`
-        (n,): when they were measured; default: at 650 Hz, the last one now."""
+        (n,): when they were measured; default: at the rate of the training's sessions, the last one now."""
         rows = np.atleast_2d(np.asarray(rows, np.float32))
         wrong = f"sensor rows are {rows.shape}, expected (n, {ss.CHANNELS}): force, then the A-scan"
         require(rows.ndim == 2 and rows.shape[1] == ss.CHANNELS, wrong)
         if stamps is None:
-            stamps = self.clock.monotonic() - np.arange(len(rows))[::-1] / ss.SENSOR_HZ
+            stamps = self.clock.monotonic() - np.arange(len(rows))[::-1] / self.policy.sensor_hz
         self._same_clock(np.max(stamps, initial=-math.inf), "a sensor row")
         with self.lock:
             self.sensor.extend(zip(np.broadcast_to(stamps, len(rows)).tolist(), rows.copy(), strict=True))
@@ -80,7 +80,9 @@ class TwoRateLoop:
     def _observation(self, feature, now):
         with self.lock:
             stamps, rows = np.array([s for s, _ in self.sensor]), [row for _, row in self.sensor]
-        begin, end = ss.sensor_rows(stamps, now, self.sensor.maxlen)  # as in training: a stopped sensor is absent
+        begin, end = ss.sensor_rows(
+            stamps, now, self.sensor.maxlen, self.policy.sensor_hz
+        )  # as in training: one that has stopped is absent
         return dict(vl_features=feature, sensor=np.stack(rows[begin:end]) if end > begin else None)
 
     def act(self):

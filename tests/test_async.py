@@ -58,12 +58,7 @@ def test_real_size():
 
 
 @hypothesis.settings(max_examples=15)
-@hypothesis.given(
-    window=st.sampled_from([33, 65, 66, 130]),
-    length=st.integers(1, 33),
-    more=st.sampled_from([16, 64]),
-    seed=st.integers(0, 99),
-)
+@hypothesis.given(st.sampled_from([33, 65, 66, 130]), st.integers(1, 33), st.sampled_from([16, 64]), st.integers(0, 99))
 def test_sensor_padding_changes_nothing(window, length, more, seed):
     """Whatever stands where no rows are, and a longer window with the same rows, give the same feature."""
     torch.manual_seed(seed)
@@ -207,23 +202,16 @@ def write_sessions(root):
     return root
 
 
-def build_cache(root, cache_root, model, stride=3, views=("View1", "View5")):
-    encoder = vl_cache.VLEncoder(str(model), list(views), 56, 56)
-    for s in ss.find_sessions([root]):
-        ticks = s.ticks(stride, views)
-        features = torch.full((len(ticks), 1, encoder.width), torch.nan)
-        for j in np.flatnonzero(ticks.complete):
-            images = {v: s.frame_path(v, int(ticks.frame_index[v][j])) for v in views}
-            features[j] = encoder.encode([(images, s.instruction)])[0]
-        meta = build_vl_cache.make_meta(encoder.recipe(), s, ticks)
-        build_vl_cache.write_features(cache_root, s, ticks, features, meta)
+def build_cache(root, model):
+    words = f"--dataset-dirs {root} --model {model} --image-resize-height 56 --image-resize-width 56".split()
+    build_vl_cache.main(parse_config(build_vl_cache.Config, words))
 
 
 @pytest.fixture(scope="session")
 def sessions_root(tmp_path_factory, qwen_dir):
     """8 sessions of three data sets with their cached features in cache/."""
     root = write_sessions(tmp_path_factory.mktemp("sessions"))
-    build_cache(root, root / "cache", qwen_dir)
+    build_cache(root, qwen_dir)
     return root
 
 
@@ -382,17 +370,21 @@ def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
     assert open_data(tmp_path / "s", qwen_dir)[1].about == data.about
 
 
-def test_what_clipping_removes_is_said(sessions_root, qwen_dir, tmp_path, capsys):
-    """A turn of 3 degrees in less than 1 % of the steps is beyond q99: training sees almost nothing of it."""
+def test_what_clipping_removes_and_the_sensors_rate_are_said(sessions_root, qwen_dir, tmp_path, capsys):
+    """A turn of 3 degrees in less than 1 % of the steps is beyond q99: training sees almost nothing of it. What the
+    policy knows of the sensor's rate is what was measured in the sessions."""
     shutil.copytree(sessions_root, tmp_path / "s")
     rare = sorted((tmp_path / "s").glob("*/**/data.pkl"))
     for i, path in enumerate(rare):
         data = ss.load_data_pkl(path)
         data["action"][:, 3] = 0.001 * (np.arange(len(data["action"])) % 3 - 1)
         data["action"][7, 3] = 3.0 if i == 0 else 0.0
+        (data["sensor_data"] or {})["rate_hz"] = 325.0
         create_datapkl.save_data_pkl(path, data)
     run(tmp_path / "s", qwen_dir, tmp_path / "out", max_steps=1, val_split=0)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "0.20 s at 325 Hz" in (out := capsys.readouterr().out)
+    assert train_async.load_policy(tmp_path / "out", "cpu").sensor_hz == 325
+    lines = [line.split() for line in out.splitlines()]
     most = next(words for words in lines if words[:4] == ["clipping", "removes", "at", "most"])
     share = next(words for words in lines if words[:3] == ["clipping", "removes,", "percent"])
     assert float(most[4 + 3]) == pytest.approx(3.0, abs=0.01) and float(share[3 + 3]) > 90
@@ -454,6 +446,18 @@ def test_the_weight_of_the_sensor_is_not_in_the_validation(sessions_root, qwen_d
         policy = train_async.Policy(core, cfg, data.about, torch.device("cpu"))
         losses.append(train_async.validate(core, policy, dataset, Run(cfg, tmp_path, 4))["val/loss_epoch"])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("column, used", [(0, "force"), (5, "ascan")])
+def test_the_ablation_names_what_is_used(sessions_root, qwen_dir, tmp_path, column, used):
+    """A policy that reads one number of the newest sensor row: only with another sample's is its error another one."""
+    cfg, data, dataset = open_data(sessions_root, qwen_dir)
+    core = train_async.build_model(cfg, data.about, torch.device("cpu"))
+    policy = train_async.Policy(core, cfg, data.about, torch.device("cpu"))
+    policy.decode = lambda batch: batch["sensor"][:, -1:, [column]].expand(-1, 8, 7).numpy()
+    values = train_async.validate(core, policy, dataset, Run(cfg, tmp_path, 4))
+    changed = {name for name in ("feature", "sensor", "force", "ascan") if values[f"val/swap_{name}"] != 1}
+    assert changed == {used, "sensor"} and (column or values["val/swap_force"] > 1)
 
 
 def test_training_opens_no_image_and_loads_no_vlm(sessions_root, qwen_dir, tmp_path, monkeypatch):
@@ -628,6 +632,5 @@ def recordings(shared, qwen_dir, tmp_path_factory):
     shutil.copytree(shared / "data" / "sessions", root)
     words = f"--dataset-dirs {root} --workers 0 --min-sensor-overlap 0.3".split()
     create_datapkl.main(parse_config(create_datapkl.Config, words))
-    words = f"--dataset-dirs {root} --model {qwen_dir} --image-resize-height 56 --image-resize-width 56".split()
-    build_vl_cache.main(parse_config(build_vl_cache.Config, words))
+    build_cache(root, qwen_dir)
     return root

@@ -52,16 +52,11 @@ def test_ddim_with_the_true_noise_recovers_the_actions(seed, timesteps, steps):
     assert seen == sorted(seen, reverse=True)
 
 
-def test_one_ddim_step_by_hand():
-    """From t = 99 to t = 0 in two steps with a network that always says 0: x_0 = clip(x / sqrt(abar)), then eps is what
-    is left."""
+def test_ddim_steps_by_hand():
+    """From t = 99 to t = 0 in two steps with a network that always says 0: x_0 = clip(x / sqrt(abar)), and stays."""
     schedule, silent = diffusion.NoiseSchedule(100), lambda x, t: torch.zeros_like(x)
-    a99, a0 = schedule.abar[99].item(), schedule.abar[0].item()
-    x0 = 1e-4 / math.sqrt(a99)  # 0.203, inside the clip
-    left = (1e-4 - math.sqrt(a99) * x0) / math.sqrt(1 - a99)  # 0
-    expected = (math.sqrt(a0) * x0 + math.sqrt(1 - a0) * left) / math.sqrt(a0)
     out = schedule.ddim(silent, torch.full((1, 1, 7), 1e-4), 2)
-    assert out[0, 0, 0].item() == pytest.approx(expected, rel=1e-3)
+    assert out[0, 0, 0].item() == pytest.approx(1e-4 / math.sqrt(schedule.abar[99]), rel=1e-3)  # 0.203
     assert schedule.ddim(silent, torch.ones(1, 1, 7), 1)[0, 0, 0].item() == 1.0  # 2029 is clipped
 
 
@@ -150,9 +145,8 @@ def validated(cfg, data, part):
     held_out = diffusion.SessionDataset(part, data.features, cfg)
     core = diffusion.build_model(cfg, data.about, torch.device("cpu"))
     before = {k: v.clone() for k, v in core.state_dict().items()}
-    values = diffusion.validate(
-        core, diffusion.Policy(core, cfg, data.about, torch.device("cpu")), held_out, Run(cfg, "unused", 1)
-    )
+    policy = diffusion.Policy(core, cfg, data.about, torch.device("cpu"))
+    values = diffusion.validate(core, policy, held_out, Run(cfg, "unused", 1))
     assert core.training and all(torch.equal(v, before[k]) for k, v in core.state_dict().items())
     return values
 
@@ -207,14 +201,8 @@ def test_the_guides_command_parses():
 
 
 @pytest.mark.parametrize(
-    "changed, message",
-    [
-        (dict(training_stage="stage2"), "not supported"),
-        (dict(ddim_steps=200), "ddim_steps is 200"),
-        (dict(ema_decay=1), "ema_decay"),
-        (dict(predict_draws=9), "predict_draws is 9"),
-    ],
+    "key, value", dict(training_stage="stage2", ddim_steps=200, ema_decay=1, predict_draws=9).items()
 )
-def test_wrong_settings_are_explained(sessions_root, qwen_dir, tmp_path, changed, message):  # noqa: F811
-    with pytest.raises(UserError, match=message):
-        diffusion.main(config(diffusion, sessions_root, qwen_dir, tmp_path, **changed))
+def test_wrong_settings_are_explained(tmp_path, key, value):
+    with pytest.raises(UserError, match=f"{key} is {value}"):
+        diffusion.main(config(diffusion, tmp_path, "model", tmp_path, **{key: value}))

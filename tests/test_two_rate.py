@@ -45,7 +45,7 @@ class SlowPolicy:
     def __init__(self, clock, latency, reuse=3, window=65, fail_at=None, trained_ms=0.0):
         self.clock, self.latency, self.fail_at, self.looks, self.resets = clock, latency, fail_at, 0, 0
         self.cfg = SimpleNamespace(sensor_window_size=window, vlm_reuse_count=reuse, vlm_latency_ms=[trained_ms])
-        self.instructions, self.device = ["go"], torch.device("cpu")
+        self.instructions, self.device, self.sensor_hz = ["go"], torch.device("cpu"), 650
 
     def reset(self):
         self.resets += 1
@@ -205,6 +205,19 @@ def test_sensor_rows_by_time():
             loop.push_sensor(rows)
     with pytest.raises(UserError, match="future"):
         loop.push_sensor(np.ones((1, 1026)), [1.7e9])
+
+
+@pytest.mark.parametrize("hz", [650, 325])
+def test_sensor_rows_last_as_long_as_in_training(hz):
+    """At half the rate 65 rows last twice as long: rows that just came reach back that far and count that long."""
+    loop = Drive(0.1).loop
+    loop.policy.sensor_hz = hz
+    loop.push_sensor(np.ones((65, 1026)))
+    begin = loop.clock.now
+    assert begin - loop.sensor[0][0] == pytest.approx(64 / hz)
+    for age, there in ((0.09 + 65 / hz, True), (0.11 + 65 / hz, False)):
+        loop.clock.now = begin + age
+        assert (loop._observation(None, loop.clock.now)["sensor"] is not None) == there
 
 
 def test_an_instruction_must_be_chosen_where_there_are_several():
