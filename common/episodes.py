@@ -349,6 +349,28 @@ def hold_out_random(episodes, count, seed):
     return sorted(set(range(len(episodes))) - set(validation)), validation
 
 
+def split_or_keep(marks, split, then=None):
+    """Split usable episodes {name: what another file of that name would change} by split(). `then`: the table of the
+    checkpoint that is resumed, if bad files may be left out: where that is all that happened since, its split stays,
+    for it is the same run. -> (training, validation) indices, table {name: [mark, part]}, messages on what is gone"""
+    gone = [name for name in then or () if name not in marks]
+    if gone and all(name in then and then[name][0] == mark for name, mark in marks.items()):
+        table, notes = then, [f"{name}: left out since the checkpoint was written" for name in gone]
+        validation = [i for i, name in enumerate(marks) if then[name][1] == "validation"]
+        train = sorted(set(range(len(marks))) - set(validation))
+    else:
+        (train, validation), notes = split(), []
+        parts = {i: "validation" for i in validation}
+        table = {name: [mark, parts.get(i, "train")] for i, (name, mark) in enumerate(marks.items())}
+    require(train, f"no training episode is left of {', '.join([*table][:5])}")
+    return train, validation, table, notes
+
+
+def trained_in(table):
+    """[[name, mark]] of the training episodes of such a table: what a fingerprint of the data is made of."""
+    return [[name, mark] for name, (mark, part) in table.items() if part == "train"]
+
+
 def write_validation_list(path, episodes, validation):
     """validation_episodes.txt: `validation` holds indices into the sorted list `episodes`."""
     head = ["Validation episodes", "=" * 80, f"Total episodes: {len(episodes)}"]
