@@ -196,14 +196,14 @@ class ImageReader:
         try:
             value = self._open(episode.path)["observations/images"][camera][frame]
         except (OSError, RuntimeError, KeyError, IndexError) as error:
-            how = "Re-copy the file, or move it away and start again"
+            how = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
             raise BadEpisode(f"{where} cannot be read ({error}). {how}") from error
         if episode.cameras[camera] == "raw":
             return value
         try:
             return np.asarray(Image.open(io.BytesIO(value.tobytes())).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            how = "Re-record the episode, or move it away and start again"
+            how = "Move the file away and go on without it: --resume auto --skip_bad_episodes"
             raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). {how}") from error
 
     def _open(self, path):

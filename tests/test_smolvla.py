@@ -258,22 +258,6 @@ def test_a_resume_that_would_mean_something_else_is_refused(make):
             smolvla.main(make(**(dict(resume="auto", steps=6) | flags)))
 
 
-def test_a_file_that_is_left_out_later_is_no_other_run(make, tmp_path, sim_root, capsys):
-    """A recording that turns out bad in the night is moved away: the run goes on without it, with the old split."""
-    shutil.copytree(sim_root, tmp_path / "data")
-    flags = dict(dataset__root_dir=tmp_path / "data")
-    first, _ = train(make(steps=2, **flags))
-    gone = next(name for name, (_, part) in first["episodes"].items() if part == "train")
-    (tmp_path / "data" / gone).unlink()
-    with pytest.raises(UserError, match="data or its settings changed"):
-        smolvla.main(make(steps=4, resume="auto", **flags))
-    second, _ = train(make(steps=4, resume="auto", dataset__skip_bad_episodes=True, **flags))
-    assert f"excluded  {gone}: left out since" in capsys.readouterr().out
-    assert second["step"] == 4 and second["meta"]["validation"] == first["meta"]["validation"]
-    assert second["normalization_stats"] == first["normalization_stats"]
-    assert train(make(steps=5, resume="auto", dataset__skip_bad_episodes=True, **flags))[0]["step"] == 5
-
-
 def test_init_from_starts_from_exactly_these_weights(make, tmp_path):
     first, _ = train(make("run", training__ema_decay=0.5, train="lora"))
     for source in ("checkpoint_latest.pt", "final_hf"):
