@@ -27,6 +27,7 @@ image tokens of a frame, L text tokens, D width of the text model, T frames of a
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -140,16 +141,9 @@ class Config:
 
 ALIASES = dict(resume_from_checkpoint="resume", lora_rank="train_setup.lora_r", epochs="trainer.max_epochs")
 # keys of the guide's config that say what this script does anyway
-ACCEPTED = {
-    "trainer_type": ("MobileVLATrainer",),
-    "optimizer": ("adamw",),
-    "dataset.type": ("MobileVLAH5Dataset",),
-    "train_setup.freeze_backbone": ("true",),
-    "act_head.type": ("MobileVLALSTMDecoder",),
-    "act_head.down_sample": ("none",),
-    "trainer.monitor": ("val_loss",),
-    "trainer.save_last": ("true",),
-}
+ACCEPTED = {"trainer_type": ("MobileVLATrainer",), "optimizer": ("adamw",), "dataset.type": ("MobileVLAH5Dataset",)}
+ACCEPTED |= {"train_setup.freeze_backbone": ("true",), "act_head.type": ("MobileVLALSTMDecoder",)}
+ACCEPTED |= {"act_head.down_sample": ("none",), "trainer.monitor": ("val_loss",), "trainer.save_last": ("true",)}
 # without these the order, the noise, the labels or the moments would belong to another run
 FIXED = (
     *("seed", "window_size", "fwd_pred_next_n", "label_offset"),
@@ -296,10 +290,11 @@ class Data:
     stats: dict  # of the training actions, m/s
     opposites: dict  # see opposite_instructions
     fingerprint: str  # changes when the training windows or their order would
+    table: dict  # {name: [hash of its content, "train" or "validation"]} of all episodes, for a checkpoint
 
 
-def load_data(cfg, store=None, say=print, first=0):
-    """Find, read and split the episodes. `store`: decode all pictures into it, beginning at the share `first`."""
+def load_data(cfg, store=None, say=print, first=0, then=None):
+    """Find, read, split. `store`: decode all pictures into it, from the share `first` on. `then`: a resumed table."""
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
     if store:
         counts, side = {e.path: e.num_frames for e in found}, store.shape[0]
@@ -315,13 +310,16 @@ def load_data(cfg, store=None, say=print, first=0):
         else:
             episodes.append(e)
     require(episodes, f"none of the {len(found)} episodes of '{d.data_dir}' is usable")
-    train, validation = ([episodes[i] for i in part] for part in split_episodes(episodes, d.train_split, d.split))
-    digest = hashlib.sha256(d.windows.encode())
-    for e in train:
-        digest.update(json.dumps([e.name, e.num_frames, e.instruction]).encode() + e.actions.tobytes())
+    marks = {e.name: hashlib.sha256(e.instruction.encode() + e.actions.tobytes()).hexdigest() for e in episodes}
+    split = functools.partial(split_episodes, episodes, d.train_split, d.split)
+    *parts, table, gone = ep.split_or_keep(marks, split, then if d.skip_bad_episodes else None)
+    train, validation = ([episodes[i] for i in part] for part in parts)
+    for text in gone:
+        say(f"excluded  {text}")
+    digest = hashlib.sha256(json.dumps([d.windows, ep.trained_in(table)]).encode())
     stats = compute_stats(dict(action=[e.actions for e in train]))
     opposites = opposite_instructions(train, episodes, d.swap_instructions)
-    return Data(train, validation, stats, opposites, digest.hexdigest()[:16])
+    return Data(train, validation, stats, opposites, digest.hexdigest()[:16], table)
 
 
 def action_normalizer(cfg):
@@ -865,11 +863,13 @@ def describe(cfg, data, say):
     s = data.stats["action"]
     numbers = "; ".join(f"{k} {s[k][0]:.3g} {s[k][1]:.3g}" for k in ("mean", "std", "min", "max"))
     say(f"action    linear_x, linear_y in m/s: {numbers}; {d.action_scale} becomes 1")
-    cut = sum(int((np.abs(e.actions) > 1.001 * np.array(d.action_scale)).any(1).sum()) for e in train)
+    moved = np.abs(np.concatenate([e.actions for e in train]))
+    cut = np.maximum(moved - d.action_scale, 0).sum(0) / np.maximum(moved.sum(0), 1e-9)
+    share = f"dataset.action_scale {d.action_scale} cuts off {cut[0]:.1%} of the motion in x, {cut[1]:.1%} in y"
     turning = sum(e.turns for e in [*train, *held])
     warnings = {
         "every training episode has the same instruction: the policy cannot learn to listen to it": len(texts) == 1,
-        f"{cut} of {frames} actions exceed dataset.action_scale {d.action_scale} and are cut": cut,
+        share: cut.max() > 5e-4,
         f"{turning} episode(s) turn (angular_z is not 0); the policy learns linear_x and linear_y only": turning,
     }
     for text in (text for text, wrong in warnings.items() if wrong):
@@ -921,7 +921,7 @@ def main(cfg):
     backbone = open_backbone(cfg.model)
     side, prompt = backbone.image_size, Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     store = FrameStore(cfg.dataset.frame_dir, (side, side, 3), ["bicubic", cfg.dataset.colour_order])
-    data = load_data(cfg, store, run.print, run.rank / run.world)
+    data = load_data(cfg, store, run.print, run.rank / run.world, saved and saved["episodes"])
     digest = run.once(weight_digest, backbone.folder)
     for e in [*data.train, *data.validation]:
         prompt.tokens(e.instruction)  # too long a text is found now
@@ -951,7 +951,7 @@ def main(cfg):
         about = {key: saved[key] for key in about}
         saved = None  # the file's memory
     meta = dict(script=SCRIPT, validation=[e.name for e in data.validation])
-    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, backbone=digest)
+    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table, backbone=digest)
     about |= dict(stats=data.stats, opposites=data.opposites)
     size = 12 * sum(p.numel() for p in trained)  # fp32 weights and two moments
     run.describe(core, n, size, folder, " (LoRA r {lora_r} on {lora_scope})".format_map(vars(cfg.train_setup)))

@@ -184,19 +184,24 @@ class Data:
     validation: list
     excluded: list  # messages of files left out by skip_bad_episodes
     spec: Spec
+    table: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
 
     def fingerprint(self):
         """Changes when the training samples or their order would."""
-        parts = [[e.name, e.num_frames] for e in self.train] + [self.spec.plain()]
+        parts = [*ep.trained_in(self.table), self.spec.plain()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_data(cfg, main=True, stats=None):
-    """Find, read, split and describe the episodes. `stats`: of the checkpoint that is resumed, else of file or data."""
+def load_data(cfg, main=True, stats=None, then=None):
+    """Find, read, split and describe the episodes. `stats`, `then`: statistics and episodes of the checkpoint that is
+    resumed."""
     d = cfg.dataset
     progress = partial(tqdm, desc="reading episodes", unit="file", disable=None if main else True, leave=False)
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, progress)
-    train, validation = ep.hold_out_last(found, d.num_val_episodes)
+    n, frames = len(found), {e.name: e.num_frames for e in found}
+    split = partial(ep.hold_out_last, range(n), d.num_val_episodes)
+    *parts, table, gone = ep.split_or_keep(frames, split, then if d.skip_bad_episodes else None)
+    train, validation = ([found[i] for i in part] for part in parts)
     known = {name: f"camera{i + 1}" for i, name in enumerate(found[0].cameras)}
     cameras = [known.get(c, c) for c in d.cameras]
     there = ", ".join(f"{c} = {name}" for name, c in known.items())
@@ -222,7 +227,7 @@ def load_data(cfg, main=True, stats=None):
         require(has == dim, f"the statistics have {has} dims for '{key}', the data {dim}: run compute_stats.py again")
     unit, size = ep.detect_position_unit(found), list(d.resize_resolution)
     spec = Spec(d.horizon, cameras, size, d.task_instruction, state_keys, plain, unit, stats)
-    return Data(train, validation, excluded, spec)
+    return Data(train, validation, excluded + gone, spec, table)
 
 
 def resize_image(image, size):
@@ -808,9 +813,10 @@ def main(cfg):
     attention = qwen.pick_attention(cfg.attn_implementation, run.device)
     path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], beside=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
-    data = load_data(cfg, run.main, spec and spec.stats)
+    saved = json.loads((path / "meta.json").read_text()) if path else {}
+    data = load_data(cfg, run.main, spec and spec.stats, saved.get("episodes"))
     if path:
-        run.restore(path, json.loads((path / "meta.json").read_text()), data.fingerprint(), FIXED)
+        run.restore(path, saved, data.fingerprint(), FIXED)
     if not run.plan(cfg.max_train_steps, "--max_train_steps"):
         finish(run, cfg)
         return
@@ -855,7 +861,7 @@ def main(cfg):
     run.write("dataset_stats.json", json.dumps(data.spec.stats, indent=2))
     run.write("validation_episodes.txt", "".join(f"{e.name}\n" for e in data.validation))
     meta = dict(format_version=FORMAT, script=Path(__file__).stem, fingerprint=data.fingerprint())
-    meta["validation"] = [e.name for e in data.validation]
+    meta |= dict(validation=[e.name for e in data.validation], episodes=data.table)
     saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, meta)
     gather = partial(ckpt.training_state, core, optimizer, True) if cfg.fsdp else None
     run.checkpoints(out, "steps_{step}", saver.write, size, keep=cfg.keep_checkpoints, gather=gather)

@@ -40,7 +40,8 @@ from torch.utils.data import Dataset
 from common import MissingFile, UserError, require
 from common import checkpoint as ckpt
 from common.config import config_from
-from common.frames import FrameStore
+from common.episodes import split_or_keep, trained_in
+from common.frames import FrameStore, write_json
 from common.hub import load_weights, local_folder, read_tensors, stored_source  # before transformers
 from common.log import WandbConfig
 from common.run import Run, launch, to_device
@@ -149,6 +150,7 @@ class Rows:
     step: np.ndarray  # (N,) int32, index of the sample in its path
     of: np.ndarray  # (N,) int32, its row of `table`
     counts: Counter  # what was seen and left out
+    marks: dict  # {name of a file: hash of what is learned from it, but for the pictures}
 
 
 def find_files(root):
@@ -216,15 +218,17 @@ def read_file(path, cfg):
     table = pd.DataFrame(dict(path=path, row=np.arange(len(lengths)), lang_goal=None, text=None))
     for column in said:
         table[column] = read[column].to_pylist()
-    actions = (steps[good] * (cfg.trajectory_hz or 1.0)).astype(np.float32)
-    return Rows(table, actions, step[good].astype(np.int32), of[good].astype(np.int32), counts)
+    actions, of = (steps[good] * (cfg.trajectory_hz or 1.0)).astype(np.float32), of[good].astype(np.int32)
+    content = json.dumps(table[["lang_goal", "text"]].to_numpy().tolist()).encode() + actions.tobytes() + of.tobytes()
+    marks = {path.name: hashlib.sha256(content).hexdigest()[:16]}
+    return Rows(table, actions, step[good].astype(np.int32), of, counts, marks)
 
 
 def read_rows(paths, cfg):
     """-> (Rows of all files, messages of files left out by skip_bad_episodes)"""
     import pyarrow as pa
 
-    parts, bad, before = [], [], 0
+    parts, bad, before, marks = [], [], 0, {}
     for path in paths:
         try:
             part = read_file(path, cfg)
@@ -236,13 +240,14 @@ def read_rows(paths, cfg):
             continue
         part.of += np.int32(before)
         before += len(part.table)
+        marks |= part.marks
         parts.append(part)
     arrays = dict(actions=np.zeros((0, 2), np.float32), step=np.zeros(0, np.int32), of=np.zeros(0, np.int32))
     for name, none in arrays.items():
         arrays[name] = np.concatenate([none, *(getattr(part, name) for part in parts)])
     tables = [part.table for part in parts] or [pd.DataFrame(columns=["path", "row", "lang_goal", "text"])]
     counts = sum((part.counts for part in parts), Counter())
-    return Rows(pd.concat(tables, ignore_index=True), **arrays, counts=counts), bad
+    return Rows(pd.concat(tables, ignore_index=True), **arrays, counts=counts, marks=marks), bad
 
 
 def choose_instructions(rows, column):
@@ -275,8 +280,7 @@ def picture_reader(path, resize):
         try:
             return resize(Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)))
         except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
-            why = f"{type(error).__name__}: {error}"
-            raise UserError(f"{Path(path).name}: the picture of row {row} cannot be decoded ({why})") from error
+            raise UserError(f"{Path(path).name}: the picture of row {row} cannot be decoded ({error!r})") from error
 
     return read
 
@@ -315,12 +319,13 @@ class Data:
     spec: dict  # what actions and instructions are; in every checkpoint and exported model
     stats: dict  # entry of dataset_statistics.json
     validation_files: list  # their names, relative to data_root_dir
-    fingerprint: str  # changes when the training samples would
+    fingerprint: str  # changes when the training samples would, but for pictures that are left out
+    table: dict  # of the training files, for a checkpoint: see split_or_keep
 
 
-def load_data(cfg, store=None, resize=None, run=None):
+def load_data(cfg, store=None, resize=None, run=None, then=None):
     """Find, index, split and describe the data set. With a FrameStore, which then holds all pictures, rows whose
-    picture cannot be decoded are an error or left out; without it nobody has looked."""
+    picture cannot be decoded are an error or left out; without it nobody has looked. `then`: a resumed table."""
     train_paths, validation_paths = find_files(cfg.data_root_dir)
     (train, bad), (validation, bad_too) = read_rows(train_paths, cfg), read_rows(validation_paths, cfg)
     excluded = bad + bad_too
@@ -340,10 +345,11 @@ def load_data(cfg, store=None, resize=None, run=None):
             entry["q01"][i], entry["q99"][i] = entry["min"][i], entry["max"][i]
     stats = dict(action=entry, num_transitions=len(train.actions), num_trajectories=len(np.unique(train.of)))
     names = [p.relative_to(cfg.data_root_dir).as_posix() for p in validation.table["path"].unique()]
-    text = [[p.name for p in train.table["path"].unique()], spec, train.table["instruction"].tolist()]
-    digest = hashlib.sha256(json.dumps(text).encode() + train.actions.tobytes() + train.of.tobytes())
+    everything = [*range(len(train.marks))], []
+    *_, table, gone = split_or_keep(train.marks, lambda: everything, then if cfg.skip_bad_episodes else None)
+    digest = hashlib.sha256(json.dumps([spec, trained_in(table)]).encode()).hexdigest()[:16]
     spec |= dict(skip_bad_pictures=cfg.skip_bad_pictures)
-    return Data(train, validation, excluded, spec, stats | dict(unit=spec["unit"]), names, digest.hexdigest()[:16])
+    return Data(train, validation, excluded + gone, spec, stats | dict(unit=spec["unit"]), names, digest, table)
 
 
 def augment_image(image, rng):
@@ -467,8 +473,7 @@ def lora_layers(vla):
     """Names of the layers that get an adapter: OpenVLA's, without the 13 that never run (the last block of each tower
     and SigLIP's pooling head)."""
     dead = ["vision_backbone.fused_featurizer.attn_pool."]
-    for name, tower in vla.vision_backbone.named_children():
-        dead.append(f"vision_backbone.{name}.blocks.{len(tower.blocks) - 1}.")
+    dead += [f"vision_backbone.{n}.blocks.{len(t.blocks) - 1}." for n, t in vla.vision_backbone.named_children()]
     linear = [n for n, m in vla.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return [n for n in linear if n.rsplit(".", 1)[-1] in LORA_LEAVES and not n.startswith(tuple(dead))]
 
@@ -594,10 +599,6 @@ def save_adapter(folder, peft_model, meta, stats):
     write_json(folder / "dataset_statistics.json", {KEY: stats})
 
 
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2))
-
-
 def read_adapter(folder):
     """-> {name of the parameter in the training model: tensor}"""
     tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
@@ -643,14 +644,14 @@ def save_model(folder, vla, base, meta, stats):
 def merge_adapter(source, target):
     """Write the merged model of a steps_N or best to the directory `target`, which may hold other things (the log of a
     run): config.json comes last, so a directory without one is no complete model."""
-    meta, stats = read_meta(source), json.loads((source / "dataset_statistics.json").read_text())[KEY]
+    meta = read_meta(source)
     vla, base = open_adapter(source, meta, "cpu")
     target.mkdir(parents=True, exist_ok=True)
     ckpt.remove_temporaries(target)
     ckpt.require_space(target, int(1.02 * sum(p.numel() * p.element_size() for p in vla.parameters())))
     about = {key: meta[key] for key in ("format_version", "script", "spec", "validation", "step")}
     with ckpt.atomic_path(target / "merging") as temporary:
-        save_model(temporary, vla, base, about, stats)
+        save_model(temporary, vla, base, about, meta["stats"])
     (target / "config.json").unlink(missing_ok=True)
     for stale in target.glob("model*.safetensors*"):
         stale.unlink()
@@ -672,7 +673,7 @@ def read_meta(path):
     meta = json.loads((path / "meta.json").read_text())
     version = meta["format_version"]
     require(version == FORMAT, f"{path}: meta.json has format_version {version}, this code reads {FORMAT}")
-    return meta
+    return meta | dict(stats=json.loads((path / "dataset_statistics.json").read_text())[KEY])
 
 
 def load_policy(path, device=None):
@@ -684,8 +685,7 @@ def load_policy(path, device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vla, base = open_adapter(path, meta, device, dtype) if adapted else (load_vla(path, device, dtype), path)
-    stats = json.loads((path / "dataset_statistics.json").read_text())[KEY]
-    return Policy(vla, read_folder(base)[1], stats, meta["spec"])
+    return Policy(vla, read_folder(base)[1], meta["stats"], meta["spec"])
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -820,10 +820,12 @@ def main(cfg):
     _, processor = read_folder(local_folder(cfg.vla_path, weights=False))
     images = processor.image_processor
     store = FrameStore(cfg.frame_dir, (*images.size, 3), [images.image_resize_strategy, "bicubic"])
-    data = load_data(cfg, store, images.resize, run)
-    describe(cfg, data, run.print)
+    saved = read_meta(path) if path else {}
+    data = load_data(cfg, store, images.resize, run, saved.get("files"))
     if path:
-        run.restore(path, read_meta(path), data.fingerprint, FIXED)
+        run.restore(path, saved, data.fingerprint, FIXED)
+        data.stats = saved["stats"]  # also where files or pictures were left out since
+    describe(cfg, data, run.print)
     if not run.plan(cfg.max_steps, "--max_steps"):
         return merge(run, path, run_dir, last=True)
 
@@ -849,7 +851,8 @@ def main(cfg):
     run.write("validation_episodes.txt", "".join(f"{n}\n" for n in data.validation_files))
 
     def write_best(folder):
-        save_adapter(folder, peft_model, about | run.progress() | dict(fingerprint=data.fingerprint), data.stats)
+        which = dict(fingerprint=data.fingerprint, files=data.table)
+        save_adapter(folder, peft_model, about | run.progress() | which, data.stats)
 
     def write(folder):
         write_best(folder)
@@ -892,9 +895,7 @@ def main(cfg):
     run.finish(f"adapter: {adapter_dir}", evaluate, plot=("train_loss", "val_loss"))
 
 
-MEMORY = (
-    "Lower batch_size (now {batch_size}) and raise grad_accumulation_steps (now {grad_accumulation_steps}), or set "
-    "--gradient_checkpointing True (now {gradient_checkpointing}) or --use_quantization True (now {use_quantization})"
-)
 if __name__ == "__main__":
-    launch(main, Config, ALIASES, MEMORY)
+    memory = "Lower batch_size (now {batch_size}) and raise grad_accumulation_steps (now {grad_accumulation_steps}), "
+    memory += "or set --gradient_checkpointing True (now {gradient_checkpointing}) or --use_quantization True"
+    launch(main, Config, ALIASES, memory)

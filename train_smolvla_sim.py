@@ -242,7 +242,7 @@ class Data:
     excluded: list  # messages: files left out by skip_bad_episodes, and since the checkpoint
     spec: DataSpec
     fingerprint: str  # changes when the training samples or their order would
-    names: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
+    table: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
 
 
 def name_actions(found, definition):
@@ -258,29 +258,18 @@ def name_actions(found, definition):
     return [[f"q{i + 1}", unit] for i in range(definition.dim)]
 
 
-def split_episodes(cfg, found, saved):
-    """-> indices of (training, validation), and names of files of the checkpoint `saved` that were left out since."""
-    here, then = {e.name: e.num_frames for e in found}, saved["episodes"] if saved else {}
-    gone = [name for name in then if name not in here] if cfg.dataset.skip_bad_episodes else []
-    if gone and all(name in then and then[name][0] == frames for name, frames in here.items()):
-        validation = [i for i, e in enumerate(found) if then[e.name][1] == "validation"]
-        return sorted(set(range(len(found))) - set(validation)), validation, gone
-    count = cfg.validation.num_episodes if cfg.validation.enable else 0
-    return *ep.hold_out_random(found, count, cfg.seed), []
-
-
 def load_data(cfg, main=True, saved=None):
     """Find, read, split and describe the episodes. `saved`: a checkpoint, whose statistics are kept where this is its
     data; with skip_bad_episodes also where files were left out since."""
     d, n = cfg.dataset, cfg.normalization
     progress = (lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None)) if main else None
     found, notes = ep.load_episodes(d.root_dir, d.skip_bad_episodes, progress)
-    train, validation, gone = split_episodes(cfg, found, saved)
-    notes += [f"{name}: left out since the checkpoint was written" for name in gone]
-    require(train, f"no training episode is left under '{d.root_dir}'")
+    count = cfg.validation.num_episodes if cfg.validation.enable else 0
+    draw, then = functools.partial(ep.hold_out_random, found, count, cfg.seed), saved and saved["episodes"]
+    frames = {e.name: e.num_frames for e in found}
+    train, validation, table, gone = ep.split_or_keep(frames, draw, then if d.skip_bad_episodes else None)
     trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
-    fingerprint = hashlib.sha256(json.dumps([[e.name, e.num_frames] for e in trained]).encode()).hexdigest()[:16]
-    fingerprint = saved["fingerprint"] if gone else fingerprint  # a recorded event, not another run
+    fingerprint = hashlib.sha256(json.dumps(ep.trained_in(table)).encode()).hexdigest()[:16]
     first, known = found[0], list(found[0].cameras)
     numbered = {f"camera{k}": name for k, name in enumerate(known, 1)}
     cameras = [c if c in known else numbered.get(c, c) for c in d.cameras]
@@ -309,10 +298,7 @@ def load_data(cfg, main=True, saved=None):
     shapes = [list(reader.read(first, c, 0).shape[:2]) for c in cameras]
     mode, names = n.mode if n.enable else "IDENTITY", name_actions(found, definition)
     spec = DataSpec(cameras, shapes, state_keys, state_dim, plain, names, mode, d.task_instruction, stats)
-    parts = ["validation" if i in validation else "train" for i in range(len(found))]
-    names = {e.name: [e.num_frames, part] for e, part in zip(found, parts, strict=True)}
-    names = saved["episodes"] if gone else names
-    return Data(found, train, validation, notes, spec, fingerprint, names)
+    return Data(found, train, validation, notes + gone, spec, fingerprint, table)
 
 
 def stats_command(cfg):
@@ -800,10 +786,11 @@ LEROBOT |= dict(n_obs_steps=1, train_state_proj=True, use_cache=True, add_image_
 LEROBOT |= dict(prefix_length=-1, pad_language_to="max_length")
 
 
-def save_model(folder, tensors, cfg, collate, about, device="cpu"):
+def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
     """Write LeRobot's saved-policy format: config.json, model.safetensors (`tensors`: export_weights), pre- and
     post-processor with the statistics. Beside it meta.json (what load_policy and evaluate.py need; `about`: step and
-    validation episodes) and vlm/ (the backbone's config and tokenizer files, for use without the hub)."""
+    validation episodes), vlm/ (the backbone's config and tokenizer files, for use without the hub), and what these
+    weights answer to one item of the dataset, `example`, which check_in_lerobot.py compares with LeRobot's answer."""
     from safetensors.torch import save_file
 
     folder, spec, p = Path(folder), collate.spec, cfg.policy
@@ -851,6 +838,13 @@ def save_model(folder, tensors, cfg, collate, about, device="cpu"):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write("meta.json", dict(format_version=FORMAT, spec=dataclasses.asdict(spec)) | about)
+    observation = dict(example, images={f"camera{k + 1}": image for k, image in enumerate(example["images"])})
+    answer = load_policy(folder, "cpu").predict([observation], example["noise"][None])
+    shown = {f"observation.images.{name}": image for name, image in observation["images"].items()}
+    shown |= {"observation.state": example["state"], "noise": example["noise"][None], "actions": answer}
+    shown = {name: torch.tensor(value) for name, value in shown.items()}
+    save_file(shown, folder / "example.safetensors", metadata=dict(task=example["instruction"]))
+    shutil.copyfile(Path(__file__).with_name("check_in_lerobot.py"), folder / "check_in_lerobot.py")
 
 
 def lerobot_stats(spec):
@@ -1097,10 +1091,11 @@ def main(cfg):
     begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # of the schedule
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
     collate = Collate(tokenizer, cfg.policy, data.spec)
+    example = SmolVLADataset(data, data.train[:1], cfg)[(0, 0)]
     meta = dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])
 
     def export(path, tensors):
-        save_model(path, tensors, cfg, collate, meta | dict(step=run.step), run.device.type)
+        save_model(path, tensors, cfg, collate, meta | dict(step=run.step), example, run.device.type)
 
     def export_final(tensors, size):
         ok = run.save_as(folder / "final_hf", lambda path: export(path, tensors()), size)
@@ -1141,7 +1136,7 @@ def main(cfg):
 
     def write(path):
         raw, exported = weights()  # tensors that are the same in both are stored once
-        about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.names)
+        about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table)
         about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
         about["spikes"] = dict(history=spikes.history, rows=spikes.rows)
         own = {k: v for k, v in raw.items() if k in trained or ".base_layer." in k}

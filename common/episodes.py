@@ -196,14 +196,14 @@ class ImageReader:
         try:
             value = self._open(episode.path)["observations/images"][camera][frame]
         except (OSError, RuntimeError, KeyError, IndexError) as error:
-            how = "Re-copy the file, or move it away and start again"
+            how = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
             raise BadEpisode(f"{where} cannot be read ({error}). {how}") from error
         if episode.cameras[camera] == "raw":
             return value
         try:
             return np.asarray(Image.open(io.BytesIO(value.tobytes())).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            how = "Re-record the episode, or move it away and start again"
+            how = "Move the file away and go on without it: --resume auto --skip_bad_episodes"
             raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). {how}") from error
 
     def _open(self, path):
@@ -347,6 +347,28 @@ def hold_out_random(episodes, count, seed):
     _check_count("validation.num_episodes", count, episodes)
     validation = sorted(random.Random(seed).sample(range(len(episodes)), count))
     return sorted(set(range(len(episodes))) - set(validation)), validation
+
+
+def split_or_keep(marks, split, then=None):
+    """Split usable episodes {name: what another file of that name would change} by split(). `then`: the table of the
+    checkpoint that is resumed, if bad files may be left out: where that is all that happened since, its split stays,
+    for it is the same run. -> (training, validation) indices, table {name: [mark, part]}, messages on what is gone"""
+    gone = [name for name in then or () if name not in marks]
+    if gone and all(name in then and then[name][0] == mark for name, mark in marks.items()):
+        table, notes = then, [f"{name}: left out since the checkpoint was written" for name in gone]
+        validation = [i for i, name in enumerate(marks) if then[name][1] == "validation"]
+        train = sorted(set(range(len(marks))) - set(validation))
+    else:
+        (train, validation), notes = split(), []
+        parts = {i: "validation" for i in validation}
+        table = {name: [mark, parts.get(i, "train")] for i, (name, mark) in enumerate(marks.items())}
+    require(train, f"no training episode is left of {', '.join([*table][:5])}")
+    return train, validation, table, notes
+
+
+def trained_in(table):
+    """[[name, mark]] of the training episodes of such a table: what a fingerprint of the data is made of."""
+    return [[name, mark] for name, (mark, part) in table.items() if part == "train"]
 
 
 def write_validation_list(path, episodes, validation):

@@ -102,4 +102,4 @@ class FrameStore:
 
 def write_json(path, value):
     with ckpt.atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value))
+        temporary.write_text(json.dumps(value, indent=2))

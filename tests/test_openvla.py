@@ -245,7 +245,7 @@ def test_pictures_as_struct_or_bytes_in_any_mode(tmp_path):
 
 
 def test_missing_pictures_are_counted_and_damaged_ones_named_or_left_out(tmp_path, make, capsys):
-    rows = [row() for _ in range(6)]
+    rows = [row([[0, 0, 0], [i, 1, 0]]) for i in range(6)]
     rows[1]["image"], rows[2]["image"] = dict(bytes=None, path="x.jpg"), None
     rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:100]
     rows[4]["image"]["bytes"] = b""
@@ -258,8 +258,13 @@ def test_missing_pictures_are_counted_and_damaged_ones_named_or_left_out(tmp_pat
     _, metrics = train(make(**flags, skip_bad_pictures=True))
     said = capsys.readouterr().out
     assert said.count("excluded  train-0.parquet: the picture of row") == 2 and len(metrics) == 1
+    stats = openvla.load_policy(folders(make(**flags))[0], "cpu").stats
+    rows[5]["image"]["bytes"] = b"damaged since"
+    write(tmp_path / PATH, rows)
+    again = make(**flags | dict(max_steps=2), skip_bad_pictures=True, resume_from_checkpoint="auto")
+    assert len(train(again)[1]) == 2, "the same run, without that picture"
     policy = openvla.load_policy(folders(make(**flags))[0], "cpu")  # evaluation leaves out what the training did
-    assert len(next(policy.open_episodes(tmp_path, [PATH]))["target"]) == 2
+    assert len(next(policy.open_episodes(tmp_path, [PATH]))["target"]) == 1 and policy.stats == stats
 
 
 def test_an_unreadable_file_stops_or_is_left_out_by_name(tmp_path, vamos_root, make):

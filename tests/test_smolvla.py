@@ -4,9 +4,12 @@ What all scripts keep (accumulation, ranks, stop and resume, non-finite steps) i
 import csv
 import json
 import random
+import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -255,22 +258,6 @@ def test_a_resume_that_would_mean_something_else_is_refused(make):
             smolvla.main(make(**(dict(resume="auto", steps=6) | flags)))
 
 
-def test_a_file_that_is_left_out_later_is_no_other_run(make, tmp_path, sim_root, capsys):
-    """A recording that turns out bad in the night is moved away: the run goes on without it, with the old split."""
-    shutil.copytree(sim_root, tmp_path / "data")
-    flags = dict(dataset__root_dir=tmp_path / "data")
-    first, _ = train(make(steps=2, **flags))
-    gone = next(name for name, (_, part) in first["episodes"].items() if part == "train")
-    (tmp_path / "data" / gone).unlink()
-    with pytest.raises(UserError, match="data or its settings changed"):
-        smolvla.main(make(steps=4, resume="auto", **flags))
-    second, _ = train(make(steps=4, resume="auto", dataset__skip_bad_episodes=True, **flags))
-    assert f"excluded  {gone}: left out since" in capsys.readouterr().out
-    assert second["step"] == 4 and second["meta"]["validation"] == first["meta"]["validation"]
-    assert second["normalization_stats"] == first["normalization_stats"]
-    assert train(make(steps=5, resume="auto", dataset__skip_bad_episodes=True, **flags))[0]["step"] == 5
-
-
 def test_init_from_starts_from_exactly_these_weights(make, tmp_path):
     first, _ = train(make("run", training__ema_decay=0.5, train="lora"))
     for source in ("checkpoint_latest.pt", "final_hf"):
@@ -500,7 +487,8 @@ def trained(tmp_path_factory, sim_root, vlm_dir):
 def test_final_hf_has_lerobots_layout(trained, lerobot):
     """The files, fields and processor steps that LeRobot 0.4.4 wrote; fields that other versions lack are left out."""
     ours, theirs = trained[0] / "checkpoints/final_hf", lerobot[0]
-    assert {p.name for p in theirs.iterdir()} | {"meta.json", "vlm"} == {p.name for p in ours.iterdir()}
+    added = {"meta.json", "vlm", "example.safetensors", "check_in_lerobot.py"}
+    assert {p.name for p in theirs.iterdir()} | added == {p.name for p in ours.iterdir()}
     a, b = (json.loads((folder / "config.json").read_text()) for folder in (ours, theirs))
     assert set(a) == set(b) - {"use_peft", "rtc_config", "compile_model", "compile_mode"}
     assert a["input_features"].keys() == b["input_features"].keys() and a["output_features"] == b["output_features"]
@@ -540,6 +528,41 @@ def test_all_forms_of_a_policy_predict_the_same(trained, sim_root, tmp_path):
     (folder / smolvla.NORMALIZER).unlink()
     with pytest.raises(UserError, match="statistics of nothing.*--init_from"):
         smolvla.load_policy(folder, "cpu")
+
+
+def test_an_export_can_be_checked_where_lerobot_is(trained, tmp_path, monkeypatch, capsys):
+    """check_in_lerobot.py, with our own policy behind LeRobot's calls: the same answer passes, another one does not."""
+    folder = shutil.copytree(trained[0] / "checkpoints/final_hf", tmp_path / "final_hf")
+
+    class SmolVLAPolicy(torch.nn.Module):
+        def __init__(self, source):
+            super().__init__()
+            self.ours, self.config = smolvla.load_policy(source, "cpu"), None
+            self.model = self.ours.model
+
+        from_pretrained = classmethod(lambda cls, source: cls(source))
+
+        def predict_action_chunk(self, batch, noise):
+            images = {k.rpartition(".")[2]: v.permute(1, 2, 0).numpy() for k, v in batch.items() if "images" in k}
+            observation = dict(images=images, state=batch["observation.state"].numpy(), instruction=batch["task"])
+            return torch.from_numpy(self.ours.predict([observation], noise))
+
+    def make_pre_post_processors(config, pretrained_path, preprocessor_overrides):
+        assert pretrained_path == str(folder) and preprocessor_overrides == {"device_processor": {"device": "cpu"}}
+        return (lambda batch: batch), (lambda actions: actions)
+
+    factory = SimpleNamespace(make_pre_post_processors=make_pre_post_processors)
+    monkeypatch.setitem(sys.modules, "lerobot.policies.factory", factory)
+    module = SimpleNamespace(SmolVLAPolicy=SmolVLAPolicy)
+    monkeypatch.setitem(sys.modules, "lerobot.policies.smolvla.modeling_smolvla", module)
+    monkeypatch.setattr(sys, "argv", ["check_in_lerobot.py", str(folder)])
+    runpy.run_path(str(folder / "check_in_lerobot.py"))
+    assert "LeRobot answers as the training did" in capsys.readouterr().out
+    weights = load_file(folder / "model.safetensors")
+    weights["model.action_out_proj.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="LeRobot answers differently"):
+        runpy.run_path(str(folder / "check_in_lerobot.py"))
 
 
 def test_predict_depends_on_images_and_state_and_refuses_what_is_missing(trained, sim_root):

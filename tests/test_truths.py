@@ -268,6 +268,36 @@ def test_4_stopped_and_resumed_equals_never_stopped(recipe, whole, tmp_path, wor
     same(recipe.tensors(recipe.newest(tmp_path)), recipe.tensors(recipe.newest(whole[0])))
 
 
+def test_4_a_resume_leaves_out_a_file_that_turned_out_bad(recipe, tmp_path):
+    """A recorded event, not another run: with the split and the statistics that the run began with."""
+    folder, out = shutil.copytree(recipe.data(), tmp_path / "data"), tmp_path / "run"
+    files = sorted([*folder.rglob("*.h5"), *folder.rglob("train-*.parquet")])
+    if not files:
+        pytest.skip("recordings have their own session.yaml to leave them out")
+    flags = dict(resume="auto", steps=4) | {recipe.root: str(folder)}
+    first = train(recipe, out, **flags | dict(steps=2, resume=None))
+    policies = [recipe.script.load_policy(recipe.newest(out))]
+    held = (first.run.out / "validation_episodes.txt").read_text()
+    bad = next(file for file in files if file.name not in held)
+    bad.write_bytes(b"")
+    with pytest.raises((UserError, ValueError), match=bad.name):
+        train(recipe, out, **flags)
+    switch = "skip_bad_episodes" if hasattr(recipe.config(out), "skip_bad_episodes") else "dataset__skip_bad_episodes"
+    for steps in (4, 6):  # and it stays the same run
+        second = train(recipe, out, **flags | {switch: True, "steps": steps})
+        assert [step.number for step in second.steps] == [steps - 1, steps]
+    seen = {Path(name[-2]).name for step in second.steps for batch in step.batches for name in batch.names}
+    again = (second.run.out / "validation_episodes.txt").read_text()
+    names = [[Path(word).name for word in text.split() if Path(word).suffix] for text in (held, again)]
+    assert seen and bad.name not in seen and names[0] == names[1]
+    policies.append(recipe.script.load_policy(recipe.newest(out)))
+    assert recipe.name == "train_mobile_kosmos" or policies[0].stats == policies[1].stats
+    other = next(file for file in files if file.name not in held and file != bad)
+    other.rename(other.with_name(f"{other.stem}_again{other.suffix}"))  # a file more, and one less
+    with pytest.raises(UserError, match="data or its settings changed"):
+        train(recipe, out, **flags | {switch: True, "steps": 8})
+
+
 # ---- 5: checkpoints --------------------------------------------------------------------------------------------------
 
 
