@@ -673,7 +673,7 @@ def main(cfg):
     """Process all recordings, print the report; returns the number of those that failed."""
     check_config(cfg)
     roots = [*cfg.dataset_dirs, *([cfg.new_dataset_dir] if cfg.new_dataset_dir else [])]
-    folders, excluded = ss.find_recordings(roots), ss.find_recordings(roots, excluded=True)
+    folders, excluded = ss.find_recordings(roots)
     if not folders:
         expected = "expected folders recv_all_*, episode_*, Captures* or ZED_Captures_* with a robot CSV"
         raise MissingFile(f"no recordings below {', '.join(roots)}: {expected}")

@@ -137,10 +137,10 @@ def read_notes(folder):
     return notes
 
 
-def find_recordings(roots, excluded=False):
-    """Folders below `roots` (or these themselves) that hold a recording, by its name, its robot CSV or a data.pkl:
-    sorted real paths, each once, whatever links lead there. A folder whose name begins with a dot is left out, so is
-    one whose session.yaml says exclude (`excluded`: these only)."""
+def find_recordings(roots):
+    """Folders below `roots` (or these themselves) that hold a recording, by its name, its robot CSV or a data.pkl ->
+    (sorted real paths, each once, whatever links lead there; those whose session.yaml says exclude). A folder whose
+    name begins with a dot is left out."""
     found, seen = set(), set()
     for root in roots:
         wrong = f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*)"
@@ -155,7 +155,8 @@ def find_recordings(roots, excluded=False):
                 subfolders.clear()  # thousands of images: nothing below is a recording
             seen.add(real)
             subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
-    return sorted(folder for folder in found if read_notes(folder)["exclude"] == excluded)
+    excluded = sorted(folder for folder in found if read_notes(folder)["exclude"])
+    return sorted(found.difference(excluded)), excluded
 
 
 def identity(folder):
@@ -170,7 +171,7 @@ def identity(folder):
 def find_sessions(roots):
     """Folders -> list of Session, sorted by name. Recordings whose data.pkl is missing, cannot be used or was made from
     other files are listed with the command to run."""
-    folders = find_recordings(roots)
+    folders, _ = find_recordings(roots)
     below = " ".join(map(str, roots))
     expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
     require(folders, f"no sessions below {below}: {expected}", MissingFile)

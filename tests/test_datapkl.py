@@ -182,11 +182,10 @@ def read_all(*paths):
         return stamps, np.load(Path(folder) / "x.npy"), rate, spoiled
 
 
-@hypothesis.settings(max_examples=6)
-@hypothesis.given(
-    st.lists(st.integers(1, 649), min_size=1, max_size=3), st.integers(0, 99), st.sampled_from([325, 650])
-)
-def test_overlapping_windows_give_the_stream_back(counts, seed, hz):
+@pytest.mark.parametrize("hz", [325, 650])
+@hypothesis.settings(max_examples=4)
+@hypothesis.given(st.lists(st.integers(1, 649), min_size=1, max_size=3), st.integers(0, 99))
+def test_overlapping_windows_give_the_stream_back(hz, counts, seed):
     """However many rows are new, every row comes once and in order, at the rate at which they were measured."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(650 + sum(counts), 1026)).astype(np.float32)
@@ -371,14 +370,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     before = sorted(folder.rglob("*"))
     assert run(tmp_path, "--dry-run") == 0 and sorted(folder.rglob("*")) == before
     out = capsys.readouterr().out
-    for text in (
-        "1 read",
-        "100.0",
-        "0.99",
-        "nothing written",
-        "'White' is none of the guide's: its samples get weight 1",
-    ):
-        assert text in out
+    assert "'White' is none of the guide's: its samples get weight 1" in out
+    assert all(text in out for text in ("1 read", "100.0", "0.99", "nothing written"))
 
 
 def rewrite(change):

@@ -422,25 +422,6 @@ def test_recorded_past_motion_is_recognised(tmp_path):
     assert not ep.records_past_motion([past])
 
 
-def test_nothing_after_the_target_changes_a_sample(tmp_path):
-    """Other frames after t (images) and t + H (poses) leave the sample at t as it was."""
-    path, t, horizon = write(tmp_path / "a", layout="raw", max_frames=12), 4, 3
-    (tmp_path / "b").mkdir()
-    with h5py.File(shutil.copy(path, tmp_path / "b"), "r+") as f:
-        for key in ("observations/ee_pose", "observations/qpos", "action", "phase"):
-            f[key][t + horizon + 1 :] = 0.5 * f[key][0]
-        for camera in f["observations/images"].values():
-            camera[t + 1 :] = 255 - camera[t + 1 :]
-    pose = read_episode(path).ee_pose
-    (before, data), (after, _) = (samples(tmp_path / name, use_ee_pose_delta_as_action=True) for name in "ab")
-    for i in range(t + 1):
-        np.testing.assert_array_equal(before[i]["images"], after[i]["images"])
-        np.testing.assert_array_equal(before[i]["action"], after[i]["action"])
-        np.testing.assert_allclose(before[i]["action"][:, :3], np.diff(pose, axis=0)[i : i + horizon, :3], atol=1e-5)
-    for key in ("action", "images"):
-        assert not np.array_equal(before[t + 1][key], after[t + 1][key]), "the change was there to see"
-
-
 def test_a_flicker_of_the_last_bit_is_no_motion():
     """Forward kinematics of a fixed orientation flickers by one float32 step; stretched to [-1, 1] it would count."""
     pose = np.zeros((200, 6), np.float32)

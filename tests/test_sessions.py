@@ -266,8 +266,8 @@ def test_a_recording_counts_once_whatever_leads_to_it(tmp_path):
     (folder / "loop").symlink_to(tmp_path / "d")
     (tmp_path / "d/again").symlink_to(folder)
     wanted = [(folder / name).resolve() for name in ("recv_all_1", "recv_all_2")]
-    assert ss.find_recordings([tmp_path / "d", folder, folder / "latest"]) == wanted
-    assert ss.find_recordings([tmp_path / "d"], excluded=True) == [(folder / "recv_all_4").resolve()]
+    excluded = [(folder / "recv_all_4").resolve()]
+    assert ss.find_recordings([tmp_path / "d", folder, folder / "latest"]) == (wanted, excluded)
     assert ss.identity(folder / "latest") == ("White_silicone_white_circle", "-", "recv_all_1")
 
 
