@@ -101,11 +101,9 @@ class Config:
     log_steps: int = 10  # optimizer steps
     num_workers: int = 4  # loader processes per rank; 0: in the main process
     seed: int = 7  # of order, augmentation, dropout and new adapters
-    # logging
     wandb_project: str | None = None  # W&B project; null: no W&B
     wandb_entity: str | None = None  # W&B team or user
     wandb_mode: Literal["online", "offline", "disabled"] = "online"  # offline when nobody is logged in
-    # what to do
     resume_from_checkpoint: str | None = None  # --resume: a steps_N directory, or "auto" for the newest of this EXP_ID
     load_model_weights: str | None = None  # new run from the adapter in this steps_N or best directory
     merge: str | None = None  # write the merged model of this steps_N or best to EXP_ID--N_chkpt, and stop
@@ -185,8 +183,7 @@ def steps_of(column):
 def has_picture(file):
     """(R,) bool, False where the picture is null. The file's own statistics answer it, unless they count a null."""
     columns = []
-    for g in range(file.num_row_groups):
-        group = file.metadata.row_group(g)
+    for group in map(file.metadata.row_group, range(file.num_row_groups)):
         columns += [group.column(i) for i in range(group.num_columns)]
     columns = [c.statistics for c in columns if c.path_in_schema in ("image", "image.bytes")]
     if not any(c and c.has_null_count and c.null_count for c in columns):
@@ -345,10 +342,9 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
             entry["q01"][i], entry["q99"][i] = entry["min"][i], entry["max"][i]
     stats = dict(action=entry, num_transitions=len(train.actions), num_trajectories=len(np.unique(train.of)))
     names = [p.relative_to(cfg.data_root_dir).as_posix() for p in validation.table["path"].unique()]
-    everything = [*range(len(train.marks))], []
-    *_, table, gone = split_or_keep(train.marks, lambda: everything, then if cfg.skip_bad_episodes else None)
+    *_, table, gone = split_or_keep(train.marks, lambda: (train.marks, []), then if cfg.skip_bad_episodes else None)
     digest = hashlib.sha256(json.dumps([spec, trained_in(table)]).encode()).hexdigest()[:16]
-    spec |= dict(skip_bad_pictures=cfg.skip_bad_pictures)
+    spec |= dict(skip_bad_pictures=cfg.skip_bad_pictures, skip_bad_episodes=cfg.skip_bad_episodes)
     return Data(train, validation, excluded + gone, spec, stats | dict(unit=spec["unit"]), names, digest, table)
 
 
@@ -559,16 +555,20 @@ class Policy:
         known = {p.relative_to(root).as_posix(): p for p in train + validation}
         unknown = sorted(set(names or []) - set(known))
         require(not unknown, f"'{root}' has no file '{''.join(unknown[:1])}'; it has {', '.join(list(known)[:5])}, ...")
-        cfg = Config(samples="first", trajectory_hz=self.spec["trajectory_hz"])
+        kept = {key: self.spec[key] for key in ("trajectory_hz", "skip_bad_episodes", "skip_bad_pictures")}
+        cfg = Config(samples="first", **kept)
         for name in names or [p.relative_to(root).as_posix() for p in validation or train]:
-            rows, _ = read_rows([known[name]], cfg)
+            rows, bad = read_rows([known[name]], cfg)
+            if bad:
+                print(f"left out  {bad[0]}")
+                continue
             choose_instructions(rows, self.spec["instruction_column"])
             read, frames = picture_reader(known[name], self.processor.image_processor.resize), {}
             for i, row in enumerate(rows.of):
                 try:
                     frames[i] = dict(images={"camera1": read(int(row))}, instruction=rows.table["instruction"][row])
                 except UserError as error:
-                    require(self.spec["skip_bad_pictures"], str(error))
+                    require(cfg.skip_bad_pictures, str(error))
                     print(f"left out  {error}")
             target, sample = rows.actions[list(frames)], list(frames.values()).__getitem__
             yield dict(name=name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
@@ -760,8 +760,7 @@ def check_data(cfg):
 
 def validate(core, policy, dataset, cfg, run):
     """-> {val_loss: per token, val_action_accuracy, val_l1_loss: in [-1, 1], val_mae_vx, val_mae_vy: of predict, in the
-    data's unit, val_mae_mean_action: of always answering the mean}, on samples spread evenly over the validation files;
-    sums over all ranks."""
+    data's unit, val_mae_mean_action: of answering the mean}, on samples spread evenly over the validation files"""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int))
     mine, mean = chosen[run.rank :: run.world].tolist(), np.array(policy.stats["action"]["mean"])
     sums = np.zeros(7)  # loss, correct, l1, samples | error v_x, v_y | error of the mean action

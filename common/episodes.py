@@ -139,8 +139,10 @@ def load_episodes(root, skip_bad=False, progress=None):
 
 
 def open_episodes(root, names=None):
-    """The episodes of a report: all below `root`, or those of these names."""
-    found, _ = load_episodes(root)
+    """The episodes of a report: all below `root`, or those of these names. Files that cannot be read are listed."""
+    found, excluded = load_episodes(root, skip_bad=True)
+    for message in excluded:
+        print(f"excluded  {message}")
     there = [e.name for e in found]
     unknown = sorted(set(names or []) - set(there))
     have = f"it has {', '.join(there[:5])}, ...: choose some with --episodes"

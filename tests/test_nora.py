@@ -283,7 +283,7 @@ def test_the_policy_sees_what_the_training_saw(tmp_path, base):
             np.testing.assert_array_equal(nora.resize_image(picture.convert("RGB"), [56, 56]), item["images"][k])
 
 
-def test_open_episodes_gives_what_evaluate_needs(insertion_root, parts):
+def test_open_episodes_gives_what_evaluate_needs(insertion_root, parts, tmp_path, capsys):
     episode = next(iter(parts.policy.open_episodes(insertion_root)))
     item = parts.dataset[(0, 4)]
     np.testing.assert_array_equal(episode["target"][4:7], item["action"])
@@ -293,6 +293,9 @@ def test_open_episodes_gives_what_evaluate_needs(insertion_root, parts):
         parts.policy.predict([dict(images={"camera3": item["images"][0]})])
     with pytest.raises(UserError, match="no episode 'x.h5'.*--episodes"):
         list(parts.policy.open_episodes(insertion_root, ["x.h5"]))
+    folder = shutil.copytree(insertion_root, tmp_path / "data")
+    (folder / "broken.h5").write_bytes(b"")
+    assert len(list(parts.policy.open_episodes(folder))) == 4 and "excluded" in capsys.readouterr().out
 
 
 def test_decoding_cannot_leave_the_format_and_is_greedy(tmp_path, parts):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -275,6 +276,11 @@ def test_an_unreadable_file_stops_or_is_left_out_by_name(tmp_path, vamos_root, m
         openvla.load_data(make(data_root_dir=tmp_path))
     data = openvla.load_data(make(data_root_dir=tmp_path, skip_bad_episodes=True))
     assert {p.name for p in data.train.table["path"]} == {"train-00001-of-00002.parquet"} and len(data.excluded) == 1
+    policy = SimpleNamespace(
+        spec=data.spec, processor=SimpleNamespace(image_processor=SimpleNamespace(resize=np.array))
+    )
+    names = [f"data/{broken.name}", "data/train-00001-of-00002.parquet"]  # as an evaluation with --episodes
+    assert [e["name"] for e in openvla.Policy.open_episodes(policy, tmp_path, names)] == names[1:]
     pq.write_table(pa.table({"image": [b""], "path": [1]}), broken)
     with pytest.raises(UserError, match="no column 'trajectory_3d'; it has image, path"):
         openvla.load_data(make(data_root_dir=tmp_path))
