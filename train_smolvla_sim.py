@@ -142,14 +142,14 @@ class SchedulerConfig:
     num_warmup_steps: int = 1000  # optimizer steps of linear warm-up
     num_decay_steps: int = 30000  # where the cosine ends; a shorter training shrinks both to its own length
     peak_lr: float = 1e-4  # with decay_lr: the cosine ends at optimizer.lr * decay_lr / peak_lr
-    decay_lr: float = 2.5e-6  # learning rate at the end of the cosine
+    decay_lr: float = 2.5e-6  # see peak_lr
 
 
 @dataclass
 class WandbConfig(log.WandbConfig):
     mode: Literal["online", "offline", "disabled"] = "online"  # online falls back to offline when not logged in
     enable: bool = False  # log to Weights & Biases
-    project: str = "smolvla-meca500-insertion-sim"
+    project: str = "smolvla-meca500-insertion-sim"  # W&B project
 
 
 @dataclass
