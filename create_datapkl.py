@@ -572,8 +572,11 @@ def estimate(folder, cfg):
     travelled = np.r_[0, np.cumsum(np.linalg.norm(steps, axis=1))]  # a degree counts as a mm
     seen = [image_changes(folder, shots) for view, shots in images.items() if not view.endswith("_right")]
     found, clear = dict(camera_offset_s=find_offset(stamps[longest], travelled, seen)), {}
-    if files:
-        found["sensor_offset_s"] = find_offset(stamps[longest], travelled, [force_changes(files)])
+    try:
+        if files:
+            found["sensor_offset_s"] = find_offset(stamps[longest], travelled, [force_changes(files)])
+    except NoSensor as error:  # the cameras' proposal is good without
+        lines.append(f"sensor_offset_s: none proposed, {error}")
     for key, (offset, here, elsewhere) in found.items():
         if here > 0.5 and here - elsewhere > 0.1:
             clear[key] = round(offset, 2)

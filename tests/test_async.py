@@ -1,5 +1,6 @@
 """Asynchronous VLA: the network, samples from real session folders, the training's promises, the policy."""
 
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -358,8 +359,7 @@ def test_a_wrong_weight_is_an_error(sessions_root, qwen_dir, tmp_path, text):
 
 
 def test_validation_sessions_touch_nothing(sessions_root, qwen_dir, tmp_path):
-    """Statistics, samples and their order stay the same whatever the held-out sessions hold; no session is on both
-    sides."""
+    """Statistics and order stay the same whatever the held-out sessions hold; no session is on both sides."""
     _, data, _ = open_data(sessions_root, qwen_dir)
     assert data.validation and not {s.name for s in data.train} & {s.name for s in data.validation}
     shutil.copytree(sessions_root, tmp_path / "s")
@@ -394,8 +394,7 @@ def test_what_clipping_removes_and_the_sensors_rate_are_said(sessions_root, qwen
 
 
 def test_the_files_of_a_run(finished):
-    """The guide's names; everything loads with weights_only, nothing of the VLM is in it, metrics have the guide's
-    names."""
+    """Files and metrics have the guide's names; all loads with weights_only, nothing of the VLM is in it."""
     latest, best, final = (load(finished / f"qwen_vla_async{end}.pt") for end in ("", "_best", "_final"))
     assert latest["step"] == best["step"] == final["step"] == 6
     assert "optimizer_state_dict" in latest and "optimizer_state_dict" not in best.keys() | final.keys()
@@ -570,11 +569,18 @@ def test_evaluation_reads_every_stretch(finished, sessions_root):
     assert lengths["episode_20260101_000001#1"] == 11 and lengths["episode_20260101_000001#2"] == 18
     assert {e["name"].split("#")[0] for e in episodes} == set(names)
     assert all((e["hold"] == [0, 0, 0, 0, 0, 0, 1]).all() for e in episodes)
-    records = evaluate.evaluate(policy, str(sessions_root), names, stride=10)
-    report = evaluate.summarise(records, policy.action_names())
-    assert report["hold still"]["per_dim"]["gripper"] == 0 and np.isfinite(report["policy"]["relative"])
     with pytest.raises(UserError, match="no session 'nobody'"):
         next(policy.open_episodes(sessions_root, ["nobody"]))
+
+
+def test_the_printed_evaluate_command_works(sessions_root, qwen_dir, tmp_path, capsys):
+    """Of a run on two folders, its checkpoints in one with a space in its name, the cache elsewhere."""
+    parts = [sessions_root / name for name in ("New_dataset", "White_silicone_white_circle")]
+    run(parts, qwen_dir, tmp_path / "a run", cache_root=sessions_root / "cache", max_steps=1)
+    words = shlex.split(capsys.readouterr().out.partition("evaluate: ")[2])
+    report = evaluate.main([*words[2:], "--stride", "10", "--plots", "0"])
+    assert "validation episodes of the checkpoint" in capsys.readouterr().out
+    assert report["hold still"]["per_dim"]["gripper"] == 0 and np.isfinite(report["policy"]["relative"])
 
 
 def test_evaluation_without_a_cache_runs_the_vlm(finished, sessions_root, tmp_path, capsys):
@@ -610,8 +616,7 @@ def test_check_prints_a_batch_without_a_cache(sessions_root, qwen_dir, tmp_path,
 
 @BOTH
 def test_recordings_go_through_the_guides_commands(recordings, qwen_dir, tmp_path, script):
-    """Real-format recordings of three data sets: preprocessed, cached, trained on, predicted with; and what was learned
-    opens for evaluation."""
+    """Real-format recordings of three data sets: preprocessed, cached, trained on, opened for evaluation."""
     run(recordings, qwen_dir, tmp_path, script, max_steps=2, log_steps=2, batch_size=2)
     policy = script.load_policy(tmp_path, "cpu")
     rows = [r["train/sensor_samples"] for r in metrics(tmp_path) if "train/sensor_samples" in r]
