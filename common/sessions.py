@@ -49,17 +49,19 @@ class BadSession(UserError):
 # looked at before any is run: none may name a class or call a function.
 
 PLAIN = """PROTO FRAME MARK STOP MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
-SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE
-TUPLE TUPLE1 TUPLE2 TUPLE3"""
+SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS TUPLE1
+TUPLE2 TUPLE3"""
 
 
 def load_data_pkl(path):
     """Path of a data.pkl -> its dict, every field that the programs use checked; BadSession."""
     raw = Path(path).read_bytes()
     try:
-        kinds = {instruction.name for instruction, _, _ in pickletools.genops(raw)}
-        if more := sorted(kinds.difference(PLAIN.split())):
+        kinds = [instruction.name for instruction, _, _ in pickletools.genops(raw)]
+        if more := sorted(set(kinds).difference(PLAIN.split())):
             raise ValueError(f"it holds more than plain values ({more[0]}), as those of older versions do")
+        if sum(kind.startswith("TUPLE") for kind in kinds) > 1000:  # nested as a key they would crash Python
+            raise ValueError("it has more than 500 arrays")
         data = _unpack(pickle.loads(raw))
         _check(data)
     except Exception as error:  # damaged bytes surface as anything: EOFError, TypeError, IndexError, MemoryError...

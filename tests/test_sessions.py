@@ -178,13 +178,17 @@ def refuses(folder, written, message):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
-    """Calls, arrays as objects (schema 2, a dtype with other flags), and a memo that would fill the memory."""
+    """Calls, arrays as objects (schema 2, a dtype with other flags), a memo that would fill the memory, a
+    key so deep that its hash ends the interpreter."""
     sign, plain = tmp_path / "sign", create_datapkl.pack(content() | dict(schema_version=ss.SCHEMA))
     evils = [Evil(os.system, f"touch {sign}"), Evil(eval, f"open({str(sign)!r}, 'w')"), Evil(os.mkdir, str(sign))]
     for evil in (*evils, SimpleNamespace(a=1), np.zeros(3), np.dtype("f8"), np.float64(1), {1, 2}):
         for key in ("metadata", "schema_version", "action"):
             refuses(tmp_path, pickle.dumps(plain | {key: evil}, protocol), "it holds more than plain values")
     refuses(tmp_path, b"\x80\x04}r\xff\xff\xff\xff.", "LONG_BINPUT")
+    refuses(
+        tmp_path, b"\x80\x04}K\x00" + b"\x85" * 1_000_000 + b"Ns.", "more than 500 arrays"
+    )  # a key's hash overflows
     assert not sign.exists()
 
 
