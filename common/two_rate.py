@@ -80,9 +80,8 @@ class TwoRateLoop:
     def _observation(self, feature, now):
         with self.lock:
             stamps, rows = np.array([s for s, _ in self.sensor]), [row for _, row in self.sensor]
-        begin, end = ss.sensor_rows(
-            stamps, now, self.sensor.maxlen, self.policy.sensor_hz
-        )  # as in training: one that has stopped is absent
+        # as in training: a sensor that has stopped is absent
+        begin, end = ss.sensor_rows(stamps, now, self.sensor.maxlen, self.policy.sensor_hz)
         return dict(vl_features=feature, sensor=np.stack(rows[begin:end]) if end > begin else None)
 
     def act(self):
