@@ -666,6 +666,11 @@ def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
         assert stats["action"] == own["action"] and stats["excluded_episodes"] == own["excluded_episodes"]
     with pytest.raises((UserError, ValueError), match="for actions"):
         nora.load_data(config(base, "--use_ee_pose_delta_as_action", "false", "--normalization_stats_path", path))
+    other = shutil.copytree(base[1], tmp_path / "other")
+    for recording in [*other.glob("*.h5")]:
+        recording.rename(recording.with_name(f"other_{recording.name}"))
+    with pytest.raises(UserError, match="other data"):
+        nora.load_data(config(base, "--dataset.root_dir", other, "--normalization_stats_path", path))
     with pytest.raises((UserError, ValueError), match="validates on"):
         nora.load_data(config(base, "--num_val_episodes", 2, "--normalization_stats_path", path))
 

@@ -639,6 +639,10 @@ def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
     cfg = make(validation__num_episodes=2, policy__max_state_dim=16, **flags)
     everything = make(validation__enable=False, dataset__use_qpos=True, policy__max_state_dim=16)
     save_stats(tmp_path / "seen.yaml", smolvla.load_data(everything).spec.stats)
+    foreign = smolvla.load_data(everything).spec.stats | dict(episodes=["elsewhere.h5"])
+    save_stats(tmp_path / "foreign.yaml", foreign)
+    with pytest.raises(UserError, match="other data"):
+        smolvla.load_data(make(validation__enable=False, normalization__stats_file=tmp_path / "foreign.yaml"))
     for before, message in ((None, "dataset_stats_sim.yaml not found"), ("seen.yaml", "2 episode.* validates on")):
         if before:
             shutil.copy(tmp_path / before, cfg.normalization.stats_file)
