@@ -921,7 +921,7 @@ def main(cfg):
     backbone = open_backbone(cfg.model)
     side, prompt = backbone.image_size, Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     store = FrameStore(cfg.dataset.frame_dir, (side, side, 3), ["bicubic", cfg.dataset.colour_order])
-    data = load_data(cfg, store, run.print, run.rank / run.world, saved and saved["episodes"])
+    data = load_data(cfg, store, run.print, run.rank / run.world, saved and saved.get("episodes"))
     digest = run.once(weight_digest, backbone.folder)
     for e in [*data.train, *data.validation]:
         prompt.tokens(e.instruction)  # too long a text is found now

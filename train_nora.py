@@ -220,7 +220,7 @@ def load_data(cfg, main=True, stats=None, then=None):
         dims["observation.state"] = sum(getattr(found[0], k).shape[1] for k in state_keys)
     names, plain = [e.name for e in validation], dataclasses.asdict(definition)
     if stats is None and d.normalization_stats_path:
-        stats = load_stats(d.normalization_stats_path, list(dims), plain, names)
+        stats = load_stats(d.normalization_stats_path, list(dims), plain, names, [e.name for e in train])
     stats = stats or ep.insertion_stats(train, definition, names, state_keys)
     for key, dim in dims.items():
         has = len(stats[key]["mean"])

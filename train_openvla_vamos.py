@@ -555,8 +555,8 @@ class Policy:
         known = {p.relative_to(root).as_posix(): p for p in train + validation}
         unknown = sorted(set(names or []) - set(known))
         require(not unknown, f"'{root}' has no file '{''.join(unknown[:1])}'; it has {', '.join(list(known)[:5])}, ...")
-        kept = {key: self.spec[key] for key in ("trajectory_hz", "skip_bad_episodes", "skip_bad_pictures")}
-        cfg = Config(samples="first", **kept)
+        keys = ("trajectory_hz", "skip_bad_episodes", "skip_bad_pictures")
+        cfg = Config(samples="first", **{key: value for key, value in self.spec.items() if key in keys})
         for name in names or [p.relative_to(root).as_posix() for p in validation or train]:
             rows, bad = read_rows([known[name]], cfg)
             if bad:

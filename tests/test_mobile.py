@@ -187,9 +187,6 @@ def test_a_yaml_of_the_guides_keys_is_read(tmp_path):
     )
     cfg = parse_config(mobile.Config, ["--config", str(path)], accepted=mobile.ACCEPTED)
     assert cfg.dataset.swap_instructions == {"왼쪽으로": "오른쪽으로"} and cfg.dataset.name_instructions == {}
-    path.write_text("trainer: {monitor: train_loss}\n")
-    with pytest.raises(UserError, match="trainer.monitor is 'train_loss', this program does val_loss only"):
-        parse_config(mobile.Config, ["--config", str(path)], accepted=mobile.ACCEPTED)
 
 
 # ---- episodes --------------------------------------------------------------------------------------------------------

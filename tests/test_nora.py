@@ -410,9 +410,8 @@ def test_missing_tensors_are_an_error_that_names_them(tmp_path, parts):
     shutil.copytree(parts.cfg.model, tmp_path / "short")
     tensors = load_file(tmp_path / "short/model.safetensors")
     lost = sorted(k for k in tensors if "layers.1" in k)[:3]
-    save_file(
-        {k: v for k, v in tensors.items() if k not in lost}, tmp_path / "short/model.safetensors", {"format": "pt"}
-    )
+    kept = {k: v for k, v in tensors.items() if k not in lost}
+    save_file(kept, tmp_path / "short/model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"3 missing keys: .*layers\.1"):
         build(config([], "--model", tmp_path / "short"), parts.spec)
 
@@ -512,15 +511,12 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
         build(config(base, "--load_model_weights", "second/steps_3/model"), parts.spec)
 
 
-def test_head_trains_the_embedding_table_only(tmp_path, base):
-    run(base, "--output_dir", tmp_path, "--max_steps", 1, "--train", "head")
-    assert set(state(tmp_path / "steps_1")) == {"vlm.model.language_model.embed_tokens.weight"}
-
-
-def test_gradient_checkpointing_changes_no_loss(tmp_path, base):
-    a = run(base, "--output_dir", tmp_path / "a", "--max_steps", 2)
-    b = run(base, "--output_dir", tmp_path / "b", "--max_steps", 2, "--gradient_checkpointing")
+def test_head_trains_the_embedding_table_only_and_gradient_checkpointing_changes_no_loss(tmp_path, base):
+    flags = [*base, "--max_steps", 2, "--train", "head"]
+    a = run(flags, "--output_dir", tmp_path / "a")
+    b = run(flags, "--output_dir", tmp_path / "b", "--gradient_checkpointing")
     np.testing.assert_allclose(values(a, "train_loss"), values(b, "train_loss"), rtol=1e-6)
+    assert set(state(tmp_path / "b/steps_2")) == {"vlm.model.language_model.embed_tokens.weight"}
 
 
 def test_bf16_trains_fp32_masters_and_exports_bf16(tmp_path, base):
@@ -666,6 +662,11 @@ def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
         assert stats["action"] == own["action"] and stats["excluded_episodes"] == own["excluded_episodes"]
     with pytest.raises((UserError, ValueError), match="for actions"):
         nora.load_data(config(base, "--use_ee_pose_delta_as_action", "false", "--normalization_stats_path", path))
+    other = shutil.copytree(base[1], tmp_path / "other")
+    for recording in [*other.glob("*.h5")]:
+        recording.rename(recording.with_name(f"other_{recording.name}"))
+    with pytest.raises(UserError, match="other data"):
+        nora.load_data(config(base, "--dataset.root_dir", other, "--normalization_stats_path", path))
     with pytest.raises((UserError, ValueError), match="validates on"):
         nora.load_data(config(base, "--num_val_episodes", 2, "--normalization_stats_path", path))
 

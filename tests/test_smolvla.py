@@ -346,10 +346,8 @@ def test_the_loss_is_the_sum_of_its_parts_and_lambda_zero_is_plain_smolvla(make,
 
 TRAINED = [dict(policy__train_expert_only=False), dict(policy__attention_mode="self_attn")]
 TRAINED += [dict(policy__train_expert_only=False, policy__freeze_vision_encoder=False)]
-TRAINED += [
-    dict(train="lora", policy__train_expert_only=False),
-    dict(policy__num_vlm_layers=3, policy__num_expert_layers=1),
-]
+TRAINED += [dict(train="lora", policy__train_expert_only=False)]
+TRAINED += [dict(policy__num_vlm_layers=3, policy__num_expert_layers=1)]
 
 
 @pytest.mark.parametrize("flags", TRAINED)
@@ -547,11 +545,8 @@ def test_an_export_can_be_checked_where_lerobot_is(trained, tmp_path, monkeypatc
             observation = dict(images=images, state=batch["observation.state"].numpy(), instruction=batch["task"])
             return torch.from_numpy(self.ours.predict([observation], noise))
 
-    def make_pre_post_processors(config, pretrained_path, preprocessor_overrides):
-        assert pretrained_path == str(folder) and preprocessor_overrides == {"device_processor": {"device": "cpu"}}
-        return (lambda batch: batch), (lambda actions: actions)
-
-    factory = SimpleNamespace(make_pre_post_processors=make_pre_post_processors)
+    same = (lambda batch: batch), (lambda actions: actions)
+    factory = SimpleNamespace(make_pre_post_processors=lambda config, pretrained_path, preprocessor_overrides: same)
     monkeypatch.setitem(sys.modules, "lerobot.policies.factory", factory)
     module = SimpleNamespace(SmolVLAPolicy=SmolVLAPolicy)
     monkeypatch.setitem(sys.modules, "lerobot.policies.smolvla.modeling_smolvla", module)
@@ -639,6 +634,10 @@ def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
     cfg = make(validation__num_episodes=2, policy__max_state_dim=16, **flags)
     everything = make(validation__enable=False, dataset__use_qpos=True, policy__max_state_dim=16)
     save_stats(tmp_path / "seen.yaml", smolvla.load_data(everything).spec.stats)
+    foreign = smolvla.load_data(everything).spec.stats | dict(episodes=["elsewhere.h5"])
+    save_stats(tmp_path / "foreign.yaml", foreign)
+    with pytest.raises(UserError, match="other data"):
+        smolvla.load_data(make(validation__enable=False, normalization__stats_file=tmp_path / "foreign.yaml"))
     for before, message in ((None, "dataset_stats_sim.yaml not found"), ("seen.yaml", "2 episode.* validates on")):
         if before:
             shutil.copy(tmp_path / before, cfg.normalization.stats_file)
