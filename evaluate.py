@@ -90,6 +90,8 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
     for episode in policy.open_episodes(root, names):
         target, hold, phase = episode["target"], episode["hold"], episode["phase"]
         frames, predicted, others = list(range(0, len(target), stride)), [], []
+        if not frames:
+            print(f"left out  {episode['name']}: no motion after a picture to compare with")
         for i in tqdm(range(0, len(frames), batch_size), desc=episode["name"], unit="batch", disable=None, leave=False):
             seen = [episode["sample"](t) for t in frames[i : i + batch_size]]
             predicted.extend(policy.predict(seen))
