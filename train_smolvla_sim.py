@@ -1181,7 +1181,6 @@ def main(cfg):
         if step.should_save(t.save_freq):
             run.save()
 
-    # ---- end
     if run.step == t.steps:
         if adapters:  # opens with peft, on the weights that this run began with
             with ema.swapped():
