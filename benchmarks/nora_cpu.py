@@ -11,6 +11,7 @@ step     seconds of a training step of the whole program / seconds of forward + 
 windows  seconds of the vision tower with all windows in one attention call / with transformers' loop over them.
 """
 
+import contextlib
 import io
 import os
 import sys
@@ -130,7 +131,8 @@ def step(folder):
     batches = [collate([dataset[k] for k in keys]) for keys in order]
 
     def whole(name):
-        nora.main(config(*flags, "--output_dir", folder / name))
+        with contextlib.redirect_stdout(io.StringIO()):  # what a training says is not the benchmark's
+            nora.main(config(*flags, "--output_dir", folder / name))
         times = [r["time"] for r in read_metrics(folder / name) if "train_loss" in r]
         return np.percentile(np.diff(times[skip:]), 20)
 
