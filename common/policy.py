@@ -1,0 +1,159 @@
+"""What every policy takes and gives, said once and checked: the contract between a checkpoint and a robot.
+
+    policy = load_policy(path, device)             policy.reset()      # forget everything of the drive so far
+    policy.predict(observations) -> (B, H, A) float32, physical units   policy.describe() -> dict of plain values
+
+A script builds its Contract from what the checkpoint holds, calls check() in predict and describe() in describe."""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common import require
+
+ASPECT = 0.02  # a picture's width / height may differ by this share: recorders round
+FAR = 0.5  # of the training range: further outside is a warning, mostly another unit or another frame
+
+
+@dataclass
+class Contract:
+    """Plain values only: asdict() can be saved, and Contract(**saved) is the same again."""
+
+    script: str
+    images: dict  # {name: (height, width) as recorded, or None if the checkpoint does not know}; RGB, uint8
+    actions: list  # [(name, unit)] of a row
+    horizon: int  # rows of a chunk
+    rate_hz: float  # rows per second
+    kind: str  # "delta": a motion per row; "absolute": a target; "velocity"
+    first_row: str  # what row 0 means in time, and which row to send when
+    state: list = field(default_factory=list)  # [(name, unit)]; empty: the policy takes none
+    low: list | None = None  # smallest state in training, one per name
+    high: list | None = None
+    sensor: str | None = None  # what the observation's sensor must hold
+    instructions: list = field(default_factory=list)  # all of the training; empty: not known, any is taken
+    action_low: list | None = None  # smallest action in training, one per name
+    action_high: list | None = None
+    needs: dict = field(default_factory=dict)  # {what is not in the policy's directory: where it was}
+
+    def __post_init__(self):
+        require(self.kind in ("delta", "absolute", "velocity"), f"a policy's kind is {self.kind!r}", ValueError)
+        for name in ("low", "high", "action_low", "action_high"):
+            values = getattr(self, name)
+            setattr(self, name, None if values is None else [float(v) for v in values])
+        self.warned = Counter()  # kind of warning -> how often
+
+    def check(self, observations):
+        """UserError for an observation that the policy cannot take; a warning for one that is unlike the training."""
+        require(len(observations), "no observation was given: expected a list of one or more")
+        for o in observations:
+            self._check_images(o)
+            self._check_state(o.get("state"))
+            text = o.get("instruction")
+            if self.instructions and text is not None and text not in self.instructions:
+                known = ", ".join(map(repr, self.instructions[:3]))
+                self._warn("instruction", f"the policy was not trained on {text!r}, but on {known}")
+
+    def _check_images(self, observation):
+        if "vl_features" in observation:  # the pictures were encoded before
+            return
+        images = observation.get("images", {})
+        if not isinstance(images, dict):  # the newest frames of the only camera, oldest first
+            images = {name: frame for name in self.images for frame in images}
+        for name, size in self.images.items():
+            there = f"the observation has images of {sorted(images)}"
+            require(name in images, f"{there}, the policy needs {', '.join(self.images)}: {name} is missing")
+            picture = np.asarray(images[name])
+            right = picture.ndim == 3 and picture.shape[-1] == 3 and picture.dtype == np.uint8
+            wrong = f"{name} is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3), RGB"
+            require(right and picture.size, wrong)
+            if size is not None:
+                (height, width), (rows, columns) = size, picture.shape[:2]
+                wrong = f"{name} is {columns}x{rows}, in training it was {width}x{height}: another aspect ratio"
+                same = abs(columns / rows * height / width - 1) <= ASPECT
+                require(same, f"{wrong}. Send the whole picture of the same camera, not cropped or squeezed")
+
+    def _check_state(self, state):
+        if not self.state:
+            return
+        shape, names = np.shape(state), ", ".join(f"{name} ({unit})" for name, unit in self.state)
+        require(shape == (len(self.state),), f"the observation's state has shape {shape}, the policy needs {names}")
+        state = np.asarray(state, np.float64)
+        require(np.isfinite(state).all(), f"the observation's state is not finite: {state.tolist()}")
+        if self.low is None or self.high is None:
+            return
+        for (name, unit), value, low, high in zip(self.state, state, self.low, self.high, strict=True):
+            beyond = max(low - value, value - high)
+            if beyond > FAR * (high - low) + 1e-3 * max(abs(low), abs(high)) + 1e-6:
+                seen = f"in training it was {low:.4g} to {high:.4g}: another unit or frame?"
+                self._warn(f"state {name}", f"the state's {name} is {value:.4g} {unit}, {seen}")
+
+    def _warn(self, kind, text):
+        self.warned[kind] += 1
+        if self.warned[kind] == 1:
+            print(f"warning: {text} (said once, counted in contract.warned)", flush=True)
+
+    def example(self):
+        """An observation that check() takes: grey pictures, the middle of the state's range."""
+        sizes = {name: size or (240, 320) for name, size in self.images.items()}
+        images = {name: np.full((*map(int, size), 3), 128, np.uint8) for name, size in sizes.items()}
+        state, middle = None, np.zeros(len(self.state), np.float32)
+        if self.state:
+            known = self.low is not None and self.high is not None
+            state = np.mean([self.low, self.high], 0).astype(np.float32) if known else middle
+        return dict(images=images, state=state, instruction=self.instructions[0] if self.instructions else "")
+
+    def describe(self, policy, example=None):
+        """-> dict that json can write. The latency is measured here, with `example` or example(); the policy then
+        begins anew."""
+        example, seconds = example or self.example(), []
+        for _ in range(4):
+            begin = time.perf_counter()
+            chunk = policy.predict([example])
+            seconds.append(time.perf_counter() - begin)
+        policy.reset()
+        expected = (1, self.horizon, len(self.actions))
+        assert np.shape(chunk) == expected, f"predict gave {np.shape(chunk)}, the contract says {expected}"
+        sizes = {name: size or (None, None) for name, size in self.images.items()}
+        return dict(
+            script=self.script,
+            cameras={name: dict(height=height, width=width) for name, (height, width) in sizes.items()},
+            pictures="uint8 (height, width, 3), RGB",
+            state=_columns(self.state, self.low, self.high),
+            sensor=self.sensor,
+            instructions=list(self.instructions),
+            actions=_columns(self.actions, self.action_low, self.action_high),
+            kind=self.kind,
+            horizon=self.horizon,
+            rate_hz=float(self.rate_hz),
+            first_row=self.first_row,
+            needs={what: str(where) for what, where in self.needs.items()},
+            latency_ms=1000 * float(np.median(seconds[1:])),  # the first call warms up
+        )
+
+
+def _columns(named, low, high):
+    """-> [{name, unit, and the training's low and high where known}]"""
+    columns = [dict(name=name, unit=unit) for name, unit in named]
+    for values, key in ((low, "low"), (high, "high")):
+        for column, value in zip(columns, values or [], strict=values is not None):
+            column[key] = value
+    return columns
+
+
+def partners(episodes, progress):
+    """For each sample the index of one of another episode at the nearest progress, for a test that swaps inputs; of
+    equally near ones the next in order. `episodes` (n,): names or numbers, `progress` (n,): phase, or share of the
+    episode that is over. None where there is only one episode."""
+    episodes, progress = np.asarray(episodes), np.asarray(progress, np.float64)
+    assert episodes.shape == progress.shape and episodes.ndim == 1, (episodes.shape, progress.shape)
+    n, found = len(episodes), []
+    if len(np.unique(episodes)) < 2:
+        return None
+    for i in range(n):
+        order = np.arange(i + 1, i + n) % n  # the next one first
+        away = np.where(episodes[order] == episodes[i], math.inf, np.abs(progress[order] - progress[i]))
+        found.append(order[np.argmin(away)])
+    return np.array(found)
