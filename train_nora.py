@@ -404,7 +404,7 @@ class Nora(nn.Module):
     def pictures(self, images):
         """(B, K, height, width, 3) uint8 -> what the vision tower reads."""
         patch, images = self.processor.patch, images.flatten(0, 1)
-        grid = torch.tensor([[1, images.shape[1] // patch, images.shape[2] // patch]], device=images.device)
+        grid = torch.tensor([[1, images.shape[1] // patch, images.shape[2] // patch]])  # on the CPU, where it is read
         patches = qwen.image_patches(images, self.mean, self.std, patch)
         return dict(pixel_values=patches, image_grid_thw=grid.repeat(len(images), 1))
 

@@ -145,7 +145,7 @@ class VLEncoder:
         for b, (row, position) in enumerate(rows):  # padded on the right: causal attention never looks there
             ids[b, : len(row)], positions[:, b, : len(row)] = row, position
         ids, positions = torch.from_numpy(ids).to(self.device), torch.from_numpy(positions).to(self.device)
-        grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]], device=self.device)
+        grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]])  # on the CPU
         patches = qwen_vl.image_patches(pictures, self.mean, self.std, self.patch, self.merge)
         seen = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
         embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, D); seen is (B * views * tokens per image, D)

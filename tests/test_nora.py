@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import make_demo
 import train_nora as nora
@@ -228,20 +229,68 @@ def test_logits_of_an_older_release(shared):
     np.testing.assert_allclose(logits.numpy(), expected["logits"], atol=1e-4)
 
 
-def test_batched_windows_equal_the_loop(parts):
-    """112 x 140 pixels have window sizes that differ, 112 x 112 equal ones; both must equal transformers' loop."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention as attention
+@pytest.mark.parametrize("h, w", [(112, 112), (224, 112), (112, 140), (56, 56), (336, 616), (140, 196)])
+def test_batched_windows_equal_the_loop(parts, h, w):
+    """Windows of one size, of two and of four, and a picture smaller than one: transformers' own tower, to rounding."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
-    tower, batched = parts.core.vlm.model.visual, attention.forward
-    for h, w in ((112, 112), (224, 112), (112, 140)):
-        patches, grid = torch.randn(2 * h * w // 196, 1176), torch.tensor([[1, h // 14, w // 14]] * 2)
-        with torch.no_grad():
-            fast = tower(patches, grid).pooler_output
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attention, "forward", attention.looped_forward)
-                slow = tower(patches, grid).pooler_output
-        assert attention.forward is batched
-        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    tower, attention, batched = parts.core.vlm.model.visual, qwen.Qwen2_5_VLVisionAttention, {}
+    windows = -(-h // 112) * -(-w // 112)
+    patches, grid = torch.randn(2 * h * w // 196, 1176), torch.tensor([[1, h // 14, w // 14]] * 2)
+    weight = torch.randn(2 * h * w // 784, tower.merger.mlp[-1].out_features)
+
+    def see():
+        tower.zero_grad()
+        seen = tower(patches, grid).pooler_output
+        (seen * weight).sum().backward()
+        return dict(seen=seen.detach()) | {n: p.grad.clone() for n, p in tower.named_parameters()}
+
+    batched = count_attention(see)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "forward", attention.looped_forward)
+        patch.setattr(type(tower), "forward", type(tower).plain_forward)
+        looped = count_attention(see)
+    layers, full = len(tower.blocks), len(set(tower.fullatt_block_indexes) & set(range(len(tower.blocks))))
+    assert looped["calls"] == 2 * windows * (layers - full) + 2 * full
+    assert batched["calls"] <= (2 ** sum(x > 112 and x % 112 > 0 for x in (h, w))) * (layers - full) + full
+    for name, value in looped.items():
+        if name != "calls":
+            largest = value.abs().max().item()
+            torch.testing.assert_close(batched[name], value, atol=1e-5 * largest, rtol=1e-4, msg=name)
+    tower.zero_grad()
+
+
+def count_attention(see):
+    """see() -> its dict and "calls", those of scaled_dot_product_attention."""
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        counted = lambda *a, **k: (calls.append(1), attend(*a, **k))[1]  # noqa: E731
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+        return see() | dict(calls=len(calls))
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_five_views_at_the_guides_size_take_few_attention_calls_and_no_wait(parts):
+    """Four samples of five views at 616x336. Once their grid is known, nothing reads a value off the device."""
+    tower = parts.core.vlm.model.visual
+    patches, grid = torch.randn(20 * 24 * 44, 1176), torch.tensor([[1, 24, 44]] * 20)
+    with torch.no_grad():
+        tower(patches, grid)
+        with Operations() as done:
+            few = count_attention(lambda: dict(seen=tower(patches, grid)))["calls"]
+    assert few <= 2 * len(tower.blocks) and few * 5 <= 20 * 18
+    assert not {"_local_scalar_dense", "nonzero", "_unique2", "unique_consecutive"} & set(done.names)
 
 
 def test_loss_covers_action_tokens_and_the_end_only(parts):
