@@ -419,14 +419,14 @@ class Nora(nn.Module):
         return dict(loss_sum=loss.sum(), sample_loss=sample_loss, correct=(logits.argmax(-1) == batch["targets"]).sum())
 
     @torch.no_grad()
-    def generate(self, batch, fast, count, synced=False):
+    def generate(self, batch, fast, count):
         """Greedy decoding of exactly `count` DCT coefficients -> (FAST ids per row, malformed (B,) bool: free decoding
-        would have left the format). `synced`: ranks go on until all have finished, as FSDP needs."""
+        would have left the format)."""
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
         seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
         most = dict(max_new_tokens=2 * count + 1)  # a coefficient takes at most two tokens
-        out = self.vlm.generate(**seen, **most, logits_processor=[rule], synced_gpus=synced)
+        out = self.vlm.generate(**seen, **most, logits_processor=[rule])
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
 
@@ -453,7 +453,7 @@ class Policy:
             prompts.append(self.model.processor.ids(o.get("instruction") or spec.task_instruction, state))
         return self.decode(np.stack(images), prompts)[0]
 
-    def decode(self, images, prompts, synced=False):
+    def decode(self, images, prompts):
         """images (B, K, h, w, 3) uint8 at the model's size, prompt ids -> ((B, H, A) in data units, malformed (B,))."""
         length, p = max(map(len, prompts)), self.model.processor
         ids, mask = np.full((len(prompts), length), p.pad), np.zeros((len(prompts), length), np.int64)
@@ -463,7 +463,7 @@ class Policy:
         batch = to_device({k: torch.from_numpy(v) for k, v in batch.items()}, self.model.mean.device)
         horizon, dim, training = self.spec.horizon, self.spec.normalizer.dim, self.model.training
         self.model.eval()
-        answers, malformed = self.model(batch, self.fast, horizon * dim, synced)
+        answers, malformed = self.model(batch, self.fast, horizon * dim)
         self.model.train(training)
         chunks = np.stack([self.fast.decode(row, horizon, dim)[0] for row in answers])
         return self.spec.normalizer.unnormalize(chunks), malformed.cpu().numpy()
@@ -761,23 +761,22 @@ def validate(policy, data, collate, cfg, run):
     decoded = set(pick[decoded].tolist())
     counts, errors, steps = np.zeros(5), np.zeros(spec.normalizer.dim), 0  # loss, correct, tokens, malformed, decoded
     model.eval()
-    for first in range(0, len(pick), size * run.world):  # as often on every rank: FSDP gathers weights in step
-        mine = pick[first + run.rank * size :][:size].tolist()
-        items = [dataset[(0, i)] for i in mine or pick[:1]]  # an idle rank computes along and counts nothing
-        batch = collate(items)
-        with torch.no_grad():
-            out = model(to_device(batch, run.device))
-        if mine:
+    with run.gathered(model):
+        for first in range(run.rank * size, len(pick), run.world * size):
+            mine = pick[first : first + size].tolist()
+            items = [dataset[(0, i)] for i in mine]
+            batch = collate(items)
+            with torch.no_grad():
+                out = model(to_device(batch, run.device))
             counts[:3] += out["loss_sum"].item(), out["correct"].item(), len(batch["targets"])
-        wanted = [item for i, item in zip(mine, items, strict=False) if i in decoded]
-        chosen = wanted or (items[:1] if cfg.fsdp else [])
-        if chosen:
-            prompts = [model.processor.ids(item["instruction"], item["state"]) for item in chosen]
-            predicted, malformed = policy.decode(np.stack([item["images"] for item in chosen]), prompts, cfg.fsdp)
-            for item, chunk, left in zip(wanted, predicted, malformed, strict=False):
-                counts[3:] += left, 1
-                errors += np.abs(chunk - item["action"])[~item["is_pad"]].sum(0)
-                steps += int((~item["is_pad"]).sum())
+            wanted = [item for i, item in zip(mine, items, strict=True) if i in decoded]
+            if wanted:
+                prompts = [model.processor.ids(item["instruction"], item["state"]) for item in wanted]
+                predicted, malformed = policy.decode(np.stack([item["images"] for item in wanted]), prompts)
+                for item, chunk, left in zip(wanted, predicted, malformed, strict=True):
+                    counts[3:] += left, 1
+                    errors += np.abs(chunk - item["action"])[~item["is_pad"]].sum(0)
+                    steps += int((~item["is_pad"]).sum())
     model.train()
     loss, correct, tokens, malformed, decoded, steps, *errors = run.sum(*counts, steps, *errors)
     mae, moves = np.array(errors) / max(steps, 1), ~spec.normalizer.constant

@@ -132,6 +132,19 @@ class Run:
         model.forward = self.autocast()(model.forward)
         return model
 
+    @contextlib.contextmanager
+    def gathered(self, model):
+        """Within it every rank has all of FSDP's weights, gathered once: else each layer is, for every token that is
+        decoded. A forward needs no other rank meanwhile."""
+        sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+        for module in sharded:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
     # ---- where the run stands
 
     def find(self, wanted, folder, patterns, beside=()):

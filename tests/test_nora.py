@@ -1,5 +1,6 @@
 """train_nora.py: what it reads, sees, learns, saves and says, on tiny real-format backbones."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -54,14 +55,15 @@ def run(flags, *more):
     return read_metrics(cfg.output_dir)
 
 
-def shell(flags, *more, processes=1, env=None):
+def shell(flags, *more, processes=1, env=None, script=ROOT / "train_nora.py"):
     head = [sys.executable]
     if processes > 1:
         head += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*head, str(ROOT / "train_nora.py"), *map(str, flags), *map(str, more)]
+    command = [*head, str(script), *map(str, flags), *map(str, more)]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout
 
 
 def losses(rows):
@@ -474,10 +476,36 @@ def test_a_backbone_without_action_tokens_is_refused(tmp_path, parts):
 # ---- resume and ranks ------------------------------------------------------------------------------------------------
 
 
-def test_fsdp_equals_one_process(tmp_path, base):
-    """FSDP2 over 2 gloo processes: losses, the exported models, and a resume."""
+COUNTED = """
+import sys
+sys.path.insert(0, {root!r})
+import train_nora as nora
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+
+gathers, validate = [], nora.validate
+gather = fsdp.foreach_all_gather
+fsdp.foreach_all_gather = lambda *args, **how: (gathers.append(1), gather(*args, **how))[1]
+
+
+def counted(*args):
+    before = len(gathers)
+    values = validate(*args)
+    print(f"gathers {{len(gathers) - before}}", flush=True)
+    return values
+
+
+nora.validate = counted
+nora.launch(nora.main, nora.Config, nora.ALIASES)
+"""
+
+
+def test_fsdp_equals_one_process_and_gathers_once_per_validation(tmp_path, base):
+    """FSDP2 over 2 gloo processes: losses, the exported models, a resume, and the collectives of a validation."""
     flags = [*base, "--max_steps", 3, "--val_frequency", 2, "--checkpoint_save_frequency", 2]
-    shell(flags, "--output_dir", tmp_path / "two", "--fsdp", processes=2)
+    (tmp_path / "counted.py").write_text(COUNTED.format(root=str(ROOT)))
+    how = dict(processes=2, script=tmp_path / "counted.py")
+    said = shell(flags, "--output_dir", tmp_path / "two", "--fsdp", **how)
+    assert said.count("gathers 5\n") == 4, "two layers, two vision blocks and the rest; twice, on two ranks"
     one = run(flags, "--output_dir", tmp_path / "one", "--batch_size", 8)
     two = read_metrics(tmp_path / "two")
     for key in ("train_loss", "val_loss", "val_action_mae"):
@@ -539,7 +567,7 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
     for name in ("model", "merged", "../best"):
         policy = nora.load_policy(tmp_path / "second/steps_2" / name, "cpu")
         data = nora.load_data(parts.cfg)
-        fake_run = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x)
+        fake_run = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
         collate = nora.Collate(policy.model.processor, policy.fast, policy.spec.normalizer)
         again = nora.validate(policy, data, collate, parts.cfg, fake_run)
         assert again["val_loss"] == pytest.approx(first[-1]["val_loss"], rel=1e-4), name
@@ -690,9 +718,9 @@ def test_settings_without_effect_are_named(base, capsys):
 
 def test_the_mean_error_has_one_unit(parts):
     """Metres and radians are not averaged: each dim is measured by its own range."""
-    run_ = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x)
+    run_ = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
     policy = types.SimpleNamespace(spec=parts.spec, model=parts.core)
-    policy.decode = lambda images, prompts, synced: (np.zeros((len(images), 3, 6)), np.zeros(len(images)))
+    policy.decode = lambda images, prompts: (np.zeros((len(images), 3, 6)), np.zeros(len(images)))
     v = nora.validate(policy, parts.data, parts.collate, parts.cfg, run_)
     moves, names = ~parts.spec.normalizer.constant, [f"val_mae_{n}" for n, _ in parts.spec.action_names()]
     mae = np.array([v[n] for n in names])[moves]
