@@ -11,8 +11,6 @@ training needs no such file, it computes the same numbers itself; use one to loo
 import sys
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from common import UserError, require
 from common import episodes as ep
 from common.config import parse_config
@@ -48,7 +46,7 @@ def main(cfg):
     d, drawn = cfg.dataset, cfg.validation.num_episodes if cfg.validation.enable else 0
     both = f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}"
     require(not (d.num_val_episodes and drawn), f"{both}: a training has one of them, set the other to 0")
-    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, lambda paths: tqdm(paths, disable=None))
+    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes)
     for message in excluded:
         print(f"excluded  {message}")
     train, validation = ep.hold_out_last(found, d.num_val_episodes)

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import UserError, require
 from common import checkpoint as ckpt
@@ -192,12 +191,11 @@ class Data:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_data(cfg, main=True, stats=None, then=None):
+def load_data(cfg, run=None, stats=None, then=None):
     """Find, read, split and describe the episodes. `stats`, `then`: statistics and episodes of the checkpoint that is
     resumed."""
     d = cfg.dataset
-    progress = partial(tqdm, desc="reading episodes", unit="file", disable=None if main else True, leave=False)
-    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, progress)
+    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     n, frames = len(found), {e.name: e.num_frames for e in found}
     split = partial(ep.hold_out_last, range(n), d.num_val_episodes)
     *parts, table, gone = ep.split_or_keep(frames, split, then if d.skip_bad_episodes else None)
@@ -813,7 +811,7 @@ def main(cfg):
     path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], beside=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
     saved = json.loads((path / "meta.json").read_text()) if path else {}
-    data = load_data(cfg, run.main, spec and spec.stats, saved.get("episodes"))
+    data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"))
     if path:
         run.restore(path, saved, data.fingerprint(), FIXED)
     if not run.plan(cfg.max_train_steps, "--max_train_steps"):

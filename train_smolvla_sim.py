@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import MissingFile, hub, log, require
 from common import checkpoint as ckpt
@@ -258,12 +257,11 @@ def name_actions(found, definition):
     return [[f"q{i + 1}", unit] for i in range(definition.dim)]
 
 
-def load_data(cfg, main=True, saved=None):
+def load_data(cfg, run=None, saved=None):
     """Find, read, split and describe the episodes. `saved`: a checkpoint, whose statistics are kept where this is its
     data; with skip_bad_episodes also where files were left out since."""
     d, n = cfg.dataset, cfg.normalization
-    progress = (lambda paths: tqdm(paths, desc="reading episodes", unit="file", disable=None)) if main else None
-    found, notes = ep.load_episodes(d.root_dir, d.skip_bad_episodes, progress)
+    found, notes = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     count = cfg.validation.num_episodes if cfg.validation.enable else 0
     draw, then = functools.partial(ep.hold_out_random, found, count, cfg.seed), saved and saved["episodes"]
     frames = {e.name: e.num_frames for e in found}
@@ -1080,7 +1078,7 @@ def main(cfg):
     run = Run(cfg, out, t.batch_size, t.gradient_accumulation_steps, bf16)
     path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
-    data = load_data(cfg, run.main, saved)
+    data = load_data(cfg, run, saved)
     if saved and saved["fingerprint"] != data.fingerprint and path.parent.resolve() != folder.resolve():
         run.print(f"resume    {path} was trained on other data: a NEW RUN from its weights, as with --init_from")
         cfg = run.cfg = dataclasses.replace(cfg, resume=None, init_from=str(path))

@@ -6,13 +6,20 @@
     observations/images/<cam>    (N,) variable-length uint8 (JPEG), or (N, H, W, 3) uint8 RGB, any compression
     phase (N,) int, timestamp (N,) float, language_instruction str      optional
 
-Camera names sorted alphabetically become camera1..K. Low-dimensional arrays are read once; images lazily, through a
-bounded number of open files per process. Nothing is ever replaced by zeros: what cannot be read raises BadEpisode.
+Camera names sorted alphabetically become camera1..K. Low-dimensional arrays are read once, of a large folder from an
+index; images lazily, through a bounded number of open files per process, or from a frame store (frames.py). Nothing is
+ever replaced by zeros: what cannot be read raises BadEpisode.
 """
 
+import contextlib
+import hashlib
 import io
+import json
 import os
 import random
+import re
+import resource
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +27,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 from PIL import Image
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
 
 from common import MissingFile, UserError, require
+from common import checkpoint as ckpt
+from common.frames import FrameStore
 from common.stats import FORMAT_VERSION, compute_stats
 
-MAX_OPEN_FILES = 64  # per process; `ulimit -n` is 1024 on most machines and a training has many workers
+INDEXED = 200  # files; fewer are read in a moment
+ARRAYS = ("action", "ee_pose", "qpos")
+FILE_BYTES = 4_000_000  # of memory that HDF5 takes for an open file with JPEG pictures: 2.5 to 3.7 MB
 NO_PICTURE = 100  # bytes; a JPEG is never that small, and recorders write one byte where its encoding failed
 
 
@@ -119,13 +132,30 @@ def _jpeg_sizes(path, images):
     return np.frombuffer(table[: 16 * n], dtype=[("size", "<u4"), ("heap", "<u8"), ("index", "<u4")])["size"]
 
 
-def load_episodes(root, skip_bad=False, progress=None):
+def load_episodes(root, skip_bad=False, run=None):
     """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by
-    `skip_bad`. All must agree on cameras and dimensions. `progress` wraps the path list (tqdm)."""
-    episodes, excluded = [], []
-    for path in (progress or iter)(find_episodes(root)):
+    `skip_bad`. All must agree on cameras and dimensions. Of a large folder an index is kept, so that a later start
+    opens only files of another size or time. `run`: rank 0 reads, the others then find its index."""
+    mine = []
+    if run is not None:
+        run.once(lambda: mine.extend(_load(root, skip_bad, True)))
+    return tuple(mine) or _load(root, skip_bad, run is None)
+
+
+def _load(root, skip_bad, loud):
+    paths, episodes, excluded, facts, known, index = find_episodes(root), [], [], {}, {}, None
+    if len(paths) >= INDEXED:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vla_episodes"
+        index = cache / f"{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:32]}.npz"
+        known = _read_index(index)
+        if loud:
+            print(f"reading   {len(paths)} episodes under {root}; {len(known)} are in {index}", flush=True)
+    for path in tqdm(paths, desc="reading episodes", unit="file", disable=None if loud else True, leave=False):
+        about, name = os.stat(path), os.path.relpath(path, root)
+        facts[name] = [about.st_size, about.st_mtime_ns]
+        then, fields = known.get(name, (None, None))
         try:
-            episode = read_episode(path, root)
+            episode = Episode(path, name, **fields) if then == facts[name] else read_episode(path, root)
             if episodes:
                 _check_agreement(episodes[0], episode)
             episodes.append(episode)
@@ -135,7 +165,39 @@ def load_episodes(root, skip_bad=False, progress=None):
             excluded.append(str(error))
     none = f"none of the {len(excluded)} files under '{root}' is usable; the first: {''.join(excluded[:1])}"
     require(episodes, none, BadEpisode)
+    if index and {e.name: facts[e.name] for e in episodes} != {name: then for name, (then, _) in known.items()}:
+        _write_index(index, episodes, facts)
     return episodes, excluded
+
+
+def _write_index(path, episodes, facts):
+    """All that read_episode found in files of these [size, time]. Without room for it the files are read every time."""
+    names, arrays = [key for key in ARRAYS if getattr(episodes[0], key) is not None], {}
+    for key in names:
+        arrays[key] = np.concatenate([getattr(e, key) for e in episodes])
+    arrays["phase"] = np.concatenate([np.zeros(0, int), *(e.phase for e in episodes if e.phase is not None)])
+    about = [[e.name, facts[e.name], e.num_frames, e.cameras, e.phase is not None, e.instruction] for e in episodes]
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    with contextlib.suppress(OSError), ckpt.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read_index(path):
+    """-> {name: ([size, time], fields of its Episode)}; nothing of a file that is not there, damaged, or another's."""
+    known, row, phase_row = {}, 0, 0
+    try:
+        with np.load(path) as file:  # checks every array's sum
+            arrays = {key: file[key] for key in file.files}
+        phase, about = arrays.pop("phase"), json.loads(arrays.pop("about").tobytes())
+        for name, facts, n, cameras, phased, instruction in about:
+            fields = {key: arrays[key][row : row + n] if key in arrays else None for key in ARRAYS}
+            fields["phase"] = phase[phase_row : phase_row + n] if phased else None
+            known[name] = facts, fields | dict(num_frames=n, cameras=cameras, instruction=instruction)
+            row, phase_row = row + n, phase_row + n * phased
+        whole = all(len(array) == row for array in arrays.values()) and len(phase) == phase_row
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return {}
+    return known if whole else {}
 
 
 def open_episodes(root, names=None):
@@ -187,40 +249,91 @@ def read_instruction(f, path):
 
 
 class ImageReader:
-    """Reads single frames; keeps at most `max_open` files open, per process (an HDF5 handle must not cross a fork)."""
+    """Reads single pictures: resize(picture), or as recorded without `resize`. Files stay open, at most `max_open` (as
+    many as this machine bears), and their datasets, as looking one up takes longer than reading from it. Each process
+    opens its own: an HDF5 handle must not cross a fork. `store`: pictures that were decoded once, see keep."""
 
-    def __init__(self, max_open=MAX_OPEN_FILES):
-        self.max_open, self._files, self._pid = max_open, OrderedDict(), None
+    def __init__(self, resize=None, max_open=None):
+        self.resize, self.max_open, self.store, self.cameras = resize, max_open, None, []
+        self._files, self._pid = OrderedDict(), None
 
     def read(self, episode, camera, frame):
         """-> (h, w, 3) uint8 RGB of `camera` (recorder's name)."""
+        if self.store:
+            return self.store.read(episode.path, frame * len(self.cameras) + self.cameras.index(camera))
         where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
         try:
-            value = self._open(episode.path)["observations/images"][camera][frame]
-        except (OSError, RuntimeError, KeyError, IndexError) as error:
+            value = self._value(episode.path, camera, frame)
+        except (OSError, RuntimeError, KeyError, IndexError, ValueError) as error:
             how = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
             raise BadEpisode(f"{where} cannot be read ({error}). {how}") from error
-        if episode.cameras[camera] == "raw":
-            return value
-        try:
-            return np.asarray(Image.open(io.BytesIO(value.tobytes())).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            how = "Move the file away and go on without it: --resume auto --skip_bad_episodes"
-            raise BadEpisode(f"{where} is not a decodable JPEG: {len(value)} bytes ({error}). {how}") from error
+        if episode.cameras[camera] == "jpeg":
+            try:
+                value = Image.open(io.BytesIO(value))
+                value.load()
+            except (OSError, SyntaxError, ValueError) as error:
+                how = "Move the file away and go on without it: --resume auto --skip_bad_episodes"
+                size = len(self._value(episode.path, camera, frame))
+                raise BadEpisode(f"{where} is not a decodable JPEG: {size} bytes ({error}). {how}") from error
+            value = value if value.mode == "RGB" else value.convert("RGB")
+        return self.resize(value) if self.resize else np.asarray(value)
+
+    def keep(self, folder, episodes, cameras, recipe=(), run=None):
+        """From now on read the pictures of these episodes and cameras from a frame store in `folder`, on a local disk;
+        makes what is missing there. `recipe`: plain values, all that `resize` depends on."""
+        by_path, shape = {e.path: e for e in episodes}, self.read(episodes[0], cameras[0], 0).shape
+        store, rank = FrameStore(folder, shape, [*cameras, *recipe]), run.rank if run else 0
+
+        def open_source(path):
+            reader, episode = ImageReader(self.resize, max_open=1), by_path[path]
+            reader._open(path)  # before several threads want it
+            return lambda i: reader.read(episode, cameras[i % len(cameras)], i // len(cameras))
+
+        sources = {e.path: e.num_frames * len(cameras) for e in episodes}
+        store.build(sources, open_source, rank / (run.world if run else 1), quiet=rank > 0)
+        for path in sources:
+            bad = store.about(path)["bad"]
+            require(not bad, next(iter(bad.values()), ""), BadEpisode)
+        self.store, self.cameras = store, list(cameras)
+
+    def _value(self, path, camera, frame):
+        """What is stored of a frame: bytes of a JPEG, or pixels."""
+        dataset, kind = self._open(path)[camera]
+        space = dataset.get_space()
+        one = (1, *space.shape[1:])
+        require(0 <= frame < space.shape[0], f"there are {space.shape[0]} frames", IndexError)
+        space.select_hyperslab((frame, *(0 for _ in one[1:])), one)
+        value = np.empty(one, kind)
+        dataset.read(h5py.h5s.create_simple(one), space, value)  # dataset[frame] takes twice as long
+        return value[0]
 
     def _open(self, path):
+        """-> {camera: (dataset, its dtype)} of a file."""
         if self._pid != os.getpid():
             self._files, self._pid = OrderedDict(), os.getpid()
+            self.most = self.max_open or files_to_keep()
         if path in self._files:
             self._files.move_to_end(path)
         else:
-            if len(self._files) >= self.max_open:
-                self._files.popitem(last=False)[1].close()
-            self._files[path] = h5py.File(path, "r", locking=False)
-        return self._files[path]
+            if len(self._files) >= self.most:
+                self._files.popitem(last=False)[1][0].close()
+            file = h5py.File(path, "r", locking=False)
+            images = file["observations/images"].items()
+            self._files[path] = file, {name: (dataset.id, dataset.dtype) for name, dataset in images}
+        return self._files[path][1]
 
     def __getstate__(self):
-        return {"max_open": self.max_open, "_files": OrderedDict(), "_pid": None}
+        return self.__dict__ | {"_files": OrderedDict(), "_pid": None}
+
+
+def files_to_keep():
+    """How many HDF5 files this process may hold open: half of `ulimit -n`, and an eighth of the free memory for all
+    loader workers of all ranks on this machine together."""
+    worker = get_worker_info()
+    processes = (worker.num_workers if worker else 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, min(allowed // 2, free // 8 // processes // FILE_BYTES))
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------

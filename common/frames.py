@@ -8,12 +8,15 @@ at all, so a build that was stopped goes on where it stood, and several processe
 
 import hashlib
 import json
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from common import checkpoint as ckpt
@@ -52,10 +55,10 @@ class FrameStore:
         whole = file.stat().st_size == about["count"] * self.bytes_per_frame
         return about | dict(bad={int(i): why for i, why in about["bad"].items()}) if whole else None
 
-    def build(self, sources, open_source, first=0, threads=4, quiet=False):
-        """Make what is missing of `sources` {path: pictures in it}. open_source(path) -> function of an index that
-        returns a frame or raises why there is none. Each of several processes begins at its own share `first` (0 to 1)
-        of the list and leaves out what the others have made."""
+    def build(self, sources, open_source, first=0, threads=8, quiet=False):
+        """Make what is missing of `sources` {path: pictures in it}, after saying how large it will be.
+        open_source(path) -> function of an index that returns a frame or raises why there is none. Each of several
+        processes begins at its own share `first` (0 to 1) of the list and leaves out what the others have made."""
         missing = [path for path in sources if self.about(path) is None]
         if not missing:
             return
@@ -65,6 +68,10 @@ class FrameStore:
         free = shutil.disk_usage(self.folder).free / 1e9
         room = f"{needed:.2f} GB of decoded pictures do not fit into {self.folder}, {free:.2f} GB are free"
         require(needed < free, f"{room}. Choose a folder on another local disk")
+        if not quiet:
+            print(
+                f"frames    {needed:.2f} GB of decoded pictures, {len(missing)} files, go to {self.folder}", flush=True
+            )
         begin = int(first * len(missing))
         bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=quiet or None)
         for path in bar:
@@ -85,13 +92,16 @@ class FrameStore:
         with ckpt.atomic_path(file) as temporary, ThreadPoolExecutor(threads) as pool, open(temporary, "wb") as out:
             for start in range(0, count, 256):
                 for pixels in pool.map(frame, range(start, min(start + 256, count))):
-                    assert pixels.shape == self.shape and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
+                    one_size = f"{path} has a picture of {pixels.shape}, a frame store holds one size: {self.shape}"
+                    require(pixels.shape == self.shape and pixels.dtype == np.uint8, f"{one_size}. Train without it")
                     out.write(np.ascontiguousarray(pixels).data)
         write_json(file.with_suffix(".json"), dict(source=str(path), recipe=self.recipe, count=count, bad=bad))
 
     def read(self, path, index):
         """-> (h, w, 3) uint8, read-only"""
         if path not in self._maps:
+            if len(self._maps) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4:  # a map keeps its file open
+                del self._maps[next(iter(self._maps))]
             frames = np.memmap(self.folder / f"{self.key(path)}.u8", np.uint8, "r")
             self._maps[path] = frames.reshape(-1, *self.shape)
         return self._maps[path][index]
@@ -103,3 +113,16 @@ class FrameStore:
 def write_json(path, value):
     with ckpt.atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2))
+
+
+def stack(pictures):
+    """Pictures of one shape and dtype -> tensor (n, h, w, 3); in a loader worker straight into the memory that crosses
+    to the main process."""
+    first, shared = np.asarray(pictures[0]), get_worker_info() is not None
+    kind = torch.from_numpy(np.empty(0, first.dtype)).dtype
+    size = len(pictures) * first.nbytes
+    storage = torch.UntypedStorage._new_shared(size) if shared else torch.UntypedStorage(size)
+    out = torch.empty(0, dtype=kind).set_(storage, 0, (len(pictures), *first.shape))
+    for target, picture in zip(out.numpy(), pictures, strict=True):
+        target[...] = picture
+    return out

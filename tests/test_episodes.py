@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -249,14 +251,13 @@ def copies(root, folder, count=4):
 
 
 def test_skip_bad_counts_and_lists(tmp_path, insertion_root):
-    paths, seen = copies(insertion_root, tmp_path), []
+    paths = copies(insertion_root, tmp_path)
     os.truncate(paths[1], 1000)
     replace(paths[2], "action", None)
     with pytest.raises(BadEpisode, match=f"{paths[1]}.*--skip_bad_episodes"):
         ep.load_episodes(tmp_path)
-    progress = lambda found: (seen.append(p) or p for p in found)  # noqa: E731
-    episodes, excluded = ep.load_episodes(tmp_path, skip_bad=True, progress=progress)
-    assert [e.path for e in episodes] == [paths[0], paths[3]] and seen == paths
+    episodes, excluded = ep.load_episodes(tmp_path, skip_bad=True)
+    assert [e.path for e in episodes] == [paths[0], paths[3]]
     assert [e.name for e in episodes] == [os.path.basename(p) for p in (paths[0], paths[3])]
     assert paths[1] in excluded[0] and paths[2] in excluded[1] and "no dataset 'action'" in excluded[1]
     with pytest.raises(UserError, match="no episode 'x.h5'.*--episodes"):
@@ -324,7 +325,7 @@ def test_open_files_are_bounded(tmp_path, episode_path):
         shutil.copy(episode_path, tmp_path / f"many{i:02d}.h5")
     episodes, _ = ep.load_episodes(tmp_path)
     assert len(episodes) == 21 and open_h5(tmp_path) == 0, "reading the low-dimensional arrays leaves nothing open"
-    reader, most = ImageReader(5), 0
+    reader, most = ImageReader(max_open=5), 0
     for e in episodes + episodes[::3] + episodes[:2] * 3:
         assert reader.read(e, "top_camera", 1).shape == (*SIZE, 3)
         most = max(most, open_h5(tmp_path))
@@ -338,7 +339,7 @@ def _read_in_child(reader, e, queue):
 def test_a_reader_used_before_fork_or_pickle_opens_its_own_files(insertion_root):
     e, reader = ep.load_episodes(insertion_root)[0][0], ImageReader()
     expected = reader.read(e, "tool_camera", 7)
-    handle, context = reader._files[e.path], multiprocessing.get_context("fork")
+    handle, context = reader._files[e.path][0], multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(reader, e, queue))
     child.start()
@@ -349,7 +350,136 @@ def test_a_reader_used_before_fork_or_pickle_opens_its_own_files(insertion_root)
     for got in (image, reader.read(e, "tool_camera", 7), copy.read(e, "tool_camera", 7)):
         np.testing.assert_array_equal(got, expected)
     assert own and child.exitcode == 0
-    assert reader._files[e.path] is handle and handle.id.valid, "the parent's handle lives on"
+    assert reader._files[e.path][0] is handle and handle.id.valid, "the parent's handle lives on"
+
+
+def test_as_many_files_stay_open_as_the_machine_bears(monkeypatch):
+    """Half of `ulimit -n`, and an eighth of the free memory for all loader workers of all ranks together."""
+    real = ep.resource.getrlimit(ep.resource.RLIMIT_NOFILE)[0]
+    monkeypatch.setattr(ep.resource, "getrlimit", lambda _: (10**9, 10**9))
+    alone = ep.files_to_keep()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(ep, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    assert ep.files_to_keep() == pytest.approx(alone / 4, rel=0.2) and alone * ep.FILE_BYTES < 2**45
+    monkeypatch.setattr(ep.resource, "getrlimit", lambda _: (60, 60))
+    assert ep.files_to_keep() == 30 and real > 0
+
+
+# ---- the index of a large folder -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def indexed(tmp_path, insertion_root, monkeypatch):
+    """(folder of four episodes that is large enough for an index, where the index is, [files that were opened])."""
+    opened, read = [], ep.read_episode
+    monkeypatch.setattr(ep, "INDEXED", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(ep, "read_episode", lambda path, root: opened.append(Path(path).name) or read(path, root))
+    (tmp_path / "data").mkdir()
+    copies(insertion_root, tmp_path / "data")
+    return tmp_path / "data", lambda: next((tmp_path / "cache/vla_episodes").glob("*.npz")), opened
+
+
+def assert_same(ours, theirs):
+    assert [e.name for e in ours] == [e.name for e in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key, value in vars(a).items():
+            np.testing.assert_array_equal(value, getattr(b, key), err_msg=key)
+
+
+def test_the_second_start_opens_only_what_changed(indexed, capsys):
+    folder, index, opened = indexed
+    first, _ = ep.load_episodes(folder)
+    assert len(opened) == 4 and f"reading   4 episodes under {folder}; 0 are in" in capsys.readouterr().out
+    opened.clear()
+    again, _ = ep.load_episodes(folder)
+    assert opened == [] and "4 are in" in capsys.readouterr().out
+    assert_same(again, first)
+    changed, bad = Path(first[1].path), Path(first[2].path)
+    with h5py.File(changed, "r+") as f:
+        f["action"][3] += 1
+        del f["phase"]
+    os.utime(changed, ns=(1, 1))
+    os.truncate(bad, 1000)
+    shutil.copy(first[0].path, folder / "z.h5")
+    found, excluded = ep.load_episodes(folder, skip_bad=True)
+    assert sorted(opened) == sorted([changed.name, bad.name, "z.h5"]) and len(found) == 4 and str(bad) in excluded[0]
+    assert found[1].phase is None and found[1].action[3, 0] == first[1].action[3, 0] + 1
+    opened.clear()
+    assert_same(ep.load_episodes(folder, skip_bad=True)[0], found)
+    assert opened == [bad.name], "what is bad is looked at again"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one byte", "text", "another shape"])
+def test_a_damaged_index_is_made_again(indexed, damage):
+    folder, index, opened = indexed
+    first, _ = ep.load_episodes(folder)
+    content = bytearray(index().read_bytes())
+    content[len(content) // 2] ^= 1
+    kinds = {"truncated": content[:500], "one byte": content, "text": b"no index"}
+    if damage == "another shape":
+        with np.load(index()) as file:
+            np.savez(index(), **{key: file[key] for key in file.files} | dict(action=np.zeros((3, 6), np.float32)))
+    else:
+        index().write_bytes(kinds[damage])
+    opened.clear()
+    assert_same(ep.load_episodes(folder)[0], first)
+    assert len(opened) == 4
+    opened.clear()
+    ep.load_episodes(folder)
+    assert opened == []
+
+
+def test_rank_0_reads_and_the_others_take_its_index(indexed):
+    """And a cache folder that cannot be written costs no start."""
+    folder, index, opened = indexed
+    first, other = SimpleNamespace(once=lambda f: f()), SimpleNamespace(once=lambda f: None)
+    found, _ = ep.load_episodes(folder, run=first)
+    assert len(opened) == 4
+    assert_same(ep.load_episodes(folder, run=other)[0], found)
+    assert len(opened) == 4
+    shutil.rmtree(index().parent)
+    (folder.parent / "cache/vla_episodes").touch()
+    assert_same(ep.load_episodes(folder)[0], found)
+    assert len(opened) == 8
+
+
+# ---- pictures decoded once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["jpeg", "raw", "gzip"])
+def test_a_frame_store_holds_the_pixels_that_the_reader_gives(tmp_path, layout, monkeypatch):
+    write(tmp_path / "data", layout=layout, episodes=2, max_frames=9)
+    episodes, _ = ep.load_episodes(tmp_path / "data")
+    resize, names = partial(train_nora.resize_image, size=(28, 56)), ["top_camera", "side_camera"]
+    plain, stored = ImageReader(resize), ImageReader(resize)
+    stored.keep(tmp_path / "frames", episodes, names, ["bicubic", 28, 56])
+    monkeypatch.setattr(ImageReader, "_value", lambda *a: pytest.fail("the recordings are not needed any more"))
+    got = {(e.name, c, t): stored.read(e, c, t) for e in episodes for c in names for t in range(9)}
+    again = ImageReader(resize)
+    again.read = lambda *a: np.zeros((28, 56, 3))  # of the shape
+    again.keep(tmp_path / "frames", episodes, names, ["bicubic", 28, 56])
+    monkeypatch.undo()
+    for e in episodes:
+        for c in names:
+            for t in range(9):
+                np.testing.assert_array_equal(got[e.name, c, t], plain.read(e, c, t))
+                np.testing.assert_array_equal(pickle.loads(pickle.dumps(stored)).read(e, c, t), got[e.name, c, t])
+
+
+def test_a_picture_that_cannot_be_stored_ends_the_start_with_its_name(tmp_path):
+    path = write(tmp_path / "data", max_frames=9)
+    episodes, _ = ep.load_episodes(tmp_path / "data")
+    with h5py.File(path, "r+") as f:
+        whole = f["observations/images/tool_camera"][4]
+        f["observations/images/tool_camera"][4] = whole[: len(whole) // 2]
+    for _ in range(2):  # also where the store is there already
+        with pytest.raises(BadEpisode, match=f"{path}.*tool_camera' frame 4 is not a decodable JPEG"):
+            ImageReader().keep(tmp_path / "frames", episodes, ["tool_camera"])
+    sizes = [np.zeros((n, 6, 3), np.uint8) for n in (4, 4, 5)]
+    store = ep.FrameStore(tmp_path / "sizes", (4, 6, 3), "")
+    with pytest.raises(UserError, match="has a picture of .5, 6, 3., a frame store holds one size"):
+        store.build({path: 3}, lambda path: sizes.__getitem__, quiet=True)
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
