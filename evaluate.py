@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from common import UserError, require
+from common import UserError, closed_loop, require
 from common.checkpoint import checkpoints_in, load_state
 from common.config import parse_config
 from common.run import launch
@@ -43,6 +43,12 @@ class Config:
     batch_size: int = 16  # frames
     plots: int = 20  # draw at most this many episodes; the errors are over all
     device: str | None = None  # cpu, cuda, ...; null: cuda if there is one
+    closed_loop: str | None = None  # module:Class of an environment to drive through, instead of recordings
+    scenes: int = 50  # seeds 0, 1, ... of the environment
+    execute: int = 0  # rows of a chunk that are sent before the next prediction; 0: half of it
+    ensemble: float | None = (
+        None  # temporal ensembling of overlapping chunks, weights exp(-this * age rank); 0.01 is ACT's
+    )
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------
@@ -223,13 +229,32 @@ def draw_summary(report, names, path):
     figure.savefig(path, dpi=110)
 
 
+def output_folder(cfg):
+    given = Path(cfg.checkpoint)
+    return Path(cfg.output or (given / "evaluation" if given.is_dir() else f"{given.with_suffix('')}_evaluation"))
+
+
+def drive(cfg, checkpoint, about):
+    """Through an environment, see common/closed_loop.py."""
+    print(f"checkpoint: {checkpoint}, of {about['script']}.py\nenvironment: {cfg.closed_loop}")
+    policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
+    how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
+    known = dict(checkpoint=str(checkpoint), script=about["script"])
+    return closed_loop.run(policy, cfg.closed_loop, output_folder(cfg), about=known, **how)
+
+
 def run(cfg):
     """Evaluate and report -> what summarise says."""
-    require(cfg.checkpoint and cfg.data, "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D")
+    needed = (
+        "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D; or --closed-loop module:Class"
+    )
+    require(cfg.checkpoint and (cfg.data or cfg.closed_loop), needed)
     least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
     require(min(cfg.stride, cfg.batch_size) >= 1 and cfg.plots >= 0, least)
     checkpoint = find_checkpoint(cfg.checkpoint)
     about = read_about(checkpoint)
+    if cfg.closed_loop:
+        return drive(cfg, checkpoint, about)
     names = cfg.episodes or about.get("validation") or ["all"]
     unknown = "the checkpoint names no validation episodes: training episodes may be among them"
     which = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
@@ -247,8 +272,7 @@ def run(cfg):
     columns = policy.action_names()
     report = summarise(records, columns)
     print_table(report, columns, records)
-    given = Path(cfg.checkpoint)
-    folder = Path(cfg.output or (given / "evaluation" if given.is_dir() else f"{given.with_suffix('')}_evaluation"))
+    folder = output_folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     about = dict(checkpoint=str(checkpoint), data=cfg.data, script=about["script"], frames=len(records))
     episodes = list(dict.fromkeys(r["episode"] for r in records))

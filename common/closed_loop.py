@@ -1,0 +1,268 @@
+"""Drive a policy through an environment: does it do the task? Driving, measuring and drawing; the scenes are elsewhere.
+
+An environment is any object with
+
+    reset(seed) -> observation        step(action) -> (observation, done)        success() -> {"success": bool, ...}
+
+of which the policy takes the observation and gives the action. What else success() says (numbers with their unit in
+the name, truth values) is reported as its median, or as its count. Optional: expert() -> the right action now, hold()
+-> the action that stands still, units of the action (compared with the policy's), picture() -> (h, w, 3) uint8 for a
+person, hz, and looking: set to False while nobody needs pictures."""
+
+import functools
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from common import require
+
+LONGEST = 10_000  # steps; an environment that never ends is a mistake
+
+
+# ---- driving ---------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """What one drive sends: of the newest chunk the row of this step, or, with `ensemble` m, the mean of what all
+    chunks say of this step, weighted exp(-m i), i = 0 the oldest (Zhao et al. 2023). Deltas are averaged as targets: a
+    chunk of motions stands on what had been sent when it was predicted, not on where the arm then was measured."""
+
+    def __init__(self, delta, ensemble=None):
+        self.delta, self.ensemble = delta, ensemble
+        self.chunks, self.step, self.sent = [], 0, 0.0  # chunks: (first step, rows); sent: sum of all deltas
+
+    def add(self, chunk):
+        rows = np.asarray(chunk, np.float64)
+        if self.ensemble is None:
+            self.chunks = []
+        elif self.delta:
+            rows = self.sent + np.cumsum(rows, axis=0)
+        self.chunks.append((self.step, rows))
+
+    def next(self):
+        self.chunks = [(begin, rows) for begin, rows in self.chunks if self.step - begin < len(rows)]
+        said = np.stack([rows[self.step - begin] for begin, rows in self.chunks])
+        action = said[-1]
+        if self.ensemble is not None:
+            action = np.average(said, axis=0, weights=np.exp(-self.ensemble * np.arange(len(said))))
+            action = action - self.sent if self.delta else action
+        self.step, self.sent = self.step + 1, self.sent + action
+        return action
+
+
+def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True):
+    """Drive scene k, an environment, from seed k, all in step: predict(indices of the scenes under way, their
+    observations) -> (B, H, A), of which `execute` rows are sent before the next. -> a list of {seed, actions (T, A),
+    seconds: of predict, per scene and call, and what success() said}."""
+    seen, plans, live, seconds = [], [Plan(delta, ensemble) for _ in seeds], list(range(len(seeds))), []
+    for scene, seed in zip(scenes, seeds, strict=True):
+        scene.looking = looking
+        seen.append(scene.reset(seed))
+    sent, bar = [[] for _ in seeds], tqdm(total=len(seeds), desc="drive", unit="scene", disable=None, leave=False)
+    for step in range(LONGEST):
+        if step % execute == 0:
+            begin = time.perf_counter()
+            chunks = np.asarray(predict(live, [seen[k] for k in live]))
+            seconds.append((time.perf_counter() - begin) / len(live))
+            require(chunks.shape[1] >= execute, f"--execute {execute}: a chunk has {chunks.shape[1]} rows")
+            for k, chunk in zip(live, chunks, strict=True):
+                plans[k].add(chunk)
+        going = []
+        for k in live:
+            action = plans[k].next()
+            require(np.isfinite(action).all(), f"scene {seeds[k]}, step {step}: the action is {action.tolist()}")
+            scenes[k].looking = looking and (step + 1) % execute == 0
+            seen[k], done = scenes[k].step(action)
+            sent[k].append(action)
+            if not done:
+                going.append(k)
+        bar.update(len(live) - len(going))
+        live = going
+        if not live:
+            break
+    bar.close()
+    require(not live, f"scene {seeds[live[0]] if live else ''} did not end within {LONGEST} steps")
+    runs = []
+    for scene, seed, actions in zip(scenes, seeds, sent, strict=True):
+        about = dict(seed=seed, actions=np.stack(actions), seconds=float(np.median(seconds)))
+        runs.append(about | dict(steps=len(actions)) | scene.success())
+    return runs
+
+
+def compare(policy, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
+    """-> ({who: runs}, what the policy says of itself). Who: the policy, the expert, holding still, and replaying what
+    the expert did (the policy, where the environment has no expert) in the next scene; a baseline that the environment
+    does not know is left out."""
+    about, scenes = policy.describe(), [make_scene() for _ in seeds]
+    delta, moves = about["kind"] == "delta", about["kind"] != "absolute"
+    check_units([column["unit"] for column in about["actions"]], getattr(scenes[0], "units", None))
+
+    def ask(_, seen):
+        parts = [policy.predict(seen[i : i + batch_size]) for i in range(0, len(seen), batch_size)]
+        return np.concatenate(parts)
+
+    def replay(live, _):
+        return np.stack([tapes[k] for k in live])
+
+    def each(method):
+        return lambda live, _: np.stack([getattr(scenes[k], method)() for k in live])[:, None]
+
+    policy.reset()
+    found = {"policy": drive(ask, scenes, seeds, delta, execute, ensemble)}
+    blind = functools.partial(drive, scenes=scenes, seeds=seeds, delta=delta, looking=False)
+    if hasattr(scenes[0], "expert"):
+        found["expert"] = blind(each("expert"))
+    if hasattr(scenes[0], "hold"):
+        found["hold still"] = blind(each("hold"))
+    elif moves:
+        found["hold still"] = blind(lambda live, _: np.zeros((len(live), 1, len(about["actions"]))))
+    if len(seeds) > 1:
+        recorded = [run["actions"] for run in found.get("expert", found["policy"])]
+        tapes = [lengthen(rows, moves) for rows in recorded[1:] + recorded[:1]]
+        found["replay"] = blind(replay, execute=LONGEST)
+    return found, about
+
+
+def check_units(ours, wanted):
+    differ = wanted is not None and len(ours) != len(wanted)
+    differ = differ or any(a != b and a and b for a, b in zip(ours, wanted or ours, strict=False))
+    wrong = f"the policy's actions are in {ours}, the environment takes {wanted}"
+    require(not differ, f"{wrong}: another environment, or another unit")
+
+
+def lengthen(rows, moves):
+    """A recording goes on with no motion, or with its last target."""
+    last = np.zeros_like(rows[:1]) if moves else rows[-1:]
+    return np.concatenate([rows, np.repeat(last, LONGEST - len(rows), axis=0)])
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def wilson(successes, count, z=1.96):
+    """95 % confidence interval of a success rate."""
+    rate, spread = successes / count, z * z / count
+    half = z * np.sqrt(rate * (1 - rate) / count + spread / (4 * count))
+    return (rate + spread / 2 - half) / (1 + spread), (rate + spread / 2 + half) / (1 + spread)
+
+
+def summarise(runs):
+    """-> {success: how many, scenes, interval, and of what else success() said: medians, counts of true}. A number that
+    a scene does not have (None) is left out of the median; without any it is None."""
+    successes = sum(bool(run["success"]) for run in runs)
+    report = dict(success=successes, scenes=len(runs), interval=[float(v) for v in wilson(successes, len(runs))])
+    for key in runs[0]:
+        values = [run[key] for run in runs if run[key] is not None]
+        if key in ("seed", "success", "actions", "seconds"):
+            continue
+        if values and all(isinstance(v, (bool, np.bool_)) for v in values):
+            report[key] = int(sum(values))
+        elif all(isinstance(v, (int, float, np.number)) for v in values):
+            report[key] = float(np.median(values)) if values else None
+    return report
+
+
+def print_table(reports, execute, ensemble, latency_ms):
+    how = f"{execute} of each chunk's rows sent" + ("" if ensemble is None else f", ensemble {ensemble:g}")
+    first = next(iter(reports.values()))
+    keys = [key for key in first if key not in ("success", "scenes", "interval")]
+    width = max(12, *(len(key) + 2 for key in keys))
+    print(f"\nclosed loop, {first['scenes']} scenes, {how}; medians, of true or false the number of scenes")
+    print(f"{'':12}{'success':>10}{'95 %':>12}" + "".join(f"{key:>{width}}" for key in keys))
+    for who, report in reports.items():
+        low, high = (round(100 * v) for v in report["interval"])
+        cells = ["-" if report[key] is None else f"{report[key]:.4g}" for key in keys]
+        score = f"{report['success']} of {report['scenes']}"
+        print(f"{who:12}{score:>10}{f'{low}-{high} %':>12}" + "".join(f"{cell:>{width}}" for cell in cells))
+    print(f"latency of predict for one observation: {latency_ms:.0f} ms")
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def picture_of(scene, observation):
+    if hasattr(scene, "picture"):
+        return scene.picture()
+    images = observation["images"]
+    return np.concatenate(list(images.values()) if isinstance(images, dict) else [images[-1]], axis=1)
+
+
+def film(make_scene, run, count):
+    """The drive again, from its actions -> [(step, picture)] at `count` moments, the first and the last among them."""
+    scene, steps = make_scene(), len(run["actions"])
+    moments, pictures = set(np.linspace(0, steps, count).round().astype(int).tolist()), []
+    scene.looking = not hasattr(scene, "picture")
+    seen = scene.reset(run["seed"])
+    for step in range(steps + 1):
+        if step in moments:
+            pictures.append((step, picture_of(scene, seen)))
+        if step < steps:
+            seen, _ = scene.step(run["actions"][step])
+    return pictures, bool(scene.success()["success"]) == bool(run["success"])
+
+
+def draw_strip(make_scene, found, path, count=6):
+    """A row of pictures per drive: the policy where it succeeded and where it failed, then the others on the first of
+    these scenes."""
+    policy = found["policy"]
+    firsts = [next((k for k, run in enumerate(policy) if bool(run["success"]) == wanted), None) for wanted in (1, 0)]
+    chosen = [k for k in firsts if k is not None]
+    rows = [("policy", policy[k]) for k in chosen]
+    rows += [(who, runs[chosen[0]]) for who, runs in found.items() if who != "policy"]
+    films = [(who, run, *film(make_scene, run, count)) for who, run in rows]
+    height, width = films[0][2][0][1].shape[:2]
+    figure = Figure(figsize=(2.6 * count, (2.6 * height / width + 0.35) * len(rows)), layout="constrained")
+    axes, hz = figure.subplots(len(rows), count, squeeze=False), getattr(make_scene(), "hz", None)
+    for line, (who, run, pictures, same) in zip(axes, films, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, (step, picture) in zip(line, pictures, strict=False):
+            axis.imshow(picture)
+            axis.set_title(f"{step / hz:.1f} s" if hz else f"step {step}", fontsize=8)
+        outcome = "success" if run["success"] else "failed"
+        note = "" if same else ", but not when driven again for this picture"
+        line[0].set_title(f"{who}, scene {run['seed']}: {outcome}{note}", fontsize=9, loc="left")
+    figure.savefig(path, dpi=110)
+
+
+def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_size=50, about=None):
+    """Drive, print the table, write closed_loop.json and closed_loop.png -> {who: what summarise says}. `environment`:
+    "module:Class", looked for where the program was started, too; `execute` 0: half of a chunk."""
+    require(scenes >= 1 and execute >= 0, f"--scenes {scenes} must be 1 or more, --execute {execute} 0 or more")
+    make_scene = open_environment(environment)
+    horizon = policy.describe()["horizon"]
+    execute = execute or max(1, horizon // 2)
+    found, contract = compare(policy, make_scene, list(range(scenes)), execute, ensemble, batch_size)
+    reports = {who: summarise(runs) for who, runs in found.items()}
+    print_table(reports, execute, ensemble, contract["latency_ms"])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {}
+    for who, runs in found.items():
+        plain[who] = [{k: v for k, v in run.items() if k != "actions"} for run in runs]
+    about = (about or {}) | dict(environment=environment, execute=execute, ensemble=ensemble, policy=contract)
+    (folder / "closed_loop.json").write_text(json.dumps(about | dict(summary=reports, scenes=plain), indent=2))
+    draw_strip(make_scene, found, folder / "closed_loop.png")
+    print(f"report: {folder / 'closed_loop.json'}\npicture: {folder / 'closed_loop.png'}")
+    return reports
+
+
+def open_environment(name):
+    """ "module:Class" -> the class, of a module beside the scripts or where the program was started."""
+    module, _, cls = name.partition(":")
+    require(module and cls, f"--closed-loop {name}: expected module:Class, e.g. demo_scenes:Insertion")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        require(error.name != module, f"--closed-loop {name}: no module {module} in {Path.cwd()}")
+        raise
+    require(hasattr(found, cls), f"--closed-loop {name}: {found.__file__} has no {cls}")
+    return getattr(found, cls)

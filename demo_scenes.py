@@ -1,0 +1,230 @@
+"""The scenes of make_demo.py as environments that a policy can drive: does it do the task?
+
+An environment is any object with reset(seed) -> observation, step(action) -> (observation, done) and success() -> dict
+with a truth value "success". The rest is optional: expert() -> the right action now, hold() -> the action that stands
+still, picture() -> what a person should see, units of the action, looking (set to False by whoever needs no pictures).
+
+    python evaluate.py --checkpoint outputs/demo_nora --closed-loop demo_scenes:Insertion --scenes 50 --execute 4
+    python demo_scenes.py --scene InsertionSim --episodes 200 --noise 1 --out demo/corrections    # to be trained on
+
+Scene number k is the same everywhere and never a scene of the training: see scene_rng.
+"""
+
+import argparse
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+import make_demo as demo
+
+CLOSED_LOOP, CORRECTIONS = 20261121, 20261122  # third words of the seed, where make_demo has none or a small one
+
+
+def scene_rng(seed, *more):
+    """Generator of closed-loop scene `seed`: a stream that no recording uses."""
+    return np.random.default_rng([seed, 1, CLOSED_LOOP, *more])
+
+
+# ---- needle insertion ------------------------------------------------------------------------------------------------
+
+TUBE_MM, TUBE_RAD = 3.0, 0.15  # the needle goes through: off the axis, and tilted against it
+REACH_MM = 6.0  # below the entry: inserted
+EYE_MM = 15.0  # radius of the eye, whose centre is 16 mm below the entry
+ARM_MM, ARM_RAD = 4.0, 0.1  # largest motion of a frame that the arm can do
+FUNNEL_MM = 2.0  # off the axis: the expert goes on inserting
+
+
+def insertion_law(pose, entry):
+    """(6,) mm/rad, the motion that follows: that of make_demo.simulate where the needle is on the way that it takes;
+    elsewhere back to it, straight up first if it is low beside the trocar."""
+    target, goal = entry + [0, 0, demo.STANDOFF_MM], entry - [0, 0, demo.DEPTH_MM]
+    gap, way, tilt, motion = target - pose[:3], goal - pose[:3], pose[3:5], np.zeros(6)
+    aside, height, off = np.hypot(*gap[:2]), pose[2] - entry[2], np.abs(tilt).max()
+    aligned = np.linalg.norm(gap) < 0.28 and off < 0.02
+    inserting = height < demo.STANDOFF_MM - 0.5 and off < 0.1 and aside < (TUBE_MM if height < 0 else FUNNEL_MM)
+    if aligned or inserting:
+        motion[:3] = way * min(1.0, demo.INSERT_MM / max(np.linalg.norm(way), 1e-9))
+        if off < 0.02:  # it never was smaller in the recordings
+            return motion
+    elif height < 1.0:
+        motion[2] = demo.INSERT_MM
+    else:
+        motion[:3] = gap * min(0.3, demo.ALIGN_MM / max(np.linalg.norm(gap), 1e-9))
+    motion[3:5] = -np.clip(0.3 * tilt, -demo.ALIGN_RAD, demo.ALIGN_RAD)
+    return motion
+
+
+def pose_of(joints):
+    """The exact inverse of make_demo.joint_angles: (6,) rad -> (6,) mm/rad. The first joint is kept within 1.2 rad."""
+    x, z = np.linalg.solve([[-0.3, 0.8], [0.6, 0.4]], joints[1:3])
+    y = np.tan(np.clip(joints[0], -1.2, 1.2)) * (x + 2)
+    return np.array([100 * x, 100 * y, 100 * z, joints[3], joints[4], joints[5] - 0.2 * y])
+
+
+class Insertion:
+    """Needle and trocar of make_demo's insertion episodes, driven by ee_pose deltas in mm and rad. The arm does what is
+    sent, within ARM_MM and ARM_RAD a frame. Inserted: the tip went through the mouth and REACH_MM below it, within
+    TUBE_MM of the axis and TUBE_RAD of its direction, and never into the eye beside it."""
+
+    units = ["mm"] * 3 + ["rad"] * 3  # of the action
+    hz = demo.HZ
+    meters, joints, yaw_home = False, False, False  # of state and deltas; joint targets; the wrist also turns home
+    instruction = demo.INSTRUCTION
+    state = ("ee_pose",)  # of "qpos", "ee_pose"
+    lag = 0.0  # share of the commanded motion that the arm is short of at the next frame
+    anchor = "target"  # a delta is added to the last commanded pose; "measured": to where the arm is
+    near = 0.0  # share of scenes that start low and off the way, for recordings of corrections
+    size, limit, looking = (96, 128), 80, True
+
+    def reset(self, seed):
+        return self.begin(scene_rng(seed), [seed, 3, CLOSED_LOOP])
+
+    def begin(self, rng, noise):
+        run, self.look, self.look_rng = demo.simulate(rng), None, rng
+        self.entry, self.pose = run["entry"], run["pose"][0].copy()
+        place = np.random.default_rng([*noise, self.limit + 1])
+        if place.random() < self.near:
+            aside, low = place.uniform(-8, 8, 2), place.uniform(1, 12)
+            self.pose[:3], self.pose[3:5] = self.entry + [*aside, low], place.uniform(-0.3, 0.3, 2)
+        self.command, self.noise, self.frame, self.rest = self.pose.copy(), noise, 0, 0
+        self.inside, self.inserted, self.hit_eye, self.at_entry = False, False, False, None
+        self.height = self.pose[2] - self.entry[2]
+        return self.observe()
+
+    def observe(self):
+        arrays = dict(ee_pose=self.pose * self.scale(), qpos=demo.joint_angles(self.pose[None])[0])
+        state = np.concatenate([arrays[key] for key in self.state]).astype(np.float32)
+        return dict(images=self.images() if self.looking else {}, state=state, instruction=self.instruction)
+
+    def images(self):
+        rng = np.random.default_rng([*self.noise, self.frame])
+        self.look = self.look or demo.randomise(self.look_rng, self.size)
+        views = [demo.render(self.pose, self.entry, camera, self.look, rng) for camera in sorted(demo.CAMERAS)]
+        return {f"camera{k + 1}": view for k, view in enumerate(views)}
+
+    def scale(self):
+        return np.array([1e-3 if self.meters else 1.0] * 3 + [1.0] * 3)
+
+    def step(self, action):
+        base = self.pose if self.anchor == "measured" and not self.joints else self.command
+        wanted = pose_of(action) if self.joints else base + np.asarray(action) / self.scale()
+        motion = wanted - base
+        motion[:3] *= min(1.0, ARM_MM / max(np.linalg.norm(motion[:3]), 1e-9))
+        motion[3:] = np.clip(motion[3:], -ARM_RAD, ARM_RAD)
+        self.command, before = base + motion, self.pose
+        self.pose, self.frame = self.command + self.lag * (before - self.command), self.frame + 1
+        for part in np.linspace(0, 1, 9)[1:]:  # less than half a mm each
+            self._touch(before + part * (self.pose - before))
+        still = np.linalg.norm(self.pose[:3] - before[:3]) < 0.1
+        self.rest = self.rest + 1 if still else 0
+        return self.observe(), self.frame >= self.limit or (self.inserted and self.rest >= 4)
+
+    def _touch(self, pose):
+        """What the tip has come to: the mouth, the eye, the depth."""
+        (x, y, height), axis = pose[:3] - self.entry, demo.needle_axis(pose)
+        aside = float(np.hypot(x, y))
+        fits = aside <= TUBE_MM and np.arccos(np.clip(-axis[2], -1, 1)) <= TUBE_RAD
+        if height <= 0 < self.height:  # through the plane of the mouth
+            self.at_entry, self.inside = aside, fits
+        self.height, self.inside = height, self.inside and fits and height <= 0
+        self.hit_eye = self.hit_eye or (not self.inside and np.hypot(aside, height + EYE_MM + 1) < EYE_MM)
+        self.inserted = self.inserted or (self.inside and height <= -REACH_MM)
+
+    def success(self):
+        distance = float(np.linalg.norm(self.pose[:3] - self.entry + [0, 0, demo.DEPTH_MM]))
+        about = dict(success=bool(self.inserted and not self.hit_eye), distance_mm=distance)
+        return about | dict(at_entry_mm=self.at_entry, hit_eye=bool(self.hit_eye))
+
+    def motion(self):
+        """(6,) mm/rad, what the expert does now."""
+        motion = insertion_law(self.pose, self.entry)
+        if self.yaw_home:
+            motion[5] = -np.clip(0.3 * self.pose[5], -demo.ALIGN_RAD, demo.ALIGN_RAD)
+        return motion
+
+    def action_of(self, motion):
+        """The action that makes this motion, mm/rad, from where the arm is."""
+        return demo.joint_angles((self.pose + motion)[None])[0] if self.joints else motion * self.scale()
+
+    def expert(self):
+        return self.action_of(self.motion())
+
+    def hold(self):
+        return self.action_of(np.zeros(6))
+
+    def picture(self):
+        """The scene from the side and from above, without noise."""
+        rng, look = np.random.default_rng(0), demo.randomise(np.random.default_rng(7), (240, 240))
+        views = [demo.render(self.pose, self.entry, c, look, rng) for c in ("side_camera", "top_camera")]
+        return np.concatenate(views, axis=1)
+
+
+class InsertionSim(Insertion):
+    """The same as guide 2's simulator records it: metres, joint targets, no instruction in the files."""
+
+    units, meters, joints, yaw_home, instruction = ["rad"] * 6, True, True, True, None
+
+
+class InsertionSimDelta(InsertionSim):
+    """For a policy trained on these files with use_ee_pose_delta_as_action."""
+
+    units, joints = ["m"] * 3 + ["rad"] * 3, False
+
+
+# ---- recordings of corrections ---------------------------------------------------------------------------------------
+
+
+def write_corrections(folder, scene, episodes=200, seed=0, noise=0.0, near=0.7):
+    """Insertion episodes in make_demo's file form. A share `near` of them starts low and off the way, and every frame
+    the arm is pushed by `noise` mm and `noise` / 30 rad, on every sixth frame by 3 x that. The recorded `action` is the
+    expert's own, of the motion that follows. Without noise it is the difference of the poses, too, so that the files
+    can be trained on together with make_demo's."""
+    folder, spread = Path(folder), noise * np.array([1, 1, 1, 1 / 30, 1 / 30, 0])
+    folder.mkdir(parents=True, exist_ok=True)
+    scene.near = near
+    for i in tqdm(range(episodes), desc="corrections", unit="episode", disable=None):
+        rng, frames, rest = np.random.default_rng([seed, i, CORRECTIONS]), [], 0
+        seen = scene.begin(rng, [seed, i, CORRECTIONS, 1])
+        while len(frames) < scene.limit and rest < 4:
+            motion = scene.motion()
+            rest += scene.success()["distance_mm"] < 0.1 + 2 * noise
+            frames.append(dict(pose=scene.pose, action=scene.action_of(motion), images=seen["images"]))
+            push = spread * rng.normal(size=6) * (3 if rng.random() < 1 / 6 else 1)
+            seen, _ = scene.step(scene.action_of(motion + push))
+        write_episode(folder / f"episode_20260201_{demo.hhmmss(i)}.h5", scene, frames)
+
+
+def write_episode(path, scene, frames):
+    pose = np.stack([frame["pose"] for frame in frames])
+    with h5py.File(path, "w") as f:
+        f["action"] = np.stack([frame["action"] for frame in frames]).astype(np.float32)
+        f["observations/ee_pose"] = (pose * scene.scale()).astype(np.float32)
+        f["observations/qpos"] = demo.joint_angles(pose).astype(np.float32)
+        for k, camera in enumerate(sorted(demo.CAMERAS)):
+            images = [frame["images"][f"camera{k + 1}"] for frame in frames]
+            demo.write_images(f, f"observations/images/{camera}", images, "jpeg")
+        f["timestamp"] = (np.arange(1, len(frames) + 1) / scene.hz).astype(np.float32)
+        if scene.instruction:
+            f["language_instruction"] = scene.instruction
+
+
+SCENES = dict(Insertion=Insertion, InsertionSim=InsertionSim)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scene", choices=SCENES, default="Insertion", help="whose corrections are recorded")
+    parser.add_argument("--out", default="demo/corrections", help="folder to write into (default: demo/corrections)")
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--noise", type=float, default=0.0, help="mm by which the arm is pushed in every frame")
+    parser.add_argument("--near", type=float, default=0.7, help="share of episodes that start low and off the way")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_corrections(args.out, SCENES[args.scene](), args.episodes, args.seed, args.noise, args.near)
+    print(f"{args.episodes} episodes: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

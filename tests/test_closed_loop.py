@@ -1,0 +1,326 @@
+"""common/closed_loop.py and demo_scenes.py: what is sent of chunks, the scenes' laws and measures by hand, the
+baselines, the report; scenes that no training saw."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+import demo_scenes
+import make_demo
+from common import UserError, closed_loop
+from common import episodes as ep
+from common.closed_loop import Plan, drive
+
+
+class Line:
+    """A point on a line that must come to `goal` = seed + 2 within 0.3; an action is a motion of at most 1."""
+
+    units, hz = ["mm"], 10.0
+
+    def reset(self, seed):
+        self.x, self.goal, self.frame, self.seen = 0.0, seed + 2.0, 0, 0
+        return self.observe()
+
+    def observe(self):
+        self.seen += self.looking
+        return dict(images=dict(camera1=np.full((4, 6, 3), int(self.x * 20), np.uint8)), gap=self.goal - self.x)
+
+    def step(self, action):
+        self.x, self.frame = self.x + float(np.clip(action[0], -1, 1)), self.frame + 1
+        return self.observe(), self.frame == 10
+
+    def success(self):
+        away = abs(self.goal - self.x)
+        return dict(success=away < 0.3, distance_mm=away, late=self.frame > 5, missing=None)
+
+    def expert(self):
+        return np.array([np.clip(self.goal - self.x, -1, 1)])
+
+
+class Walker:
+    """Walks the way that is left within its chunk of 4, or a wrong one; counts the observations of every call."""
+
+    def __init__(self, wrong=0.0, unit="mm"):
+        self.wrong, self.unit, self.calls, self.resets = wrong, unit, [], 0
+
+    def reset(self):
+        self.resets += 1
+
+    def describe(self):
+        actions = [dict(name="x", unit=self.unit)]
+        return dict(kind="delta", horizon=4, latency_ms=1.5, actions=actions)
+
+    def predict(self, observations):
+        self.calls.append(len(observations))
+        gaps = np.array([o["gap"] for o in observations])
+        return np.repeat((gaps + self.wrong)[:, None, None] / 4, 4, axis=1).astype(np.float32)
+
+
+# ---- what is sent ----------------------------------------------------------------------------------------------------
+
+
+def sent(delta, ensemble, chunks, execute=1, steps=3):
+    plan, out = Plan(delta, ensemble), []
+    for step in range(steps):
+        if step % execute == 0:
+            plan.add(np.array(chunks[step // execute], float)[:, None])
+        out.append(float(plan.next()[0]))
+    return out
+
+
+def test_without_ensemble_the_newest_chunk_is_sent():
+    chunks = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert sent(False, None, chunks) == [1, 4, 7]
+    assert sent(True, None, chunks, execute=2) == [1, 2, 4]
+
+
+def test_ensembling_of_targets_by_hand():
+    """Step 1 is in two chunks, step 2 in three; the oldest weighs most."""
+    chunks, w = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.exp(-0.5 * np.arange(3))
+    expected = [1, (2 * w[0] + 4 * w[1]) / w[:2].sum(), (3 * w[0] + 5 * w[1] + 7 * w[2]) / w.sum()]
+    assert sent(False, 0.5, chunks) == pytest.approx(expected)
+    assert sent(False, 0.0, [[1, 1], [3, 3], [5, 5]]) == pytest.approx([1, 2, 4])  # the first has ended
+
+
+def test_deltas_are_ensembled_as_targets_on_what_was_sent():
+    """1 was sent; the first chunk says 1 + 1 = 2 for step 1, the second 1 + 3 = 4: the mean is 3, a motion of 2."""
+    assert sent(True, 0.0, [[1, 1], [3, 3], [1, 1]], steps=3) == pytest.approx([1, 2, (7 + 4) / 2 - 3])
+    constant = [[2, 2, 2]] * 5
+    assert sent(True, 0.3, constant, steps=5) == pytest.approx([2] * 5)
+
+
+def test_chunks_are_executed_by_rows_and_scenes_in_one_call():
+    walker, scenes = Walker(), [Line() for _ in range(3)]
+    runs = drive(lambda _, seen: walker.predict(seen), scenes, [0, 1, 2], True, execute=4)
+    assert walker.calls == [3, 3, 3] and [run["steps"] for run in runs] == [10] * 3
+    assert [run["success"] for run in runs] == [True] * 3 and runs[2]["actions"][:4, 0].tolist() == [1.0] * 4
+    assert scenes[0].seen == 3  # of 11 observations
+    with pytest.raises(UserError, match="--execute 5: a chunk has 4 rows"):
+        drive(lambda _, seen: walker.predict(seen), [Line()], [0], True, execute=5)
+    with pytest.raises(UserError, match=r"scene 7, step 0: the action is \[nan\]"):
+        drive(lambda *_: np.full((1, 1, 1), np.nan), [Line()], [7], True)
+
+
+def test_the_policy_beside_its_baselines():
+    """Goals 2, 3 and 4 mm: the expert comes to all; what it did in the next scene leads 1 mm too far."""
+    walker = Walker()
+    found, _ = closed_loop.compare(walker, Line, [0, 1, 2], execute=2, batch_size=2)
+    reports = {who: closed_loop.summarise(runs) for who, runs in found.items()}
+    assert {who: r["success"] for who, r in reports.items()} == dict(policy=3, expert=3, replay=0) | {"hold still": 0}
+    assert reports["hold still"]["distance_mm"] == 3 and reports["replay"]["distance_mm"] == pytest.approx(1)
+    assert reports["policy"]["late"] == 3 and reports["policy"]["missing"] is None
+    assert set(walker.calls) == {2, 1} and walker.resets == 1
+    assert closed_loop.summarise(closed_loop.compare(Walker(1.0), Line, [0], 2)[0]["policy"])["success"] == 0
+
+
+def test_another_unit_is_refused():
+    with pytest.raises(UserError, match=r"actions are in \['m'\], the environment takes \['mm'\]"):
+        closed_loop.compare(Walker(unit="m"), Line, [0])
+    closed_loop.compare(Walker(unit=""), Line, [0])  # recorded actions have none
+
+
+def test_wilson_interval():
+    low, high = closed_loop.wilson(40, 50)
+    assert (low, high) == pytest.approx((0.6696, 0.8876), abs=1e-4)
+    assert closed_loop.wilson(0, 50)[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_lab.py").write_text("from test_closed_loop import Line\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(demo_scenes.Path(__file__).parent))
+    reports = closed_loop.run(Walker(), "my_lab:Line", tmp_path / "out", scenes=3, execute=2)
+    written = json.loads((tmp_path / "out/closed_loop.json").read_text())
+    assert written["summary"] == json.loads(json.dumps(reports)) and written["policy"]["kind"] == "delta"
+    assert [run["distance_mm"] for run in written["scenes"]["hold still"]] == [2, 3, 4]
+    assert (tmp_path / "out/closed_loop.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert "3 of 3" in said and "2 of each chunk's rows sent" in said and "one observation: 2 ms" in said
+    for name, message in (
+        ("my_lab", "expected module:Class"),
+        ("my_lab:Cube", "has no Cube"),
+        ("no:X", "no module no"),
+    ):
+        with pytest.raises(UserError, match=message):
+            closed_loop.open_environment(name)
+
+
+def test_the_strip_drives_again_and_says_where_that_differs(monkeypatch):
+    [run] = drive(lambda *_: np.ones((1, 1, 1)), [Line()], [0], True)
+    pictures, same = closed_loop.film(Line, run, 3)
+    assert [step for step, _ in pictures] == [0, 5, 10] and [p[0, 0, 0] for _, p in pictures] == [0, 100, 200] and same
+    assert not closed_loop.film(Line, run | dict(success=True), 3)[1]
+
+
+# ---- needle insertion ------------------------------------------------------------------------------------------------
+
+
+def test_no_training_saw_the_scenes():
+    """Not of the recordings with any seed, nor of corrections, though streams of short seeds are padded with zeros."""
+    ours = {tuple(make_demo.simulate(demo_scenes.scene_rng(k))["entry"]) for k in range(60)}
+    assert len(ours) == 60
+    for seed in range(4):
+        for i in range(60):
+            theirs = [make_demo.simulate(np.random.default_rng(words))["entry"] for words in ([seed, i], [seed, 7, i])]
+            theirs.append(make_demo.simulate(np.random.default_rng([seed, i, demo_scenes.CORRECTIONS]))["entry"])
+            assert not ours & {tuple(entry) for entry in theirs}
+
+
+@pytest.mark.parametrize("cls", [demo_scenes.Insertion, demo_scenes.InsertionSim, demo_scenes.InsertionSimDelta])
+def test_the_expert_does_what_the_recordings_show(cls):
+    """Frame by frame on the recorded way, and it inserts; holding still and the replay do not."""
+    for seed in range(12):
+        scene = cls()
+        scene.looking = False
+        scene.reset(seed)
+        recorded, done = make_demo.simulate(demo_scenes.scene_rng(seed))["pose"], False
+        for pose in recorded[1:]:
+            assert not done
+            _, done = scene.step(scene.expert())
+            np.testing.assert_allclose(scene.pose[:5], pose[:5], atol=1e-9)
+        result = scene.success()
+        assert result["success"] and result["distance_mm"] < 1e-6 and result["at_entry_mm"] < 0.4
+        before = scene.pose.copy()
+        scene.step(scene.hold())
+        np.testing.assert_allclose(scene.pose, before, atol=1e-9)
+
+
+def test_joints_are_inverted_exactly():
+    rng = np.random.default_rng(0)
+    poses = np.concatenate([rng.uniform(-45, 45, (50, 3)), rng.uniform(-1, 1, (50, 3))], axis=1)
+    for pose, joints in zip(poses, make_demo.joint_angles(poses), strict=True):
+        np.testing.assert_allclose(demo_scenes.pose_of(joints), pose, atol=1e-9)
+
+
+def placed(pose_from_entry, **options):
+    scene = demo_scenes.Insertion()
+    scene.looking = False
+    scene.reset(0)
+    vars(scene).update(options)
+    scene.pose = np.concatenate([scene.entry, np.zeros(3)]) + pose_from_entry
+    scene.command, scene.height = scene.pose.copy(), scene.pose[2] - scene.entry[2]
+    return scene
+
+
+def push(scene, motion, steps):
+    for _ in range(steps):
+        scene.step(np.array(motion, float))
+    return scene.success()
+
+
+DOWN = [0, 0, -1, 0, 0, 0]
+DIVES = [  # tip from the entry, mm and rad; success, hit_eye
+    ([0, 0, 2, 0, 0, 0], True, False),
+    ([2.9, 0, 2, 0, 0, 0], True, False),
+    ([3.1, 0, 2, 0, 0, 0], False, True),
+    ([0, 0, 2, 0.14, 0, 0], True, False),
+    ([0, 0, 2, 0.16, 0, 0], False, True),
+    ([0, 0, 2, 0.11, 0.11, 0], False, True),  # 0.156 rad together
+    ([14, 0, 2, 0, 0, 0], False, False),  # 7 mm down, the eye is still further down there
+]
+
+
+@pytest.mark.parametrize("start, inserted, hit", DIVES)
+def test_inserted_means_through_the_mouth_and_deep_enough(start, inserted, hit):
+    scene = placed(start)
+    assert not push(scene, DOWN, 7)["success"]  # 5 mm below
+    result = push(scene, DOWN, 2)
+    assert (result["success"], result["hit_eye"]) == (inserted, hit)
+    assert result["at_entry_mm"] == pytest.approx(np.hypot(start[0], start[1]))
+
+
+def test_what_went_wrong_once_stays_wrong():
+    """Into the eye beside the trocar, out again, and in through the mouth."""
+    scene = placed([5, 0, 2, 0, 0, 0])
+    assert push(scene, DOWN, 5)["hit_eye"]
+    push(scene, [0, 0, 1, 0, 0, 0], 5)
+    push(scene, [-1, 0, 0, 0, 0, 0], 5)
+    result = push(scene, DOWN, 10)
+    assert result["at_entry_mm"] < 1e-9 and not result["success"] and result["hit_eye"]
+    sideways = placed([8, 0, -0.5, 0, 0, 0])  # through the tube's wall, not through its mouth
+    push(sideways, [-1, 0, 0, 0, 0, 0], 8)
+    assert not push(sideways, DOWN, 8)["success"]
+
+
+def test_the_arm_does_what_it_can():
+    scene = placed([0, 0, 20, 0, 0, 0])
+    before = scene.pose.copy()
+    scene.step(np.array([30, 40, 0, 1.0, -1.0, 0.05]))
+    np.testing.assert_allclose(scene.pose - before, [2.4, 3.2, 0, 0.1, -0.1, 0.05], atol=1e-12)
+    joints = demo_scenes.InsertionSim()
+    joints.looking = False
+    joints.reset(0)
+    before = joints.pose.copy()
+    joints.step(np.array([9.0, 9, 9, 9, 9, 9]))
+    assert np.linalg.norm(joints.pose[:3] - before[:3]) == pytest.approx(4)
+
+
+def test_an_arm_that_lags_needs_deltas_on_the_last_target():
+    """It is short of 40 % of each motion: anchored to where it was measured, every motion is lost by that much."""
+    ends = {}
+    for anchor in ("target", "measured"):
+        scene = placed([0, 0, 20, 0, 0, 0], lag=0.4, anchor=anchor)
+        push(scene, DOWN, 10)
+        ends[anchor] = 20 - (scene.pose[2] - scene.entry[2])
+    assert ends["target"] == pytest.approx(10 - 0.4 / 0.6, abs=0.01) and ends["measured"] == pytest.approx(6)
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_the_expert_comes_back_from_off_the_way(low):
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        place = [*rng.uniform(-8, 8, 2), rng.uniform(1, 12), *rng.uniform(-0.3, 0.3, 2), 0]
+        scene = placed(np.array(place) * [1, 1, 1 if low else 3, 1, 1, 1])
+        while not scene.step(scene.expert())[1]:
+            pass
+        result = scene.success()
+        assert result["success"] and result["distance_mm"] < 0.5 and not result["hit_eye"], place
+
+
+def test_corrections_are_recordings_like_the_others(tmp_path):
+    """Without noise both definitions of an action agree; with it the recorded one is still the expert's."""
+    small, sim = demo_scenes.Insertion(), demo_scenes.InsertionSim()
+    small.size = sim.size = (24, 32)
+    demo_scenes.write_corrections(tmp_path / "clean", small, 1, seed=5, near=1.0)
+    demo_scenes.write_corrections(tmp_path / "noisy", sim, 1, seed=5, noise=0.8)
+    clean, noisy = ep.open_episodes(str(tmp_path / "clean")), ep.open_episodes(str(tmp_path / "noisy"))
+    assert not ep.records_past_motion(clean) and ep.detect_position_unit(clean) == "mm"
+    for e in clean:
+        np.testing.assert_allclose(ep.define_action(clean, True).targets(e), e.action[:-1], atol=1e-4)
+    scene = demo_scenes.InsertionSim()
+    for e in noisy:
+        with h5py.File(e.path) as f:
+            assert "language_instruction" not in f and len(f["observations/images/side_camera"]) == e.num_frames
+        moved, said = [], []
+        for t in range(e.num_frames - 1):
+            here, there = e.ee_pose[t] / scene.scale(), e.ee_pose[t + 1] / scene.scale()
+            target = demo_scenes.pose_of(e.action[t])
+            moved.append(there[:3] - here[:3])
+            said.append(target[:3] - here[:3])
+        apart = np.linalg.norm(np.array(moved) - said, axis=1)
+        assert 0.5 < apart.mean() < 4 and np.linalg.norm(said, axis=1).max() < 3.1
+        assert np.linalg.norm(said[-1]) < 2 * demo_scenes.demo.INSERT_MM
+
+
+def test_pictures_are_those_of_the_recordings():
+    """The same pose, look and noise give the same pixels; what a scene shows does not depend on who looked before."""
+    scene, again = demo_scenes.Insertion(), demo_scenes.Insertion()
+    first = scene.reset(4)
+    assert list(first["images"]) == ["camera1", "camera2", "camera3"] and first["images"]["camera1"].shape == (
+        96,
+        128,
+        3,
+    )
+    rng = demo_scenes.scene_rng(4)
+    run, look = make_demo.simulate(rng), make_demo.randomise(rng, (96, 128))
+    noise = np.random.default_rng([4, 3, demo_scenes.CLOSED_LOOP, 0])
+    expected = make_demo.render(run["pose"][0], run["entry"], "side_camera", look, noise)
+    np.testing.assert_array_equal(first["images"]["camera1"], expected)
+    again.looking = False
+    assert again.reset(4)["images"] == {}
+    again.looking = True
+    seen, same = scene.step(scene.expert())[0], again.step(again.expert())[0]
+    np.testing.assert_array_equal(seen["images"]["camera3"], same["images"]["camera3"])
