@@ -15,6 +15,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from PIL import Image, ImageDraw
+from PIL.ImageFont import load_default
 from tqdm import tqdm
 
 import make_demo as demo
@@ -155,10 +157,35 @@ class Insertion:
         return self.action_of(np.zeros(6))
 
     def picture(self):
-        """The scene from the side and from above, without noise."""
-        rng, look = np.random.default_rng(0), demo.randomise(np.random.default_rng(7), (240, 240))
-        views = [demo.render(self.pose, self.entry, c, look, rng) for c in ("side_camera", "top_camera")]
+        """Side view and view from above, drawn for a person: eye, trocar with its wall, needle."""
+        views = [self.sketch(axes, name) for axes, name in (((0, 2), "from the side"), ((0, 1), "from above"))]
         return np.concatenate(views, axis=1)
+
+    def sketch(self, axes, name, side=240, zoom=3.0):
+        picture = Image.new("RGB", (side, side), (244, 244, 240))
+        draw, above = ImageDraw.Draw(picture), axes == (0, 1)
+
+        def at(*offset):  # mm from the entry -> pixels
+            right, up = np.array(offset, float)[list(axes)]
+            return side / 2 + zoom * right, side * (0.5 if above else 0.68) - zoom * up
+
+        def disc(offset, radius, fill):
+            x, y = at(*offset)
+            draw.ellipse([x - radius * zoom, y - radius * zoom, x + radius * zoom, y + radius * zoom], fill=fill)
+
+        tip = self.pose[:3] - self.entry
+        disc([0, 0, -EYE_MM - 1], EYE_MM, (236, 200, 190))
+        if above:
+            disc([0, 0, 0], TUBE_MM + 1, (60, 90, 200))
+            disc([0, 0, 0], TUBE_MM, (255, 255, 255))
+        for wall in () if above else (-TUBE_MM, TUBE_MM):
+            draw.line([*at(wall, 0, 0), *at(wall, 0, -5)], fill=(60, 90, 200), width=4)
+        draw.line([*at(*tip), *at(*(tip - 28 * demo.needle_axis(self.pose)))], fill=(200, 40, 30), width=4)
+        disc(tip, 1.3, (20, 20, 20))
+        words = [(at(0, 0, -EYE_MM - 1), "eye"), (at(TUBE_MM + 2, 0, 0), "trocar"), (at(*(tip + [2, 0, 22])), "needle")]
+        for place, word in [((6, 4), name)] + ([] if above else words):
+            draw.text(place, word, (90, 90, 90), load_default(12))
+        return np.asarray(picture)
 
 
 class InsertionSim(Insertion):
