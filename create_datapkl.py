@@ -15,11 +15,12 @@ pose_x, y, z, a, b, r (or EE_*) in mm and degrees. session.yaml beside it (all k
 camera_offset_s, instruction, dataset, exclude; see common.sessions.read_notes.
 
 data.pkl, beside the recording's files (plain values, arrays as (dtype, shape, bytes); N actions):
-    schema_version 3 | action (N, 7) float32: pose delta in mm and degrees, and the constant 1.0 | action_timestamps,
+    schema_version 4 | action (N, 7) float32: pose delta in mm and degrees, and the constant 1.0 | action_timestamps,
     action_end_timestamps (N,) float64, 0.1 s apart | segment_id (N,) int32 | robot_state (N, 12) float32: joints and
-    pose, newest at the start | image {view: [paths relative to the folder]}, image_timestamps {view: (M,) float64} |
-    sensor_data None or {file, timestamps (Ns,) float64 on the robot's clock, rate_hz, channels}; the file,
-    sensor_stream.npy, holds the rows (Ns, 1026) float32: force, A-scan | instruction | metadata
+    pose, newest at the start | image {view: [paths relative to the folder]}, image_timestamps {view: (M,) float64},
+    image_size {view: [height, width]} | sensor_data None or {file, timestamps (Ns,) float64 on the robot's clock,
+    rate_hz, channels, dtype, mean, std (1026,) float64}; the file, sensor_stream.npy, holds the rows (Ns, 1026): force,
+    A-scan; fp16 where that is exact enough (FP16_ERROR), else fp32 | instruction | metadata
 The actions of a segment add up to the difference of its end poses. A gap in the log begins a new segment.
 """
 
@@ -161,6 +162,8 @@ def make_actions(stamps, rows, stretches, period):
 
 # ---- sensor ----------------------------------------------------------------------------------------------------------
 
+FP16_ERROR = 0.01  # of a channel's standard deviation, root mean square
+
 
 def npy_rows(archive, name, block=1 << 20):
     """Yield blocks (<= block, ...) of the first axis of one array in an open .npz, without reading all of it."""
@@ -270,12 +273,14 @@ def open_sensor(paths):
     return [path for *_, path in spans], kinds.pop(), spans[0][0], max(span[1] for span in spans)
 
 
-def copy_sensor(paths, read, target):
-    """npz files by time -> the .npy file `target`; -> (stamps (n,), rows per second, names of the rows left out because
-    a value of theirs is not finite)."""
-    stamps, spoiled, newest = [np.zeros(0)], [], -np.inf
-    with open(target, "wb") as f:
-        write_npy_header(f, 0)
+def copy_sensor(paths, read, target, dtype="float16"):
+    """npz files by time -> the .npy file `target`, as fp16 where that rounds no channel by more than FP16_ERROR of its
+    standard deviation (A-scans are integers: exact up to 2,048), else as fp32 -> ({timestamps (n,), rate_hz, dtype,
+    mean, std (1026,) of the rows as they were measured}, names of the rows left out because a value of theirs is not
+    finite)."""
+    stamps, spoiled, newest, sums = [np.zeros(0)], [], -np.inf, np.zeros((3, CHANNELS))
+    with open(target, "wb") as f, np.errstate(over="ignore", invalid="ignore"):
+        write_npy_header(f, 0, dtype)
         for path in paths:
             row = 0
             with reading(path):
@@ -285,19 +290,27 @@ def copy_sensor(paths, read, target):
                     good = np.isfinite(block).all(1) & np.isfinite(t)
                     spoiled += [f"{path.name} row {row + i}" for i in np.flatnonzero(~good)]
                     good &= t >= newest  # of a file that overlaps the one before
-                    f.write(np.ascontiguousarray(block[good], "<f4").tobytes())
+                    rows, kept = block[good].astype(np.float64), block[good].astype(dtype)
+                    f.write(kept.tobytes())
+                    sums += rows.sum(0), (rows**2).sum(0), ((kept - rows) ** 2).sum(0)
                     stamps.append(t[good])
                     row += len(t)
             newest = max((part[-1] for part in stamps if len(part)), default=-np.inf)
         stamps = np.concatenate(stamps)
         f.seek(0)
-        write_npy_header(f, len(stamps))
-    return *spread(stamps, read is read_windows), spoiled
+        write_npy_header(f, len(stamps), dtype)
+    mean, squares, rounded = sums / max(1, len(stamps))
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    if dtype == "float16" and not (np.sqrt(rounded) <= FP16_ERROR * ss.sensor_std(std)).all():
+        return copy_sensor(paths, read, target, "float32")
+    stamps, rate = spread(stamps, read is read_windows)
+    return dict(timestamps=stamps, rate_hz=rate, dtype=dtype, mean=mean, std=std), spoiled
 
 
-def write_npy_header(f, rows):
+def write_npy_header(f, rows, dtype):
     """NumPy pads the header, so that the first axis can grow in place."""
-    np.lib.format.write_array_header_1_0(f, dict(shape=(rows, CHANNELS), fortran_order=False, descr="<f4"))
+    about = dict(shape=(rows, CHANNELS), fortran_order=False, descr=np.dtype(dtype).str)
+    np.lib.format.write_array_header_1_0(f, about)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -327,6 +340,12 @@ def list_images(folder):
             else:
                 views.setdefault(view, []).append((float(stamp), path))
     return {view: sorted(images) for view, images in sorted(views.items())}, sorted(nameless), sorted(broken)
+
+
+def image_size(path):
+    """-> [height, width]"""
+    with Image.open(path) as image:
+        return [image.height, image.width]
 
 
 def is_whole(path):
@@ -450,6 +469,7 @@ def preprocess(folder, cfg):
     if cfg.dry_run:
         return report
     parts = dict(image=given["image"], image_timestamps=image_stamps, instruction=given["instruction"])
+    parts["image_size"] = {view: image_size(folder / shots[0][1]) for view, shots in images.items()}
     with atomic_path(folder / ss.DATA_PKL) as temporary:
         save_data_pkl(temporary, motion | parts | dict(sensor_data=sensor, metadata=metadata))
     if sensor is None:
@@ -546,15 +566,16 @@ def make_sensor(folder, files, offset, begin, end, cfg, warnings):
         (folder / ss.DATA_PKL).unlink(missing_ok=True)  # a kill from here on must not leave it beside another stream
         place = atomic_path(folder / ss.SENSOR_FILE)
     with place as target:
-        stamps, rate, spoiled = copy_sensor(paths, read, target)
+        sensor, spoiled = copy_sensor(paths, read, target)
     if spoiled:
         shown = ", ".join(spoiled[:20]) + (f" and {len(spoiled) - 20} more" if len(spoiled) > 20 else "")
         warnings.append(f"warning: {len(spoiled)} sensor rows with values that are not finite are left out: {shown}")
+    rate = sensor["rate_hz"]
     if abs(rate / SENSOR_HZ - 1) > 0.05:
-        warnings.append(
-            f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: a window lasts as much longer"
-        )
-    return dict(file=ss.SENSOR_FILE, timestamps=stamps + offset, rate_hz=rate, channels=CHANNELS), overlap
+        longer = "a window lasts as much longer"
+        warnings.append(f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: {longer}")
+    sensor["timestamps"] = sensor["timestamps"] + offset
+    return sensor | dict(file=ss.SENSOR_FILE, channels=CHANNELS), overlap
 
 
 # ---- clock offsets ---------------------------------------------------------------------------------------------------

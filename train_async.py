@@ -37,7 +37,7 @@ from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 from common.vl_cache import command
 
-FORMAT = 2  # of the checkpoints
+FORMAT = 3  # of the checkpoints
 NAME, PROJECT = "qwen_vla_async", "QwenVLA-Async"
 LATEST, BEST, FINAL = f"{NAME}.pt", f"{NAME}_best.pt", f"{NAME}_final.pt"
 SAVED = (BEST, FINAL, LATEST)  # of a folder, load_policy opens the first that is there
@@ -283,7 +283,7 @@ def load_policy(path, device=None, vlm=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, saved, device)
     model.load_state_dict(saved["model_state_dict"])
-    return Policy(model.requires_grad_(False).eval(), cfg, saved, device, vlm=vlm)
+    return Policy(model, cfg, saved, device, vlm=vlm).freeze()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -316,10 +316,10 @@ def validate(core, policy, dataset, run):
     """-> ChunkErrors' values: loss and errors of predicted chunks, every held-out step once."""
     errors = ChunkErrors(core.active)
     core.eval()
-    for items, batch, swapped in held_out_batches(dataset, policy, run):
+    for batch, swapped in held_out_batches(dataset, policy, run):
         with torch.no_grad(), policy.autocast():
             loss = core(batch)["sample_loss"]
-        errors.add(items, loss, policy.decode(batch), {name: policy.decode(b) for name, b in swapped.items()})
+        errors.add(batch, loss, policy.decode(batch), {name: policy.decode(b) for name, b in swapped.items()})
     core.train()
     return errors.values(run)
 

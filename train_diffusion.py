@@ -39,7 +39,7 @@ from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 from common.vl_cache import command
 
-FORMAT = 2  # of the checkpoints
+FORMAT = 3  # of the checkpoints
 NAME, PROJECT = "diffusion_stage1", "QwenVLA-Diffusion"
 LATEST, BEST = f"{NAME}_latest.pt", f"{NAME}_best.pt"
 SAVED = (BEST, LATEST)  # of a folder, load_policy opens the first that is there
@@ -367,7 +367,7 @@ def load_policy(path, device=None, vlm=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, saved, device)
     model.load_state_dict(saved["model_state_dict"])
-    return Policy(model.requires_grad_(False).eval(), cfg, saved, device, vlm=vlm)
+    return Policy(model, cfg, saved, device, vlm=vlm).freeze()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -396,12 +396,12 @@ def validate(core, policy, dataset, run):
     T, errors = run.cfg.diffusion_timesteps, ChunkErrors(core.active)
     times = torch.linspace(0, T - 1, min(VALIDATION_TIMES, T)).round().long().to(policy.device)
     core.eval()
-    for items, batch, swapped in held_out_batches(dataset, policy, run):
+    for batch, swapped in held_out_batches(dataset, policy, run):
         noise, own = batch["noise"][:, : policy.cfg.predict_draws], batch["noise"][:, :1].expand(-1, len(times), -1, -1)
         with torch.no_grad(), policy.autocast():
-            loss = core.noise_loss(batch, own, times.expand(len(items), -1))
+            loss = core.noise_loss(batch, own, times.expand(len(own), -1))
         chunks = {name: policy.decode(b, noise) for name, b in swapped.items()}
-        errors.add(items, loss["sample_loss"], policy.decode(batch, noise), chunks)
+        errors.add(batch, loss["sample_loss"], policy.decode(batch, noise), chunks)
     core.train()
     return errors.values(run)
 

@@ -12,11 +12,12 @@ import math
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from common import require, vl_cache
 from common import sessions as ss
-from common.run import to_device
+from common.policy import Contract, partners
+from common.run import ignore_stop_signals, to_device
 from common.sampler import GlobalOrder, generator_at
 from common.stats import Normalizer
 
@@ -30,7 +31,9 @@ class Data:
     train: list  # common.sessions.Session, sorted by name
     validation: list
     features: object  # Features
-    about: dict  # what a checkpoint tells about them: stats, recipe, vl_shape, sensor_hz, instructions, fingerprint
+    about: (
+        dict  # what a checkpoint tells about them: stats, recipe, vl_shape, sensor_hz, image_sizes, instructions, ...
+    )
 
 
 class Features:
@@ -67,9 +70,9 @@ class Features:
         """-> dict(vl_features (N, V) float32), or dict(images {view: (h, w, 3) uint8}, instruction)."""
         if self.files:
             return dict(vl_features=self.files[session.name].features[tick].float())
-        index = {view: int(i[tick]) for view, i in self.ticks[session.name].frame_index.items()}
-        images = {view: vl_cache.read_image(session.frame_path(view, i)) for view, i in index.items()}
-        return dict(images=images, instruction=session.instruction)
+        index = self.ticks[session.name].frame_index
+        images = vl_cache.in_threads(vl_cache.read_image, [session.frame_path(v, i[tick]) for v, i in index.items()])
+        return dict(images=dict(zip(index, images, strict=True)), instruction=session.instruction)
 
 
 def load_data(cfg, run=None, saved=None, optional=()):
@@ -92,12 +95,14 @@ def load_data(cfg, run=None, saved=None, optional=()):
         differs = "; ".join(vl_cache.different(saved["recipe"], features.recipe))
         require(not differs, f"the checkpoint was trained on other features than those of {features.root}: {differs}")
         stats = saved["stats"]
-    else:  # reads a tenth of all sensor rows: once is enough
+    else:
         stats = run.once(all_stats, train, features, cfg) if run else all_stats(train, features, cfg)
     require(not all(stats["action"]["constant"]), "no action dimension moves in the training sessions")
     about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape or ()))
     rates = [s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ]
     about |= dict(sensor_hz=float(np.median(rates)), instructions=sorted({s.instruction for s in train}))
+    sizes = {view: {s.image_size(view) for s in train} for view in features.recipe["views"]}
+    about["image_sizes"] = {view: list(*found) if len(found) == 1 else None for view, found in sizes.items()}
     about["fingerprint"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     first = run.once(str, about["fingerprint"]) if run else about["fingerprint"]  # which compared the pictures
     others = "the processes see other sessions or features: start again when they are all built"
@@ -122,7 +127,7 @@ class SessionDataset(Dataset):
     """One item per usable step k of the sessions (its VLM tick has a fresh image of every view). Item (position, i):
 
     vl_features (N, V) float32, or without a cache images {view: (h, w, 3) uint8} and instruction |
-    sensor (n <= W, 1026) float32 raw rows, newest last, or None | previous (7,) the action before, or zeros |
+    sensor (n <= W, 1026) raw rows as on the disk, newest last, or None | previous (7,) the action before, or zeros |
     actions (H, 7) float32 in mm and degrees, action_mask (H,) bool: False past the end of the segment |
     weight float32, in the loss | reuse_step, steps since the feature's images: 0..R-1 without latency | name"""
 
@@ -146,6 +151,10 @@ class SessionDataset(Dataset):
             weights[name] = number
         return np.array([weights[name] for name in self.datasets], np.float64)
 
+    def look(self, i):
+        """The feature of item i alone."""
+        return self.features.read(self.sessions[self.owner[i]], self.ticks[i])
+
     def __getitem__(self, key):
         position, i = key  # where vlm_latency_ms is a range, the position draws the age of the feature
         s, k, tick, cfg = self.sessions[self.owner[i]], int(self.steps[i]), int(self.ticks[i]), self.cfg
@@ -155,10 +164,8 @@ class SessionDataset(Dataset):
             older = int(s.tick_of_step(k, self.features.stride, cfg.vlm_reuse_count, latency))
             tick = older if ticks.complete[older] else tick
         actions, mask = s.targets(k, cfg.horizon)
-        first, sensor = k == 0 or s.segment[k - 1] != s.segment[k], None
-        if cfg.sensor_enabled and s.has_sensor:
-            window, length = s.sensor_window(k, cfg.sensor_window_size)
-            sensor = window[len(window) - length :] if length else None
+        first = k == 0 or s.segment[k - 1] != s.segment[k]
+        sensor = s.sensor_window(k, cfg.sensor_window_size) if cfg.sensor_enabled else None
         item = dict(sensor=sensor, actions=actions, action_mask=mask, reuse_step=k - int(ticks.start[tick]))
         item["previous"] = np.zeros_like(s.action[0]) if first else s.action[k - 1]
         item["weight"] = np.float32(cfg.sensor_loss_weight if sensor is not None else 1)
@@ -166,21 +173,24 @@ class SessionDataset(Dataset):
 
 
 class Collate:
-    """Lists of raw observations -> model inputs, the same function in training and predict."""
+    """Lists of raw observations -> model inputs, the same function in training and predict. Sensor rows are rounded to
+    what the training's recordings hold: mostly fp16, half the bytes on the way to the GPU."""
 
     def __init__(self, cfg, stats):
         self.window, self.sensor_enabled = cfg.sensor_window_size, cfg.sensor_enabled
         self.action = Normalizer(stats["action"])
+        self.dtype = np.finfo(stats["sensor"]["dtype"] if stats["sensor"] else "float32")
 
     def inputs(self, observations):
-        """vl_features (B, N, V) float32 | sensor (B, W, 1026) float32 raw, zeros on the left where rows are missing |
+        """vl_features (B, N, V) float32 | sensor (B, W, 1026) raw, zeros on the left where rows are missing |
         sensor_length (B,), 0 without sensor."""
         batch = dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
         if self.sensor_enabled:
-            sensor = np.zeros((len(observations), self.window, ss.CHANNELS), np.float32)
+            sensor = np.zeros((len(observations), self.window, ss.CHANNELS), self.dtype.dtype)
             rows = [sensor[0, :0] if o.get("sensor") is None else o["sensor"][-self.window :] for o in observations]
             for padded, x in zip(sensor, rows, strict=True):
-                padded[self.window - len(x) :] = x
+                fits = x if x.dtype == sensor.dtype else np.clip(x, self.dtype.min, self.dtype.max)
+                padded[self.window - len(x) :] = fits
             batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor([len(x) for x in rows]))
         return batch
 
@@ -206,19 +216,51 @@ class SessionPolicy:
     def __init__(self, model, cfg, about, device, vlm=None):
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
         self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
-        self.sensor_hz = about.get("sensor_hz", ss.SENSOR_HZ)  # measured in the training's sessions
+        self.sensor_hz, self.vl_shape = about["sensor_hz"], about["vl_shape"]
         self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, Collate(cfg, self.stats)
+        rows = f"(n, {ss.CHANNELS}) raw rows (force, A-scan) up to now, newest last, or None;"
+        rows += f" the newest {cfg.sensor_window_size} at {self.sensor_hz:.0f} Hz are used"
+        self.contract = Contract(
+            script=type(self).__module__,
+            images=about["image_sizes"],
+            actions=ACTIONS,
+            horizon=cfg.horizon,
+            rate_hz=ss.ACTION_HZ,
+            kind="delta",
+            first_row="the motion of the TCP in the 0.1 s that begin now: send row 0 at once, then predict again",
+            sensor=rows if cfg.sensor_enabled else None,
+            instructions=self.instructions,
+            action_low=self.stats["action"]["min"],
+            action_high=self.stats["action"]["max"],
+            needs=dict(vlm=vlm or self.recipe["model"]),
+        )
         self.reset()
 
     def reset(self):
         """Begin anew, as if just loaded."""
 
+    def describe(self):
+        """What the policy takes and gives, as plain values; latency_ms is that of the expert on a cached feature, the
+        VLM looks beside it (TwoRateLoop)."""
+        felt = np.zeros((self.cfg.sensor_window_size, ss.CHANNELS), np.float32)
+        return self.contract.describe(self, dict(vl_features=torch.zeros(self.vl_shape), sensor=felt))
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def freeze(self):
+        """For inference only: what autocast would cast to bf16 at every call is cast once."""
+        layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.MultiheadAttention)
+        for module in self.model.requires_grad_(False).eval().modules():
+            if self.bf16 and isinstance(module, layers):
+                for p in module.parameters(recurse=False):
+                    p.data = p.data.bfloat16()
+        return self
 
     def encode(self, pictures):
         """list of ({view: (h, w, 3) uint8 RGB}, instruction) -> (B, N, V) float32 features, rounded as in the cache.
         Loads the VLM at the first call."""
+        self.contract.check([dict(images=images, instruction=instruction) for images, instruction in pictures])
         if self.encoder is None:
             self.encoder = vl_cache.VLEncoder.from_recipe(self.recipe, self.device, self.vlm)
         return self.encoder.encode(pictures)
@@ -231,10 +273,8 @@ class SessionPolicy:
             shape, right = np.shape(o.get("sensor")), f"expected (n, {ss.CHANNELS}): force, then the A-scan"
             good = o.get("sensor") is None or (len(shape) == 2 and shape[1] == ss.CHANNELS)
             require(good, f"the observation's sensor is {shape}, {right}")
-            missing = [] if "vl_features" in o else [v for v in self.recipe["views"] if v not in o["images"]]
-            require(not missing, f"{', '.join(missing)} is missing in the observation's images")
         if seen := [b for b, o in enumerate(observations) if "vl_features" not in o]:
-            encoded = self.encode([(observations[b]["images"], observations[b]["instruction"]) for b in seen])
+            encoded = self.encode([(observations[b].get("images", {}), observations[b]["instruction"]) for b in seen])
             for b, feature in zip(seen, encoded, strict=True):
                 observations[b] = observations[b] | dict(vl_features=feature)
         return to_device(self.collate.inputs(observations), self.device)
@@ -273,24 +313,48 @@ class SessionPolicy:
 # ---- validation ------------------------------------------------------------------------------------------------------
 
 
+class HeldOut(Dataset):
+    """Batches of held-out steps, as Collate makes them, with target (B, H, 7), previous (B, 7) and felt (B,) as they
+    are, and other_*: the inputs of other samples, the feature of another session's at the same phase, the sensor of one
+    far away (one with sensor data for those that have some)."""
+
+    def __init__(self, dataset, collate, batches):
+        self.dataset, self.collate, self.batches, self.far = dataset, collate, batches, np.arange(len(dataset))
+        lengths = np.array([len(s) for s in dataset.sessions])[dataset.owner]
+        felt = np.array([s.has_sensor for s in dataset.sessions], bool)[dataset.owner]
+        for group in (np.flatnonzero(felt), np.flatnonzero(~felt)):
+            self.far[group] = np.roll(group, len(group) // 2)
+        there = partners(dataset.owner, dataset.steps / lengths)  # None: a single session
+        self.phase = self.far if there is None else there
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, b):
+        data, items, others = self.dataset, [], []
+        for k in self.batches[b].tolist():
+            items.append(data[(k, k)])
+            others.append(data[(k, int(self.far[k]))] | data.look(self.phase[k]))
+        batch = self.collate(items) | {f"other_{k}": v for k, v in self.collate.inputs(others).items()}
+        batch |= dict(target=np.stack([item["actions"] for item in items]), felt=batch["has_sensor"].numpy())
+        return batch | dict(previous=np.stack([item["previous"] for item in items]))
+
+
 def held_out_batches(dataset, policy, run):
-    """This rank's share of the held-out steps, each once -> (items, their batch on the device, {input: the batch with
-    this input of samples far away, with sensor data for those that have some})."""
-    felt, partner = np.array([s.has_sensor for s in dataset.sessions], bool)[dataset.owner], np.arange(len(dataset))
-    for group in (np.flatnonzero(felt), np.flatnonzero(~felt)):
-        partner[group] = np.roll(group, len(group) // 2)
-    mine = range(run.rank, len(dataset), run.world)
-    for i in range(0, len(mine), policy.cfg.batch_size):
-        items = [dataset[(k, k)] for k in mine[i : i + policy.cfg.batch_size]]
-        others = [dataset[(int(k), int(k))] for k in partner[mine[i : i + policy.cfg.batch_size]]]
-        batch, other = (to_device(policy.collate(part), policy.device) for part in (items, others))
-        swapped = dict(feature=batch | dict(vl_features=other["vl_features"]))
+    """This rank's share of the held-out steps, each once -> (HeldOut's batch on the device, {input: the batch with this
+    input of other samples})."""
+    mine, size, cuda = np.arange(run.rank, len(dataset), run.world), policy.cfg.batch_size, policy.device.type == "cuda"
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    how = dict(num_workers=policy.cfg.num_workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda)
+    for batch in DataLoader(HeldOut(dataset, policy.collate, batches), batch_size=None, collate_fn=dict, **how):
+        batch = to_device(batch, policy.device)
+        swapped = dict(feature=batch | dict(vl_features=batch["other_vl_features"]))
         if "sensor" in batch:
-            here, there = batch["sensor"], other["sensor"]
-            swapped["sensor"] = batch | dict(sensor=there, sensor_length=other["sensor_length"])
+            here, there = batch["sensor"], batch["other_sensor"]
+            swapped["sensor"] = batch | dict(sensor=there, sensor_length=batch["other_sensor_length"])
             swapped["force"] = batch | dict(sensor=torch.cat([there[..., :1], here[..., 1:]], -1))
             swapped["ascan"] = batch | dict(sensor=torch.cat([here[..., :1], there[..., 1:]], -1))
-        yield items, batch, swapped
+        yield batch, swapped
 
 
 class ChunkErrors:
@@ -303,18 +367,16 @@ class ChunkErrors:
         names = ("policy", "zero", "last", "bias", "felt", "feature", "sensor", "force", "ascan")
         self.sums = {name: np.zeros(len(ACTIONS)) for name in names}  # felt: the policy's where there is a sensor
 
-    def add(self, items, sample_loss, predicted, swapped):
-        """predicted (B, H, 7), swapped {input: (B, H, 7)}"""
-        target = np.stack([item["actions"] for item in items])
-        real = np.stack([item["action_mask"] for item in items])
-        felt = real & np.array([item["sensor"] is not None for item in items])[:, None]
-        last = np.stack([item["previous"] for item in items])[:, None]
+    def add(self, batch, sample_loss, predicted, swapped):
+        """A batch of HeldOut, predicted (B, H, 7), swapped {input: (B, H, 7)}"""
+        target, real, last = batch["target"], batch["action_mask"].cpu().numpy(), batch["previous"][:, None]
+        felt = real & batch["felt"][:, None]
         guesses = dict(policy=predicted, zero=np.where(self.active, 0.0, target), last=last, felt=predicted) | swapped
         for name, guess in guesses.items():
             where = felt if name in ("felt", "sensor", "force", "ascan") else real
             self.sums[name] += np.abs(guess - target)[where].sum(0)
         self.sums["bias"] += (predicted - target)[real].sum(0)
-        self.counts += [float(sample_loss.sum()), len(items), real.sum()]
+        self.counts += [float(sample_loss.sum()), len(target), real.sum()]
 
     def values(self, run):
         """Over all ranks -> {val/loss_epoch; val/mae_mm, val/mae_deg, the same of the baselines; val/mae_<dim>,
@@ -343,7 +405,10 @@ class ChunkErrors:
                 mae, zero, last = (values[f"val/mae_{unit}{who}"] for who in ("", "_zero", "_last"))
                 parts.append(f"MAE {unit} {mae:.4g} (no motion {zero:.4g}, last action {last:.4g})")
         swaps = [f"{k.removeprefix('val/swap_')} x{v:.2f}" for k, v in values.items() if k.startswith("val/swap_")]
-        return " | ".join([*parts, "error with another sample's " + ", ".join(swaps)])
+        text = " | ".join([*parts, "error with another sample's " + ", ".join(swaps)])
+        if values["val/swap_feature"] < 1.05:
+            text += "\nwarning   the policy does not look at its pictures: those of another session are as good"
+        return text
 
 
 def describe(cfg, data, dataset, held_out, weights, print0):

@@ -8,11 +8,11 @@ images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import math
 import os
 import pickle
-import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -23,11 +23,12 @@ import yaml
 from common import MissingFile, UserError, require
 from common.stats import compute_stats
 
-SCHEMA = 3  # of data.pkl
+SCHEMA = 4  # of data.pkl
 STATS_FORMAT = 1  # of session_stats
 DATA_PKL, SENSOR_FILE, NOTES_FILE = "data.pkl", "sensor_stream.npy", "session.yaml"
 CHANNELS = 1026  # of a sensor row: force, then 1025 A-scan values
 SENSOR_HZ = 650  # nominal; Session.sensor_hz is what was measured
+SENSOR_DTYPES = ("float16", "float32")  # of the rows on the disk
 ACTION_HZ = 10  # what the trainings expect of the sessions' actions
 GUIDE = ("New_dataset", "White_silicone_white_circle", "Needle_insertion_eye_trocar", "OCT_insertion", "part1")
 ARRAYS = {  # key of data.pkl: (dtype, columns)
@@ -45,24 +46,21 @@ class BadSession(UserError):
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
-# A pickle of dicts, lists, texts and numbers; an array is the tuple (dtype name, shape, bytes). Its instructions are
-# looked at before any is run: none may name a class or call a function.
+# A pickle of dicts, lists, texts and numbers; an array is the tuple (dtype name, shape, bytes).
 
-PLAIN = """PROTO FRAME MARK STOP MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
-SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS TUPLE1
-TUPLE2 TUPLE3"""
+
+class Plain(pickle.Unpickler):
+    """Refuses whatever is more than plain values: it could not be made without naming a class or function."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it holds more than plain values ({module}.{name}), as those of older versions do")
 
 
 def load_data_pkl(path):
     """Path of a data.pkl -> its dict, every field that the programs use checked; BadSession."""
     raw = Path(path).read_bytes()
     try:
-        kinds = [instruction.name for instruction, _, _ in pickletools.genops(raw)]
-        if more := sorted(set(kinds).difference(PLAIN.split())):
-            raise ValueError(f"it holds more than plain values ({more[0]}), as those of older versions do")
-        if sum(kind.startswith("TUPLE") for kind in kinds) > 1000:  # nested as a key they would crash Python
-            raise ValueError("it has more than 500 arrays")
-        data = _unpack(pickle.loads(raw))
+        data = _unpack(Plain(io.BytesIO(raw)).load())
         _check(data)
     except Exception as error:  # damaged bytes surface as anything: EOFError, TypeError, IndexError, MemoryError...
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
@@ -87,14 +85,18 @@ def _check(data):
     n, sensor = len(data["action"]), data["sensor_data"]
     arrays = {key: (data[key], dtype, (n, width) if width else (n,)) for key, (dtype, width) in ARRAYS.items()}
     for view, paths in data["image"].items():
+        size = data["image_size"][view]
+        require(len(size) == 2 and {*map(type, size)} == {int}, f"the image_size of {view} is not (height, width)")
         arrays[f"image_timestamps of {view}"] = data["image_timestamps"][view], "f8", (len(paths),)
         for path in paths:
             inside = not os.path.isabs(path) and ".." not in path.split("/")
             require(inside, f"the image path '{path}' leads out of the recording")
     if sensor is not None:
         arrays["timestamps of the sensor"] = sensor["timestamps"], "f8", (len(sensor["timestamps"]),)
+        arrays |= {f"{key} of the sensor": (sensor[key], "f8", (CHANNELS,)) for key in ("mean", "std")}
         known = (sensor["file"], sensor["channels"]) == (SENSOR_FILE, CHANNELS) and 0 < sensor["rate_hz"] < math.inf
-        require(known, f"sensor_data is not {CHANNELS} channels in {SENSOR_FILE} at a rate above 0")
+        known = known and sensor["dtype"] in SENSOR_DTYPES
+        require(known, f"sensor_data is not {CHANNELS} channels of fp16 or fp32 in {SENSOR_FILE} at a rate above 0")
     for key, (x, dtype, shape) in arrays.items():
         fits = isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == shape and np.isfinite(x).all() and n
         require(fits, f"{key} is not {dtype} {shape}, finite and not empty")
@@ -232,7 +234,8 @@ class Session:
 
     path | dataset, task, name ("<dataset>/<task or ->/<episode>") | instruction | action (N, 7) float32, starts, ends
     (N,) float64, segment (N,) int32, robot_state (N, 12) float32 joints and pose | has_sensor, sensor_stamps (Ns,)
-    float64 or None, sensor_hz | view_names. The sensor rows stay on disk, mapped by the process that reads them.
+    float64 or None, sensor_hz, sensor {mean, std (1026,) of the rows before they were rounded, dtype, ...} |
+    view_names. The sensor rows stay on disk, mapped by the process that reads them.
     """
 
     def __init__(self, folder):
@@ -243,12 +246,12 @@ class Session:
         self.action, self.starts, self.ends, self.segment, self.robot_state = (data[key] for key in ARRAYS)
         self.instruction, self.metadata = data["instruction"], data["metadata"]
         self._images = {view: (data["image"][view], data["image_timestamps"][view]) for view in sorted(data["image"])}
-        self.view_names = list(self._images)
-        sensor = data["sensor_data"] or dict(timestamps=None, rate_hz=SENSOR_HZ)
+        self.view_names, self._sizes = list(self._images), data["image_size"]
+        self.sensor = sensor = data["sensor_data"] or dict(timestamps=None, rate_hz=SENSOR_HZ)
         self.sensor_stamps, self.sensor_hz = sensor["timestamps"], sensor["rate_hz"]
         self.has_sensor, self.sensor_path = self.sensor_stamps is not None, self.path / SENSOR_FILE
         if self.has_sensor:
-            wanted, path = len(self.sensor_stamps) * CHANNELS * 4, self.sensor_path
+            wanted, path = len(self.sensor_stamps) * CHANNELS * np.dtype(sensor["dtype"]).itemsize, self.sensor_path
             fewer = f"{path} is missing or has fewer rows than {DATA_PKL} says. Make it again"
             whole = path.is_file() and path.stat().st_size >= wanted
             require(whole, f"{fewer}: {REMAKE.format(self.path)}", BadSession)
@@ -267,6 +270,10 @@ class Session:
         lacks = f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. {other}"
         require(key in self._images, lacks, BadSession)
         return self._images[key]
+
+    def image_size(self, view):
+        """-> (height, width) of the view's pictures as recorded."""
+        return tuple(self._sizes[view if view in self._sizes else f"{view}_left"])
 
     def frame_path(self, view, index):
         """Absolute path of image number `index` of a view."""
@@ -325,16 +332,13 @@ class Session:
         return steps[keep], ticks[keep]
 
     def sensor_window(self, k, window):
-        """-> ((window, 1026) float32, length): the newest sensor rows up to starts[k], zeros on the left where there
-        are fewer. Rows older than the window's own duration plus one step (0.1 s) are not taken: a sensor that has
+        """-> (n <= window, 1026), the newest sensor rows up to starts[k], as they are on the disk, or None where there
+        are none. Rows older than the window's own duration plus one step (0.1 s) are not taken: a sensor that has
         stopped is absent, not frozen."""
-        out = np.zeros((window, CHANNELS), np.float32)
         if not self.has_sensor:
-            return out, 0
+            return None
         begin, end = sensor_rows(self.sensor_stamps, self.starts[k], window, self.sensor_hz)
-        if end > begin:
-            out[window - (end - begin) :] = _map_sensor(str(self.sensor_path))[begin:end]
-        return out, max(0, end - begin)
+        return _map_sensor(str(self.sensor_path))[begin:end] if end > begin else None
 
     def targets(self, k, horizon):
         """-> ((horizon, 7) float32, (horizon,) bool): actions k, k+1, ... of the segment; past its end the last one
@@ -373,13 +377,18 @@ def split_sessions(sessions, fraction):
     return [s for s in sessions if s.name not in held_out], [s for s in sessions if s.name in held_out]
 
 
+def sensor_std(std):
+    """What a sensor's standard deviations (1026,) are divided by: a channel that rests must not be blown up."""
+    return np.r_[std[0] if std[0] > 0 else 1.0, np.maximum(std[1:], 1e-3)]
+
+
 def session_stats(train):
     """Statistics of the training sessions -> {format_version, num_episodes, num_frames, action_definition, action,
-    sensor}, lists of numbers.
+    sensor}, lists of numbers. Out of their data.pkl: no sensor stream is read.
 
     action: {mean, std, min, max, q01, q99, mask, count, constant}; a dim that moves by less than 1e-4 (the gripper) is
-    flagged constant and its limits are closed to one value. sensor: {mean, std (1026; A-scan at least 1e-3), count},
-    over every tenth row, float64 sums; None without any sensor.
+    flagged constant and its limits are closed to one value. sensor: {mean, std (1026), count, dtype: float16 where the
+    rows of all sessions are}; None without any sensor.
     """
     action = compute_stats(dict(action=[s.action for s in train]))["action"]
     action["constant"] = [high - low < 1e-4 for low, high in zip(action["min"], action["max"], strict=True)]
@@ -387,16 +396,14 @@ def session_stats(train):
         for key in ("min", "max", "q01", "q99"):
             action[key][d] = action["mean"][d]
         action["std"][d] = 0.0
-    sensor, count, total, squares = None, 0, np.zeros(CHANNELS), np.zeros(CHANNELS)
-    for s in train:
-        rows = _map_sensor(str(s.sensor_path)) if s.has_sensor else ()
-        for at in range(0, len(rows), 6500):  # 10 s: 27 MB
-            x = rows[at : at + 6500 : 10].astype(np.float64)
-            count, total, squares = count + len(x), total + x.sum(0), squares + (x**2).sum(0)
-    if count:
-        std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
-        std[1:], std[0] = np.maximum(std[1:], 1e-3), std[0] if std[0] > 0 else 1.0
-        sensor = dict(mean=(total / count).tolist(), std=std.tolist(), count=count)
+    sensor, felt = None, [s for s in train if s.has_sensor]
+    if felt:
+        rows = np.array([len(s.sensor_stamps) for s in felt])
+        means, stds = (np.stack([s.sensor[key] for s in felt]) for key in ("mean", "std"))
+        mean = np.average(means, axis=0, weights=rows)
+        std = np.sqrt(np.average(stds**2 + (means - mean) ** 2, axis=0, weights=rows))
+        sensor = dict(mean=mean.tolist(), std=sensor_std(std).tolist(), count=int(rows.sum()))
+        sensor["dtype"] = max(s.sensor["dtype"] for s in felt)
     return dict(
         format_version=STATS_FORMAT,
         num_episodes=len(train),

@@ -183,12 +183,14 @@ def write_session(folder, seed, steps=30, sensor=True, instruction="Touch the re
         np.save(folder / "sensor_stream.npy", rows)
     keep = np.arange(steps) != (gap - 1 if gap else -1)  # the step over the gap is no step
     segment = np.zeros(steps, np.int32) if gap is None else (np.arange(steps) >= gap).astype(np.int32)
-    stream = dict(file="sensor_stream.npy", timestamps=stamps, rate_hz=650.0, channels=1026, clock_offset_s=0.0)
+    stream = dict(file="sensor_stream.npy", timestamps=stamps, rate_hz=650.0, channels=1026, dtype="float32")
+    stream |= dict(mean=rows.mean(0, np.float64), std=rows.std(0, np.float64))
     data = dict(action=action[keep], segment_id=segment[keep], instruction=instruction)
     data |= dict(action_timestamps=t[:-1][keep], action_end_timestamps=t[1:][keep])
     data |= dict(robot_state=np.zeros((keep.sum(), 12), np.float32), sensor_data=stream if sensor else None)
     data["image"] = {v: [f"{v}/{stamp:.3f}.jpg" for stamp in frames] for v in views}
-    data |= dict(image_timestamps={v: frames.copy() for v in views}, metadata=dict(sources=[], action_hz=10.0))
+    data |= dict(image_timestamps={v: frames.copy() for v in views}, image_size={v: [56, 56] for v in views})
+    data["metadata"] = dict(sources=[], action_hz=10.0)
     create_datapkl.save_data_pkl(folder / "data.pkl", data)
     return folder
 

@@ -46,10 +46,10 @@ def recording(folder, stamps, pose=None, name="recv_all_20251027_075140", image_
 
 
 def stream(folder, stamps, forces=None, name="sensor_data_1.npz"):
-    """An old-layout sensor file; row i's A-scan holds i."""
+    """An old-layout sensor file; row i's A-scan holds i, to 2,000 and again from 0."""
     n = len(stamps)
-    forces = np.arange(n, dtype=np.float32) if forces is None else forces
-    alines = np.repeat(np.arange(n, dtype=np.float32)[:, None], 1025, axis=1)
+    counted = np.arange(n, dtype=np.float32) % 2000
+    forces, alines = counted if forces is None else forces, np.repeat(counted[:, None], 1025, axis=1)
     np.savez(folder / name, timestamps=EPOCH + np.asarray(stamps, float), forces=forces, alines=alines)
 
 
@@ -178,8 +178,8 @@ def read_all(*paths):
     """-> (stamps, rows, rate, rows left out) of sensor files."""
     found, read, *_ = cd.open_sensor(list(paths))
     with tempfile.TemporaryDirectory() as folder:
-        stamps, rate, spoiled = cd.copy_sensor(found, read, Path(folder) / "x.npy")
-        return stamps, np.load(Path(folder) / "x.npy"), rate, spoiled
+        sensor, spoiled = cd.copy_sensor(found, read, Path(folder) / "x.npy")
+        return sensor["timestamps"], np.load(Path(folder) / "x.npy"), sensor["rate_hz"], spoiled
 
 
 @pytest.mark.parametrize("hz", [325, 650])
@@ -188,7 +188,7 @@ def read_all(*paths):
 def test_overlapping_windows_give_the_stream_back(hz, counts, seed):
     """However many rows are new, every row comes once and in order, at the rate at which they were measured."""
     rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(650 + sum(counts), 1026)).astype(np.float32)
+    rows = rng.normal(size=(650 + sum(counts), 1026)).astype(np.float16)
     ends = 649 + np.cumsum([0, *counts])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sensor_data.npz"
@@ -214,7 +214,7 @@ def test_equal_stamps_are_spread_and_the_rate_is_measured(tmp_path, hz, tick):
     coarse = t if tick is None else np.floor(t / tick) * tick
     stream(tmp_path, coarse)
     stamps, rows, rate, _ = read_all(tmp_path / "sensor_data_1.npz")
-    assert np.array_equal(rows[:, 0], np.arange(len(t))) and (np.diff(stamps) > 0).all()
+    assert np.array_equal(rows[:, 0], np.arange(len(t)) % 2000) and (np.diff(stamps) > 0).all()
     assert rate == pytest.approx(hz, rel=0.005) and np.abs(stamps - EPOCH - t).max() < (tick or 0) + 1e-6
     assert (stamps >= EPOCH + coarse - 1e-6).all()
 
@@ -235,11 +235,39 @@ def test_all_layouts_and_their_streams(tmp_path):
     assert all(len(s) == 19 for s in found.values())
     old, new = found["White_silicone_white_circle"], found["New_dataset"]
     raw, rows = np.load(next(old.path.glob("sensor_data*.npz"))), np.load(old.sensor_path)
-    assert np.array_equal(rows[:, 0], raw["forces"]) and np.array_equal(rows[:, 1:], raw["alines"])
+    assert np.array_equal(rows[:, 0], raw["forces"].astype(np.float16)) and np.array_equal(rows[:, 1:], raw["alines"])
     assert np.array_equal(old.sensor_stamps, raw["timestamps"]) and old.sensor_hz == pytest.approx(650, rel=1e-3)
     raw, rows = np.load(new.path / "sensor_data.npz"), np.load(new.sensor_path)
-    assert np.array_equal(rows[:650], raw["data"][0]) and np.array_equal(rows[-650:], raw["data"][-1])
-    assert len(rows) == len(new.sensor_stamps) < 650 * len(raw["data"]) and rows.dtype == np.float32
+    raw = raw["data"].astype(np.float16)
+    assert np.array_equal(rows[:650], raw[0]) and np.array_equal(rows[-650:], raw[-1]) and rows.dtype == np.float16
+    assert len(rows) == len(new.sensor_stamps) < 650 * len(raw)
+
+
+@pytest.mark.parametrize(
+    "channel, offset, spread, kept",
+    [
+        (0, 1.0, 0.8, "float16"),  # a force: rounded by 0.03 % of how it varies
+        (0, 1000.0, 0.01, "float32"),  # a force far from zero would be rounded to steps of 0.5
+        (7, 51.3, 0.0, "float32"),  # a dead channel that fp16 cannot hold would stand out by ten deviations
+        (7, 1e5, 0.8, "float32"),  # beyond fp16
+    ],
+)
+def test_rows_are_kept_in_fp16_where_that_is_exact_enough(tmp_path, channel, offset, spread, kept):
+    """A-scans are integers. Mean and standard deviation are those of the rows before they were rounded."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (1300, 1026)).astype(np.float32)
+    rows[:, 0] = 1 + 0.8 * rng.normal(size=1300)
+    rows[:, channel] = offset + spread * rng.normal(size=1300)
+    np.savez(tmp_path / "x.npz", timestamps=EPOCH + np.arange(1300) / 650, forces=rows[:, 0], alines=rows[:, 1:])
+    found, read, *_ = cd.open_sensor([tmp_path / "x.npz"])
+    sensor, _ = cd.copy_sensor(found, read, tmp_path / "x.npy")
+    got, std = np.load(tmp_path / "x.npy"), rows.std(0, np.float64)
+    assert sensor["dtype"] == got.dtype == kept and np.array_equal(got, rows.astype(kept))
+    assert np.allclose(sensor["mean"], rows.mean(0, np.float64)) and np.allclose(
+        sensor["std"], std, rtol=1e-4, atol=1e-3
+    )
+    error = np.sqrt(np.square(got.astype(np.float64) - rows).mean(0))
+    assert (error <= 0.01 * np.maximum(std, 1e-3)).all() and (kept == "float32" or error[0] > 0)
 
 
 def test_spoiled_rows_are_counted_named_and_left_out(tmp_path, capsys):
@@ -254,7 +282,7 @@ def test_spoiled_rows_are_counted_named_and_left_out(tmp_path, capsys):
         assert "3 sensor rows" in out and "sensor_data_1.npz row 7," in out and "row 900" in out
     s = find_sessions([tmp_path])[0]
     rows = np.load(s.sensor_path)
-    assert rows.shape == (1297, 1026) and np.isfinite(rows).all() and s.sensor_window(15, 65)[1] == 65
+    assert rows.shape == (1297, 1026) and np.isfinite(rows).all() and len(s.sensor_window(15, 65)) == 65
 
 
 def test_disordered_datagrams_are_sorted_and_files_join(tmp_path):
