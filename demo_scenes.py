@@ -161,31 +161,27 @@ class Insertion:
         views = [self.sketch(axes, name) for axes, name in (((0, 2), "from the side"), ((0, 1), "from above"))]
         return np.concatenate(views, axis=1)
 
-    def sketch(self, axes, name, side=240, zoom=3.0):
-        picture = Image.new("RGB", (side, side), (244, 244, 240))
-        draw, above = ImageDraw.Draw(picture), axes == (0, 1)
+    def sketch(self, axes, name, zoom=3.0):
+        above, tip = axes == (0, 1), self.pose[:3] - self.entry
 
         def at(*offset):  # mm from the entry -> pixels
             right, up = np.array(offset, float)[list(axes)]
-            return side / 2 + zoom * right, side * (0.5 if above else 0.68) - zoom * up
+            return 120 + zoom * right, (120 if above else 163) - zoom * up
 
-        def disc(offset, radius, fill):
-            x, y = at(*offset)
-            draw.ellipse([x - radius * zoom, y - radius * zoom, x + radius * zoom, y + radius * zoom], fill=fill)
-
-        tip = self.pose[:3] - self.entry
-        disc([0, 0, -EYE_MM - 1], EYE_MM, (236, 200, 190))
+        sheet = Sheet(name, at)
+        sheet.disc([0, 0, -EYE_MM - 1], zoom * EYE_MM, (236, 200, 190))
         if above:
-            disc([0, 0, 0], TUBE_MM + 1, (60, 90, 200))
-            disc([0, 0, 0], TUBE_MM, (255, 255, 255))
-        for wall in () if above else (-TUBE_MM, TUBE_MM):
-            draw.line([*at(wall, 0, 0), *at(wall, 0, -5)], fill=(60, 90, 200), width=4)
-        draw.line([*at(*tip), *at(*(tip - 28 * demo.needle_axis(self.pose)))], fill=(200, 40, 30), width=4)
-        disc(tip, 1.3, (20, 20, 20))
-        words = [(at(0, 0, -EYE_MM - 1), "eye"), (at(TUBE_MM + 2, 0, 0), "trocar"), (at(*(tip + [2, 0, 22])), "needle")]
-        for place, word in [((6, 4), name)] + ([] if above else words):
-            draw.text(place, word, (90, 90, 90), load_default(12))
-        return np.asarray(picture)
+            sheet.disc([0, 0, 0], zoom * TUBE_MM + 3, (60, 90, 200))
+            sheet.disc([0, 0, 0], zoom * TUBE_MM, (255, 255, 255))
+        else:
+            for wall in (-TUBE_MM, TUBE_MM):
+                sheet.line([(wall, 0, 0), (wall, 0, -5)], (60, 90, 200))
+            sheet.word([0, 0, -EYE_MM - 1], "eye")
+            sheet.word([TUBE_MM + 2, 0, 0], "trocar")
+            sheet.word(tip + [2, 0, 22], "needle")
+        sheet.line([tip, tip - 28 * demo.needle_axis(self.pose)], (200, 40, 30))
+        sheet.disc(tip, 4, (20, 20, 20))
+        return sheet.pixels()
 
 
 class InsertionSim(Insertion):
@@ -198,6 +194,234 @@ class InsertionSimDelta(InsertionSim):
     """For a policy trained on these files with use_ee_pose_delta_as_action."""
 
     units, joints = ["m"] * 3 + ["rad"] * 3, False
+
+
+# ---- two posts -------------------------------------------------------------------------------------------------------
+
+
+class TwoPosts:
+    """A red and a blue post, one of them named, and a base that drives by velocities in m per step of a path. Recorded
+    paths lead to the post in 15 steps, and no picture is from nearer than 2.5 m; so the base looks three times, goes
+    for 4, 4 and 15 steps, and should then stand at the post. Success: within its width, and the other one is not."""
+
+    units, steps, size, looking = ["m/step"] * 2, (4, 4, 15), (112, 160), True
+    fastest = 0.6  # m per step
+
+    def reset(self, seed):
+        rng, self.noise = scene_rng(seed), [seed, 4, CLOSED_LOOP]
+        self.posts, self.look = demo.place_posts(rng)
+        for name, (x, y) in self.posts.items():  # further away on the same ray: there is a way to go
+            self.posts[name] = np.array([x, y]) * rng.uniform(4.7, 6.0) / x
+        self.named, self.other = rng.permutation(list(self.posts)).tolist()
+        self.at, self.frame, self.way = np.zeros(2), 0, [np.zeros(2)]
+        return self.observe()
+
+    def observe(self):
+        images = dict(camera1=self.camera()) if self.looking else {}
+        return dict(images=images, instruction=f"Go to the {self.named} post")
+
+    def camera(self):
+        places = {name: place - self.at for name, place in self.posts.items()}
+        rng = np.random.default_rng([*self.noise, self.frame])
+        seen = {name: (x, y) for name, (x, y) in places.items() if x > 0.3}
+        return demo.render_posts(seen, self.look, self.size, rng)
+
+    def step(self, action):
+        speed = np.asarray(action, float)
+        speed = speed * min(1.0, self.fastest / max(np.linalg.norm(speed), 1e-9))
+        self.at, self.frame = self.at + self.steps[self.frame] * speed, self.frame + 1
+        self.way.append(self.at)
+        return self.observe(), self.frame == len(self.steps)
+
+    def success(self):
+        away = {name: float(np.linalg.norm(place - self.at)) for name, place in self.posts.items()}
+        there = {name: metres < demo.POST_M[0] for name, metres in away.items()}
+        about = dict(success=there[self.named] and not there[self.other], distance_m=away[self.named])
+        return about | dict(wrong_post=there[self.other])
+
+    def expert(self):
+        return (self.posts[self.named] - self.at) / 15
+
+    def picture(self):
+        sheet = Sheet(f"told: the {self.named} post", lambda x, y: (120 - 30 * y, 222 - 30 * x))
+        for name, place in self.posts.items():
+            sheet.disc(place, 12, demo.POSTS[name])
+        sheet.line(self.way, (20, 20, 20))
+        sheet.disc(self.at, 7, (20, 20, 20))
+        return beside(sheet, self.camera())
+
+
+# ---- mobile base -----------------------------------------------------------------------------------------------------
+
+
+class MobileBase:
+    """Two bottles and a box; the instruction names a side, and the base drives there by velocities, one per picture, as
+    in make_demo's mobile recordings: the picture is taken in the middle of the motion. Success: after 24 of them the
+    base is within 0.25 m of where the recordings stop, 0.45 m before the bottle."""
+
+    units, size, limit, looking = ["m/s"] * 2, (72, 128), 24, True
+    window = 8  # newest pictures in an observation
+
+    def reset(self, seed):
+        rng = scene_rng(seed)
+        (self.bottles, self.look), self.side = demo.mobile_scene(rng), int(rng.integers(2))
+        self.goals = self.bottles - [0.45, 0.0]
+        self.at, self.frame, self.noise = np.zeros(2), 0, [seed, 5, CLOSED_LOOP]
+        self.way, self.seen = [np.zeros(2)], [np.zeros(2)]  # after every motion; where every picture is taken
+        return self.observe()
+
+    def observe(self):
+        frames = range(max(0, self.frame + 1 - self.window), self.frame + 1)
+        images = [self.camera(frame) for frame in frames] if self.looking else []
+        return dict(images=images, instruction=f"{demo.MOBILE_GOAL} {('left', 'right')[self.side]}")
+
+    def camera(self, frame):
+        rng = np.random.default_rng([*self.noise, frame])
+        return demo.render_mobile(self.seen[frame], self.bottles, self.look, self.size, rng)
+
+    def step(self, action):
+        key = np.clip(np.asarray(action, float) / demo.MOBILE_SPEED, -1, 1)
+        self.seen.append(self.at + demo.MOBILE_STEP / 2 * key)
+        self.at, self.frame = self.at + demo.MOBILE_STEP * key, self.frame + 1
+        self.way.append(self.at)
+        return self.observe(), self.frame == self.limit
+
+    def success(self):
+        away = np.linalg.norm(self.goals - self.at, axis=1)
+        near = away < 0.25
+        about = dict(success=bool(near[self.side]), distance_m=float(away[self.side]))
+        return about | dict(wrong_bottle=bool(near[1 - self.side]))
+
+    def expert(self):
+        return demo.MOBILE_SPEED * demo.mobile_key(self.goals[self.side] - self.at)
+
+    def picture(self):
+        told = f"told: the bottle on the {('left', 'right')[self.side]}"
+        sheet = Sheet(told, lambda x, y: (120 - 80 * y, 225 - 80 * x))
+        sheet.disc(self.look["box"], 12, (140, 90, 40))
+        for place in self.bottles:
+            sheet.disc(place, 7, (40, 150, 60))
+        sheet.line(self.way, (20, 20, 20))
+        sheet.disc(self.at, 7, (20, 20, 20))
+        return beside(sheet, self.camera(self.frame))
+
+
+# ---- robot sessions: turntable, tissue, force ------------------------------------------------------------------------
+
+
+class Turntable:
+    """The trocar goes round on a turntable and the tissue below it breathes; the tip has to follow both, by pose deltas
+    of 100 ms in mm and degrees, for six seconds. The right way is the one that the recordings' controller would take
+    from the same start. Success: over the last three seconds the tip is on the mean within FOLLOW_MM of it, and less
+    than half as far off as an arm that held still."""
+
+    units, hz, seconds, size, looking = ["mm"] * 3 + ["deg"] * 3 + [""], 10.0, 6.0, (72, 128), True
+    breathes = True  # False: the stiff phantom of the recordings without a sensor
+    window = 650  # sensor rows in an observation
+    instruction = "Insert the needle into the white circle"
+
+    def reset(self, seed):
+        self.run = demo.simulate_session(scene_rng(seed), self.seconds + 0.1, self.breathes)
+        self.noise, self.frame = [seed, 6, CLOSED_LOOP], 0
+        self.trocar = self.run["pose"][:, :2] - self.run["offset"]  # mm, the camera's middle
+        self.pose, self.errors, self.held = self.run["pose"][0].copy(), [], []
+        return self.observe()
+
+    def observe(self):
+        """Pictures and sensor rows up to now."""
+        if not self.looking:
+            return dict(images={}, sensor=None, instruction=self.instruction)
+        rng, stamps = np.random.default_rng([*self.noise, self.frame]), self.frame / self.hz
+        offset = self.pose[:2] - self.trocar[self.now()]
+        images = {view: demo.render_session(offset, view, self.size, rng) for view in ("View1", "View5")}
+        stamps = stamps - np.arange(min(self.window, 1 + int(650 * stamps)))[::-1] / 650
+        rows = np.column_stack(demo.session_sensor(self.run, stamps, rng)) if self.breathes else None
+        return dict(images=images, sensor=rows, instruction=self.instruction)
+
+    def now(self):
+        return round(100 * self.frame / self.hz)  # row of the simulation
+
+    def step(self, action):
+        motion = np.asarray(action, float)[:6]
+        motion = np.clip(motion, -8, 8)  # mm, degrees: what the arm can do in 100 ms
+        self.pose, self.frame = self.pose + motion, self.frame + 1
+        self.errors.append(turned(self.pose - self.run["pose"][self.now()]))
+        self.held.append(turned(self.run["pose"][0] - self.run["pose"][self.now()]))
+        return self.observe(), self.frame >= self.seconds * self.hz
+
+    def success(self):
+        late, held = np.array(self.errors)[-30:], np.array(self.held)[-30:]
+        follow, still = (float(np.linalg.norm(e[:, :3], axis=1).mean()) for e in (late, held))
+        sizes = dict(table_mm=np.hypot(*late[:, :2].T), tissue_mm=np.abs(late[:, 2]), twist_deg=np.abs(late[:, 5]))
+        about = dict(success=follow < FOLLOW_MM and follow < still / 2, off_mm=follow)
+        return about | {name: float(size.mean()) for name, size in sizes.items()}
+
+    def expert(self):
+        """What the controller does from here in 100 ms: xy as it goes, the rest to where it belongs."""
+        here, now, there = self.pose[:2].copy(), self.now(), self.run["pose"]
+        for i in range(now, now + 10):
+            here = here + 2.5 * (self.trocar[i] - here) / 100
+        after = there[now + 10].copy()
+        after[3:6] += [0.3 * (here[1] - after[1]), -0.3 * (here[0] - after[0]), 0.1 * (here[0] - after[0])]
+        after[:2] = here
+        return np.append(turned(after - self.pose), 1.0)
+
+    def picture(self):
+        """The table with trocar and tip, and from the side the tissue and the tip's height."""
+        now, middle = self.now(), self.trocar.mean(0)
+        top = Sheet("turntable from above", lambda x, y: (110 + 4.5 * (x - middle[0]), 120 + 4.5 * (y - middle[1])))
+        top.line([middle + [15 * np.cos(a), 15 * np.sin(a)] for a in np.linspace(0, 6.3, 50)], (210, 210, 210))
+        top.disc(self.run["pose"][now, :2], 10, (170, 220, 170))
+        top.word(self.run["pose"][now, :2] + [3, 0], "should be here")
+        top.disc(self.trocar[now], 7, (60, 90, 200))
+        top.disc(self.pose[:2], 5, (20, 20, 20))
+        side = Sheet("tissue from the side", lambda x, z: (120 + x, 120 - 12 * (z - 245)))
+        height = self.run["pose"][now, 2]
+        side.line([(-100, height), (100, height)], (220, 150, 140))
+        side.line([(0, self.pose[2] + 9), (0, self.pose[2])], (200, 40, 30))
+        side.disc((0, self.pose[2]), 5, (20, 20, 20))
+        top.word(self.trocar[now] + [2, 0], "trocar")
+        return np.concatenate([top.pixels(), side.pixels()], axis=1)
+
+
+FOLLOW_MM = 3.0
+
+
+def turned(error):
+    """Rotations of a pose difference within half a turn."""
+    return np.concatenate([error[:3], (error[3:6] + 180) % 360 - 180])
+
+
+# ---- pictures for a person -------------------------------------------------------------------------------------------
+
+
+class Sheet:
+    """A light square to draw on; `at` maps a place of the scene to pixels."""
+
+    def __init__(self, title, at, side=240):
+        self.picture, self.at = Image.new("RGB", (side, side), (244, 244, 240)), at
+        self.draw = ImageDraw.Draw(self.picture)
+        self.draw.text((6, 4), title, (90, 90, 90), load_default(12))
+
+    def disc(self, place, radius, fill):
+        x, y = self.at(*place)
+        self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+
+    def line(self, places, fill):
+        points = [tuple(float(v) for v in self.at(*place)) for place in places]
+        self.draw.line(points, fill=fill, width=4)
+
+    def word(self, place, text):
+        self.draw.text(self.at(*place), text, (90, 90, 90), load_default(12))
+
+    def pixels(self):
+        return np.asarray(self.picture)
+
+
+def beside(sheet, camera):
+    height = sheet.picture.height
+    picture = Image.fromarray(camera).resize((round(height * camera.shape[1] / camera.shape[0]), height))
+    return np.concatenate([sheet.pixels(), np.asarray(picture)], axis=1)
 
 
 # ---- recordings of corrections ---------------------------------------------------------------------------------------

@@ -309,9 +309,8 @@ def write_qwen2_5_vl(folder, seed=0, text=(128, 2), vision=(96, 2), action_token
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    raw = byte_level_tokenizer(
-        QWEN_SPECIALS, [INSTRUCTION, "You are a helpful assistant.", "system", "user", "assistant"] * 3
-    )
+    texts = [INSTRUCTION, "You are a helpful assistant.", "system", "user", "assistant"]
+    raw = byte_level_tokenizer(QWEN_SPECIALS, texts * 3)
     if action_tokens:
         raw.add_tokens([AddedToken(f"<robot_action_{i}>", normalized=False) for i in range(ACTION_TOKENS)])
     ends = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=32768)
@@ -322,28 +321,18 @@ def write_qwen2_5_vl(folder, seed=0, text=(128, 2), vision=(96, 2), action_token
 
     half = text[0] // 8 // 2  # 8 heads; the three rope sections add up to half a head
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-    text_config = tower(text, heads=8) | dict(
-        vocab_size=raw.get_vocab_size(),
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
-        tie_word_embeddings=True,
-        initializer_range=init,
-        bos_token_id=raw.token_to_id("<|endoftext|>"),
-        eos_token_id=raw.token_to_id("<|im_end|>"),
-    )
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
+    text_config = tower(text, heads=8) | dict(vocab_size=raw.get_vocab_size(), num_key_value_heads=4)
+    text_config |= dict(max_position_embeddings=4096, rope_parameters=rope, tie_word_embeddings=True)
+    text_config |= dict(initializer_range=init, bos_token_id=raw.token_to_id("<|endoftext|>"))
+    text_config |= dict(eos_token_id=raw.token_to_id("<|im_end|>"))
     vision_config = dict(depth=vision[1], hidden_size=vision[0], intermediate_size=2 * vision[0], num_heads=4)
     vision_config |= dict(fullatt_block_indexes=list(range(1, vision[1])), window_size=112)
     vision_config |= dict(out_hidden_size=text[0], initializer_range=init)
-    config = Qwen2_5_VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_id=raw.token_to_id("<|image_pad|>"),
-        video_token_id=raw.token_to_id("<|video_pad|>"),
-        vision_start_token_id=raw.token_to_id("<|vision_start|>"),
-        vision_end_token_id=raw.token_to_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+    names = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
+    tokens = {f"{key}_token_id": raw.token_to_id(f"<|{name}|>") for key, name in names.items()}
+    towers = dict(text_config=text_config, vision_config=vision_config)
+    config = Qwen2_5_VLConfig(**towers, **tokens, tie_word_embeddings=True)
     write_random(folder, Qwen2_5_VLForConditionalGeneration, config, seed)
     return folder
 
@@ -362,9 +351,8 @@ def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 2), image_size=64, 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    raw = byte_level_tokenizer(
-        SMOLVLM_SPECIALS, [INSTRUCTION + "\n", "Insert needle into eye trocar in simulation\n"] * 3
-    )
+    texts = [INSTRUCTION + "\n", "Insert needle into eye trocar in simulation\n"]
+    raw = byte_level_tokenizer(SMOLVLM_SPECIALS, texts * 3)
     ends = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", model_max_length=8192)
     PreTrainedTokenizerFast(tokenizer_object=raw, **ends).save_pretrained(folder)
     about = json.loads((folder / "tokenizer_config.json").read_text())  # LeRobot's transformers 4 looks for class and
@@ -379,26 +367,14 @@ def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 2), image_size=64, 
     processor = dict(processor_class="SmolVLMProcessor", image_seq_len=(image_size // patch // shuffle) ** 2)
     write_json(folder / "processor_config.json", processor)
 
-    text_config = tower(text, heads=6) | dict(
-        model_type="llama",
-        num_key_value_heads=2,
-        head_dim=text[0] // 6 // 2 * 2,
-        vocab_size=raw.get_vocab_size(),
-        rms_norm_eps=1e-5,
-        initializer_range=init,
-        pad_token_id=raw.token_to_id("<pad>"),
-        bos_token_id=raw.token_to_id("<bos>"),
-        eos_token_id=raw.token_to_id("<eos>"),
-        tie_word_embeddings=False,
-    )
-    config = SmolVLMConfig(
-        text_config=text_config,
-        vision_config=tower(vision) | dict(image_size=image_size, patch_size=patch, initializer_range=init),
-        scale_factor=shuffle,
-        image_token_id=raw.token_to_id("<image>"),
-        pad_token_id=raw.token_to_id("<pad>"),
-        tie_word_embeddings=False,
-    )
+    text_config = tower(text, heads=6) | dict(model_type="llama", num_key_value_heads=2, tie_word_embeddings=False)
+    text_config |= dict(head_dim=text[0] // 6 // 2 * 2, vocab_size=raw.get_vocab_size(), rms_norm_eps=1e-5)
+    text_config |= {f"{name}_token_id": raw.token_to_id(f"<{name}>") for name in ("pad", "bos", "eos")}
+    text_config |= dict(initializer_range=init)
+    vision_config = tower(vision) | dict(image_size=image_size, patch_size=patch, initializer_range=init)
+    towers = dict(text_config=text_config, vision_config=vision_config, scale_factor=shuffle)
+    tokens = {f"{name}_token_id": raw.token_to_id(f"<{name}>") for name in ("image", "pad")}
+    config = SmolVLMConfig(**towers, **tokens, tie_word_embeddings=False)
     write_random(folder, SmolVLMForConditionalGeneration, config, seed)
     return folder
 
@@ -441,16 +417,15 @@ POST_M = (0.7, 1.2)  # width, height of a post
 VAMOS_CAMERA = dict(height_m=0.5, focal=0.9)  # focal length in image widths; looks straight ahead, x forward, y left
 
 
-def vamos_row(rng, size, other_instruction=0.7):
-    """One outdoor picture with two coloured posts -> list of one or two rows (dicts in VAMOS' columns): the same
-    picture, another post in the instruction, another path. A path is 6 to 24 equal steps, so the velocity of a step is
-    the way to the post / 15 and can only be known from picture and instruction together."""
+def post_pixel(x, y, z, size):
+    """A place, m forward, to the left and up -> (x, y) in pixels."""
     height, width = size
-    focal, horizon = VAMOS_CAMERA["focal"] * width, 0.42 * height
+    focal = VAMOS_CAMERA["focal"] * width
+    return width / 2 - focal * y / x, 0.42 * height + focal * (VAMOS_CAMERA["height_m"] - z) / x
 
-    def project(x, y, z):
-        return width / 2 - focal * y / x, horizon + focal * (VAMOS_CAMERA["height_m"] - z) / x
 
+def place_posts(rng):
+    """-> ({post: (x, y) m}, look of the scene)"""
     names = list(rng.permutation(list(POSTS)))
     places = {}
     # one on either side, so that one never hides the other
@@ -458,26 +433,40 @@ def vamos_row(rng, size, other_instruction=0.7):
         x = rng.uniform(2.5, 6.0)
         places[name] = (x, side * rng.uniform(0.1, 0.42) * x)
     sky, grass = np.array([150, 180, 215]) + rng.uniform(-15, 15, 3), np.array([95, 125, 75]) + rng.uniform(-15, 15, 3)
-    pixels = np.where((np.arange(height) < horizon)[:, None, None], sky, grass) + rng.normal(0, 4, (height, width, 3))
+    return places, dict(sky=sky, grass=grass)
+
+
+def render_posts(places, look, size, rng):
+    """-> (H, W, 3) uint8 RGB. The shade of a post is drawn when it is first seen and kept in `look`."""
+    above = (np.arange(size[0]) < 0.42 * size[0])[:, None, None]
+    pixels = np.where(above, look["sky"], look["grass"]) + rng.normal(0, 4, (*size, 3))
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][0]):  # the far one first
-        corners = [*project(x, y + POST_M[0] / 2, POST_M[1]), *project(x, y - POST_M[0] / 2, 0)]
-        colour = np.clip(np.array(POSTS[name]) + rng.uniform(-15, 15, 3), 0, 255)
-        draw.rectangle(corners, fill=tuple(int(v) for v in colour))
-    encoded, rows = jpeg(np.asarray(picture), 90), []
-    for name in names[: 2 if rng.random() < other_instruction else 1]:
+        top, foot = ((x, y + POST_M[0] / 2, POST_M[1]), (x, y - POST_M[0] / 2, 0))
+        colour = np.clip(np.array(POSTS[name]) + look.setdefault(name, rng.uniform(-15, 15, 3)), 0, 255)
+        draw.rectangle([*post_pixel(*top, size), *post_pixel(*foot, size)], fill=tuple(int(v) for v in colour))
+    return np.asarray(picture)
+
+
+def vamos_row(rng, size, other_instruction=0.7):
+    """One outdoor picture with two coloured posts -> list of one or two rows (dicts in VAMOS' columns): the same
+    picture, another post in the instruction, another path. A path is 6 to 24 equal steps, so the velocity of a step is
+    the way to the post / 15 and can only be known from picture and instruction together."""
+    places, look = place_posts(rng)
+    encoded, rows = jpeg(render_posts(places, look, size, rng), 90), []
+    for name in list(places)[: 2 if rng.random() < other_instruction else 1]:
         (x, y), steps = places[name], int(rng.integers(6, 25))
         drift = np.pad(rng.normal(0, 0.004, (steps, 2)).cumsum(0), ((1, 0), (0, 0)))
         path = np.arange(steps + 1)[:, None] * (np.array([[x, y]]) / 15) + drift
         path = np.concatenate([path, np.full((steps + 1, 1), 0.01)], axis=1)
-        u, v = project(x, y, 0)
+        u, v = post_pixel(x, y, 0, size)
         row = dict(
             image=dict(bytes=encoded, path=None),
             trajectory_3d=path.tolist(),
-            trajectory_2d=[[int(c) for c in project(max(p[0], 0.3), p[1], 0)] for p in path],
+            trajectory_2d=[[int(c) for c in post_pixel(max(p[0], 0.3), p[1], 0, size)] for p in path],
             horizon=len(path),
-            text=f"Navigate to x=<loc{int(u / width * 1023):04d}>, y=<loc{int(min(v / height, 1) * 1023):04d}>",
+            text=f"Navigate to x=<loc{int(u / size[1] * 1023):04d}>, y=<loc{int(min(v / size[0], 1) * 1023):04d}>",
             lang_goal=f"Go to the {name} post",
         )
         rows.append(row)
@@ -678,16 +667,25 @@ def write_mobile(folder, episodes=200, seed=0, size=(72, 128), colour_order="bgr
     return paths
 
 
-def drive(rng, right, size, frames):
-    """One recording towards the left or the right bottle -> pictures, actions [x, y, 0]."""
+def mobile_scene(rng):
+    """-> (bottles (2, 2) m forward and to the left, look of the scene)"""
     left_one = [rng.uniform(1.6, 2.4), rng.uniform(0.4, 0.95)]  # m forward, m to the left
     bottles = np.array([left_one, [rng.uniform(1.6, 2.4), -rng.uniform(0.4, 0.95)]])
     look = dict(box=np.array([rng.uniform(1.1, 1.5), rng.uniform(-0.12, 0.12)]), floor=rng.uniform(0.25, 0.6, 3))
-    look |= dict(wall=rng.uniform(0.5, 0.8, 3), bottle=rng.uniform(-0.1, 0.1, 3))
+    return bottles, look | dict(wall=rng.uniform(0.5, 0.8, 3), bottle=rng.uniform(-0.1, 0.1, 3))
+
+
+def mobile_key(gap):
+    """(2,) m to go -> -1, 0 or 1 per axis, what a person presses"""
+    return np.where(np.abs(gap) > MOBILE_STEP / 2, np.sign(gap), 0.0)
+
+
+def drive(rng, right, size, frames):
+    """One recording towards the left or the right bottle -> pictures, actions [x, y, 0]."""
+    bottles, look = mobile_scene(rng)
     at, goal, actions, images = np.zeros(2), bottles[right] - [0.45, 0.0], [], []
     for t in range(frames):
-        gap = goal - at
-        key = np.where(np.abs(gap) > MOBILE_STEP / 2, np.sign(gap), 0.0) if t else np.zeros(2)
+        key = mobile_key(goal - at) if t else np.zeros(2)
         at = at + MOBILE_STEP / 2 * key  # the picture is taken while the base moves: after the command
         images.append(render_mobile(at, bottles, look, size, rng))
         at = at + MOBILE_STEP / 2 * key

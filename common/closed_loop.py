@@ -198,11 +198,12 @@ def picture_of(scene, observation):
 def film(make_scene, run, count):
     """The drive again, from its actions -> ([(step, picture)] at `count` moments, did it end as before?)"""
     scene, steps = make_scene(), len(run["actions"])
-    moments, pictures = np.linspace(0, steps, count).round().astype(int).tolist(), []
+    moments, pictures = set(np.linspace(0, steps, count).round().astype(int).tolist()), []
     scene.looking = not hasattr(scene, "picture")
     seen = scene.reset(run["seed"])
     for step in range(steps + 1):
-        pictures += [(step, picture_of(scene, seen))] * moments.count(step)
+        if step in moments:
+            pictures.append((step, picture_of(scene, seen)))
         if step < steps:
             seen, _ = scene.step(run["actions"][step])
     return pictures, bool(scene.success()["success"]) == bool(run["success"])

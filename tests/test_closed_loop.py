@@ -324,3 +324,104 @@ def test_pictures_are_those_of_the_recordings():
     again.looking = True
     seen, same = scene.step(scene.expert())[0], again.step(again.expert())[0]
     np.testing.assert_array_equal(seen["images"]["camera3"], same["images"]["camera3"])
+
+
+# ---- the other scenes ------------------------------------------------------------------------------------------------
+
+
+def expert_drives(cls, seeds):
+    """-> what success() says of the expert and of holding still, blind."""
+    results = []
+    for seed in seeds:
+        for who in ("expert", "hold"):
+            scene = cls()
+            scene.looking = False
+            scene.reset(seed)
+            done = False
+            while not done:
+                action = scene.expert()
+                _, done = scene.step(action if who == "expert" else np.zeros_like(action))
+            results.append((who, scene.success()))
+    return results
+
+
+@pytest.mark.parametrize("cls", [demo_scenes.TwoPosts, demo_scenes.MobileBase, demo_scenes.Turntable])
+def test_the_expert_does_the_task_and_holding_still_does_not(cls):
+    for who, result in expert_drives(cls, range(6)):
+        assert result["success"] == (who == "expert"), (who, result)
+    scene, again = cls(), cls()
+    first, same, other = scene.reset(0), again.reset(0), cls().reset(1)
+    pixels = []
+    for seen in (first, same, other):
+        images = seen["images"]
+        pixels.append(np.stack(list(images.values()) if isinstance(images, dict) else images))
+    assert (pixels[0] == pixels[1]).all() and (pixels[0] != pixels[2]).any()
+    assert scene.picture().dtype == np.uint8 and scene.picture().shape[0] == 240
+
+
+def test_the_wrong_post_is_no_success():
+    scene = demo_scenes.TwoPosts()
+    text = scene.reset(3)["instruction"]
+    assert text == f"Go to the {scene.named} post"
+    scene.named, scene.other = scene.other, scene.named
+    done = False
+    while not done:
+        _, done = scene.step(scene.expert())
+    scene.named, scene.other = scene.other, scene.named
+    result = scene.success()
+    assert result["wrong_post"] and not result["success"] and result["distance_m"] > 2
+    scene.reset(3)
+    scene.step([30.0, 40.0])  # 0.6 m a step, for four of them
+    np.testing.assert_allclose(scene.at, [4 * 0.36, 4 * 0.48])
+
+
+def test_the_mobile_expert_presses_the_recordings_keys():
+    """The same scene as make_demo.drive draws: the same keys, and pictures taken in the middle of the motion."""
+    scene = demo_scenes.MobileBase()
+    for seed in range(3):
+        scene.looking = True
+        seen = scene.reset(seed)
+        images, actions = make_demo.drive(demo_scenes.scene_rng(seed), scene.side, scene.size, 6)
+        np.testing.assert_allclose(seen["images"][0].astype(float).mean(), images[0].mean(), atol=1)
+        for t in range(1, 6):
+            action = scene.expert()
+            np.testing.assert_allclose(action, actions[t][:2])
+            seen, _ = scene.step(action)
+            assert len(seen["images"]) == t + 1
+            difference = seen["images"][-1].astype(float) - images[t]
+            assert np.abs(difference).mean() < 4  # the sensor's noise
+        while not scene.step(scene.expert())[1]:
+            pass
+        assert len(scene.observe()["images"]) == scene.window
+
+
+def test_pictures_of_the_past_do_not_depend_on_who_looked():
+    scene, again = demo_scenes.MobileBase(), demo_scenes.MobileBase()
+    scene.reset(2)
+    again.looking = False
+    again.reset(2)
+    for looking in (False, True):
+        again.looking = looking
+        seen, same = scene.step([1.0, 0.5])[0], again.step([1.0, 0.5])[0]
+    np.testing.assert_array_equal(np.stack(seen["images"]), np.stack(same["images"]))
+
+
+def test_the_turntable_is_felt_and_seen():
+    """Force and peak of the A-scan are those of now; the expert comes back to the way after a push."""
+    scene = demo_scenes.Turntable()
+    seen = scene.reset(1)
+    assert seen["sensor"].shape == (1, 1026) and seen["images"]["View1"].shape == (72, 128, 3)
+    for _ in range(12):
+        seen, _ = scene.step(scene.expert())
+    rows = seen["sensor"]
+    assert rows.shape == (650, 1026) and abs(rows[-1, 0] - (1 + 0.8 * scene.run["twist"](1.2))) < 0.15
+    assert abs(rows[-1, 1:].argmax() - 500 - 120 * scene.run["height"](1.2)) < 12
+    scene.looking = False
+    scene.step([5, -5, 4, 0, 0, 3, 1])
+    pushed = np.abs(scene.errors[-1])
+    for _ in range(20):
+        scene.step(scene.expert())
+    assert pushed[:3].max() > 4 and np.abs(scene.errors[-1]).max() < 0.1
+    stiff = demo_scenes.Turntable()
+    stiff.breathes = False
+    assert stiff.reset(1)["sensor"] is None
