@@ -1,16 +1,19 @@
-"""Open-loop error of any checkpoint of this collection on recorded episodes.
+"""Open-loop error of any checkpoint of this collection on recorded episodes; or does it do the task?
 
     python evaluate.py --checkpoint outputs/nora --data DATA [--episodes a.h5 b.h5]
+    python evaluate.py --checkpoint outputs/nora --data DATA --replay outputs/nora/evaluation/predictions.npz
+    python evaluate.py --checkpoint outputs/nora --closed-loop demo_scenes:Insertion --scenes 50 --execute 4
 
 For every frame the policy predicts its chunk of actions from what it would have seen, and the chunk is compared with
 what was recorded. Errors are in the data's own physical units, per dimension, per step of the horizon and per phase,
 beside two baselines: "hold still" and "mean action" (of the training statistics). Metres and radians are never averaged
 into one number: "relative" divides each dimension by its better baseline first. Steps beyond an episode's end do not
-count. Writes report.json, summary.png and one plot per episode.
+count. Writes report.json, summary.png, one plot per episode, and predictions.npz, which --replay compares with what
+the policy predicts on another machine. Driving through an environment: common/closed_loop.py.
 
 The checkpoint names its script; that script provides
     load_policy(path, device) -> policy
-    policy.predict(list of observations) -> (B, H, A)
+    policy.predict(list of observations) -> (B, H, A)    policy.reset()    policy.describe()
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target, hold (M, A), phase (M,) or None}
     policy.action_names() -> [(name, unit)] * A          policy.stats["action"]["mean"]
 """
@@ -43,6 +46,7 @@ class Config:
     batch_size: int = 16  # frames
     plots: int = 20  # draw at most this many episodes; the errors are over all
     device: str | None = None  # cpu, cuda, ...; null: cuda if there is one
+    replay: str | None = None  # predictions.npz of another evaluation: predict the same again and compare every bit
     closed_loop: str | None = None  # module:Class of an environment to drive through, instead of recordings
     scenes: int = 50  # seeds 0, 1, ... of the environment
     execute: int = 0  # rows of a chunk that are sent before the next prediction; 0: half of it
@@ -109,7 +113,7 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
             guesses = (chunk, hold[t], mean)  # holding still is known at t: it looks at no later frame
             error = {who: guess - recorded for who, guess in zip(WHO, guesses, strict=True)}
             record = dict(episode=episode["name"], t=t, recorded=recorded, error=error, valid=index < len(target))
-            record |= dict(phase=-1 if phase is None else int(phase[t]))
+            record |= dict(phase=-1 if phase is None else int(phase[t]), predicted=chunk)
             records.append(record | dict(opposite=None if other is None else other - chunk))
     require(records, f"no frame to evaluate under '{root}'")
     return records
@@ -229,6 +233,40 @@ def draw_summary(report, names, path):
     figure.savefig(path, dpi=110)
 
 
+def save_predictions(path, records, episodes, cfg):
+    """What --replay needs to predict the same again, in the same batches."""
+    how = dict(episodes=np.array(episodes or []), stride=cfg.stride, batch_size=cfg.batch_size)
+    where = dict(name=[r["episode"] for r in records], t=[r["t"] for r in records])
+    np.savez(path, predicted=np.stack([r["predicted"] for r in records]), **where, **how)
+
+
+def replay(policy, root, path):
+    """Predict again what predictions.npz holds -> how many frames; UserError at the first that differs in any bit. A
+    robot predicts one observation at a time: how much that changes is printed for the first frames."""
+    require(
+        Path(path).is_file(), f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report"
+    )
+    with np.load(path) as saved:
+        saved = dict(saved)
+    names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
+    records = evaluate(policy, root, names, int(saved["stride"]), batch)
+    where = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))
+    other = f"the {len(records)} frames here are not the {len(where)} of {path}: other recordings, or another reader"
+    require([(r["episode"], r["t"]) for r in records] == where, other)
+    for record, stored in zip(records, saved["predicted"], strict=True):
+        if record["predicted"].tobytes() != stored.tobytes():
+            away = np.abs(record["predicted"] - stored).max()
+            first = f"{record['episode']} frame {record['t']}: the prediction differs from the stored one by {away:.3g}"
+            raise UserError(f"{first}. Another checkpoint, library version or kind of processor, or another picture")
+    policy.reset()
+    first = next(iter(policy.open_episodes(root, [records[0]["episode"].split("#")[0]])))
+    alone = np.concatenate([policy.predict([first["sample"](r["t"])]) for r in records[:batch]])
+    away = np.abs(alone - saved["predicted"][: len(alone)]).max()
+    print(f"replay: {len(records)} predictions are those of {path}, to the bit")
+    print(f"one observation at a time, as on a robot: the first {len(alone)} differ by at most {away:.3g}")
+    return len(records)
+
+
 def output_folder(cfg):
     given = Path(cfg.checkpoint)
     return Path(cfg.output or (given / "evaluation" if given.is_dir() else f"{given.with_suffix('')}_evaluation"))
@@ -246,7 +284,7 @@ def drive(cfg, checkpoint, about):
 def run(cfg):
     """Evaluate and report -> what summarise says."""
     needed = (
-        "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D; or --closed-loop module:Class"
+        "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D; or --closed-loop MODULE:CLASS"
     )
     require(cfg.checkpoint and (cfg.data or cfg.closed_loop), needed)
     least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
@@ -262,6 +300,8 @@ def run(cfg):
     policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
     root = cfg.data if hasattr(policy, "several_roots") else cfg.data[0]
     require(root == cfg.data or len(cfg.data) == 1, f"{about['script']}.py reads one folder: --data DATA")
+    if cfg.replay:
+        return replay(policy, root, cfg.replay)
     try:
         wanted = None if names == ["all"] else names
         records = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
@@ -278,6 +318,7 @@ def run(cfg):
     episodes = list(dict.fromkeys(r["episode"] for r in records))
     about |= dict(episodes=sorted(episodes), units=dict(columns), mean_absolute_error=report)
     (folder / "report.json").write_text(json.dumps(about, indent=2))
+    save_predictions(folder / "predictions.npz", records, wanted, cfg)
     for name in episodes[: cfg.plots]:
         picture = folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png"
         draw_episode([r for r in records if r["episode"] == name], columns, picture)

@@ -33,6 +33,9 @@ class Scripted:
                 sample = lambda t, target=target: (target, t)  # noqa: E731
                 yield dict(name=name, sample=sample, target=target, hold=hold, phase=phase)
 
+    def reset(self):
+        pass
+
     def predict(self, observations):
         out = np.full((len(observations), 2, 3), 1e6, np.float32)
         for row, (target, t) in zip(out, observations, strict=True):
@@ -177,13 +180,56 @@ def test_the_report(tmp_path, scripted, capsys):
     report = evaluate.main(["--checkpoint", run, "--data", "DATA", "--plots", "1", "--batch-size", "2"])
     assert scripted == [tmp_path / "run/best"] and report["policy"]["per_dim"]["x"] == 0.5
     folder = tmp_path / "run/evaluation"
-    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "report.json", "summary.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "predictions.npz", "report.json", "summary.png"]
     written = json.loads((folder / "report.json").read_text())
     assert written["episodes"] == ["a.h5", "sub/b.h5"] and written["frames"] == 7
     assert written["units"] == {"x": "mm", "y": "mm", "z": "rad"} and written["mean_absolute_error"] == report
     said = capsys.readouterr().out
     for text in ("2 validation episodes", "hold still", "policy's bias", "phase 1", "step 2", "in mm: policy 0.5"):
         assert text in said
+
+
+def test_a_replay_compares_every_bit(tmp_path, scripted, capsys, monkeypatch):
+    """The same again is equal; a change in the last bit of one number, or another frame, is named."""
+    about(tmp_path / "steps_1/meta.json")
+    words = ["--checkpoint", str(tmp_path / "steps_1"), "--data", "DATA"]
+    evaluate.main([*words, "--plots", "0", "--batch-size", "3"])
+    stored = tmp_path / "steps_1/evaluation/predictions.npz"
+    assert evaluate.main([*words, "--replay", str(stored)]) == 4
+    assert "4 predictions are those of" in capsys.readouterr().out
+    predict = Scripted.predict
+
+    def nudged(self, observations):
+        out = predict(self, observations)
+        if len(observations) == 3:  # the batches of the first run, not of the default
+            out[1, 0, 0] = np.nextafter(out[1, 0, 0], np.float32(9))
+        return out
+
+    monkeypatch.setattr(Scripted, "predict", nudged)
+    with pytest.raises(UserError, match=r"a.h5 frame 1: the prediction differs from the stored one by \S+e-0"):
+        evaluate.main([*words, "--replay", str(stored)])
+    monkeypatch.setattr(Scripted, "predict", predict)
+    targets = Scripted(0.5).targets
+    shorter = SimpleNamespace(load_policy=lambda *_: vars(s := Scripted(0.5)).update(targets=targets) or s)
+    targets["a.h5"] = targets["a.h5"][:3]
+    monkeypatch.setitem(sys.modules, "scripted", shorter)
+    with pytest.raises(UserError, match="the 3 frames here are not the 4 of"):
+        evaluate.main([*words, "--replay", str(stored)])
+    with pytest.raises(UserError, match="--replay gone.npz: no such file"):
+        evaluate.main([*words, "--replay", "gone.npz"])
+
+
+def test_a_policy_drives(tmp_path, scripted, monkeypatch, capsys):
+    """--closed-loop needs no recordings; the report lies where the others do."""
+    from test_closed_loop import Walker
+
+    monkeypatch.setitem(sys.modules, "scripted", SimpleNamespace(load_policy=lambda *_: Walker()))
+    about(tmp_path / "steps_1/meta.json")
+    words = ["--checkpoint", str(tmp_path / "steps_1"), "--closed-loop", "test_closed_loop:Line", "--scenes", "2"]
+    report = evaluate.main([*words, "--execute", "2", "--ensemble", "0.1"])
+    assert report["policy"]["success"] == 2 and "ensemble 0.1" in capsys.readouterr().out
+    written = json.loads((tmp_path / "steps_1/evaluation/closed_loop.json").read_text())
+    assert (written["script"], written["execute"], written["ensemble"]) == ("scripted", 2, 0.1)
 
 
 def test_other_recordings_need_names(tmp_path, scripted):
