@@ -22,6 +22,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -30,21 +31,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
 
 from common import UserError, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
 from common.fast import ActionsOnly, FastTokenizer
-from common.hub import local_folder, stored_source, weight_digest, weight_files
+from common.frames import stack
+from common.hub import local_folder, stored_source, weight_digest
 from common.log import WandbConfig
+from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
 from common.stats import Normalizer, load_stats, save_stats
 
-FORMAT = 2  # of steps_N/state.pt and model/policy.json
+FORMAT = 3  # of steps_N/state.pt and model/policy.json
 ACTION_TOKEN = "<robot_action_{}>"
+BLIND = 1.05  # an error with swapped pictures below this many times its own: the policy does not look at them
 NUM_ACTION_TOKENS = 2048  # nora's vocabulary: <robot_action_0> .. <robot_action_2047>
 
 
@@ -63,8 +66,12 @@ class DatasetConfig:
     state_in_prompt: bool = False  # append the robot state, in 256 bins, to the instruction
     use_ee_pose: bool = True  # with state_in_prompt: the state contains ee_pose
     use_qpos: bool = False  # with state_in_prompt: the state contains qpos, before ee_pose
+    state_noise: float = 0.0  # std of Gaussian noise on the training's state, of half its range
+    state_dropout: float = 0.0  # chance that a training prompt has no state
+    rate_hz: float = 15.0  # frames per second of the recordings: how fast a robot must play the actions
     num_val_episodes: int = 0  # the last N files of the sorted list are held out
     normalization_stats_path: str | None = None  # file of compute_stats.py; null: from the training episodes
+    frame_store: str | None = None  # folder on a local disk: decode and resize every picture once, read it from there
     skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
     augment: bool = False  # colour augmentation of training images
     augment_brightness: float = 0.2  # +- this share of full scale
@@ -84,7 +91,7 @@ class Config:
     fast_scale: float = 10.0  # with fast: fit, steps per unit of a DCT coefficient
     output_dir: str = "outputs/nora"  # checkpoints and logs
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    train: Literal["full", "lora", "head"] = "full"  # all | LoRA of the language model + action rows | embedding table
+    train: Literal["full", "language", "lora", "head"] = "full"  # all | no vision | LoRA + action rows | embeddings
     lora_rank: int = 32  # with train: lora
     lora_alpha: int = 32  # with train: lora; scale = alpha / rank
     lora_dropout: float = 0.0  # with train: lora
@@ -92,6 +99,7 @@ class Config:
     gradient_accumulation_steps: int = 2  # micro-batches per optimizer step
     learning_rate: float = 5e-5  # peak; AdamW betas 0.9 0.95, eps 1e-8
     weight_decay: float = 1e-8  # decoupled
+    adamw_8bit: bool = False  # a quarter of the moments' memory; needs CUDA and pip install bitsandbytes
     num_warmup_steps: int = 1000  # optimizer steps of linear warm-up
     max_train_steps: int = 100000  # optimizer steps; the cosine ends at 0 here
     gradient_clipping: float | None = 1.0  # largest gradient norm; null: no clipping
@@ -117,7 +125,7 @@ class Config:
 
 ALIASES = dict(resume="resume_from_checkpoint", max_steps="max_train_steps", lr="learning_rate")
 ALIASES["batch_size"] = "per_device_batch_size"
-FIXED = ("seed", "train", "lora_rank", "lora_alpha")  # what a resume must not change
+FIXED = ("seed", "train", "lora_rank", "lora_alpha", "adamw_8bit")  # what a resume must not change
 
 
 def check_config(cfg):
@@ -125,9 +133,13 @@ def check_config(cfg):
     ones = "per_device_batch_size gradient_accumulation_steps max_train_steps checkpoint_save_frequency"
     for key in (ones + " logging_frequency val_frequency val_samples val_decode_samples").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
-    full, ranks = cfg.train == "full", int(os.environ.get("WORLD_SIZE", 1))
-    require(full or not cfg.fsdp, f"fsdp shards a full training; train is {cfg.train}: drop --fsdp or use --train full")
-    require(ranks > 1 or not cfg.fsdp, "fsdp needs several processes: bash shells/train_nora.sh --multi-gpu --fsdp")
+    if cfg.fsdp:
+        large, ranks = cfg.train in ("full", "language"), int(os.environ.get("WORLD_SIZE", 1))
+        require(large, f"fsdp shards a full training; train is {cfg.train}: drop --fsdp or use --train full")
+        require(not cfg.adamw_8bit, "adamw_8bit cannot be sharded: drop --fsdp or --adamw_8bit")
+        require(ranks > 1, "fsdp needs several processes: bash shells/train_nora.sh --multi-gpu --fsdp")
+    there = not cfg.adamw_8bit or find_spec("bitsandbytes")
+    require(there, "adamw_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or drop the key")
     require(cfg.dataset.horizon >= 1, f"dataset.horizon is {cfg.dataset.horizon}: expected 1 (one action) or more")
     size = cfg.dataset.resize_resolution
     fits = len(size) == 2 and all(s >= 28 and s % 28 == 0 for s in size)
@@ -141,38 +153,33 @@ def check_config(cfg):
 class Spec:
     """What predict must know beside the weights; saved as model/policy.json and model/dataset_stats.json."""
 
-    horizon: int
-    cameras: list  # ["camera1", ...] in prompt order
-    image_size: list  # [height, width]
-    task_instruction: str
+    image_size: list  # [height, width] that the model sees
+    task_instruction: str  # where an observation has none
     state_keys: list  # [] or a subset of ["qpos", "ee_pose"]: the state in the prompt
     action_definition: dict  # common.episodes.ActionDefinition
-    position_unit: str | None  # of ee_pose deltas, for reports
+    contract: dict  # common.policy.Contract: cameras in prompt order, horizon, names and units, rate, ...
     stats: dict
 
     def __post_init__(self):
-        self.definition = ep.ActionDefinition(**self.action_definition)
+        self.definition, self.contract = ep.ActionDefinition(**self.action_definition), Contract(**self.contract)
+        self.cameras, self.horizon = list(self.contract.images), self.contract.horizon
         self.normalizer = Normalizer(self.stats["action"])
         self.state_normalizer = Normalizer(self.stats["observation.state"], "min_max") if self.state_keys else None
 
     def plain(self):
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "stats"}
 
-    def action_names(self):
-        """[(name, unit)] per action dim, for reports."""
-        if self.definition.source == "action":
-            return [(f"action{i + 1}", "") for i in range(self.definition.dim)]
-        position, rotation = self.position_unit or "", self.definition.rotation_unit
-        return [(f"d{n}", position) for n in "xyz"] + [(f"d{n}", rotation) for n in ("roll", "pitch", "yaw")]
-
     def state(self, episode):
         """(N, S) in data units, or None."""
         return ep.robot_state(episode, self.state_keys) if self.state_keys else None
 
+    def recorders(self, episode):
+        """{camera: its name in the recording}"""
+        return {c: list(episode.cameras)[int(c[6:]) - 1] for c in self.cameras}
+
     def images(self, reader, episode, t):
-        """{camera: (h, w, 3) uint8 RGB} of frame t, as recorded."""
-        recorded = list(episode.cameras)
-        return {c: reader.read(episode, recorded[int(c[6:]) - 1], t) for c in self.cameras}
+        """{camera: (h, w, 3) uint8 RGB} of frame t."""
+        return {c: reader.read(episode, name, t) for c, name in self.recorders(episode).items()}
 
 
 @dataclass
@@ -213,93 +220,84 @@ def load_data(cfg, run=None, stats=None, then=None):
     fits = bool(state_keys) == d.state_in_prompt and not missing
     require(fits, f"dataset.state_in_prompt needs use_ee_pose and/or use_qpos, and those arrays; {have}")
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
-    dims = {"action": definition.dim}
-    if state_keys:
-        dims["observation.state"] = sum(getattr(found[0], k).shape[1] for k in state_keys)
-    names, plain = [e.name for e in validation], dataclasses.asdict(definition)
+    keys = ["action", *["observation.state"][: len(state_keys)]]
+    held_out, plain = [e.name for e in validation], dataclasses.asdict(definition)
     if stats is None and d.normalization_stats_path:
-        stats = load_stats(d.normalization_stats_path, list(dims), plain, names, [e.name for e in train])
-    stats = stats or ep.insertion_stats(train, definition, names, state_keys)
-    for key, dim in dims.items():
-        has = len(stats[key]["mean"])
-        require(has == dim, f"the statistics have {has} dims for '{key}', the data {dim}: run compute_stats.py again")
-    unit, size = ep.detect_position_unit(found), list(d.resize_resolution)
-    spec = Spec(d.horizon, cameras, size, d.task_instruction, state_keys, plain, unit, stats)
+        stats = load_stats(d.normalization_stats_path, keys, plain, held_out, [e.name for e in train])
+    if stats is None or not set(keys) <= set(stats):
+        stats = ep.insertion_stats(train, definition, held_out, state_keys)
+    contract = make_contract(d, train, cameras, state_keys, definition, stats)
+    spec = Spec(list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
     return Data(train, validation, excluded + gone, spec, table)
 
 
+def make_contract(d, train, cameras, state_keys, definition, stats):
+    """What a robot must send, and what the answer means, as common/policy.py has it."""
+    e, reader = train[0], ep.ImageReader()
+    unit, rotation = ep.detect_position_unit(train) or "", definition.rotation_unit
+    pose = [*((n, unit) for n in "xyz"), *((n, rotation) for n in ("roll", "pitch", "yaw"))]
+    joints = [(f"q{i + 1}", "") for i in range(e.qpos.shape[1] if "qpos" in state_keys else 0)]
+    names, first = [(f"d{n}", u) for n, u in pose], "the motion to the next frame, to be added to the last target"
+    if definition.source == "action":
+        names, first = [(f"action{i + 1}", "") for i in range(definition.dim)], "the action recorded with the frame"
+    sizes = {c: list(reader.read(e, list(e.cameras)[int(c[6:]) - 1], 0).shape[:2]) for c in cameras}
+    about = dict(script=Path(__file__).stem, images=sizes, actions=names, horizon=d.horizon, rate_hz=d.rate_hz)
+    about |= dict(kind="absolute" if definition.still(e).any() else "delta")
+    about |= dict(first_row=f"row 0 is {first}. Send row k k/{d.rate_hz:g} s after the picture was taken")
+    about |= dict(instructions=sorted({e.instruction or d.task_instruction for e in train}))
+    state, names = stats["observation.state"] if state_keys else {}, joints + pose * ("ee_pose" in state_keys)
+    about |= dict(state=names, low=state.get("min"), high=state.get("max"))
+    return about | dict(action_low=stats["action"]["min"], action_high=stats["action"]["max"])
+
+
 def resize_image(image, size):
-    """(h, w, 3) uint8 -> (height, width, 3) uint8: squash to `size`, bicubic. The one of training and predict."""
-    image = np.asarray(image)
-    if image.shape[:2] == tuple(size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.BICUBIC))
+    """(h, w, 3) uint8 or PIL -> (height, width, 3) uint8: squash to `size`, bicubic. In training and in predict."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return np.asarray(image.resize((size[1], size[0]), Image.BICUBIC))
 
 
 def augment_image(image, cfg, rng):
     """Contrast and brightness, hue and saturation, noise, on the resized (h, w, 3) uint8 image."""
     alpha = 1 + rng.uniform(-cfg.augment_contrast, cfg.augment_contrast)
     beta = rng.uniform(-cfg.augment_brightness, cfg.augment_brightness) * 255
-    image = np.clip(image * alpha + beta, 0, 255).astype(np.uint8)
-    hue = rng.uniform(-cfg.augment_hue, cfg.augment_hue)
-    saturation = 1 + rng.uniform(-cfg.augment_saturation, cfg.augment_saturation)
-    hsv = np.asarray(Image.fromarray(image).convert("HSV")).astype(np.float32)
-    hsv[..., 0] = (hsv[..., 0] + hue * 256) % 256
-    hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
+    image = Image.fromarray(np.clip(image * alpha + beta, 0, 255).astype(np.uint8))
+    hsv = np.asarray(image.convert("HSV")).astype(np.float32)
+    hsv[..., 0] = (hsv[..., 0] + rng.uniform(-cfg.augment_hue, cfg.augment_hue) * 256) % 256
+    hsv[..., 1] = np.clip(hsv[..., 1] * (1 + rng.uniform(-cfg.augment_saturation, cfg.augment_saturation)), 0, 255)
     image = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
-    if cfg.augment_noise:
-        image += rng.standard_normal(image.shape, dtype=np.float32) * (cfg.augment_noise * 255)
-    return np.clip(image, 0, 255).astype(np.uint8)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * (cfg.augment_noise * 255)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-class NoraDataset(Dataset):
+class NoraDataset(ep.Chunks):
     """One item per frame that has a target. Item (position, i), where `position` seeds the augmentation:
 
     images (K, height, width, 3) uint8 | action (H, A) float32 in data units | is_pad (H,) bool: past the episode's end
     state (S,) float32 in [-1, 1] or None | instruction str | episode str | frame int
+
+    FAST codes a chunk as a whole, so padded steps are in the loss; is_pad keeps them out of every reported error.
     """
 
     def __init__(self, episodes, spec, augment=None, seed=0):
-        self.episodes, self.spec, self.augment, self.seed = episodes, spec, augment, seed
-        self.targets = [spec.definition.targets(e) for e in episodes]
-        self.ends = np.cumsum([len(t) for t in self.targets])
-        self.reader = ep.ImageReader()
-
-    def __len__(self):
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def spread(self, most):
-        """At most `most` samples, evenly spread."""
-        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
-
-    def locate(self, i):
-        """Sample -> (episode number, frame)."""
-        e = int(np.searchsorted(self.ends, i, side="right"))
-        return e, int(i - (self.ends[e - 1] if e else 0))
-
-    def chunk(self, i):
-        """((H, A) in data units, is_pad (H,)). Past the end it stands still: FAST codes the chunk as a whole, so steps
-        cannot be masked in the loss, but is_pad keeps them out of every reported error."""
-        e, t = self.locate(i)
-        hold = "zero" if self.spec.definition.source == "ee_pose_delta" else "repeat"
-        return ep.action_chunk(self.targets[e], t, self.spec.horizon, hold)
+        super().__init__(episodes, spec.definition, spec.horizon)
+        self.spec, self.augment, self.seed = spec, augment, seed
+        self.reader = ep.ImageReader(partial(resize_image, size=spec.image_size))
 
     def __getitem__(self, key):
         position, i = key
         e, t = self.locate(i)
         episode, spec, (action, is_pad) = self.episodes[e], self.spec, self.chunk(i)
-        images = np.stack([resize_image(x, spec.image_size) for x in spec.images(self.reader, episode, t).values()])
+        images = np.stack([*spec.images(self.reader, episode, t).values()])
         if self.augment is not None:
             images = self._augment(images, generator_at(self.seed, position, "augment"))
-        return dict(
-            images=images,
-            action=action,
-            is_pad=is_pad,
-            state=spec.state_normalizer.normalize(spec.state(episode)[t]) if spec.state_keys else None,
-            instruction=episode.instruction or spec.task_instruction,
-            episode=episode.name,
-            frame=t,
-        )
+        state = spec.state_normalizer.normalize(spec.state(episode)[t]) if spec.state_keys else None
+        if self.augment is not None and state is not None:
+            rng = generator_at(self.seed, position, "state")
+            noise = self.augment.state_noise * rng.standard_normal(state.shape, dtype=np.float32)
+            state = None if rng.random() < self.augment.state_dropout else state + noise
+        instruction = episode.instruction or spec.task_instruction
+        item = dict(images=images, action=action, is_pad=is_pad, state=state, instruction=instruction)
+        return item | dict(episode=episode.name, frame=t)
 
     def _augment(self, images, rng):
         cfg = self.augment
@@ -375,16 +373,12 @@ class Collate:
             row = prompt + answer
             ids[b, : len(row)], positions[:, b, : len(row)] = row, qwen.rope_positions(row, p.image_token_id, p.grid)
             rows.append(b * length + len(prompt) - 1 + np.arange(len(answer)))
-        batch = dict(
-            input_ids=ids,
-            position_ids=positions,
-            images=np.stack([item["images"] for item in items]),
-            targets=np.concatenate(answers),
-            target_rows=np.concatenate(rows),
-            target_sample=np.repeat(np.arange(len(items)), [len(a) for a in answers]),
-        )
+        batch = dict(input_ids=ids, position_ids=positions, targets=np.concatenate(answers))
+        batch |= dict(target_rows=np.concatenate(rows))
+        batch |= dict(target_sample=np.repeat(np.arange(len(items)), [len(a) for a in answers]))
         names = [(item["episode"], item["frame"]) for item in items]
-        return {k: torch.from_numpy(v) for k, v in batch.items()} | dict(names=names)
+        batch = {k: torch.from_numpy(v) for k, v in batch.items()}
+        return batch | dict(images=stack([item["images"] for item in items]), names=names)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -394,8 +388,12 @@ class Nora(nn.Module):
     """Qwen2.5-VL seen from a batch of this script. forward(batch) is the loss, forward(batch, fast, count) decodes."""
 
     def __init__(self, vlm, processor):
+        from transformers import GenerationConfig
+
         super().__init__()
         self.vlm, self.processor = vlm, processor
+        # greedy, whatever the checkpoint's file says (Qwen's has a repetition penalty)
+        vlm.generation_config = GenerationConfig(eos_token_id=processor.end, pad_token_id=processor.pad)
         self.register_buffer("mean", torch.tensor(processor.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(processor.std).view(3, 1, 1) * 255, persistent=False)
 
@@ -423,8 +421,9 @@ class Nora(nn.Module):
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
         seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
-        most = dict(max_new_tokens=2 * count + 1)  # a coefficient takes at most two tokens
-        out = self.vlm.generate(**seen, **most, logits_processor=[rule])
+        out = self.vlm.generate(
+            **seen, max_new_tokens=2 * count + 1, logits_processor=[rule]
+        )  # a coefficient takes 1 or 2
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
 
@@ -435,17 +434,26 @@ class Nora(nn.Module):
 class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
-    def __init__(self, model, fast, spec):
+    def __init__(self, model, fast, spec, needs=None):
         self.model, self.fast, self.spec, self.stats = model, fast, spec, spec.stats
-        self.action_names = spec.action_names
+        self.contract = dataclasses.replace(spec.contract, needs=needs or {})
+
+    def action_names(self):
+        return self.contract.actions
+
+    def reset(self):
+        """Before a new drive; a chunk depends on its observation alone, so there is nothing to forget."""
+
+    def describe(self):
+        """What it takes and gives, its rate, units, ranges and latency, as plain values."""
+        return self.contract.describe(self)
 
     def predict(self, observations):
         """list of {images: {camera1: (h, w, 3) uint8 RGB, ...}, instruction: str, state: (S,) in data units [only with
         the state in the prompt]} -> (B, H, A) float32 in data units (of ee_pose deltas: per frame)."""
         spec, images, prompts = self.spec, [], []
+        self.contract.check(observations)
         for o in observations:
-            there = sorted(o["images"])
-            require(set(spec.cameras) <= set(there), f"the observation has images of {there}, needed: {spec.cameras}")
             images.append(np.stack([resize_image(o["images"][c], spec.image_size) for c in spec.cameras]))
             state = spec.state_normalizer.normalize(o["state"]) if spec.state_keys else None
             prompts.append(self.model.processor.ids(o.get("instruction") or spec.task_instruction, state))
@@ -459,10 +467,8 @@ class Policy:
             ids[b, length - len(prompt) :], mask[b, length - len(prompt) :] = prompt, 1
         batch = dict(images=images, input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == p.image_token_id) * 1)
         batch = to_device({k: torch.from_numpy(v) for k, v in batch.items()}, self.model.mean.device)
-        horizon, dim, training = self.spec.horizon, self.spec.normalizer.dim, self.model.training
-        self.model.eval()
+        horizon, dim = self.spec.horizon, self.spec.normalizer.dim
         answers, malformed = self.model(batch, self.fast, horizon * dim)
-        self.model.train(training)
         chunks = np.stack([self.fast.decode(row, horizon, dim)[0] for row in answers])
         return self.spec.normalizer.unnormalize(chunks), malformed.cpu().numpy()
 
@@ -498,37 +504,20 @@ def weights_source(cfg):
     return path
 
 
-def load_backbone(processor, dtype, attention):
-    """Qwen2.5-VL with every tensor from processor.folder, none made up."""
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # its bars break ours
-    qwen.batch_vision_attention()
-    folder = processor.folder
-    weight_files(folder)  # says what is missing
-    vlm, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
-    wrong = {k: sorted(map(str, told[k])) for k in ("missing_keys", "unexpected_keys") if told[k]}
-    text = "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in wrong.items())
-    require(not wrong, f"model '{folder}': its weights do not fill the network, {text}")
-    # greedy, whatever the checkpoint's file says (Qwen's has a repetition penalty)
-    vlm.generation_config = GenerationConfig(eos_token_id=processor.end, pad_token_id=processor.pad)
-    return vlm
-
-
 def build_model(cfg, processor, device, dtype, attention):
     """-> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`."""
-    vlm = load_backbone(processor, torch.float32 if cfg.train == "full" else dtype, attention)
-    peft_model = choose_trained(cfg, vlm, processor.first_action)
+    large = cfg.train in ("full", "language")
+    vlm = qwen.load_model(processor.folder, torch.float32 if large else dtype, attention)
+    peft_model = choose_trained(cfg, vlm, processor.first_action, dtype)
     return Nora(vlm, processor).to(device), peft_model
 
 
-def choose_trained(cfg, vlm, first_action):
+def choose_trained(cfg, vlm, first_action, dtype):
     """Set requires_grad for cfg.train, add the LoRA adapter, make what is trained fp32 -> peft model or None."""
     peft_model = None
-    vlm.requires_grad_(cfg.train == "full")
+    vlm.requires_grad_(cfg.train in ("full", "language"))
+    if cfg.train == "language":
+        vlm.model.visual.requires_grad_(False)
     if cfg.train == "head":
         vlm.get_input_embeddings().weight.requires_grad_(True)
         vlm.lm_head.weight.requires_grad_(True)  # the same where they are tied
@@ -540,8 +529,7 @@ def choose_trained(cfg, vlm, first_action):
         lora = LoraConfig(**lora, target_modules=LORA_TARGETS, trainable_token_indices=rows)
         peft_model = get_peft_model(vlm, lora)
     for p in vlm.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     if cfg.gradient_checkpointing:
         vlm.gradient_checkpointing_enable({"use_reentrant": False})
     return peft_model
@@ -597,12 +585,13 @@ def load_policy(path, device=None):
     dtype, attention = torch.bfloat16 if device.type == "cuda" else torch.float32, qwen.pick_attention("auto", device)
     adapter = (folder / "adapter_config.json").is_file()
     processor = Processor(open_base(folder, about) if adapter else folder, spec)
-    vlm = load_backbone(processor, dtype, attention)
+    vlm = qwen.load_model(processor.folder, dtype, attention)
     if adapter:
         from peft import PeftModel
 
         vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
-    return Policy(Nora(vlm, processor).to(device).eval(), fast, spec)
+    needs = {"backbone": processor.folder} if adapter else None
+    return Policy(Nora(vlm, processor).to(device).eval(), fast, spec, needs)
 
 
 def open_base(folder, about):
@@ -659,6 +648,15 @@ def lr_at(step, cfg):
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def build_optimizer(cfg, parameters, fused):
+    settings = dict(lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay)
+    if cfg.adamw_8bit:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=fused)
+
+
 def fit_fast(cfg, data, folder=None, most=100_000):
     """FAST trained on the normalised training chunks; written to `folder`, so that all ranks read the same."""
     dataset, normalize = NoraDataset(data.train, data.spec), data.spec.normalizer.normalize
@@ -674,16 +672,14 @@ def describe(cfg, data, show):
     show(f"data      {counts}; {d.root_dir}")
     for message in data.excluded:
         show(f"excluded  {message}")
-    units = f"rotation in {action.rotation_unit}, position in {spec.position_unit or 'unknown unit'}"
-    show(f"action    {action.source}, {action.dim} dims, horizon {spec.horizon}, {units}")
+    show(f"action    {action.source}, {action.dim} dims, horizon {spec.horizon}, {spec.contract.kind}")
+    show(f"          {'':<5}" + " ".join(f"{f'{name} {unit}'.strip():>11}" for name, unit in spec.contract.actions))
     for name in ("q01", "q99", "mean", "std"):
         show(f"          {name:<5}" + " ".join(f"{v:11.4g}" for v in spec.stats["action"][name]))
-    own = [e.instruction for e in data.train if e.instruction]
-    texts = sorted({*own, spec.task_instruction} if len(own) < len(data.train) else {*own})
-    show(f"text      {len(texts)} instruction(s), {len(own)} episodes bring their own; e.g. {texts[0]!r}")
-    state = " and ".join(spec.state_keys) + ", in the prompt"
+    own, texts = sum(e.instruction is not None for e in data.train), spec.contract.instructions
+    show(f"text      {len(texts)} instruction(s), {own} episodes bring their own; e.g. {texts[0]!r}")
     unseen = "not seen by the model; dataset.state_in_prompt: true appends use_qpos and use_ee_pose"
-    show(f"state     {state if spec.state_keys else unseen}")
+    show(f"state     {' and '.join(spec.state_keys) + ', in the prompt' if spec.state_keys else unseen}")
     if d.camera_dropout_prob and d.min_cameras == len(spec.cameras):
         show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {spec.cameras}")
     if action.source == "action" and ep.records_past_motion(data.train):
@@ -693,30 +689,12 @@ def describe(cfg, data, show):
 
 def describe_fast(data, fast, show):
     """What coding costs: per dimension the error that it leaves to a perfect policy, beside that of holding still."""
-    spec, dataset, errors, lengths, before = data.spec, NoraDataset(data.train, data.spec), [], [], fast.clipped
-    stills = [spec.definition.still(e) for e in data.train]
+    dataset, chunks = NoraDataset(data.train, data.spec), []
+    stills = [data.spec.definition.still(e) for e in data.train]
     for i in dataset.spread(512):
-        (e, t), (chunk, is_pad) = dataset.locate(i), dataset.chunk(i)
-        unit = spec.normalizer.normalize(chunk)
-        ids = fast.encode(unit)
-        coded = fast.decode(ids, *chunk.shape)[0]
-        kept = [np.broadcast_to(stills[e][t], chunk.shape), *map(spec.normalizer.unnormalize, (unit, coded))]
-        errors.append(np.abs(np.stack(kept) - chunk)[:, ~is_pad])
-        lengths.append(len(ids))
-    errors, clipped = np.concatenate(errors, axis=1).mean(1, dtype=np.float64), fast.clipped - before  # (3, A)
-    symbols = f"{clipped} coefficients without a symbol" + (" (--fast fit has them)" if clipped else "")
-    show(f"FAST      {fast.vocab_size} ids; {np.mean(lengths):.1f} tokens per chunk (max {max(lengths)}), {symbols}")
-    names = [f"{name} {unit}".strip() for name, unit in spec.action_names()]
-    show(f"error     {f'of {len(lengths)} chunks':<13} " + " ".join(f"{name:>11}" for name in names))
-    for what, values in zip(("holding still", "q01..q99 clip", "clip and FAST"), errors, strict=True):
-        show(f"          {what:<13} " + " ".join(f"{v:11.4g}" for v in values))
-    worst = []
-    for name, still, limited, coded in zip(names, *errors, strict=True):
-        if coded > 0.5 * still > 0:
-            worst.append(f"{name} {coded / still:.0%} (clipping alone {limited / still:.0%})")
-    if worst:
-        show(f"warning   the best that a policy can reach, of the error of holding still: {', '.join(worst)}")
-        show("          Use deltas, another horizon, or --fast fit with a larger --fast_scale")
+        e, t = dataset.locate(i)
+        chunks.append((*dataset.chunk(i), stills[e][t]))
+    fast.describe(chunks, data.spec.normalizer, data.spec.contract.actions, show)
 
 
 def check_data(cfg):
@@ -733,8 +711,7 @@ def check_data(cfg):
     dataset = NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed)
     order = GlobalOrder(len(dataset), cfg.seed)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.per_device_batch_size, len(dataset)))]
-    first = f"first: {items[0]['episode']} frame {items[0]['frame']}"
-    print(f"samples   {len(dataset)} (frames with a target); batch of {len(items)}, {first}")
+    print(f"samples   {len(dataset)}; batch of {len(items)}, first: {items[0]['episode']} frame {items[0]['frame']}")
     shown = {k: np.stack([item[k] for item in items]) for k in ("images", "action", "is_pad")}
     if processor is not None:
         collate = Collate(processor, fast, data.spec.normalizer)
@@ -751,37 +728,63 @@ def check_data(cfg):
 def validate(policy, data, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
-    val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged}"""
+    val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged,
+    val_swap_ratio_<camera>: that mean with this camera's picture from another episode / with its own}"""
     spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
     dataset = NoraDataset(data.validation, spec)
     pick = dataset.spread(cfg.val_samples)
     decoded = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)
-    decoded = set(pick[decoded].tolist())
-    counts, errors, steps = np.zeros(5), np.zeros(spec.normalizer.dim), 0  # loss, correct, tokens, malformed, decoded
+    decoded, few = set(decoded.tolist()), set(decoded[::4].tolist())  # of these few also with swapped pictures
+    places = [(e, t / len(dataset.targets[e])) for e, t in map(dataset.locate, pick)]
+    others = partners(*zip(*places, strict=True))  # None: there is one episode
+    counts, steps = np.zeros(5), 0  # loss, correct, tokens, malformed, decoded
+    errors = np.zeros((2 + len(spec.cameras), spec.normalizer.dim))  # of all, of few, of few with a swapped camera
     model.eval()
     with run.gathered(model):
         for first in range(run.rank * size, len(pick), run.world * size):
-            mine = pick[first : first + size].tolist()
-            items = [dataset[(0, i)] for i in mine]
+            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, rows of errors)
+            items = [dataset[(0, pick[i])] for i in mine]
             batch = collate(items)
             with torch.no_grad():
                 out = model(to_device(batch, run.device))
             counts[:3] += out["loss_sum"].item(), out["correct"].item(), len(batch["targets"])
-            wanted = [item for i, item in zip(mine, items, strict=True) if i in decoded]
-            if wanted:
-                prompts = [model.processor.ids(item["instruction"], item["state"]) for item in wanted]
-                predicted, malformed = policy.decode(np.stack([item["images"] for item in wanted]), prompts)
-                for item, chunk, left in zip(wanted, predicted, malformed, strict=True):
-                    counts[3:] += left, 1
-                    errors += np.abs(chunk - item["action"])[~item["is_pad"]].sum(0)
-                    steps += int((~item["is_pad"]).sum())
+            for i, item in zip(mine, items, strict=True):
+                swap = i in few and others is not None
+                if i in decoded:
+                    jobs.append((item, item["images"], [0, 1] if swap else [0]))
+                for k in range(len(spec.cameras) if swap else 0):
+                    pictures = item["images"].copy()
+                    pictures[k] = dataset[(0, pick[others[i]])]["images"][k]
+                    jobs.append((item, pictures, [2 + k]))
+            if jobs:
+                prompts = [model.processor.ids(item["instruction"], item["state"]) for item, _, _ in jobs]
+                predicted, malformed = policy.decode(np.stack([pictures for _, pictures, _ in jobs]), prompts)
+                for (item, _, rows), chunk, left in zip(jobs, predicted, malformed, strict=True):
+                    errors[rows] += np.abs(chunk - item["action"])[~item["is_pad"]].sum(0)
+                    if 0 in rows:
+                        counts[3:] += left, 1
+                        steps += int((~item["is_pad"]).sum())
     model.train()
-    loss, correct, tokens, malformed, decoded, steps, *errors = run.sum(*counts, steps, *errors)
-    mae, moves = np.array(errors) / max(steps, 1), ~spec.normalizer.constant
+    loss, correct, tokens, malformed, decoded, steps, *errors = run.sum(*counts, steps, *errors.flat)
+    errors, moves = np.array(errors).reshape(-1, spec.normalizer.dim), ~spec.normalizer.constant
+    mae, relative = errors[0] / max(steps, 1), (errors[:, moves] / spec.normalizer.half[moves]).sum(1)
     values = dict(val_loss=loss / tokens, val_token_accuracy=correct / tokens)
-    values |= dict(val_malformed_rate=malformed / max(decoded, 1))
-    values |= dict(val_action_mae=float(np.mean(mae[moves] / spec.normalizer.half[moves])) if moves.any() else 0.0)
-    return values | {f"val_mae_{name}": v for (name, _), v in zip(spec.action_names(), mae.tolist(), strict=True)}
+    mean = relative[0] / max(steps * moves.sum(), 1)
+    values |= dict(val_malformed_rate=malformed / max(decoded, 1), val_action_mae=mean)
+    for camera, swapped in zip(spec.cameras if relative[1] > 0 else (), relative[2:], strict=False):
+        values[f"val_swap_ratio_{camera}"] = swapped / relative[1]
+    return values | {f"val_mae_{name}": v for (name, _), v in zip(spec.contract.actions, mae.tolist(), strict=True)}
+
+
+def tell(values, show):
+    """What validate returned, in a line; a warning for every camera that the policy does not look at."""
+    text = f"loss {values['val_loss']:.4f} | acc {values['val_token_accuracy']:.3f} | malformed "
+    text += f"{values['val_malformed_rate']:.1%} | action MAE {values['val_action_mae']:.4f} of half the range"
+    for key in filter(lambda key: "swap" in key, values):
+        text += f" | {key.removeprefix('val_')} {values[key]:.2f}"
+        if values[key] < BLIND:
+            show(f"warning   {key} {values[key]:.2f}: no worse with another episode's picture, it does not look at it")
+    return text
 
 
 def finish(run, cfg):
@@ -839,6 +842,9 @@ def main(cfg):
     describe_fast(data, fast, run.print)
     collate = Collate(processor, fast, data.spec.normalizer)
     dataset = NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed)
+    if cfg.dataset.frame_store:
+        names, recipe = [*data.spec.recorders(data.train[0]).values()], ["squash", *data.spec.image_size]
+        dataset.reader.keep(cfg.dataset.frame_store, data.train, names, recipe, run)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, cfg.num_workers)
 
     # ---- model, optimizer
@@ -847,8 +853,7 @@ def main(cfg):
     layers = [*core.vlm.model.language_model.layers, *core.vlm.model.visual.blocks]
     model = run.prepare(core.train(), shards=layers if cfg.fsdp else ())
     trained = [p for p in core.parameters() if p.requires_grad]
-    settings = dict(lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay)
-    optimizer = torch.optim.AdamW(trained, **settings, fused=cuda or None)
+    optimizer = build_optimizer(cfg, trained, fused=cuda or None)
     if path:
         ckpt.restore_training_state(core, optimizer, ckpt.load_state(path / "state.pt"), cfg.fsdp)
     policy = Policy(core, fast, data.spec)
@@ -879,9 +884,7 @@ def main(cfg):
             step.log(values, f"loss {loss:.4f} | acc {accuracy:.3f} | grad {mean['grad_norm']:.2f}")
         if data.validation and step.every(cfg.val_frequency):
             v = validate(policy, data, collate, cfg, run)
-            rates = f"acc {v['val_token_accuracy']:.3f} | malformed {v['val_malformed_rate']:.1%}"
-            line = f"loss {v['val_loss']:.4f} | {rates} | action MAE {v['val_action_mae']:.4f} of half the range"
-            if step.validated(v, v["val_loss"], line):
+            if step.validated(v, v["val_loss"], tell(v, run.log.print)):
                 weights = gather()[0] if gather else None
                 run.save_best(out / "best", partial(saver.export, weights=weights), export)
         if step.should_save(cfg.checkpoint_save_frequency):

@@ -27,7 +27,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from common import MissingFile, UserError, require
@@ -424,6 +424,33 @@ def action_chunk(targets, frame, horizon, hold):
         fill = np.zeros_like(targets[:1]) if hold == "zero" else targets[-1:]
         chunk = np.concatenate([chunk, np.repeat(fill, missing, axis=0)])
     return chunk, np.arange(horizon) >= horizon - missing
+
+
+class Chunks(Dataset):
+    """The samples of some episodes: every frame that has a target. A script's dataset adds what it reads of a frame."""
+
+    def __init__(self, episodes, definition, horizon):
+        self.episodes, self.definition, self.horizon = episodes, definition, horizon
+        self.targets = [definition.targets(e) for e in episodes]
+        self.ends = np.cumsum([len(t) for t in self.targets])
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def spread(self, most):
+        """At most `most` samples, evenly spread."""
+        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
+
+    def locate(self, i):
+        """Sample -> (episode number, frame)."""
+        e = int(np.searchsorted(self.ends, i, side="right"))
+        return e, int(i - (self.ends[e - 1] if e else 0))
+
+    def chunk(self, i):
+        """((H, A) in data units, is_pad (H,)); past the end it stands still."""
+        e, t = self.locate(i)
+        hold = "zero" if self.definition.source == "ee_pose_delta" else "repeat"
+        return action_chunk(self.targets[e], t, self.horizon, hold)
 
 
 # ---- statistics and split --------------------------------------------------------------------------------------------

@@ -109,6 +109,33 @@ class FastTokenizer:
         c = np.clip(q, -bound, bound).reshape(horizon, dim) / self.scale
         return (dct_matrix(horizon).T @ c).astype(np.float32), "invalid" if broken.any() else status
 
+    def describe(self, chunks, normalizer, names, show):
+        """Print what coding costs: per dimension the error that clipping and coding leave to a perfect policy, beside
+        that of holding still. `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
+        errors, lengths, before = [], [], self.clipped
+        for chunk, is_pad, still in chunks:
+            unit = normalizer.normalize(chunk)
+            ids = self.encode(unit)
+            kept = [normalizer.unnormalize(x) for x in (unit, self.decode(ids, *chunk.shape)[0])]
+            errors.append(np.abs(np.stack([np.broadcast_to(still, chunk.shape), *kept]) - chunk)[:, ~is_pad])
+            lengths.append(len(ids))
+        errors, clipped = np.concatenate(errors, axis=1).mean(1, dtype=np.float64), self.clipped - before  # (3, A)
+        symbols = f"{clipped} coefficients without a symbol" + (" (--fast fit has them)" if clipped else "")
+        show(
+            f"FAST      {self.vocab_size} ids; {np.mean(lengths):.1f} tokens per chunk (max {max(lengths)}), {symbols}"
+        )
+        names = [f"{name} {unit}".strip() for name, unit in names]
+        show(f"error     {f'of {len(lengths)} chunks':<13} " + " ".join(f"{name:>11}" for name in names))
+        for what, values in zip(("holding still", "q01..q99 clip", "clip and FAST"), errors, strict=True):
+            show(f"          {what:<13} " + " ".join(f"{v:11.4g}" for v in values))
+        worst = []
+        for name, still, limited, coded in zip(names, *errors, strict=True):
+            if coded > 0.5 * still > 0:
+                worst.append(f"{name} {coded / still:.0%} (clipping alone {limited / still:.0%})")
+        if worst:
+            show(f"warning   the best that a policy can reach, of the error of holding still: {', '.join(worst)}")
+            show("          Use deltas, another horizon, or --fast fit with a larger --fast_scale")
+
 
 def dct_matrix(n):
     """(n, n) float64 orthonormal DCT-II: coefficients = matrix @ x, x = matrix.T @ coefficients."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, require
+from common.hub import weight_files
 
 TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
 
@@ -154,3 +155,22 @@ def open_backbone(folder):
         raise UserError(f"{lacks}: {str(error).splitlines()[0]}. Set --model to a directory that has them") from error
     require(config.model_type == "qwen2_5_vl", f"model '{folder}' is a {config.model_type}, not a qwen2_5_vl")
     return config, tokenizer, mean, std
+
+
+def load_model(folder, dtype, attention, missing_ok=()):
+    """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`; windows in batches."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # its bars break ours
+    batch_vision_attention()
+    weight_files(folder)  # says what is missing
+    vlm, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    wrong = dict(
+        missing=sorted(set(told["missing_keys"]) - set(missing_ok)), unexpected=sorted(told["unexpected_keys"])
+    )
+    text = "; ".join(f"{len(v)} {k} keys: {', '.join(v[:5])}" for k, v in wrong.items() if v)
+    require(not text, f"model '{folder}': its weights do not fill the network, {text}. Copy or download it again")
+    return vlm

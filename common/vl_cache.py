@@ -75,15 +75,8 @@ class VLEncoder:
     @functools.cached_property
     def vlm(self):
         """The backbone: vision tower and language model, in which every weight was found."""
-        from transformers import Qwen2_5_VLForConditionalGeneration
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # its bars break ours
-        qwen_vl.batch_vision_attention()
-        kind = dict(dtype=self.compute_dtype, attn_implementation=qwen_vl.pick_attention("auto", self.device))
-        vlm, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.folder, output_loading_info=True, **kind)
-        lost = sorted(set(loading["missing_keys"]) - {"lm_head.weight"})  # which no feature needs
-        require(not lost, f"{self.folder} lacks {len(lost)} of the model's tensors, e.g. {lost[:3]}: get it again")
+        attention = qwen_vl.pick_attention("auto", self.device)
+        vlm = qwen_vl.load_model(self.folder, self.compute_dtype, attention, missing_ok=["lm_head.weight"])
         vlm = vlm.model
         if self.layer >= 0:
             vlm.language_model.layers = vlm.language_model.layers[: self.layer]

@@ -111,8 +111,10 @@ def items_of(parts, indices):
     return [parts.dataset[(0, i)] for i in indices]
 
 
-def observation(item, **more):
-    images = {"camera1": item["images"][0], "camera3": item["images"][1]}
+def observation(parts, item, **more):
+    """What a robot would send at that frame."""
+    episode = next(e for e in parts.data.train if e.name == item["episode"])
+    images = parts.spec.images(ep.ImageReader(), episode, item["frame"])
     return dict(images=images, instruction=item["instruction"], **more)
 
 
@@ -215,13 +217,15 @@ def test_logits_of_an_older_release(shared):
     expected = np.load(folder / "io.npz")
     definition = dict(source="action", dim=1, rotation_unit="rad")
     stats = dict(action={k: [0.0] for k in ("mean", "std", "min", "max", "q01", "q99")})
-    spec = nora.Spec(1, ["camera1"], [224, 224], "", [], definition, None, stats)
+    about = dict(script="train_nora", images={"camera1": None}, actions=[("x", "")], horizon=1, rate_hz=15)
+    about |= dict(kind="absolute", first_row="")
+    spec = nora.Spec([224, 224], "", [], definition, about, stats)
     processor = nora.Processor(folder / "model", spec)
     answer = [processor.first_action + i for i in (5, 77, 2047)] + [processor.end]
     prompt = processor.ids("Insert the needle into the target point")
     ids = (prompt + answer)[: len(expected["ids"])]
     assert ids == expected["ids"].tolist()[: len(ids)] and len(prompt) < len(ids)
-    core = nora.Nora(nora.load_backbone(processor, torch.float32, "sdpa"), processor)
+    core = nora.Nora(qwen_vl.load_model(processor.folder, torch.float32, "sdpa"), processor)
     ids = expected["ids"].tolist()
     positions = torch.from_numpy(qwen_vl.rope_positions(ids, processor.image_token_id, processor.grid))[:, None]
     with torch.no_grad():
@@ -317,10 +321,10 @@ def test_padding_and_batch_composition_change_no_loss_and_no_prediction(parts):
         heard = [parts.core.compute_loss(parts.collate([i]))["loss_sum"] for i in other]
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert len({x.item() for x in [alone[0], *heard]}) == 3, "it listens to the text and looks at the picture"
-    chunks = parts.policy.predict([observation(i) for i in items])
+    chunks = parts.policy.predict([observation(parts, i) for i in items])
     assert chunks.shape == (3, 3, 6) and chunks.dtype == np.float32
     for row, item in zip(chunks, items, strict=True):
-        np.testing.assert_array_equal(parts.policy.predict([observation(item)])[0], row)
+        np.testing.assert_array_equal(parts.policy.predict([observation(parts, item)])[0], row)
 
 
 def test_the_policy_sees_what_the_training_saw(tmp_path, base):
@@ -412,7 +416,7 @@ def test_the_checkpoint_holds_the_weights_after_the_step_and_predicts_the_same(t
         optimizer.zero_grad()
     for name, value in core.named_parameters():
         torch.testing.assert_close(state(tmp_path / "steps_2")[name], value.detach(), rtol=1e-5, atol=1e-6)
-    seen = [observation(i) for i in items_of(parts, [0, 9, 17])]
+    seen = [observation(parts, i) for i in items_of(parts, [0, 9, 17])]
     expected = kept["policy"].predict(seen)
     for path in (tmp_path, tmp_path / "steps_2", tmp_path / "steps_2" / "model", tmp_path / "best"):
         np.testing.assert_array_equal(nora.load_policy(path, "cpu").predict(seen), expected)
@@ -546,7 +550,7 @@ def test_lora_trains_the_adapter_and_the_action_rows_and_merges(tmp_path, base, 
     rows = (before[table] != after[table]).any(1).nonzero().flatten()
     assert rows.min() >= parts.processor.first_action, "only action rows"
     assert torch.equal(after[table], after["lm_head.weight"]), "still tied"
-    seen = [observation(i) for i in items_of(parts, [0, 11])]
+    seen = [observation(parts, i) for i in items_of(parts, [0, 11])]
     a, b = (nora.load_policy(p, "cpu").predict(seen) for p in (step, step / "merged"))
     np.testing.assert_allclose(a, b, atol=1e-6)
     shutil.rmtree(step / "merged")
@@ -571,7 +575,7 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
         collate = nora.Collate(policy.model.processor, policy.fast, policy.spec.normalizer)
         again = nora.validate(policy, data, collate, parts.cfg, fake_run)
         assert again["val_loss"] == pytest.approx(first[-1]["val_loss"], rel=1e-4), name
-    assert policy.predict([observation(i) for i in items]).shape == (2, 3, 6)
+    assert policy.predict([observation(parts, i) for i in items]).shape == (2, 3, 6)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="stands on the weights of .*first/steps_4/model"):
         run([*base, *LORA, "--output_dir", "second"], "--max_steps", 3, "--resume", "auto")
@@ -616,7 +620,8 @@ def test_the_state_in_the_prompt_reaches_the_model(tmp_path, base):
     text = policy.model.processor.text("go", policy.spec.state_normalizer.normalize(raw))
     assert text.count(" State: ") == 1 and len(text.split(" State: ")[1].split("<|im_end|>")[0].split()) == 12
     np.testing.assert_array_equal(policy.spec.state_normalizer.normalize(raw), item["state"])
-    assert policy.predict([observation(item, state=raw)]).shape == (1, 3, 6)
+    seen = observation(types.SimpleNamespace(data=data, spec=data.spec), item, state=raw)
+    assert policy.predict([seen]).shape == (1, 3, 6)
 
 
 # ---- faults and what it says -----------------------------------------------------------------------------------------
@@ -722,7 +727,7 @@ def test_the_mean_error_has_one_unit(parts):
     policy = types.SimpleNamespace(spec=parts.spec, model=parts.core)
     policy.decode = lambda images, prompts: (np.zeros((len(images), 3, 6)), np.zeros(len(images)))
     v = nora.validate(policy, parts.data, parts.collate, parts.cfg, run_)
-    moves, names = ~parts.spec.normalizer.constant, [f"val_mae_{n}" for n, _ in parts.spec.action_names()]
+    moves, names = ~parts.spec.normalizer.constant, [f"val_mae_{n}" for n, _ in parts.spec.contract.actions]
     mae = np.array([v[n] for n in names])[moves]
     assert v["val_action_mae"] == pytest.approx((mae / parts.spec.normalizer.half[moves]).mean())
 
