@@ -421,9 +421,8 @@ class Nora(nn.Module):
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
         seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
-        out = self.vlm.generate(
-            **seen, max_new_tokens=2 * count + 1, logits_processor=[rule]
-        )  # a coefficient takes 1 or 2
+        most = 2 * count + 1  # a coefficient takes at most two tokens
+        out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule])
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
 

@@ -131,6 +131,13 @@ def test_the_target_is_the_motion_that_follows_and_every_frame_is_seen(parts):
     assert last["frame"] == e.num_frames - 2
 
 
+def test_a_frame_store_gives_the_same_training(tmp_path, base):
+    plain = run(base, "--output_dir", tmp_path / "a", "--max_steps", 2)
+    flags = [*base, "--frame_store", tmp_path / "frames", "--output_dir", tmp_path / "b"]
+    assert losses(run(flags, "--max_steps", 2)) == losses(plain)
+    assert sum(p.stat().st_size for p in (tmp_path / "frames").glob("**/*.u8")) >= 2 * 3 * 56 * 56 * 3
+
+
 def test_augmentation_and_dropout_are_functions_of_seed_and_position(base, parts):
     more = "--augment --camera_dropout_prob 1 --cameras camera1 camera2 camera3 --min_cameras 2"
     cfg = config(base, *more.split())
@@ -600,6 +607,37 @@ def test_head_trains_the_embedding_table_only_and_gradient_checkpointing_changes
     assert set(state(tmp_path / "b/steps_2")) == {"vlm.model.language_model.embed_tokens.weight"}
 
 
+def test_language_leaves_the_vision_tower_as_it_was(tmp_path, base, qwen_dir):
+    """Frozen in the backbone's bits, out of state.pt, and exported; a resume goes on."""
+    flags = [*base, "--train", "language", "--output_dir", tmp_path]
+    run(flags, "--max_steps", 1, "--mixed-precision", "bf16")
+    kept = state(tmp_path / "steps_1")
+    assert not any("visual" in k for k in kept) and any("layers.1.mlp" in k for k in kept)
+    before, after = load_file(qwen_dir / "model.safetensors"), load_file(tmp_path / "steps_1/model/model.safetensors")
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value.bfloat16())}
+    assert not any("visual" in name for name in moved)
+    assert {name for name, value in before.items() if value.ndim == 2 and "visual" not in name} <= moved
+    assert len(losses(run(flags, "--max_steps", 2, "--mixed-precision", "bf16", "--resume", "auto"))) == 2
+
+
+def test_moments_in_8_bits_are_bitsandbytes_own(monkeypatch, parts):
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    cfg = dataclasses.replace(parts.cfg, adamw_8bit=True)
+    monkeypatch.setattr(nora, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        nora.check_config(cfg)
+    monkeypatch.setattr(nora, "find_spec", lambda name: True)
+    nora.check_config(cfg)
+    module = types.ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = AdamW8bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    optimizer = nora.build_optimizer(cfg, [torch.zeros(2, requires_grad=True)], None)
+    assert type(optimizer) is AdamW8bit and optimizer.defaults["betas"] == (0.9, 0.95)
+
+
 def test_bf16_trains_fp32_masters_and_exports_bf16(tmp_path, base):
     flags = [*base, "--output_dir", tmp_path, "--mixed-precision", "bf16", "--val_frequency", 1]
     run(flags, "--max_steps", 1)
@@ -622,6 +660,23 @@ def test_the_state_in_the_prompt_reaches_the_model(tmp_path, base):
     np.testing.assert_array_equal(policy.spec.state_normalizer.normalize(raw), item["state"])
     seen = observation(types.SimpleNamespace(data=data, spec=data.spec), item, state=raw)
     assert policy.predict([seen]).shape == (1, 3, 6)
+
+
+def test_the_state_can_be_noisy_or_missing_in_training_only(base):
+    """Functions of seed and position; the prompt of a sample without state has none."""
+    flags = [*base, "--state_in_prompt", "--state_noise", 0.1, "--state_dropout", 0.3]
+    cfg, data = config(flags), nora.load_data(config(flags))
+    noisy, again = (nora.NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed) for _ in range(2))
+    plain, states = nora.NoraDataset(data.train, data.spec)[(0, 3)]["state"], []
+    for p in range(80):
+        state, other = (d[(p, 3)]["state"] for d in (noisy, again))
+        assert (state is None) == (other is None)
+        if state is not None:
+            np.testing.assert_array_equal(state, other)
+            states.append(state - plain)
+    assert 40 <= len(states) <= 70 and 0.08 < np.std(states) < 0.12
+    off = nora.NoraDataset(data.train, data.spec, nora.DatasetConfig(), cfg.seed)
+    np.testing.assert_array_equal(off[(5, 3)]["state"], plain)
 
 
 # ---- faults and what it says -----------------------------------------------------------------------------------------
@@ -730,6 +785,63 @@ def test_the_mean_error_has_one_unit(parts):
     moves, names = ~parts.spec.normalizer.constant, [f"val_mae_{n}" for n, _ in parts.spec.contract.actions]
     mae = np.array([v[n] for n in names])[moves]
     assert v["val_action_mae"] == pytest.approx((mae / parts.spec.normalizer.half[moves]).mean())
+
+
+class Swapped:
+    """A policy that answers from its pictures, or without looking: what it decodes of two cameras."""
+
+    def __init__(self, parts, looks):
+        self.spec, self.model, self.looks = parts.spec, parts.core, looks
+        dataset = nora.NoraDataset(parts.data.validation + parts.data.train[:1], parts.spec)
+        self.known = {i["images"][0].tobytes(): i["action"] for i in (dataset[(0, n)] for n in range(len(dataset)))}
+
+    def decode(self, images, prompts):
+        chunks = [self.known[k[0].tobytes()] * 0.9 if self.looks else np.zeros((3, 6)) for k in images]
+        return np.stack(chunks), np.zeros(len(chunks))
+
+
+def test_a_policy_that_does_not_look_is_told_apart_per_camera(parts):
+    """One answers from camera1 alone, one from nothing: camera3 changes nothing for either."""
+    run_ = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
+    data = dataclasses.replace(parts.data, validation=parts.data.validation + parts.data.train[:1])
+    cfg = dataclasses.replace(parts.cfg, val_samples=24, val_decode_samples=24)
+    for looks in (True, False):
+        said = []
+        v = nora.validate(Swapped(parts, looks), data, parts.collate, cfg, run_)
+        line = nora.tell(v, said.append)
+        assert v["val_swap_ratio_camera3"] == pytest.approx(1) and "swap_ratio_camera3 1.00" in line
+        assert (v["val_swap_ratio_camera1"] > 1.5) == looks
+        assert [("camera1" in text, "camera3" in text) for text in said] == [(True, False)] * (not looks) + [
+            (False, True)
+        ]
+    alone = nora.validate(Swapped(parts, True), parts.data, parts.collate, cfg, run_)
+    assert not any("swap" in key for key in alone), "with one episode there is nothing to swap with"
+
+
+def test_the_policy_says_what_it_takes_and_gives(tmp_path, base, insertion_root):
+    """In a checkpoint of a run with the state in the prompt; what it says can be written down."""
+    flags = [*base, "--state_in_prompt", "--use_qpos", "--rate_hz", 14.9]
+    run(flags, "--output_dir", tmp_path, "--max_steps", 1)
+    policy = nora.load_policy(tmp_path, "cpu")
+    about = json.loads(json.dumps(policy.describe()))
+    assert about["cameras"] == {c: dict(height=60, width=80) for c in ("camera1", "camera3")}
+    assert [c["name"] for c in about["actions"]] == ["dx", "dy", "dz", "droll", "dpitch", "dyaw"]
+    assert about["actions"][0]["unit"] == "mm" and about["actions"][0]["low"] < about["actions"][0]["high"]
+    assert (about["kind"], about["horizon"], about["rate_hz"]) == ("delta", 3, 14.9)
+    assert "the motion to the next frame" in about["first_row"] and about["latency_ms"] > 0
+    assert len(about["state"]) == 12 and about["instructions"] and about["needs"] == {}
+    seen = next(iter(policy.open_episodes(insertion_root)))["sample"](2)
+    expected = policy.predict([seen])
+    policy.reset()
+    np.testing.assert_array_equal(policy.predict([seen]), expected)
+    side = np.repeat(seen["images"]["camera1"], 2, axis=1)
+    for wrong, message in (
+        (dict(images=seen["images"] | dict(camera1=side)), "camera1 is 160x60.*aspect ratio"),
+        (dict(state=seen["state"][:6]), r"state has shape \(6,\)"),
+        (dict(images=dict(camera1=side)), "camera3 is missing|aspect ratio"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy.predict([seen | wrong])
 
 
 def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
