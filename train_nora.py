@@ -506,7 +506,7 @@ def weights_source(cfg):
 def build_model(cfg, processor, device, dtype, attention):
     """-> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`."""
     large = cfg.train in ("full", "language")
-    vlm = qwen.load_model(processor.folder, torch.float32 if large else dtype, attention)
+    vlm = qwen.load_backbone(processor.folder, torch.float32 if large else dtype, attention)
     peft_model = choose_trained(cfg, vlm, processor.first_action, dtype)
     return Nora(vlm, processor).to(device), peft_model
 
@@ -584,7 +584,7 @@ def load_policy(path, device=None):
     dtype, attention = torch.bfloat16 if device.type == "cuda" else torch.float32, qwen.pick_attention("auto", device)
     adapter = (folder / "adapter_config.json").is_file()
     processor = Processor(open_base(folder, about) if adapter else folder, spec)
-    vlm = qwen.load_model(processor.folder, dtype, attention)
+    vlm = qwen.load_backbone(processor.folder, dtype, attention)
     if adapter:
         from peft import PeftModel
 

@@ -157,7 +157,7 @@ def open_backbone(folder):
     return config, tokenizer, mean, std
 
 
-def load_model(folder, dtype, attention, missing_ok=()):
+def load_backbone(folder, dtype, attention, missing_ok=()):
     """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`; windows in batches."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar

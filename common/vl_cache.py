@@ -76,7 +76,7 @@ class VLEncoder:
     def vlm(self):
         """The backbone: vision tower and language model, in which every weight was found."""
         attention = qwen_vl.pick_attention("auto", self.device)
-        vlm = qwen_vl.load_model(self.folder, self.compute_dtype, attention, missing_ok=["lm_head.weight"])
+        vlm = qwen_vl.load_backbone(self.folder, self.compute_dtype, attention, missing_ok=["lm_head.weight"])
         vlm = vlm.model
         if self.layer >= 0:
             vlm.language_model.layers = vlm.language_model.layers[: self.layer]

@@ -232,7 +232,7 @@ def test_logits_of_an_older_release(shared):
     prompt = processor.ids("Insert the needle into the target point")
     ids = (prompt + answer)[: len(expected["ids"])]
     assert ids == expected["ids"].tolist()[: len(ids)] and len(prompt) < len(ids)
-    core = nora.Nora(qwen_vl.load_model(processor.folder, torch.float32, "sdpa"), processor)
+    core = nora.Nora(qwen_vl.load_backbone(processor.folder, torch.float32, "sdpa"), processor)
     ids = expected["ids"].tolist()
     positions = torch.from_numpy(qwen_vl.rope_positions(ids, processor.image_token_id, processor.grid))[:, None]
     with torch.no_grad():
