@@ -53,7 +53,7 @@ def main(cfg):
     if drawn:
         train, validation = ([found[i] for i in part] for part in ep.hold_out_random(found, drawn, cfg.seed))
     wanted = [key for key in ("qpos", "ee_pose") if getattr(d, f"use_{key}")]
-    keys = [key for key in wanted if getattr(found[0], key) is not None]
+    keys = [key for key in wanted if getattr(found[0], key) is not None] or ["no_state"]
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
     stats = ep.insertion_stats(train, definition, [e.name for e in validation], keys)
     save_stats(cfg.output, stats)

@@ -7,8 +7,8 @@ here, final_hf/ loads there. One sample is one frame: K images, text and robot s
     bash shells/train_smolvla_sim.sh --multi-gpu --num-gpus 5                           # torchrun --nproc_per_node=5
     python train_smolvla_sim.py --config configs/demo/smolvla_sim.yaml --max_steps 20   # a CPU, make_demo.py's output
 
-Output, in output_dir: checkpoints/checkpoint_step_N.pt (resumes), best_hf/ and final_hf/ (LeRobot's format) beside it,
-validation_episodes.txt, loss_spikes.txt and .csv, metrics.jsonl, loss.png.
+Output, in output_dir: checkpoints/checkpoint_step_N.pt (resumes; what stays frozen is beside it, once), best_hf/ and
+final_hf/ (LeRobot's format), validation_episodes.txt, loss_spikes.txt and .csv, metrics.jsonl, loss.png.
 
 Letters in shapes: B batch, K cameras, T tokens of an image, L text tokens, N prefix tokens (images, text, state), S
 action steps (the chunk), A padded action dims, D width of the VLM, W width of the expert.
@@ -23,7 +23,6 @@ import json
 import math
 import operator
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -31,23 +30,26 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from common import MissingFile, hub, log, require
+from common import MissingFile, frozen, hub, lerobot, log, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
 from common.ema import Ema
+from common.frames import stack
+from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
-from common.stats import LISTS, MODES, Normalizer, load_stats, save_stats
+from common.spikes import Spikes
+from common.stats import Normalizer, load_stats, save_stats
 
-FORMAT = 2  # of checkpoint_step_N.pt and of meta.json in an exported folder
+FORMAT = 3  # of checkpoint_step_N.pt and of meta.json in an exported folder
 ROPE_BASE = 10_000.0  # SmolVLA's own; the VLM's config says 100,000 and is not asked
 HEADS = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
 NORMALIZERS = dict(MEAN_STD="mean_std", MIN_MAX="min_max", QUANTILES="q01_q99", IDENTITY="identity")  # LeRobot's: ours
@@ -63,10 +65,13 @@ class DatasetConfig:
     task_instruction: str = "Insert needle into eye trocar in simulation"  # for files without language_instruction
     cameras: tuple[str, ...] = ("side_camera", "tool_camera", "top_camera")  # recorded names: LeRobot's camera1, ...
     use_qpos: bool = False  # the state contains qpos, before ee_pose
-    use_ee_pose: bool = True  # the state contains ee_pose
+    use_ee_pose: bool = True  # the state contains ee_pose; without both the model sees no state
+    state_noise: float = 0.0  # std of noise on the state in training, in standard deviations of each dimension
+    state_dropout: float = 0.0  # chance that a training sample has the mean state, so that its pictures must tell
     use_ee_pose_delta_as_action: bool = False  # target = ee_pose[t+1] - ee_pose[t] instead of the recorded action[t]
     rotation_unit: Literal["auto", "rad", "deg"] = "auto"  # of ee_pose[:, 3:6]; auto: deg if a value exceeds 2 pi
     skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
+    frame_dir: str | None = None  # folder on a local disk where all pictures are kept decoded; null: decode each time
     augment: bool = False  # colour augmentation of training images (simulated data is already randomised)
     augment_brightness: float = 0.2  # +- this share of full scale
     augment_contrast: float = 0.2  # factor 1 +- this
@@ -94,6 +99,7 @@ class PolicyConfig:
     chunk_size: int = 50  # S
     n_action_steps: int = 50  # actions that a robot executes of a chunk, for LeRobot's queue
     num_steps: int = 10  # Euler steps of sampling
+    noise_draws: int = 1  # chunks that a prediction is the mean of; LeRobot draws one
     max_state_dim: int = 32  # states are padded with zeros to this
     max_action_dim: int = 32  # A
     resize_imgs_with_padding: tuple[int, int] = (512, 512)  # width, height in pixels, a square
@@ -116,6 +122,7 @@ class TrainingConfig:
     lambda_temporal: float = 0.1  # weight of the smoothness of the predicted clean actions; 0: plain SmolVLA
     loss_spike_threshold: float = 10.0  # a loss above this times the mean of the last 100 is recorded
     use_bfloat16: bool = True  # bf16 autocast on CUDA, frozen weights bf16; trained weights are fp32 in any case
+    gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower
     ema_decay: float = 0.0  # average of the trained weights, for validation and export; 0: off, 0.999 is usual
 
 
@@ -180,14 +187,16 @@ PATTERNS = ("checkpoint_step_*.pt", "checkpoint_latest.pt")  # what can be resum
 NAMES = dict(samples_per_s="train/samples_per_sec", data_wait="train/data_wait", skipped_steps="train/skipped_steps")
 NAMES["memory_gb"] = "system/vram_allocated_gb"
 # without these the moments, the noise or the order of the samples would belong to another run
-FREE = ("vlm_model_name", "pretrained_model_id", "num_steps", "n_action_steps")
+FREE = ("vlm_model_name", "pretrained_model_id", "num_steps", "noise_draws", "n_action_steps")
 FIXED = (
     *("seed", "train", "lora_rank", "lora_alpha", "normalization.enable", "normalization.mode", "dataset.cameras"),
     *("dataset.use_qpos", "dataset.use_ee_pose", "dataset.use_ee_pose_delta_as_action", "dataset.rotation_unit"),
+    *("dataset.state_noise", "dataset.state_dropout"),
     *(f"policy.{f.name}" for f in dataclasses.fields(PolicyConfig) if f.name not in FREE),
 )
 POSITIVE = ("training.steps", "training.batch_size", "training.gradient_accumulation_steps", "training.log_freq")
 POSITIVE += ("training.save_freq", "validation.val_freq", "validation.num_samples", "policy.num_steps")
+POSITIVE += ("policy.noise_draws",)
 # weights mean nothing with another value of these, though their shapes may fit
 SAME_NETWORK = ("num_vlm_layers", "attention_mode", "self_attn_every_n_layers", "min_period", "max_period")
 
@@ -201,6 +210,8 @@ def check_config(cfg):
     differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
     require(d.horizon == p.chunk_size, differ)
     require(0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1")
+    told = f"dataset.state_noise is {d.state_noise} and dataset.state_dropout {d.state_dropout}"
+    require(d.state_noise >= 0 and 0 <= d.state_dropout <= 1, f"{told}: expected 0 (off) or more, and a share, 0 to 1")
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"
     require(not (cfg.resume and cfg.init_from), both)
     alone = "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"
@@ -215,11 +226,14 @@ class DataSpec:
     """What one row of data means; in every checkpoint."""
 
     cameras: list  # recorded names in policy order: camera1, camera2, ...
-    image_shapes: list  # [height, width] as recorded, per camera
-    state_keys: list  # of ["qpos", "ee_pose"], in this order
-    state_dim: int
+    image_shapes: list  # [height, width] as recorded, per camera; None: not known
+    state_keys: list  # of ["qpos", "ee_pose"], in this order, or ["no_state"]
+    state_names: list  # [[name, unit]] per state dim; empty with no_state
     action_definition: dict  # common.episodes.ActionDefinition
     action_names: list  # [[name, unit]] per action dim, for reports: q1..: a target for qpos
+    absolute: bool  # an action is a target, not a motion
+    rate_hz: float  # frames per second; 0: not known
+    instructions: list  # of the training; empty: not known
     normalization: str  # MEAN_STD, MIN_MAX, QUANTILES or IDENTITY
     task_instruction: str
     stats: dict  # common.stats
@@ -243,18 +257,8 @@ class Data:
     fingerprint: str  # changes when the training samples or their order would
     table: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
 
-
-def name_actions(found, definition):
-    """-> [[name, unit]] per action dim. It is a joint target if qpos tells more about it than its own mean does."""
-    if definition.source == "ee_pose_delta":
-        position, turns = ep.detect_position_unit(found) or "", ("droll", "dpitch", "dyaw")
-        return [[n, position] for n in ("dx", "dy", "dz")] + [[n, definition.rotation_unit] for n in turns]
-    action, qpos = found[0].action, found[0].qpos
-    comparable = qpos is not None and qpos.shape == action.shape
-    if not comparable or np.abs(action - qpos).mean() > 0.5 * np.abs(action - action.mean(0)).mean():
-        return [[f"action{i + 1}", ""] for i in range(definition.dim)]
-    unit = "deg" if max(np.abs(e.qpos).max() for e in found) > 2 * np.pi + 1e-3 else "rad"
-    return [[f"q{i + 1}", unit] for i in range(definition.dim)]
+    def part(self, which):
+        return [self.episodes[i] for i in which]
 
 
 def load_data(cfg, run=None, saved=None):
@@ -268,16 +272,11 @@ def load_data(cfg, run=None, saved=None):
     train, validation, table, gone = ep.split_or_keep(frames, draw, then if d.skip_bad_episodes else None)
     trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
     fingerprint = hashlib.sha256(json.dumps(ep.trained_in(table)).encode()).hexdigest()[:16]
-    first, known = found[0], list(found[0].cameras)
-    numbered = {f"camera{k}": name for k, name in enumerate(known, 1)}
-    cameras = [c if c in known else numbered.get(c, c) for c in d.cameras]
-    usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
-    names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
-    require(usable, f"dataset.cameras is {list(d.cameras)}; expected one or more of {names}, each once")
-    state_keys = [k for k in ("qpos", "ee_pose") if getattr(d, f"use_{k}")]
-    there = [k for k in ("qpos", "ee_pose") if getattr(first, k) is not None]
-    made = f"the state is made of {state_keys or 'nothing'} (dataset.use_qpos, dataset.use_ee_pose)"
-    require(state_keys and set(state_keys) <= set(there), f"{made}; {first.path} has {there or 'neither'}")
+    first, cameras = found[0], ep.choose_cameras(found, d.cameras)
+    state_keys = [k for k in ("qpos", "ee_pose") if getattr(d, f"use_{k}")] or ["no_state"]
+    there = [k for k in ("qpos", "ee_pose", "no_state") if getattr(first, k) is not None]
+    made = f"the state is made of {state_keys} (dataset.use_qpos, dataset.use_ee_pose); {first.path} has {there}"
+    require(set(state_keys) <= set(there), made)
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
     plain = dataclasses.asdict(definition)
     if saved and saved["fingerprint"] == fingerprint:
@@ -293,9 +292,14 @@ def load_data(cfg, run=None, saved=None):
     p, reader, how = cfg.policy, ep.ImageReader(), "raise it (a pretrained policy does not fit then), or choose fewer"
     for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
         require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
-    shapes = [list(reader.read(first, c, 0).shape[:2]) for c in cameras]
-    mode, names = n.mode if n.enable else "IDENTITY", name_actions(found, definition)
-    spec = DataSpec(cameras, shapes, state_keys, state_dim, plain, names, mode, d.task_instruction, stats)
+    names, state_names = ep.name_columns(found, definition, state_keys)
+    texts = sorted({e.instruction or d.task_instruction for e in trained})
+    about = dict(cameras=cameras, image_shapes=[list(reader.read(first, c, 0).shape[:2]) for c in cameras])
+    about |= dict(state_keys=state_keys, state_names=state_names, action_definition=plain, action_names=names)
+    about |= dict(absolute=bool(definition.still(first).any()), instructions=texts, stats=stats)
+    about["rate_hz"] = float(np.median([e.rate_hz for e in found if e.rate_hz] or [0]))
+    mode = n.mode if n.enable else "IDENTITY"
+    spec = DataSpec(**about, normalization=mode, task_instruction=d.task_instruction)
     return Data(found, train, validation, notes + gone, spec, fingerprint, table)
 
 
@@ -342,13 +346,13 @@ class SmolVLADataset(Dataset):
     str | name (episode index, episode, frame)
     """
 
-    def __init__(self, data, which, cfg, training=False):
-        self.spec, self.cfg, self.augment = data.spec, cfg, training and cfg.dataset.augment
+    def __init__(self, data, which, cfg, training=False, reader=None):
+        self.spec, self.cfg, self.training = data.spec, cfg, training
         self.which, self.episodes = list(which), [data.episodes[i] for i in which]
         self.targets = [data.spec.definition.targets(e) for e in self.episodes]
         self.states = [ep.robot_state(e, data.spec.state_keys) for e in self.episodes]
         self.hold = "zero" if data.spec.definition.source == "ee_pose_delta" else "repeat"
-        self.reader, self.samples = ep.ImageReader(), []  # (episode number within this part, frame)
+        self.reader, self.samples = reader or ep.ImageReader(), []  # (episode number within this part, frame)
         for e, target in enumerate(self.targets):
             self.samples += [(e, t) for t in range(len(target))]
 
@@ -358,10 +362,11 @@ class SmolVLADataset(Dataset):
     def __getitem__(self, key):
         position, i = key
         e, t = self.samples[i]
-        episode, p, rng = self.episodes[e], self.cfg.policy, generator_at(self.cfg.seed, position, "noise")
+        episode, p, d = self.episodes[e], self.cfg.policy, self.cfg.dataset
+        rng = generator_at(self.cfg.seed, position, "noise")
         action, is_pad = ep.action_chunk(self.targets[e], t, p.chunk_size, self.hold)
         item = dict(
-            state=self.states[e][t],
+            state=self.disturb(self.states[e][t], position) if self.training else self.states[e][t],
             action=action,
             is_pad=is_pad,
             noise=rng.standard_normal((p.chunk_size, p.max_action_dim), dtype=np.float32),
@@ -370,10 +375,19 @@ class SmolVLADataset(Dataset):
             name=(self.which[e], episode.name, t),
         )
         images = [self.reader.read(episode, c, t) for c in self.spec.cameras]
-        if self.augment:
+        if self.training and d.augment:
             rng = generator_at(self.cfg.seed, position, "augment")
-            images = [augment_image(image, self.cfg.dataset, rng) for image in images]
+            images = [augment_image(image, d, rng) for image in images]
         return item | dict(images=images)
+
+    def disturb(self, state, position):
+        """State noise and state dropout: a policy that is never sure of its state looks at its pictures."""
+        d, stats = self.cfg.dataset, self.spec.stats["observation.state"]
+        if not (d.state_noise or d.state_dropout):
+            return state
+        rng = generator_at(self.cfg.seed, position, "state")
+        noise = d.state_noise * np.asarray(stats["std"]) * rng.standard_normal(len(state))
+        return np.float32(stats["mean"] if rng.random() < d.state_dropout else state + noise)
 
 
 class Collate:
@@ -383,15 +397,18 @@ class Collate:
         self.tokenizer, self.policy, self.spec = tokenizer, policy, spec
 
     def inputs(self, observations):
-        """images: list of the B*K pictures, (h, w, 3) | tokens, token_mask (B, L): the text ends with a newline, as in
-        LeRobot's preprocessor | state (B, max_state_dim) normalised, zero-padded."""
+        """images: the B*K pictures as one tensor (B*K, h, w, 3) in a list, or one each where sizes differ | tokens,
+        token_mask (B, L): the text ends with a newline, as in LeRobot's preprocessor | state (B, max_state_dim)
+        normalised, zero-padded."""
         texts = [(o.get("instruction") or self.spec.task_instruction).rstrip("\n") + "\n" for o in observations]
         length = dict(padding="max_length", max_length=self.policy.tokenizer_max_length, truncation=True)
         tokens = self.tokenizer(texts, padding_side="right", return_tensors="pt", **length)
-        state = self.spec.state_scale.normalize(np.stack([np.asarray(o["state"]) for o in observations]))
-        images = itertools.chain(*(o["images"] for o in observations))
+        told = [np.asarray(o["state"]) if self.spec.state_names else np.zeros(1) for o in observations]
+        state = self.spec.state_scale.normalize(np.stack(told))
+        images = list(itertools.chain(*(o["images"] for o in observations)))
+        together = len({(image.shape, image.dtype) for image in images}) == 1
         return dict(
-            images=[torch.from_numpy(np.array(image)) for image in images],
+            images=[stack(images)] if together else [stack([image]) for image in images],
             tokens=tokens["input_ids"],
             token_mask=tokens["attention_mask"].bool(),
             state=F.pad(torch.from_numpy(state), (0, self.policy.max_state_dim - state.shape[-1])),
@@ -409,13 +426,18 @@ class Collate:
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-def rope(x, positions):
-    """(B, heads, n, d) turned by positions (B or 1, n): half-split rotation, computed in fp32."""
-    half = x.shape[-1] // 2
-    rate = ROPE_BASE ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+def rotary(positions, width):
+    """positions (B or 1, n) -> cosine, sine (B or 1, 1, n, width / 2) fp32: once for all layers and heads."""
+    half = width // 2
+    rate = ROPE_BASE ** -(torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angle = positions[:, None, :, None].float() * rate
-    x1, x2 = x.float().split(half, dim=-1)
-    return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()], dim=-1).to(x.dtype)
+    return angle.cos(), angle.sin()
+
+
+def rope(x, table):
+    """(B, heads, n, d) turned by rotary's table: half-split rotation, computed in fp32."""
+    (x1, x2), (cos, sin) = x.float().chunk(2, dim=-1), table
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
 def attend(q, k, v, mask):
@@ -469,7 +491,7 @@ class FlowModel(nn.Module):
         super().__init__()
         from transformers import LlamaModel, SmolVLMForConditionalGeneration
 
-        self.policy, self.joint = p, expert_attention(vlm_config, p)
+        self.policy, self.joint, self.recompute = p, expert_attention(vlm_config, p), False
         self.stride = p.num_vlm_layers // len(self.joint)
         self.last_used = (len(self.joint) - 1) * self.stride  # of this VLM layer only keys and values are needed
         vlm_config = copy.deepcopy(vlm_config)
@@ -495,37 +517,57 @@ class FlowModel(nn.Module):
     def vlm(self):
         return self.vlm_with_expert.vlm.model
 
-    def vlm_layers(self, x, positions, mask, past=None):
+    def keep_less(self, layer, *args):
+        """layer(*args); with `recompute` the backward pass computes what happened inside again."""
+        again = self.recompute and torch.is_grad_enabled()
+        return checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
+
+    def vlm_layer(self, i, x, table, mask, past):
+        """Layer i of the VLM's text: tokens x (B, n, D) after `past` (keys, values) -> (x, keys, values)"""
+        layer = self.vlm.text_model.layers[i]
+        y = layer.input_layernorm(x)
+        k, v = rope(heads(layer, "k_proj", y), table), heads(layer, "v_proj", y)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        if i < self.last_used:
+            x = finish(layer, x, attend(rope(heads(layer, "q_proj", y), table), k, v, mask))
+        return x, k, v
+
+    def vlm_layers(self, x, table, mask, past=None):
         """Tokens x (B, n, D) through the VLM's text layers, after `past` -> per layer keys (RoPE applied) and values
         (B, kv_heads, n + past, d)."""
         kv = []
-        for i, layer in enumerate(self.vlm.text_model.layers[: self.last_used + 1]):
-            y = layer.input_layernorm(x)
-            k, v = rope(heads(layer, "k_proj", y), positions), heads(layer, "v_proj", y)
-            if past is not None:
-                k, v = torch.cat([past[i][0], k], dim=2), torch.cat([past[i][1], v], dim=2)
-            if i < self.last_used:
-                x = finish(layer, x, attend(rope(heads(layer, "q_proj", y), positions), k, v, mask))
+        for i in range(self.last_used + 1):
+            x, k, v = self.keep_less(self.vlm_layer, i, x, table, mask, past and past[i])
             kv.append((k, v))
         return kv
 
-    def prefix(self, features, tokens, token_mask, state):
-        """features (B, K*T, D), tokens and token_mask (B, L), state (B, max_state_dim) -> (valid (B, N), per expert
-        layer keys and values)."""
+    def prefix(self, features, tokens, token_mask, state, draws=1):
+        """features (B, K*T, D), tokens and token_mask (B, L), state (B, max_state_dim) -> (per expert layer keys and
+        values, per kind of layer (joint: True, False) the table and mask of the actions), all `draws` times over."""
         text = self.vlm.text_model.embed_tokens(tokens)
         x = torch.cat([features.to(text.dtype), text], dim=1) * math.sqrt(text.shape[-1])  # the state is not scaled
         valid = torch.cat([token_mask.new_ones(features.shape[:2]), token_mask, token_mask.new_ones(len(x), 1)], dim=1)
-        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        positions, width = (valid.cumsum(1) - 1).clamp(min=0), self.vlm.text_model.layers[0].self_attn.head_dim
         # padded text is never seen; what it computes itself is never read
-        kv = self.vlm_layers(x, positions[:, :-1], valid[:, None, None, :-1])
+        kv = self.vlm_layers(x, rotary(positions[:, :-1], width), valid[:, None, None, :-1])
         with torch.autocast(state.device.type, enabled=False):  # in bf16 a millimetre of the state would be lost
             state = self.state_proj(state.float())[:, None]
-        kv = self.vlm_layers(state, positions[:, -1:], valid[:, None, None], past=kv)[:: self.stride]
+        table = rotary(positions[:, -1:], width)
+        kv = self.vlm_layers(state, table, valid[:, None, None], past=kv)[:: self.stride]
         for e, layer in enumerate(self.vlm_with_expert.lm_expert.layers):
             if not self.joint[e]:  # projected again by the expert, no further RoPE
                 k, v = (z.transpose(1, 2).flatten(2) for z in kv[e])
                 kv[e] = heads(layer, "k_proj", k), heads(layer, "v_proj", v)
-        return valid, kv
+        if draws > 1:
+            valid = valid.repeat_interleave(draws, 0)
+            kv = [(k.repeat_interleave(draws, 0), v.repeat_interleave(draws, 0)) for k, v in kv]
+        steps = torch.arange(self.policy.chunk_size, device=x.device)[None]
+        # an action sees the prefix, itself and the actions before it
+        causal, seen = (steps <= steps.T).expand(len(valid), 1, -1, -1), valid[:, None, None]
+        joint_mask = torch.cat([seen.expand(-1, -1, steps.shape[1], -1), causal], dim=3)
+        joint = rotary(valid.sum(1, keepdim=True) + steps, width), joint_mask
+        return kv, {True: joint, False: (rotary(steps, width), seen)}
 
     def embed_actions(self, x_t, t):
         """Noisy actions x_t (B, S, A) and flow time t (B,) -> (B, S, W), in fp32 whatever the autocast."""
@@ -537,22 +579,19 @@ class FlowModel(nn.Module):
             tau = torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype)[:, None].expand_as(x)
             return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([x, tau], dim=2))))
 
+    def expert_layer(self, layer, x, k, v, joint, view):
+        """A layer of the expert: actions x (B, S, W) on the prefix's keys and values -> x"""
+        y, (table, mask) = layer.input_layernorm(x), view
+        if joint:
+            k = torch.cat([k, rope(heads(layer, "k_proj", y), table).to(k.dtype)], dim=2)
+            v = torch.cat([v, heads(layer, "v_proj", y).to(v.dtype)], dim=2)
+        return finish(layer, x, attend(rope(heads(layer, "q_proj", y), table), k, v, mask))
+
     def velocity(self, prefix, x_t, t):
         """Noisy actions x_t (B, S, A) at flow time t (B,) -> v (B, S, A) fp32."""
-        (valid, kv), steps = prefix, torch.arange(x_t.shape[1], device=x_t.device)[None]
-        x, expert = self.embed_actions(x_t, t), self.vlm_with_expert.lm_expert
-        # an action sees the prefix, itself and the actions before it
-        causal = (steps <= steps.T)[None, None].expand(len(x), -1, -1, -1)
-        seen = valid[:, None, None]
-        joint_mask = torch.cat([seen.expand(-1, -1, x.shape[1], -1), causal], dim=3)
-        positions = valid.sum(1, keepdim=True) + steps
+        (kv, views), x, expert = prefix, self.embed_actions(x_t, t), self.vlm_with_expert.lm_expert
         for joint, layer, (k, v) in zip(self.joint, expert.layers, kv, strict=True):
-            y = layer.input_layernorm(x)
-            if joint:
-                k = torch.cat([k, rope(heads(layer, "k_proj", y), positions).to(k.dtype)], dim=2)
-                v = torch.cat([v, heads(layer, "v_proj", y).to(v.dtype)], dim=2)
-            q = rope(heads(layer, "q_proj", y), positions if joint else steps)
-            x = finish(layer, x, attend(q, k, v, joint_mask if joint else seen))
+            x = self.keep_less(self.expert_layer, layer, x, k, v, joint, views[joint])
         with torch.autocast(x.device.type, enabled=False):
             return self.action_out_proj(expert.norm(x).float())
 
@@ -564,18 +603,17 @@ class SmolVLA(nn.Module):
         super().__init__()
         self.model, self.policy, self.action_dim = FlowModel(vlm_config, policy), policy, action_dim
 
-    def prefix(self, batch):
+    def prefix(self, batch, draws=1):
         """-> FlowModel.prefix of a batch"""
-        device, side = batch["state"].device, self.policy.resize_imgs_with_padding[0]
-        pictures = []
-        for image in batch["images"]:  # of any size
-            x = image.to(device, non_blocking=True).permute(2, 0, 1)[None]
+        device, side, pictures = batch["state"].device, self.policy.resize_imgs_with_padding[0], []
+        for images in batch["images"]:  # each of another size
+            x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
             pictures.append(resize_with_pad(x.float() / (255 if x.dtype == torch.uint8 else 1), side))
         vlm, x = self.model.vlm, torch.cat(pictures)
         x = vlm.vision_model(x.to(vlm.vision_model.post_layernorm.weight.dtype)).last_hidden_state
         features = vlm.connector(x)  # (B*K, T, D)
         features = features.unflatten(0, (len(batch["tokens"]), -1)).flatten(1, 2)
-        return self.model.prefix(features, batch["tokens"], batch["token_mask"], batch["state"])
+        return self.model.prefix(features, batch["tokens"], batch["token_mask"], batch["state"], draws)
 
     def forward(self, batch):
         """-> sums over the unpadded steps, to be divided by the caller's global counts: flow_sum () over A dims |
@@ -596,34 +634,40 @@ class SmolVLA(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, noise):
-        """Normalised actions (B, S, action_dim): Euler steps from noise (B, S, A) at t = 1 to t = 0."""
-        prefix, x, n = self.prefix(batch), noise, self.policy.num_steps
+        """Normalised actions (B, S, action_dim): Euler steps from noise (B * draws, S, A) at t = 1 to t = 0, then the
+        mean of an observation's draws."""
+        count, x, n = len(batch["tokens"]), noise, self.policy.num_steps
+        prefix = self.prefix(batch, len(x) // count)
         for step in range(n):
             x = x - self.model.velocity(prefix, x, torch.full((len(x),), 1 - step / n, device=x.device)) / n
-        return x[..., : self.action_dim]
+        return x.unflatten(0, (count, -1)).mean(1)[..., : self.action_dim]
 
 
 class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
-    def __init__(self, model, collate, bf16=False):
+    def __init__(self, model, collate, bf16=False, needs=None):
         self.model, self.collate, self.bf16 = model, collate, bf16
-        self.spec, self.stats = collate.spec, collate.spec.stats
+        self.spec = spec = collate.spec
+        self.stats, names = spec.stats, [f"camera{k + 1}" for k in range(len(spec.cameras))]
+        state, action = (self.stats[key] for key in ("observation.state", "action"))
+        first_row = "row 0 is what was recorded with the observed frame; row k follows k / rate_hz seconds later. "
+        first_row += "Send each row as it is" if spec.absolute else "Add each row to the last target, not to the pose"
+        about = dict(images={name: size and tuple(size) for name, size in zip(names, spec.image_shapes, strict=True)})
+        about |= dict(actions=self.action_names(), action_low=action.get("min"), action_high=action.get("max"))
+        if spec.state_names:
+            about |= dict(state=[tuple(pair) for pair in spec.state_names], low=state.get("min"), high=state.get("max"))
+        about |= dict(horizon=collate.policy.chunk_size, rate_hz=spec.rate_hz, first_row=first_row)
+        about |= dict(instructions=spec.instructions, kind="absolute" if spec.absolute else "delta", needs=needs or {})
+        self.contract = Contract(Path(__file__).stem, **about)
 
     def predict(self, observations, noise=None):
-        """list of {images: {camera1: (h, w, 3) uint8 RGB or float in [0, 1], ...}, state: (state_dim,) in data units,
-        instruction: str} -> (B, S, action_dim) float32 in data units (joint targets: rad, as recorded). `noise`
-        (B, S, A): start of the sampling; default: the same draw for every observation and call, so that equal
-        observations give equal actions."""
-        wanted = [f"camera{k + 1}" for k in range(len(self.spec.cameras))]
-        for o in observations:
-            for camera, recorded in zip(wanted, self.spec.cameras, strict=True):
-                has = f"the observation has images of {sorted(o['images'])}"
-                require(camera in o["images"], f"{has}, the policy needs {camera} = {recorded}")
-            shape = np.shape(o["state"])
-            wrong = f"the observation's state has shape {shape}, the policy needs ({self.spec.state_dim},)"
-            require(shape == (self.spec.state_dim,), wrong)
-        inputs = [o | dict(images=[np.asarray(o["images"][c]) for c in wanted]) for o in observations]
+        """list of {images: {camera1: (h, w, 3) uint8 RGB, ...}, state: (state_dim,) in data units, instruction: str} ->
+        (B, S, action_dim) float32 in data units (joint targets: rad, as recorded). `noise` (B * draws, S, A): start of
+        the sampling; default: the same draws for every observation and call, so that equal observations give equal
+        actions."""
+        self.contract.check(observations)
+        inputs = [o | dict(images=[np.asarray(o["images"][c]) for c in self.contract.images]) for o in observations]
         return self.decode(self.collate.inputs(inputs), noise)
 
     def decode(self, batch, noise=None):
@@ -631,27 +675,22 @@ class Policy:
         device, p = next(self.model.parameters()).device, self.collate.policy
         if noise is None:
             generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(1, p.chunk_size, p.max_action_dim, generator=generator)
-            noise = noise.expand(len(batch["tokens"]), -1, -1)
+            noise = torch.randn(p.noise_draws, p.chunk_size, p.max_action_dim, generator=generator)
+            noise = noise.repeat(len(batch["tokens"]), 1, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             actions = self.model.sample(to_device(batch, device), torch.as_tensor(noise).to(device))
         return self.spec.action_scale.unnormalize(actions.float().cpu().numpy())
 
+    def reset(self):
+        """Nothing to forget: every prediction stands for itself."""
+
+    def describe(self):
+        return self.contract.describe(self)
+
     def open_episodes(self, root, names=None):
-        """For evaluate.py: yields per episode {name, sample: callable(t) -> observation, target (M, A), hold (M, A):
-        the action that stands still, phase (M,) or None}, in data units."""
-        found, reader, definition = ep.open_episodes(root, names), ep.ImageReader(), self.spec.definition
-        wrong = [c for c in self.spec.cameras if c not in found[0].cameras]
-        require(not wrong, f"'{root}' has cameras {list(found[0].cameras)}, the policy needs {wrong}")
-
-        def observe(episode, states, t):
-            images = {f"camera{k + 1}": reader.read(episode, c, t) for k, c in enumerate(self.spec.cameras)}
-            return dict(images=images, instruction=episode.instruction, state=states[t])
-
-        for e in found:
-            sample = functools.partial(observe, e, ep.robot_state(e, self.spec.state_keys))
-            target, still = definition.targets(e), definition.still(e)
-            yield dict(name=e.name, sample=sample, target=target, hold=still, phase=e.phase)
+        """For evaluate.py: see common.episodes.play."""
+        cameras = dict(zip(self.contract.images, self.spec.cameras, strict=True))
+        return ep.play(root, names, cameras, self.spec.state_keys, self.spec.definition)
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""
@@ -680,8 +719,15 @@ class Unread:
     def __setstate__(self, _): ...
 
 
-NUMPY = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-NUMPY += ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode")
+NUMPY = ["numpy.ndarray", "numpy.dtype", "_codecs.encode"]
+for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    NUMPY += [f"{module}._reconstruct", f"{module}.scalar"]
+
+
+def policy_weights(path, state):
+    """Checkpoint `path` of this script -> {LeRobot's name: tensor}, averaged where EMA is on."""
+    raw = frozen.read(path, state) | state["model_state_dict"] | state["ema_state_dict"]
+    return export_weights(raw, state["config"])
 
 
 def read_source(source):
@@ -689,8 +735,10 @@ def read_source(source):
     if str(source).endswith(".pt"):
         with torch.serialization.safe_globals([(Unread, name) for name in NUMPY]):
             state = ckpt.load_state(source)
-        tensors = state.get("policy_state_dict") or state.get("model_state_dict") or state
         about = state.get("config", {}).get("policy", {})
+        if "frozen" in state:
+            return policy_weights(source, state), about
+        tensors = state.get("policy_state_dict") or state.get("model_state_dict") or state
     else:
         folder = hub.local_folder(source)
         about = json.loads((folder / "config.json").read_text())
@@ -746,42 +794,34 @@ def choose_trained(core, cfg):
 
 def build_model(cfg, vlm_config, action_dim, dtype=torch.float32, saved=None):
     """-> (SmolVLA on the CPU, its peft model or None, a line on where its weights come from). Trained weights and
-    the small heads are fp32, what is frozen of VLM and expert in `dtype`. `saved`: the checkpoint of a resumed run."""
+    the small heads are fp32, what is frozen of VLM and expert in `dtype`. `saved`: the whole state dict of a resumed
+    run."""
     torch.manual_seed(cfg.seed)
     core, said = SmolVLA(vlm_config, cfg.policy, action_dim), "weights of the checkpoint"
-    if saved:
-        hub.load_weights(core, saved["policy_state_dict"].items(), cfg.resume)
-    else:
-        said = load_weights(core, cfg)
+    said = said if saved else load_weights(core, cfg)
     adapters = choose_trained(core, cfg)
-    if saved:  # instead of what was exported: not averaged, LoRA not folded in
-        core.load_state_dict(saved["model_state_dict"], strict=False)
+    if saved:
+        core.load_state_dict(saved)
+    if cfg.training.gradient_checkpointing:
+        core.model.recompute = True
+        core.model.vlm.vision_model.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in core.model.vlm_with_expert.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return core, adapters, said
 
 
-def export_weights(tensors, cfg):
-    """State dict of a model -> the tensors with LeRobot's names, LoRA folded in."""
+def export_weights(tensors, config):
+    """State dict of a model -> the tensors with LeRobot's names, LoRA folded in. `config`: the run's, as a dict."""
     out = {}
     for key, value in tensors.items():
         if ".lora_" in key or ".original_module." in key:
             continue
         if ".base_layer." in key:
             a, b = (tensors[key.replace("base_layer", f"lora_{x}.default")] for x in "AB")
-            value = (value.float() + cfg.lora_alpha / cfg.lora_rank * b @ a).to(value.dtype)
+            value = (value.float() + config["lora_alpha"] / config["lora_rank"] * b @ a).to(value.dtype)
         out[key.replace(".base_layer", "").replace(".modules_to_save.default", "")] = value
     return out
-
-
-NORMALIZER = "policy_preprocessor_step_5_normalizer_processor.safetensors"
-UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
-# of LeRobot's config: an unknown field is an error there, a missing one takes its default: what 0.3.4 to 0.6.2 know
-LEROBOT = dict(type="smolvla", use_amp=False, push_to_hub=False, repo_id=None, private=None, tags=None, license=None)
-LEROBOT |= dict(pretrained_path=None, empty_cameras=0, adapt_to_pi_aloha=False, use_delta_joint_actions_aloha=False)
-LEROBOT |= dict(n_obs_steps=1, train_state_proj=True, use_cache=True, add_image_special_tokens=False)
-LEROBOT |= dict(prefix_length=-1, pad_language_to="max_length")
 
 
 def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
@@ -796,48 +836,21 @@ def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
     for file in hub.local_folder(p.vlm_model_name, weights=False).iterdir():
         if file.suffix in (".json", ".txt", ".jinja"):
             shutil.copyfile(file, folder / "vlm" / file.name)
-
-    def write(name, value):
-        (folder / name).write_text(json.dumps(value, indent=2))
-
-    cameras = {f"observation.images.camera{k + 1}": [3, *shape] for k, shape in enumerate(spec.image_shapes)}
-    inputs = {name: dict(type="VISUAL", shape=shape) for name, shape in cameras.items()}
-    inputs["observation.state"] = dict(type="STATE", shape=[spec.state_dim])
-    output = dict(action=dict(type="ACTION", shape=[spec.definition.dim]))
-    modes = dict(VISUAL="IDENTITY", STATE=spec.normalization, ACTION=spec.normalization)
-    # as smolvla_base: LeRobot then makes the VLM in bf16; from the config alone, in fp32, 0.4.4 misplaces its patches
-    network = dataclasses.asdict(p) | dict(load_vlm_weights=True)
-    network.pop("pretrained_model_id")
+    network = {k: v for k, v in dataclasses.asdict(p).items() if k not in ("pretrained_model_id", "noise_draws")}
     network |= {f"optimizer_{k}": v for k, v in dataclasses.asdict(cfg.optimizer).items()}
-    scheduler = dict(zip(("warmup_steps", "decay_steps"), schedule(cfg.training.steps, cfg), strict=True))
-    network |= {f"scheduler_{k}": v for k, v in (scheduler | dict(decay_lr=cfg.scheduler.decay_lr)).items()}
-    features = dict(input_features=inputs, output_features=output, normalization_mapping=modes)
-    write("config.json", LEROBOT | features | network | dict(device=device))
-
-    def step(name, state=None, **settings):
-        return dict(registry_name=name, config=settings) | (dict(state_file=state) if state else {})
-
-    text = dict(task_key="task", padding_side="right", padding="max_length", truncation=True)
-    scaling = dict(eps=1e-8, norm_map=modes)
-    before = [
-        step("rename_observations_processor", rename_map={}),
-        step("to_batch_processor"),
-        step("smolvla_new_line_processor"),
-        step("tokenizer_processor", max_length=p.tokenizer_max_length, tokenizer_name=p.vlm_model_name, **text),
-        step("device_processor", device=device, float_dtype=None),
-        step("normalizer_processor", NORMALIZER, features=inputs | output, **scaling),
-    ]
-    after = [step("unnormalizer_processor", UNNORMALIZER, features=output, **scaling)]
-    after.append(step("device_processor", device="cpu", float_dtype=None))
-    write("policy_preprocessor.json", dict(name="policy_preprocessor", steps=before))
-    write("policy_postprocessor.json", dict(name="policy_postprocessor", steps=after))
-    for name in (NORMALIZER, UNNORMALIZER):
-        save_file(lerobot_stats(spec), folder / name)
+    warmup, decay = schedule(cfg.training.steps, cfg)
+    network |= dict(
+        scheduler_warmup_steps=warmup, scheduler_decay_steps=decay, scheduler_decay_lr=cfg.scheduler.decay_lr
+    )
+    cameras = {f"camera{k + 1}": shape for k, shape in enumerate(spec.image_shapes)}
+    scales = spec.state_scale, spec.action_scale, spec.stats, spec.normalization
+    lerobot.write(folder, network, cameras, *scales, device)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write("meta.json", dict(format_version=FORMAT, spec=dataclasses.asdict(spec)) | about)
-    observation = dict(example, images={f"camera{k + 1}": image for k, image in enumerate(example["images"])})
-    answer = load_policy(folder, "cpu").predict([observation], example["noise"][None])
+    about = dict(format_version=FORMAT, spec=dataclasses.asdict(spec), noise_draws=p.noise_draws) | about
+    (folder / "meta.json").write_text(json.dumps(about, indent=2))
+    observation = dict(example, images=dict(zip(cameras, example["images"], strict=True)))
+    answer = load_policy(folder, "cpu").predict([observation], example["noise"][None])  # one draw, as LeRobot's
     shown = {f"observation.images.{name}": image for name, image in observation["images"].items()}
     shown |= {"observation.state": example["state"], "noise": example["noise"][None], "actions": answer}
     shown = {name: torch.tensor(value) for name, value in shown.items()}
@@ -845,47 +858,25 @@ def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
     shutil.copyfile(Path(__file__).with_name("check_in_lerobot.py"), folder / "check_in_lerobot.py")
 
 
-def lerobot_stats(spec):
-    """{"action.mean": tensor, ...} with which LeRobot computes what ours does, also in a dimension that never moves:
-    the constant comes back whatever was sampled, the state's noise is not divided by 1e-8."""
-    out = {}
-    for key, n, spread in (("action", spec.action_scale, 0.0), ("observation.state", spec.state_scale, 1.0)):
-        half, values = np.where(n.constant, spread, n.half), dict(spec.stats[key])
-        if n.mode == "mean_std":
-            values |= dict(mean=n.center, std=half)
-        elif n.mode != "identity":
-            low, high = MODES[n.mode]
-            values |= {low: n.center - half, high: n.center + half}
-        out |= {f"{key}.{k}": torch.tensor(np.asarray(values[k]), dtype=torch.float32) for k in LISTS if k in values}
-    return out
-
-
 def read_lerobot(folder):
     """A LeRobot policy directory -> (PolicyConfig, DataSpec). What LeRobot does not write down (the recorder's
     camera names, what the action is) is unknown without our meta.json: predict works then, open_episodes does not."""
-    config = json.loads((folder / "config.json").read_text())
-    found = (config.get("type"), config.get("add_image_special_tokens", False))
-    wrong = f"{folder}/config.json has type, add_image_special_tokens = {found}; expected ('smolvla', False)"
-    require(found == ("smolvla", False), wrong)
+    config = lerobot.read_config(folder)
     policy = config_from(PolicyConfig, config)
     if (folder / "meta.json").is_file():
         about = json.loads((folder / "meta.json").read_text())
         version = about["format_version"]
         require(version == FORMAT, f"{folder}: meta.json has format_version {version}, this code reads {FORMAT}")
+        policy.noise_draws = about["noise_draws"]
         return policy, DataSpec(**about["spec"])
-    mapping, stats = config["normalization_mapping"], {}
-    one_way = (folder / NORMALIZER).is_file() and mapping["STATE"] == mapping["ACTION"]
-    for key, value in hub.read_tensors(folder / NORMALIZER) if one_way else ():
-        stats.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value.tolist()
-    unknown = "so the units of its actions are unknown. Fine-tune from it instead: --init_from"
-    has = f"{folder} has statistics of {sorted(stats) or 'nothing'}, not one of action and observation.state"
-    require({"action", "observation.state"} <= set(stats), f"{has}, {unknown} {folder}")
-    inputs = config["input_features"]
-    cameras = {k: v["shape"] for k, v in inputs.items() if v["type"] == "VISUAL" and "empty_camera" not in k}
-    action = dict(source="action", dim=config["output_features"]["action"]["shape"][0], rotation_unit="rad")
-    names = [[f"action{i + 1}", ""] for i in range(action["dim"])]
-    shapes, state_dim = [shape[1:] for shape in cameras.values()], inputs["observation.state"]["shape"][0]
-    return policy, DataSpec(list(cameras), shapes, [], state_dim, action, names, mapping["STATE"], "", stats)
+    stats, mode = lerobot.read_statistics(folder, config)
+    inputs, dim = config["input_features"], config["output_features"]["action"]["shape"][0]
+    cameras = [k for k, v in inputs.items() if v["type"] == "VISUAL" and "empty_camera" not in k]
+    action = dict(source="action", dim=dim, rotation_unit="rad")
+    names = [[f"action{i + 1}", ""] for i in range(dim)]
+    state = [[f"state{i + 1}", ""] for i in range(inputs["observation.state"]["shape"][0])]
+    rest = [None] * len(cameras), [], state, action, names, True, 0.0, [], mode, "", stats
+    return policy, DataSpec(cameras, *rest)
 
 
 def load_policy(path, device=None):
@@ -896,23 +887,26 @@ def load_policy(path, device=None):
         there = ckpt.checkpoints_in(path, PATTERNS) or ckpt.checkpoints_in(path / "checkpoints", PATTERNS)
         require(there, f"{path} has neither config.json (a LeRobot policy) nor checkpoint_step_N.pt")
         path = there[-1]
+    needs = {}
     if path.is_dir():
         policy, spec = read_lerobot(path)
         name = policy.vlm_model_name
         beside = [folder for folder in (path / "vlm", path / name, path.parent / name) if folder.is_dir()]
-        vlm_config, tokenizer = open_vlm(beside[0] if beside else name, f" ({path} names it)")
-        tensors = dict(hub.read_tensors(path))
+        tensors, vlm = dict(hub.read_tensors(path)), beside[0] if beside else name
     else:
         state = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT)
         policy, spec = config_from(PolicyConfig, state["config"]["policy"]), DataSpec(**state["spec"])
-        vlm_config, tokenizer = open_vlm(policy.vlm_model_name, f" ({path} names it)")
-        tensors = state["policy_state_dict"]
+        tensors, vlm = policy_weights(path, state), policy.vlm_model_name
+        needs["weights that were not trained"] = frozen.place(state)
+    vlm_config, tokenizer = open_vlm(vlm, f" ({path} names it)")
+    if path not in Path(vlm).parents:
+        needs["config and tokenizer of the VLM"] = vlm
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
         model = SmolVLA(vlm_config, policy, spec.definition.dim)
     model = model.to_empty(device=device).requires_grad_(False)
     hub.load_weights(model, tensors.items(), path)
-    return Policy(model.eval(), Collate(tokenizer, policy, spec), bf16=device.type == "cuda")
+    return Policy(model.eval(), Collate(tokenizer, policy, spec), device.type == "cuda", needs)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -934,60 +928,17 @@ def lr_at(step, total, cfg):
     return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Spikes:
-    """Loss spikes: loss_spikes.txt to read, loss_spikes.csv to filter. The samples of a step are listed worst first."""
-
-    COLUMNS = ("step", "loss", "action_loss", "temporal_loss", "moving_avg", "ratio", "episode_indices")
-    COLUMNS += ("frame_indices", "episode_paths", "sample_losses")
-
-    def __init__(self, run, threshold, episodes, saved):
-        self.run, self.threshold, self.episodes = run, threshold, episodes
-        self.history, self.rows = list(saved["history"]), list(saved["rows"])  # the newest losses; the spikes
-        self.write()
-
-    def check(self, loss):
-        """Take the loss of a step -> moving average if it is a spike, else None."""
-        self.history = (self.history + [loss])[-100:]
-        average = sum(self.history) / len(self.history)
-        return average if len(self.history) >= 50 and loss > self.threshold * average else None
-
-    def record(self, losses, average, samples):
-        """Write the newest step down -> (metrics, line). `losses` of the step by name; samples: this rank's [(losses,
-        names)]. A collective call."""
-        step, loss, own = self.run.step, losses["loss"], []
-        for values, names in samples:
-            own += zip(values.tolist(), names, strict=True)
-        worst = sorted(sum(self.run.gather(own), []), key=lambda sample: -sample[0])
-        episodes = list(dict.fromkeys(name[0] for _, name in worst))
-        row = {k: f"{losses[k]:.6f}" for k in ("loss", "action_loss", "temporal_loss")}
-        row |= dict(step=step, moving_avg=f"{average:.6f}", ratio=f"{loss / average:.2f}")
-        row |= dict(episode_indices=[name[0] for _, name in worst], frame_indices=[name[2] for _, name in worst])
-        row["episode_paths"] = "; ".join(f"[{i}] {self.episodes[i].path}" for i in episodes)
-        self.rows.append(row | dict(sample_losses=[round(value, 6) for value, _ in worst]))
-        self.write()
-        values = {"spike/loss": loss, "spike/moving_avg": average, "spike/ratio": loss / average, "spike/step": step}
-        ratio = f"(avg: {average:.4f}, {loss / average:.1f}x)"
-        return values, f"⚠️  LOSS SPIKE at step {step}: {loss:.4f} {ratio} | Episodes: {episodes}"
-
-    def write(self):
-        self.run.write("loss_spikes.csv", pd.DataFrame(self.rows, columns=self.COLUMNS).to_csv(index=False))
-        text = f"Loss spikes\n{'=' * 80}\nThreshold: {self.threshold}x moving average\n"
-        for row in self.rows:
-            text += f"\nLOSS SPIKE at Step {row['step']} (samples: worst first)\n"
-            text += "".join(f"  {key.replace('_', ' ').title()}: {row[key]}\n" for key in self.COLUMNS[1:])
-        self.run.write("loss_spikes.txt", text)
-
-
 def describe(cfg, data, say):
     """Say what was found: episodes, cameras, state and action meaning and ranges."""
-    s, train = data.spec, [data.episodes[i] for i in data.train]
+    s, train = data.spec, data.part(data.train)
     counts = f"{len(train)} training episodes, {sum(e.num_frames for e in train)} frames"
     say(f"data      {counts}; {len(data.validation)} validation episodes; {cfg.dataset.root_dir}")
     for message in data.excluded:
         say(f"excluded  {message}")
     pairs = enumerate(zip(s.cameras, s.image_shapes, strict=True), 1)
     say(f"cameras   {', '.join(f'{name} -> camera{k} {h}x{w}' for k, (name, (h, w)) in pairs)}")
-    say(f"state     {' + '.join(s.state_keys)}, {s.state_dim} dims (padded to {cfg.policy.max_state_dim})")
+    told = f"{' + '.join(s.state_keys)}, {s.state_scale.dim} dims (padded to {cfg.policy.max_state_dim})"
+    say(f"state     {told if s.state_names else 'none: the model sees pictures and text only'}")
     names, most = f"{s.action_names[0][0]} .. {s.action_names[-1][0]}", cfg.policy.max_action_dim
     what = f"{names} ({s.definition.source}), {s.definition.dim} dims (padded to {most})"
     say(f"action    {what}, chunk {cfg.policy.chunk_size}; {s.normalization}")
@@ -1030,8 +981,7 @@ def log_line(step, run):
     """-> what Step.log takes, by the guide's names. Loss = Action + Temporal."""
     mean, (speed, wait, memory) = step.mean(), step.speed()
     vram = memory if run.device.type == "cuda" else 0.0
-    free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 - free
+    ram = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - ep.free_memory()) / 1e9
     values = {f"train/{k}": mean[k] for k in ("loss", "action_loss", "temporal_loss", "action_loss_real", "grad_norm")}
     values |= {"train/learning_rate": step.lr, "train/steps_per_sec": speed / run.global_batch}
     values |= {"system/ram_gb": ram, "system/vram_allocated_gb": vram}
@@ -1043,13 +993,15 @@ def log_line(step, run):
 
 
 def validate(core, policy, dataset, cfg, run):
-    """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real, val/action_mae: mean over dims in data
-    units, val/mae_<dim>}. Noise and time belong to the frame, so that two validations differ by the weights alone."""
-    size, names = cfg.training.batch_size, [n for n, _ in policy.action_names()]
+    """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real, val/action_mae_<unit>: mean over the
+    dims of a unit, val/mae_<dim>, val/swap_ratio_<camera>}. Noise and time belong to the frame, so that two validations
+    differ by the weights alone."""
+    size, names = cfg.training.batch_size, policy.action_names()
     chosen = np.linspace(0, len(dataset) - 1, min(cfg.validation.num_samples, len(dataset))).astype(int)
-    mine = np.unique(chosen)[run.rank :: run.world].tolist()
+    chosen = np.unique(chosen).tolist()
     sums, errors = np.zeros(5), np.zeros(len(names))  # flow, real, temporal, steps, pairs | error per dim
     core.eval()
+    mine = chosen[run.rank :: run.world]
     for i in range(0, len(mine), size):
         items = [dataset[(k, k)] for k in mine[i : i + size]]
         batch, real = policy.collate(items), ~np.stack([item["is_pad"] for item in items])
@@ -1057,13 +1009,66 @@ def validate(core, policy, dataset, cfg, run):
             out = core(to_device(batch, run.device))
         sums += [out[f"{k}_sum"].item() for k in ("flow", "real", "temporal")] + [real.sum(), real[:, 1:].sum()]
         errors += np.abs(policy.decode(batch) - np.stack([item["action"] for item in items]))[real].sum(0)
+    swapped = swap_cameras(policy, dataset, chosen[:: max(1, len(chosen) // 32)], size, run)
     core.train()
     flow, over_real, temporal, steps, pairs, *errors = run.sum(*sums, *errors)
     action, dims = flow / (steps * cfg.policy.max_action_dim), len(names)
     temporal = cfg.training.lambda_temporal * temporal / max(pairs * dims, 1)
     values = {"val/loss": action + temporal, "val/action_loss": action, "val/temporal_loss": temporal}
-    values |= {"val/action_loss_real": over_real / (steps * dims), "val/action_mae": sum(errors) / steps / dims}
-    return values | {f"val/mae_{n}": e / steps for n, e in zip(names, errors, strict=True)}
+    values["val/action_loss_real"] = over_real / (steps * dims)
+    for unit in {unit for _, unit in names}:
+        same = [e for e, (_, other) in zip(errors, names, strict=True) if other == unit]
+        values[f"val/action_mae_{unit}".rstrip("_")] = sum(same) / len(same) / steps
+    values |= {f"val/mae_{n}": e / steps for (n, _), e in zip(names, errors, strict=True)}
+    return values | swapped
+
+
+def swap_cameras(policy, dataset, chosen, size, run):
+    """-> {val/swap_ratio_<camera>: error with the pictures of another episode at the same progress, in this camera
+    alone, over the error with its own}; 1 is a policy that does not look there. Normalised units. {} of one episode."""
+    spec, places = policy.spec, [dataset.samples[k] for k in chosen]
+    progress = [t / dataset.episodes[e].num_frames for e, t in places]
+    others = partners([e for e, _ in places], progress)
+    mine, sums = range(len(chosen))[run.rank :: run.world], np.zeros(len(spec.cameras) + 1)
+    for i in range(0, 0 if others is None else len(mine), size):
+        items = [dataset[(chosen[j], chosen[j])] for j in mine[i : i + size]]
+        real = ~np.stack([item["is_pad"] for item in items])
+        target = spec.action_scale.normalize(np.stack([item["action"] for item in items]))
+        theirs = [dataset[(chosen[others[j]], chosen[others[j]])]["images"] for j in mine[i : i + size]]
+        for c in range(-1, len(spec.cameras)):  # -1: nothing is swapped
+            seen = []
+            for item, images in zip(items, theirs, strict=True):
+                own = item["images"]
+                seen.append(item | dict(images=[*own[:c], images[c], *own[c + 1 :]] if c >= 0 else own))
+            guess = spec.action_scale.normalize(policy.decode(policy.collate.inputs(seen)))
+            sums[c] += np.abs(guess - target)[real].sum()
+    *swapped, own = run.sum(*sums)
+    return {f"val/swap_ratio_{name}": e / own for name, e in zip(spec.cameras, swapped, strict=True) if own > 0}
+
+
+def validation_line(step, values, names):
+    """The guide's line, and a warning for each camera whose pictures the policy does not use."""
+    line = f"[VAL] Step {step.number} | Loss: {values['val/loss']:.4f} | Action Loss: {values['val/action_loss']:.4f}"
+    for unit in dict.fromkeys(unit for _, unit in names):
+        line += f" | Action MAE: {values[f'val/action_mae_{unit}'.rstrip('_')]:.4g} {unit}"
+    for key, ratio in values.items():
+        if "swap_ratio" in key and ratio < 1.05:
+            camera = key.removeprefix("val/swap_ratio_")
+            line += f"\nwarning   the policy hardly looks at {camera}: with another episode's pictures its error is "
+            line += f"{ratio:.2f} x that with its own. See docs/train_smolvla_sim.md, 'A policy that looks'"
+    return line
+
+
+def open_run(cfg, run, folder):
+    """-> (config, path of the checkpoint to go on from or None, its content, data)"""
+    path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
+    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
+    data = load_data(cfg, run, saved)
+    if saved and saved["fingerprint"] != data.fingerprint and path.parent.resolve() != folder.resolve():
+        run.print(f"resume    {path} was trained on other data: a NEW RUN from its weights, as with --init_from")
+        run.cfg = dataclasses.replace(cfg, resume=None, init_from=str(path))
+        return run.cfg, path, None, data
+    return cfg, path, saved, data
 
 
 def main(cfg):
@@ -1076,19 +1081,13 @@ def main(cfg):
     folder, bf16 = out / "checkpoints", t.use_bfloat16 and torch.cuda.is_available()
     cfg.policy.vlm_model_name = hub.stored_source(cfg.policy.vlm_model_name)
     run = Run(cfg, out, t.batch_size, t.gradient_accumulation_steps, bf16)
-    path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
-    saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
-    data = load_data(cfg, run, saved)
-    if saved and saved["fingerprint"] != data.fingerprint and path.parent.resolve() != folder.resolve():
-        run.print(f"resume    {path} was trained on other data: a NEW RUN from its weights, as with --init_from")
-        cfg = run.cfg = dataclasses.replace(cfg, resume=None, init_from=str(path))
-        saved = None
+    cfg, path, saved, data = open_run(cfg, run, folder)
     describe(cfg, data, run.print)
     if saved:
         run.restore(path, saved, data.fingerprint, FIXED)
     begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # of the schedule
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
-    collate = Collate(tokenizer, cfg.policy, data.spec)
+    collate, reader = Collate(tokenizer, cfg.policy, data.spec), ep.ImageReader()
     example = SmolVLADataset(data, data.train[:1], cfg)[(0, 0)]
     meta = dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])
 
@@ -1100,11 +1099,14 @@ def main(cfg):
         require(ok, f"{folder}/final_hf could not be written. Free space; --resume auto writes it")
 
     if not run.plan(t.steps, "--steps"):
-        return export_final(lambda: saved["policy_state_dict"], 0)  # it may be missing, or of a shorter run
+        return export_final(lambda: policy_weights(path, saved), 0)  # it may be missing, or of a shorter run
+    if cfg.dataset.frame_dir:
+        reader.keep(cfg.dataset.frame_dir, data.part(data.train + data.validation), data.spec.cameras, run=run)
 
     # ---- model, optimizer
     dims, A, o = data.spec.definition.dim, cfg.policy.max_action_dim, cfg.optimizer
-    core, adapters, said = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, saved)
+    whole = saved and frozen.read(path, saved) | saved["model_state_dict"]
+    core, adapters, said = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, whole)
     policy = Policy(core.to(run.device).train(), collate, bf16)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
     kinds = dict(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=run.device.type == "cuda" or None)
@@ -1113,14 +1115,17 @@ def main(cfg):
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
     spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved["spikes"] if saved else dict(history=[], rows=[]))
-    model, saved = run.prepare(core), None  # the mapped file may be rotated away
+    stood_on = saved and saved["frozen"]
+    model, saved, whole = run.prepare(core), None, None  # the mapped files may be rotated away
 
     # ---- data
-    dataset, held_out = SmolVLADataset(data, data.train, cfg, True), SmolVLADataset(data, data.validation, cfg)
+    dataset = SmolVLADataset(data, data.train, cfg, True, reader)
+    held_out = SmolVLADataset(data, data.validation, cfg, reader=reader)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, t.num_workers)
-    size = sum(p.numel() * p.element_size() for p in core.parameters())
-    size += sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 8)  # two moments; an average, its export
+    whole = sum(p.numel() * p.element_size() for p in core.parameters())
+    size = sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 12)  # fp32, two moments, an average
     run.describe(core, len(dataset), size, folder, f"; {said}")
+    kept = frozen.keep(run, folder, core, stood_on)
     warmup, decay = schedule(t.steps - begin, cfg)
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
@@ -1128,20 +1133,17 @@ def main(cfg):
     run.once(ep.write_validation_list, out / "validation_episodes.txt", data.episodes, data.validation)
 
     def weights():
-        """-> (the model's state dict, the same as LeRobot names it, averaged where EMA is on), on the CPU."""
-        raw = {k: v.detach().cpu() for k, v in core.state_dict().items()}
-        return raw, export_weights(raw | {k: v.cpu() for k, v in ema.average.items()}, cfg)
+        """The model as LeRobot names it, averaged where EMA is on, on the CPU."""
+        tensors = core.state_dict() | ema.average
+        return export_weights({k: v.detach().cpu() for k, v in tensors.items()}, dataclasses.asdict(cfg))
 
     def write(path):
-        raw, exported = weights()  # tensors that are the same in both are stored once
-        about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table)
+        about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table, frozen=kept)
         about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
         about["spikes"] = dict(history=spikes.history, rows=spikes.rows)
-        own = {k: v for k, v in raw.items() if k in trained or ".base_layer." in k}
-        state = dict(policy_state_dict=exported, model_state_dict=own)
-        state["ema_state_dict"] = {k: v.cpu() for k, v in ema.average.items()}
-        state["optimizer_state_dict"] = ckpt.training_state(core, optimizer)[1]
-        ckpt.save_state(path, run.progress() | about | state)
+        about["ema_state_dict"] = {k: v.cpu() for k, v in ema.average.items()}
+        about["model_state_dict"], about["optimizer_state_dict"] = ckpt.training_state(core, optimizer)
+        ckpt.save_state(path, run.progress() | about)
         ckpt.link(path, folder / "checkpoint_latest.pt")
 
     run.checkpoints(folder, "checkpoint_step_{step}.pt", write, size, keep=t.keep_checkpoints)
@@ -1172,10 +1174,9 @@ def main(cfg):
         if data.validation and step.every(cfg.validation.val_freq):
             with ema.swapped():
                 values = validate(core, policy, held_out, cfg, run)
-            losses = f"Loss: {values['val/loss']:.4f} | Action Loss: {values['val/action_loss']:.4f}"
-            line = f"[VAL] Step {step.number} | {losses} | Action MAE: {values['val/action_mae']:.4g}"
-            if step.validated(values, values["val/loss"], line=f"{line} {policy.action_names()[0][1]}"):
-                run.save_best(folder / "best_hf", lambda path: export(path, weights()[1]), size)
+            line = validation_line(step, values, policy.action_names())
+            if step.validated(values, values["val/loss"], line=line):
+                run.save_best(folder / "best_hf", lambda path: export(path, weights()), whole)
         if step.should_save(t.save_freq):
             run.save()
 
@@ -1183,7 +1184,7 @@ def main(cfg):
         if adapters:  # opens with peft, on the weights that this run began with
             with ema.swapped():
                 run.save_as(folder / "final_adapter", adapters.save_pretrained, size)
-        export_final(lambda: weights()[1], size)
+        export_final(weights, whole)
     evaluate = f"evaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}"
     run.finish(f"model: {folder}/final_hf (LeRobot format)", evaluate, plot=("train/loss", "val/loss"))
 

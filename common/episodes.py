@@ -12,6 +12,7 @@ ever replaced by zeros: what cannot be read raises BadEpisode.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -58,6 +59,12 @@ class Episode:
     qpos: np.ndarray | None  # (N, 6) float32
     phase: np.ndarray | None  # (N,) int
     instruction: str | None  # the file's own language_instruction
+    rate_hz: float | None  # frames per second by the file's timestamps; None where these do not tell
+
+    @property
+    def no_state(self):
+        """(N, 1): what stands for the state of a policy that is told none."""
+        return np.zeros((self.num_frames, 1), np.float32)
 
 
 def find_episodes(root):
@@ -115,7 +122,15 @@ def _read_arrays(f, path, name):
     shape = None if phase is None else phase.shape
     require(shape in (None, (n,)), f"{path}: dataset 'phase' has shape {shape}, expected ({n},)", BadEpisode)
     pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
-    return Episode(str(path), name, n, cameras, action, pose, qpos, phase, read_instruction(f, path))
+    rate = _frames_per_second(f["timestamp"][:]) if "timestamp" in f else None
+    return Episode(str(path), name, n, cameras, action, pose, qpos, phase, read_instruction(f, path), rate)
+
+
+def _frames_per_second(timestamps):
+    """None where the clock stands still: recorders also write epoch seconds as float32, which tick every 128 s."""
+    steps = np.diff(timestamps.astype(np.float64))
+    middle = float(np.median(steps)) if len(steps) else 0.0
+    return 1 / middle if 1e-4 < middle < 100 else None
 
 
 def _jpeg_sizes(path, images):
@@ -176,7 +191,9 @@ def _write_index(path, episodes, facts):
     for key in names:
         arrays[key] = np.concatenate([getattr(e, key) for e in episodes])
     arrays["phase"] = np.concatenate([np.zeros(0, int), *(e.phase for e in episodes if e.phase is not None)])
-    about = [[e.name, facts[e.name], e.num_frames, e.cameras, e.phase is not None, e.instruction] for e in episodes]
+    about = []
+    for e in episodes:
+        about.append([e.name, facts[e.name], e.num_frames, e.cameras, e.phase is not None, e.instruction, e.rate_hz])
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with contextlib.suppress(OSError), ckpt.atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
@@ -189,10 +206,11 @@ def _read_index(path):
         with np.load(path) as file:  # checks every array's sum
             arrays = {key: file[key] for key in file.files}
         phase, about = arrays.pop("phase"), json.loads(arrays.pop("about").tobytes())
-        for name, facts, n, cameras, phased, instruction in about:
+        for name, facts, n, cameras, phased, instruction, rate in about:
             fields = {key: arrays[key][row : row + n] if key in arrays else None for key in ARRAYS}
             fields["phase"] = phase[phase_row : phase_row + n] if phased else None
-            known[name] = facts, fields | dict(num_frames=n, cameras=cameras, instruction=instruction)
+            fields |= dict(num_frames=n, cameras=cameras, instruction=instruction, rate_hz=rate)
+            known[name] = facts, fields
             row, phase_row = row + n, phase_row + n * phased
         whole = all(len(array) == row for array in arrays.values()) and len(phase) == phase_row
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
@@ -210,6 +228,36 @@ def open_episodes(root, names=None):
     have = f"it has {', '.join(there[:5])}, ...: choose some with --episodes"
     require(not unknown, f"'{root}' has no episode '{''.join(unknown[:1])}'; {have}")
     return [e for e in found if names is None or e.name in names]
+
+
+def choose_cameras(episodes, wanted):
+    """Recorder's names, or camera1..K for them in alphabetical order -> recorder's names, each once."""
+    known = list(episodes[0].cameras)
+    numbered = {f"camera{k}": name for k, name in enumerate(known, 1)}
+    cameras = [c if c in known else numbered.get(c, c) for c in wanted]
+    usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
+    names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
+    require(usable, f"dataset.cameras is {list(wanted)}; expected one or more of {names}, each once")
+    return cameras
+
+
+def play(root, names, cameras, keys, definition):
+    """What a policy's open_episodes gives evaluate.py of each episode: {name, sample: callable(t) -> observation with
+    images {policy's camera: (h, w, 3)}, state, instruction, target (M, A), hold (M, A): the action that stands still,
+    phase (M,) or None}, in data units. `cameras` {policy's name: recorder's}, `keys`: see robot_state."""
+    found, reader = open_episodes(root, names), ImageReader()
+    wrong = [c for c in cameras.values() if c not in found[0].cameras]
+    require(not wrong, f"'{root}' has cameras {list(found[0].cameras)}, the policy needs {wrong}")
+
+    def sample(e, state, t):
+        images = {camera: reader.read(e, recorded, t) for camera, recorded in cameras.items()}
+        return dict(images=images, instruction=e.instruction, state=None if state is None else state[t])
+
+    for e in found:
+        target, state = definition.targets(e), robot_state(e, keys) if keys else None
+        phase = None if e.phase is None else e.phase[: len(target)]
+        observe = functools.partial(sample, e, state)
+        yield dict(name=e.name, sample=observe, target=target, hold=definition.still(e), phase=phase)
 
 
 def _check_agreement(first, other):
@@ -331,9 +379,13 @@ def files_to_keep():
     loader workers of all ranks on this machine together."""
     worker = get_worker_info()
     processes = (worker.num_workers if worker else 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(16, min(allowed // 2, free // 8 // processes // FILE_BYTES))
+    return max(16, min(allowed // 2, free_memory() // 8 // processes // FILE_BYTES))
+
+
+def free_memory():
+    """Bytes that this machine can still give."""
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
@@ -403,6 +455,25 @@ def detect_position_unit(episodes):
     return next(iter(units), None)
 
 
+def name_columns(found, definition, keys):
+    """-> ([[name, unit]] per action dim, the same per state dim). An action is a joint target if qpos tells more about
+    it than its own mean does."""
+    first, position, turn = found[0], detect_position_unit(found) or "", definition.rotation_unit
+    action, qpos, names = first.action, first.qpos, [[f"action{i + 1}", ""] for i in range(definition.dim)]
+    pose = [["x", position], ["y", position], ["z", position], ["roll", turn], ["pitch", turn], ["yaw", turn]]
+    joints = []
+    if qpos is not None:
+        unit = "deg" if max(np.abs(e.qpos).max() for e in found) > 2 * np.pi + 1e-3 else "rad"
+        joints = [[f"q{i + 1}", unit] for i in range(qpos.shape[1])]
+    if definition.source == "ee_pose_delta":
+        names = [[f"d{n}", unit] for n, unit in pose]
+    elif joints and qpos.shape == action.shape:
+        follows = np.abs(action - qpos).mean() <= 0.5 * np.abs(action - action.mean(0)).mean()
+        names = joints if follows else names
+    state = {"qpos": joints, "ee_pose": pose if first.ee_pose is None else pose[: first.ee_pose.shape[1]]}
+    return names, sum((state.get(key, []) for key in keys), [])
+
+
 def records_past_motion(episodes):
     """True if `action` is the motion already made, action[t] = ee_pose[t] - ee_pose[t-1]: it teaches yesterday's
     action."""
@@ -457,7 +528,7 @@ class Chunks(Dataset):
 
 
 def robot_state(episode, keys):
-    """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose") side by side."""
+    """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose", "no_state") side by side."""
     return np.concatenate([getattr(episode, k) for k in keys], axis=1)
 
 

@@ -488,7 +488,7 @@ def test_a_picture_that_cannot_be_stored_ends_the_start_with_its_name(tmp_path):
 def pose_episode(pose, action=None, qpos=None):
     pose = np.asarray(pose, np.float32)
     action = pose if action is None else np.asarray(action, np.float32)
-    return ep.Episode("p.h5", "p.h5", len(pose), {"top": "raw"}, action, pose, qpos, None, None)
+    return ep.Episode("p.h5", "p.h5", len(pose), {"top": "raw"}, action, pose, qpos, None, None, None)
 
 
 @pytest.mark.parametrize("unit,turn", [("rad", 2 * np.pi), ("deg", 360.0)])

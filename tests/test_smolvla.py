@@ -112,8 +112,8 @@ def test_sampled_actions_equal_lerobots(lerobot, lerobot_policy, lerobot_batch):
     io, (observations, batch) = lerobot[1], lerobot_batch
     chunk = lerobot_policy.model.sample(batch, torch.from_numpy(io["noise"]))
     np.testing.assert_allclose(chunk, io["chunk"], atol=1e-5)
-    named = [o | dict(images={f"camera{k + 1}": x for k, x in enumerate(o["images"])}) for o in observations]
-    np.testing.assert_allclose(lerobot_policy.predict(named, io["noise"]), io["chunk_unnormalised"], atol=1e-5)
+    inputs = lerobot_policy.collate.inputs(observations)
+    np.testing.assert_allclose(lerobot_policy.decode(inputs, io["noise"]), io["chunk_unnormalised"], atol=1e-5)
 
 
 # ---- a tiny run ------------------------------------------------------------------------------------------------------
@@ -168,11 +168,16 @@ def no_plot(monkeypatch):
     monkeypatch.setattr(Run, "finish", lambda *args, **kwargs: None)
 
 
+def read_checkpoint(path):
+    """What a checkpoint holds, and the whole policy that it stands for, by LeRobot's names."""
+    state = torch.load(path, weights_only=True)
+    return state | dict(policy_state_dict=smolvla.policy_weights(path, state))
+
+
 def train(cfg):
     """Run main -> (state of the last checkpoint, metrics rows)."""
     smolvla.main(cfg)
-    latest = Path(cfg.output_dir) / "checkpoints/checkpoint_latest.pt"
-    return torch.load(latest, weights_only=True), read_metrics(cfg.output_dir)
+    return read_checkpoint(Path(cfg.output_dir) / "checkpoints/checkpoint_latest.pt"), read_metrics(cfg.output_dir)
 
 
 def same(a, b):
@@ -198,9 +203,9 @@ def test_checkpoint_files_and_their_step(make):
     train(cfg)
     folder = Path(cfg.output_dir) / "checkpoints"
     own = {"checkpoint_latest.pt", "checkpoint_step_2.pt", "checkpoint_step_4.pt", "best_hf", "final_hf", "meta.json"}
-    assert {p.name for p in folder.iterdir()} == own
-    two, four = (torch.load(folder / f"checkpoint_step_{n}.pt", weights_only=True) for n in (2, 4))
-    same(torch.load(folder / "checkpoint_latest.pt", weights_only=True)["policy_state_dict"], four["policy_state_dict"])
+    assert {p.name for p in folder.iterdir()} == own | {"frozen.safetensors"}
+    two, four = (read_checkpoint(folder / f"checkpoint_step_{n}.pt") for n in (2, 4))
+    same(read_checkpoint(folder / "checkpoint_latest.pt")["policy_state_dict"], four["policy_state_dict"])
     best = {2: two, 4: four}[json.loads((folder / "best_hf/meta.json").read_text())["step"]]
     same(load_file(folder / "best_hf/model.safetensors"), best["policy_state_dict"])
     same(load_file(folder / "final_hf/model.safetensors"), four["policy_state_dict"])
@@ -498,7 +503,7 @@ def test_final_hf_has_lerobots_layout(trained, lerobot):
             steps = json.loads((folder / name).read_text())["steps"]
             shapes.append([(s["registry_name"], s.get("state_file"), sorted(s["config"])) for s in steps])
         assert shapes[0] == shapes[1]
-    for name in (smolvla.NORMALIZER, smolvla.UNNORMALIZER):
+    for name in (smolvla.lerobot.NORMALIZER, smolvla.lerobot.UNNORMALIZER):
         p, q = load_file(ours / name), load_file(theirs / name)
         assert all(p[k].shape == q[k].shape and p[k].dtype == torch.float32 for k in q)
         assert set(p) - set(q) == {f"{k}.{s}" for k in ("action", "observation.state") for s in ("q01", "q99")}
@@ -519,11 +524,11 @@ def test_all_forms_of_a_policy_predict_the_same(trained, sim_root, tmp_path):
     (folder / "meta.json").unlink()
     told = [o | dict(instruction=trained[1].dataset.task_instruction) for o in observations]
     np.testing.assert_allclose(smolvla.load_policy(folder, "cpu").predict(told), first, atol=1e-5)
-    stats = {f"so100.buffer.{k}": v for k, v in load_file(folder / smolvla.NORMALIZER).items()}
-    save_file(stats, folder / smolvla.NORMALIZER)  # as in the published smolvla_base
+    stats = {f"so100.buffer.{k}": v for k, v in load_file(folder / smolvla.lerobot.NORMALIZER).items()}
+    save_file(stats, folder / smolvla.lerobot.NORMALIZER)  # as in the published smolvla_base
     with pytest.raises(UserError, match="statistics of .*so100.buffer.action.*--init_from"):
         smolvla.load_policy(folder, "cpu")
-    (folder / smolvla.NORMALIZER).unlink()
+    (folder / smolvla.lerobot.NORMALIZER).unlink()
     with pytest.raises(UserError, match="statistics of nothing.*--init_from"):
         smolvla.load_policy(folder, "cpu")
 
@@ -541,7 +546,8 @@ def test_an_export_can_be_checked_where_lerobot_is(trained, tmp_path, monkeypatc
         from_pretrained = classmethod(lambda cls, source: cls(source))
 
         def predict_action_chunk(self, batch, noise):
-            images = {k.rpartition(".")[2]: v.permute(1, 2, 0).numpy() for k, v in batch.items() if "images" in k}
+            shown = {k.rpartition(".")[2]: v for k, v in batch.items() if "images" in k}
+            images = {k: (v.permute(1, 2, 0) * 255).round().byte().numpy() for k, v in shown.items()}
             observation = dict(images=images, state=batch["observation.state"].numpy(), instruction=batch["task"])
             return torch.from_numpy(self.ours.predict([observation], noise))
 
@@ -566,11 +572,11 @@ def test_predict_depends_on_images_and_state_and_refuses_what_is_missing(trained
     base, images = policy.predict([observation]), observation["images"]
     for changed in (dict(state=observation["state"] + 1), dict(images=images | dict(camera2=255 - images["camera2"]))):
         assert np.abs(policy.predict([observation | changed]) - base).max() > 1e-6
-    floats = observation | dict(images={k: v.astype(np.float32) / 255 for k, v in images.items()})
-    np.testing.assert_allclose(policy.predict([floats]), base, atol=1e-5)
-    with pytest.raises(UserError, match="camera2 = tool_camera"):
+    with pytest.raises(UserError, match="camera2 is missing"):
         policy.predict([observation | dict(images={k: v for k, v in images.items() if k != "camera2"})])
-    with pytest.raises(UserError, match=r"shape \(3,\), the policy needs \(6,\)"):
+    with pytest.raises(UserError, match="camera1 is 60x60, in training it was 80x60"):
+        policy.predict([observation | dict(images=images | dict(camera1=images["camera1"][:, :60]))])
+    with pytest.raises(UserError, match=r"shape \(3,\), the policy needs x \(m\), y \(m\)"):
         policy.predict([observation | dict(state=observation["state"][:3])])
 
 
@@ -683,7 +689,7 @@ WRONG = [
     (dict(validation__num_episodes=5), "hold out fewer"),
     (dict(reset_scheduler=True), "--resume CHECKPOINT"),
     (dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
-    (dict(dataset__use_ee_pose=False), "the state is made of nothing"),
+    (dict(dataset__state_dropout=2), "dataset.state_dropout 2.0: expected 0"),
     (dict(dataset__cameras="top_camera top_camera"), "dataset.cameras"),
     (dict(policy__num_vlm_layers=9), "has 3"),
     (dict(policy__resize_imgs_with_padding="48 40"), "expected a square in multiples of 16 .* up to 64"),
