@@ -34,6 +34,13 @@ from transformers.modeling_outputs import CausalLMOutput
 PATCH = 14
 EMPTY_TOKEN = 29871  # Llama's "▁": the space between the prompt and the first action token
 IGNORE = -100  # label of a position without loss
+AUTO_MAP = {
+    "AutoConfig": "modeling_openvla.OpenVLAConfig",
+    "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
+    "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",  # its name in transformers 4
+    "AutoProcessor": "modeling_openvla.PrismaticProcessor",
+    "AutoImageProcessor": "modeling_openvla.PrismaticImageProcessor",
+}
 # the towers behind config.timm_model_ids; sizes of other ones stand in config.json as vision_sizes
 TOWERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0),
@@ -85,6 +92,13 @@ class OpenVLAConfig(PretrainedConfig):
         if unknown := [name for name in self.timm_model_ids if name not in TOWERS]:
             raise ValueError(f"config.json: the sizes of tower '{unknown[0]}' are unknown. Write them as vision_sizes")
         return [TOWERS[name] for name in self.timm_model_ids]
+
+    @property
+    def patches(self):
+        height, width = self.image_sizes
+        if height % PATCH or width % PATCH:
+            raise ValueError(f"config.json: image_sizes {self.image_sizes} must be multiples of {PATCH}")
+        return height * width // PATCH**2
 
     # the last ids of Llama's own vocabulary are the actions: 31744 .. 31999 for openvla-7b
 
@@ -179,6 +193,10 @@ class PrismaticProcessor(ProcessorMixin):
             settings.pop(name, None)
         return cls(PrismaticImageProcessor(**settings), PreTrainedTokenizerFast.from_pretrained(path, **hub))
 
+    def prompt_ids(self, instruction):
+        """-> list of ids, from BOS to the empty token before the first action"""
+        return [*self.tokenizer(prompt_of(instruction))["input_ids"], EMPTY_TOKEN]
+
     def __call__(self, text, images, return_tensors="pt", **kwargs):
         text, images = ([text], [images]) if isinstance(text, str) else (text, images)
         if len(text) != len(images):
@@ -207,6 +225,24 @@ def pad_right(rows, value):
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
     return ids, mask
+
+
+def side_by_side(prompts, answers, config):
+    """Several answers behind one prompt, each of which sees the prompt and itself, as if it were alone. B lists of ids,
+    B tensors (k, n) -> ids (B, T), padded on the right | answer (B, T): 0 in a prompt, 1 .. k in its answers |
+    before (N, n): which of the flattened (B, P + T) hidden states predicts a token, of all answers: the one before it,
+    and for the first of an answer the prompt's last"""
+    ids, _ = pad_right(
+        [[*p, *a.flatten().tolist()] for p, a in zip(prompts, answers, strict=True)], config.pad_token_id
+    )
+    answer, before = torch.full_like(ids, -1), []
+    for b, (prompt, (k, n)) in enumerate(zip(prompts, map(torch.Tensor.size, answers), strict=True)):
+        start, token = len(prompt), torch.arange(n)
+        answer[b, :start] = 0
+        answer[b, start : start + k * n] = torch.arange(1, k + 1).repeat_interleave(n)
+        behind = torch.where(token > 0, torch.arange(k)[:, None] * n + token, 0)
+        before.append(b * (config.patches + ids.shape[1]) + config.patches + start - 1 + behind)
+    return ids, answer, torch.cat(before)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -301,10 +337,7 @@ class Tower(nn.Module):
 class VisionBackbone(nn.Module):
     def __init__(self, config):
         super().__init__()
-        height, width = config.image_sizes
-        if height % PATCH or width % PATCH:
-            raise ValueError(f"config.json: image_sizes {config.image_sizes} must be multiples of {PATCH}")
-        self.patches, (dino, siglip) = height * width // PATCH**2, config.towers()
+        self.patches, (dino, siglip) = config.patches, config.towers()
         self.featurizer = Tower(self.patches, **dino, dino=True)
         self.fused_featurizer = Tower(self.patches, **siglip, dino=False)
 
@@ -367,12 +400,21 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         image = self.projector(self.vision_backbone(pixels)).to(text.dtype)
         return torch.cat([text[:, :1], image, text[:, 1:]], dim=1)
 
-    def hidden(self, input_ids, pixel_values, attention_mask=None):
+    def hidden(self, input_ids, pixel_values, attention_mask=None, answer=None):
         """-> (B, P + T, D), last hidden states. Where padding is on the right, causal attention alone keeps it out of
-        every real position: no mask is needed."""
-        embedded = self.embed(input_ids, pixel_values)
-        llama = self.language_model.model
-        return llama(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        every real position: no mask is needed. With `answer` (B, T) of side_by_side a token sees the image, the prompt
+        and its own answer."""
+        embedded, llama, positions = self.embed(input_ids, pixel_values), self.language_model.model, None
+        if answer is not None:
+            if llama.config._attn_implementation not in ("sdpa", "eager"):
+                how = f"{llama.config._attn_implementation} has no mask for several answers behind one prompt"
+                raise ValueError(f"{how}: load the model with attn_implementation='sdpa', or train on one target each")
+            answer = F.pad(answer, (self.vision_backbone.patches, 0))
+            seen = ((answer[:, None] == 0) | (answer[:, None] == answer[:, :, None])).tril()  # (B, P + T, P + T)
+            positions = seen.sum(-1) - 1
+            attention_mask = torch.zeros_like(seen, dtype=embedded.dtype).masked_fill(~seen, -torch.inf)[:, None]
+        how = dict(attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        return llama(inputs_embeds=embedded, **how).last_hidden_state
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, **kwargs):
         """Logits (B, P + T, V) of every position; with labels (B, T) the mean cross-entropy where not -100."""
@@ -406,15 +448,13 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return np.where(mask, 0.5 * (np.asarray(values, np.float64) + 1) * (high - low) + low, values)
 
     @torch.no_grad()
-    def generate_action_ids(self, input_ids, pixel_values, dims, attention_mask=None):
-        """Greedy answer of `dims` tokens (B, dims), chosen among the action ids only: any other token would decode to
-        full speed."""
+    def generate_action_ids(self, prompts, pixel_values, dims):
+        """B lists of ids, with or without the empty token, (B, 6, h, w) -> greedy answer of `dims` tokens (B, dims),
+        chosen among the action ids only: any other token would decode to full speed."""
         llama, patches = self.language_model.model, self.vision_backbone.patches
         begin, end = self.action_begin, self.action_end
-        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [row[m.bool()].tolist() for row, m in zip(input_ids, keep, strict=True)]
-        rows = [row if row[-1] == EMPTY_TOKEN else [*row, EMPTY_TOKEN] for row in rows]
-        ids, mask = (x.to(input_ids.device) for x in pad_right(rows, self.config.pad_token_id))
+        rows = [row if row[-1] == EMPTY_TOKEN else [*row, EMPTY_TOKEN] for row in prompts]
+        ids, mask = (x.to(pixel_values.device) for x in pad_right(rows, self.config.pad_token_id))
         every, length = torch.arange(len(ids), device=ids.device), mask.sum(1)
         out = llama(inputs_embeds=self.embed(ids, pixel_values), use_cache=True)
         last, chosen = out.last_hidden_state[every, patches + length - 1], []
@@ -440,6 +480,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         if do_sample:
             raise ValueError("do_sample is True: actions are chosen greedily, write do_sample=False")
         _, stats = self.stats_of(unnorm_key)
-        ids = self.generate_action_ids(input_ids, pixel_values, len(stats["q01"]), attention_mask)
+        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[m.bool()].tolist() for row, m in zip(input_ids, keep, strict=True)]
+        ids = self.generate_action_ids(prompts, pixel_values, len(stats["q01"]))
         actions = self.unnormalize(self.config.decode_actions(ids.cpu().numpy()), stats)
         return actions[0] if len(actions) == 1 else actions

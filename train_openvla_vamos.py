@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,28 +32,29 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import MissingFile, UserError, require
+from common import UserError, require
 from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
 from common.frames import FrameStore, write_json
 from common.hub import load_weights, local_folder, read_tensors, stored_source  # before transformers
 from common.log import WandbConfig
+from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
 from common.stats import Normalizer, compute_stats
-import modeling_openvla
-from modeling_openvla import EMPTY_TOKEN, OpenVLAConfig, OpenVLAForActionPrediction, PrismaticProcessor
-from modeling_openvla import pad_right, prompt_of
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
-FORMAT = 2  # of steps_N/ and meta.json
+FORMAT = 3  # of steps_N/ and meta.json
 KEY = "vamos_dataset"  # of the statistics in the exported model
 GOAL_POINT = r"<point|<loc\d"  # an instruction that is coordinates, not language
 # what "all-linear" meant to OpenVLA's authors (peft 0.11): these leaf names, patch convolutions and head included
@@ -73,19 +75,19 @@ class Config:
     run_id_note: str | None = None  # appended to EXP_ID
     # data
     samples: Literal["all", "first"] = "all"  # all: every step of a path (of the one picture); first: the first only
+    targets_per_picture: int = 16  # steps of a path that share one forward; 1: every step is a sample of its own
     instruction_column: Literal["auto", "lang_goal", "text"] = "auto"  # auto: lang_goal, unless it is goal points
     trajectory_hz: float | None = None  # points per second of the paths: actions in m/s; null: metres per step
     image_aug: bool = False  # brightness, contrast, saturation, hue; never a crop, which would move the goal
     frame_dir: str = "frames"  # on a local disk: pictures decoded once, 0.15 MB each at 224 x 224
-    skip_bad_episodes: bool = False  # leave unreadable parquet files out, listed and counted, instead of stopping
-    skip_bad_pictures: bool = False  # leave rows out whose picture cannot be decoded, listed and counted
+    skip_bad_episodes: bool = False  # leave out, listed and counted, files and pictures that cannot be read
     # LoRA
     lora_rank: int = 32  # r; scale = min(r, 16) / r
     lora_dropout: float = 0.0  # of what enters the adapters
     use_quantization: bool = False  # frozen weights in 4 bits (nf4, bitsandbytes); implies gradient_checkpointing
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 1/3 more time
     # training
-    batch_size: int = 16  # samples per GPU and micro-batch
+    batch_size: int = 16  # samples, pictures with their targets, per GPU and micro-batch
     grad_accumulation_steps: int = 1  # micro-batches per optimizer step
     learning_rate: float = 5e-4  # AdamW
     warmup_steps: int = 0  # optimizer steps of linear warm-up
@@ -105,18 +107,18 @@ class Config:
     wandb_entity: str | None = None  # W&B team or user
     wandb_mode: Literal["online", "offline", "disabled"] = "online"  # offline when nobody is logged in
     resume_from_checkpoint: str | None = None  # --resume: a steps_N directory, or "auto" for the newest of this EXP_ID
-    load_model_weights: str | None = None  # new run from the adapter in this steps_N or best directory
     merge: str | None = None  # write the merged model of this steps_N or best to EXP_ID--N_chkpt, and stop
     check: bool = False  # read the data, build and print one batch, stop
 
 
 ALIASES = {"resume": "resume_from_checkpoint"}
-FIXED = ("seed", "vla_path", "lora_rank")  # what a resume must not change
+FIXED = ("seed", "vla_path", "lora_rank", "targets_per_picture")  # what a resume must not change
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     positive = "batch_size grad_accumulation_steps max_steps save_steps val_steps val_samples log_steps lora_rank"
+    positive += " targets_per_picture"
     for name in positive.split():
         require(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}: expected 1 or more")
     require(cfg.dataset_name in ("vamos", KEY), f"dataset_name is '{cfg.dataset_name}': expected vamos")
@@ -124,8 +126,6 @@ def check_config(cfg):
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
     require(0 <= cfg.lora_dropout < 1, f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
     require(cfg.data_root_dir or cfg.merge, "data_root_dir is not set: the folder with data/train-*.parquet")
-    both = cfg.resume_from_checkpoint and cfg.load_model_weights
-    require(not both, "--resume continues a run, --load_model_weights starts one: give one of them")
 
 
 def exp_id(cfg):
@@ -164,9 +164,6 @@ def find_files(root):
 def steps_of(column):
     """Arrow column of paths, list<list<number>> -> (lengths (R,), steps (M, 2) float64): p[t+1] - p[t] of neighbouring
     points, path after path; NaN where a point is not finite or has fewer than 2 numbers."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     column = column.combine_chunks().cast(pa.list_(pa.list_(pa.float64())))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     points = column.flatten()
@@ -180,23 +177,8 @@ def steps_of(column):
     return lengths, np.diff(xy, axis=0)[keep]
 
 
-def has_picture(file):
-    """(R,) bool, False where the picture is null. The file's own statistics answer it, unless they count a null."""
-    columns = []
-    for group in map(file.metadata.row_group, range(file.num_row_groups)):
-        columns += [group.column(i) for i in range(group.num_columns)]
-    columns = [c.statistics for c in columns if c.path_in_schema in ("image", "image.bytes")]
-    if not any(c and c.has_null_count and c.null_count for c in columns):
-        return np.ones(file.metadata.num_rows, bool)
-    column = file.read(columns=["image"])["image"].combine_chunks()
-    column = column.field("bytes") if column.type.num_fields else column
-    return column.is_valid().to_numpy(zero_copy_only=False)
-
-
 def read_file(path, cfg):
     """Everything of one parquet file but its pictures -> Rows"""
-    import pyarrow.parquet as pq
-
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     if missing := [c for c in ("image", "trajectory_3d") if c not in names]:
@@ -208,10 +190,9 @@ def read_file(path, cfg):
     of = np.repeat(np.arange(len(lengths)), transitions)
     step = np.arange(len(of)) - np.repeat(np.cumsum(transitions) - transitions, transitions)
     wanted = (step == 0) if cfg.samples == "first" else np.ones(len(step), bool)
-    pictured, finite = has_picture(file), np.isfinite(steps).all(1)
-    counts = Counter(rows=len(lengths), short=int((lengths < 2).sum()), unpictured=int((~pictured).sum()))
-    counts["nonfinite"] = int((wanted & ~finite).sum())
-    good = wanted & finite & pictured[of]
+    finite = np.isfinite(steps).all(1)
+    counts = Counter(rows=len(lengths), short=int((lengths < 2).sum()), nonfinite=int((wanted & ~finite).sum()))
+    good = wanted & finite
     table = pd.DataFrame(dict(path=path, row=np.arange(len(lengths)), lang_goal=None, text=None))
     for column in said:
         table[column] = read[column].to_pylist()
@@ -223,28 +204,24 @@ def read_file(path, cfg):
 
 def read_rows(paths, cfg):
     """-> (Rows of all files, messages of files left out by skip_bad_episodes)"""
-    import pyarrow as pa
-
-    parts, bad, before, marks = [], [], 0, {}
+    none = pd.DataFrame(columns=["path", "row", "lang_goal", "text"], dtype=object)
+    parts, bad = [Rows(none, np.zeros((0, 2), np.float32), *np.zeros((2, 0), np.int32), Counter(), {})], []
     for path in paths:
         try:
-            part = read_file(path, cfg)
+            parts.append(read_file(path, cfg))
         except (pa.ArrowException, OSError, ValueError) as error:
             message = f"{path}: not a readable VAMOS file ({error})"
             hint = "Copy it again, or leave such files out: --skip_bad_episodes"
             require(cfg.skip_bad_episodes, f"{message}. {hint}")
             bad.append(message)
-            continue
+    before, marks = 0, {}
+    for part in parts:
         part.of += np.int32(before)
         before += len(part.table)
         marks |= part.marks
-        parts.append(part)
-    arrays = dict(actions=np.zeros((0, 2), np.float32), step=np.zeros(0, np.int32), of=np.zeros(0, np.int32))
-    for name, none in arrays.items():
-        arrays[name] = np.concatenate([none, *(getattr(part, name) for part in parts)])
-    tables = [part.table for part in parts] or [pd.DataFrame(columns=["path", "row", "lang_goal", "text"])]
-    counts = sum((part.counts for part in parts), Counter())
-    return Rows(pd.concat(tables, ignore_index=True), **arrays, counts=counts, marks=marks), bad
+    actions, step, of = (np.concatenate([getattr(p, name) for p in parts]) for name in ("actions", "step", "of"))
+    table = pd.concat([part.table for part in parts], ignore_index=True)
+    return Rows(table, actions, step, of, sum((part.counts for part in parts), Counter()), marks), bad
 
 
 def choose_instructions(rows, column):
@@ -262,11 +239,16 @@ def choose_instructions(rows, column):
     return column
 
 
-def picture_reader(path, resize):
-    """-> function of a row that returns its picture as predict sees it: decoded in full, (h, w, 3) uint8 RGB"""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def picture_size(rows):
+    """(height, width) as recorded; None where the first pictures of 8 files differ in their aspect"""
+    first = rows.table.loc[np.unique(rows.of)].groupby("path")["row"].first()
+    some = first.iloc[np.unique(np.linspace(0, len(first) - 1, 8).astype(int))]
+    sizes = [picture_reader(path, lambda image: image.size[::-1])(row) for path, row in some.items()]
+    return list(sizes[0]) if len({round(width / height, 2) for height, width in sizes}) == 1 else None
 
+
+def picture_reader(path, resize):
+    """-> function of a row that returns its picture decoded in full, as `resize` makes it: (h, w, 3) uint8 RGB"""
     try:
         column = pq.ParquetFile(path).read(columns=["image"])["image"]
     except (pa.ArrowException, OSError) as error:
@@ -282,23 +264,13 @@ def picture_reader(path, resize):
     return read
 
 
-def decode_pictures(store, splits, resize, run, workers):
-    """Put the pictures of all files of the Rows `splits` into the frame store; every rank decodes a share."""
-    sources = pd.concat([rows.table for rows in splits]).groupby("path").size().to_dict()
-    size = sum(sources.values()) * store.bytes_per_frame
-    run.print(f"pictures  {sum(sources.values())}, {size / 1e9:.2g} GB when decoded, in {store.folder}")
-    open_file = functools.partial(picture_reader, resize=resize)
-    store.build(sources, open_file, run.rank / run.world, max(1, workers), quiet=not run.main)
-    run.sum(0)  # all ranks are done
-
-
 def drop_bad_pictures(rows, store, skip):
     """Leave out the samples whose pictures could not be decoded -> messages; without `skip` they are an error."""
     bad = {}
     for path, part in rows.table.groupby("path"):
         bad |= {part.index[i]: why for i, why in store.about(path)["bad"].items()}
     used = np.intersect1d(list(bad), rows.of).tolist()
-    hint = "Write the files again without these rows, or leave them out: --skip_bad_pictures"
+    hint = "Write the files again without these rows, or leave them out: --skip_bad_episodes"
     messages = [bad[row] for row in used]
     require(skip or not used, "\n".join([f"{len(used)} pictures cannot be decoded:", *messages, hint]))
     keep = ~np.isin(rows.of, used)
@@ -327,9 +299,14 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     (train, bad), (validation, bad_too) = read_rows(train_paths, cfg), read_rows(validation_paths, cfg)
     excluded = bad + bad_too
     if store:
-        decode_pictures(store, [train, validation], resize, run, cfg.num_workers)
+        sources = pd.concat([train.table, validation.table]).groupby("path").size().to_dict()
+        size = sum(sources.values()) * store.bytes_per_frame
+        run.print(f"pictures  {sum(sources.values())}, {size / 1e9:.2g} GB when decoded, in {store.folder}")
+        reader = functools.partial(picture_reader, resize=resize)
+        store.build(sources, reader, run.rank / run.world, max(1, cfg.num_workers), quiet=not run.main)
+        run.sum(0)  # every rank has decoded its share
         for rows in (train, validation):
-            excluded += drop_bad_pictures(rows, store, cfg.skip_bad_pictures)
+            excluded += drop_bad_pictures(rows, store, cfg.skip_bad_episodes)
     require(len(train.actions), f"'{cfg.data_root_dir}' has no usable sample: {dict(train.counts)}")
     column = choose_instructions(train, cfg.instruction_column)
     choose_instructions(validation, column)
@@ -344,7 +321,9 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     names = [p.relative_to(cfg.data_root_dir).as_posix() for p in validation.table["path"].unique()]
     *_, table, gone = split_or_keep(train.marks, lambda: (train.marks, []), then if cfg.skip_bad_episodes else None)
     digest = hashlib.sha256(json.dumps([spec, trained_in(table)]).encode()).hexdigest()[:16]
-    spec |= dict(skip_bad_pictures=cfg.skip_bad_pictures, skip_bad_episodes=cfg.skip_bad_episodes)
+    said = sorted(train.table["instruction"][np.unique(train.of)].unique())
+    spec |= dict(skip_bad_episodes=cfg.skip_bad_episodes, instructions=said if len(said) <= 20 else [])
+    spec |= dict(picture_size=picture_size(train) if store else None)
     return Data(train, validation, excluded + gone, spec, stats | dict(unit=spec["unit"]), names, digest, table)
 
 
@@ -361,57 +340,60 @@ def augment_image(image, rng):
 
 
 class VamosDataset(Dataset):
-    """One item per sample. Item (position, i), where `position` seeds the augmentation:
+    """One item per picture and instruction, with up to `targets` different steps of its path; with targets = 1 one item
+    per step. Item (position, i), where `position` seeds what is drawn:
 
-    image (h, w, 3) uint8 at the model's size | instruction str | action (2,) float32 in the data's units |
-    name (file, "row r step t"). picture(path, row) -> image
+    image (h, w, 3) uint8 at the model's size | instruction str | actions (k, 2) float32 in the data's units |
+    name (file, "row r step t ..."). picture(path, row) -> image
     """
 
-    def __init__(self, rows, picture, seed=0, augment=False):
-        self.rows, self.picture, self.seed, self.augment = rows, picture, seed, augment
+    def __init__(self, rows, picture, targets=1, seed=0, augment=False):
+        self.rows, self.picture, self.targets, self.seed, self.augment = rows, picture, targets, seed, augment
         self.table = rows.table[["path", "row", "instruction"]].to_numpy()
+        every = np.arange(len(rows.actions))
+        self.first = np.unique(rows.of, return_index=True)[1] if targets > 1 else every
+        self.after = np.append(self.first[1:], len(every))
 
     def __len__(self):
-        return len(self.rows.actions)
+        return len(self.first)
 
     def __getitem__(self, key):
         position, i = key
-        path, row, instruction = self.table[self.rows.of[i]]
+        first, steps = self.first[i], self.after[i] - self.first[i]
+        path, row, instruction = self.table[self.rows.of[first]]
         image = self.picture(path, row)
         if self.augment:
             image = augment_image(image, generator_at(self.seed, position, "augment"))
-        name = (path.name, f"row {row} step {self.rows.step[i]}")
-        return dict(image=image, instruction=instruction, action=self.rows.actions[i], name=name)
+        rng = generator_at(self.seed, position, "targets")
+        chosen = first + np.sort(rng.choice(steps, min(self.targets, steps), replace=False))
+        name = (path.name, f"row {row} step {' '.join(map(str, self.rows.step[chosen]))}")
+        return dict(image=image, instruction=instruction, actions=self.rows.actions[chosen], name=name)
 
 
 class Collate:
     """Dataset items -> model inputs. Prompt ids and pictures are made by the functions that predict uses."""
 
-    def __init__(self, tokenizer, config, stats):
-        self.tokenizer, self.config, self.normalizer = tokenizer, config, Normalizer(stats["action"])
-
-    def prompt_ids(self, instruction):
-        """-> list of ids, from BOS to the empty token before the first action"""
-        return [*self.tokenizer(prompt_of(instruction))["input_ids"], EMPTY_TOKEN]
+    def __init__(self, processor, config, stats):
+        self.processor, self.config, self.normalizer = processor, config, Normalizer(stats["action"])
 
     def __call__(self, items):
-        """images (B, h, w, 3) uint8 | input_ids (B, T) int64, padded on the right | rows (B * 3,) int64: where in the
-        flattened (B, P + T) hidden states `targets` (B * 3,) (two actions, end of sequence) are predicted | names"""
-        tokens = self.config.encode_actions(self.normalizer.normalize(np.stack([item["action"] for item in items])))
-        answers = [[*answer, self.tokenizer.eos_token_id] for answer in tokens.tolist()]
-        prompts = [self.prompt_ids(item["instruction"]) for item in items]
-        ids, _ = pad_right([p + a for p, a in zip(prompts, answers, strict=True)], self.config.pad_token_id)
-        patches = self.config.image_sizes[0] * self.config.image_sizes[1] // modeling_openvla.PATCH**2
-        # token j is predicted by the hidden state before it; the image stands behind BOS
-        first = patches - 1 + torch.tensor([len(p) for p in prompts])
-        first += torch.arange(len(items)) * (patches + ids.shape[1])
-        return dict(
-            images=torch.from_numpy(np.stack([item["image"] for item in items])),
-            input_ids=ids,
-            rows=(first[:, None] + torch.arange(len(answers[0]))).flatten(),
-            targets=torch.tensor(answers).flatten(),
-            names=[item["name"] for item in items],
-        )
+        """B items with N targets -> images (B, h, w, 3) uint8 | input_ids (B, T) int64, padded on the right: a prompt,
+        and behind it an answer for each target: two actions, end of sequence | answer (B, T): which one a token belongs
+        to, where any item has two | targets (N, 3): their tokens | rows (M,): where in the flattened (B, P + T) hidden
+        states these are predicted, at (N, 3): in which of `rows` | counts: targets of each item | names"""
+        from modeling_openvla import side_by_side
+
+        counts = [len(item["actions"]) for item in items]
+        actions = self.normalizer.normalize(np.concatenate([item["actions"] for item in items]))
+        end = self.processor.tokenizer.eos_token_id
+        targets = torch.tensor([[*answer, end] for answer in self.config.encode_actions(actions).tolist()])
+        prompts = [self.processor.prompt_ids(item["instruction"]) for item in items]
+        ids, answer, before = side_by_side(prompts, targets.split(counts), self.config)
+        rows, at = before.unique(return_inverse=True)  # all answers of a prompt begin behind the same one
+        images = torch.from_numpy(np.stack([item["image"] for item in items]))
+        batch = dict(images=images, input_ids=ids, targets=targets, rows=rows, at=at, counts=counts)
+        batch |= dict(answer=answer) if max(counts) > 1 else {}
+        return batch | dict(names=[item["name"] for item in items])
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -419,6 +401,8 @@ class Collate:
 
 def read_folder(folder):
     """A directory in OpenVLA's format -> (OpenVLAConfig, PrismaticProcessor), both checked"""
+    from modeling_openvla import EMPTY_TOKEN, OpenVLAConfig, PrismaticProcessor
+
     expected = "expected a directory in OpenVLA's format (openvla/openvla-7b, or what this script exports)"
     for name in ("config.json", "tokenizer.json"):
         require((Path(folder) / name).is_file(), f"{folder} has no {name}: {expected}")
@@ -440,6 +424,8 @@ def read_folder(folder):
 
 def load_vla(folder, device, dtype):
     """OpenVLA with the weights of a directory, tensor by tensor: no second copy in memory, here or on the GPU."""
+    from modeling_openvla import OpenVLAForActionPrediction
+
     config, _ = read_folder(folder)
     with torch.device("meta"):
         vla = OpenVLAForActionPrediction(config)
@@ -458,6 +444,8 @@ def load_4bit(folder, device):
         hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
         raise UserError(f"use_quantization needs the bitsandbytes package, which is not installed. {hint}") from error
     from transformers import BitsAndBytesConfig
+
+    from modeling_openvla import OpenVLAForActionPrediction
 
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     how = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head"])
@@ -501,49 +489,64 @@ class LossModel(nn.Module):
         self.vla, self.image_processor = vla, image_processor
 
     def forward(self, batch):
-        """Cross-entropy of the two action tokens and the end of sequence; the head runs on these rows alone, not on all
-        P + T positions. -> sums over the batch: loss, correct action tokens, |decoded - target| in [-1, 1] units;
-        sample_loss (B,)"""
-        vla, config, n = self.vla, self.vla.config, len(batch["images"])
-        hidden = vla.hidden(batch["input_ids"], self.image_processor.normalize(batch["images"]))
-        logits = vla.language_model.lm_head(hidden.flatten(0, 1)[batch["rows"]]).float()  # (B * 3, V)
-        losses = F.cross_entropy(logits, batch["targets"], reduction="none")
-        logits = logits.detach().unflatten(0, (n, -1))[:, :-1]  # (B, A, V), without the end of sequence
-        targets = batch["targets"].view(n, -1)[:, :-1]
-        chosen = config.action_begin + logits[..., config.action_begin : config.action_end].argmax(-1)
+        """Cross-entropy of the two action tokens and the end of sequence; the head runs on the rows that predict them,
+        not on all P + T positions. -> sums over the targets: loss, correct action tokens, |decoded - target| in [-1, 1]
+        units; sample_loss (B,)"""
+        vla, config, at, targets = self.vla, self.vla.config, batch["at"], batch["targets"]
+        pixels = self.image_processor.normalize(batch["images"])
+        hidden = vla.hidden(batch["input_ids"], pixels, answer=batch.get("answer"))
+        logits = vla.language_model.lm_head(hidden.flatten(0, 1)[batch["rows"]]).float()  # (M, V)
+        losses = -F.log_softmax(logits, dim=1)[at, targets]  # (N, 3)
+        logits, at, wanted = logits.detach(), at[:, :-1], targets[:, :-1]  # without the end of sequence
+        chosen = config.action_begin + logits[:, config.action_begin : config.action_end].argmax(1)
         last = config.n_action_bins - 2  # bins have centres 2 / (n - 1) apart; +1 shares the last one
-        chosen, wanted = ((config.action_end - 1 - ids).clamp(0, last) for ids in (chosen, targets))
+        apart = [(config.action_end - 1 - ids).clamp(0, last) for ids in (chosen[at], wanted)]
         return dict(
             loss_sum=losses.sum(),
-            correct=(logits.argmax(-1) == targets).sum(),
-            l1_sum=(chosen - wanted).abs().sum() * 2 / (last + 1),
-            sample_loss=losses.detach().view(n, -1).mean(1),
+            correct=(logits.argmax(1)[at] == wanted).sum(),
+            l1_sum=(apart[0] - apart[1]).abs().sum() * 2 / (last + 1),
+            sample_loss=torch.stack([part.mean() for part in losses.detach().split(batch["counts"])]),
         )
 
 
 class Policy:
-    """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
+    """A trained model with everything predict needs. Made by load_policy, and by the training for its validation.
+    `needs`: see Contract."""
 
-    def __init__(self, vla, processor, stats, spec):
+    def __init__(self, vla, processor, stats, spec, needs=None):
         self.vla, self.processor, self.stats, self.spec = vla, processor, stats, spec
-        self.collate = Collate(processor.tokenizer, vla.config, stats)
+        self.collate, action = Collate(processor, vla.config, stats), stats["action"]
+        about = dict(script=Path(__file__).stem, images={"camera1": spec["picture_size"]}, actions=self.action_names())
+        about |= dict(horizon=1, rate_hz=spec["trajectory_hz"], kind="velocity", instructions=spec["instructions"])
+        about |= dict(action_low=action["q01"], action_high=action["q99"])  # what lies beyond is never answered
+        first_row = "row 0: the motion from the picture's moment to the next step of the path; send it at once"
+        self.contract = Contract(**about, first_row=first_row, needs=needs or {})
+
+    def reset(self):
+        """Each answer depends on its own observation alone: there is nothing to forget."""
+
+    def describe(self):
+        return self.contract.describe(self)
 
     def predict(self, observations):
         """list of {images: {camera1: (h, w, 3) uint8 RGB or PIL image}, instruction: str} -> (B, 1, 2) float32, v_x
         forward and v_y left in the data's unit."""
-        pictures = np.stack([self.processor.image_processor.resize(o["images"]["camera1"]) for o in observations])
-        return self.decode(pictures, [o["instruction"] for o in observations])[:, None]
+        self.contract.check(observations)
+        resize = self.processor.image_processor.resize
+        items = [dict(image=resize(o["images"]["camera1"]), instruction=o["instruction"]) for o in observations]
+        return self.answer(items)[:, None]
 
     @torch.no_grad()
-    def decode(self, pictures, instructions):
-        """(B, h, w, 3) uint8 at the model's size, B instructions -> (B, 2) float32"""
+    def answer(self, items):
+        """B items of a VamosDataset, but for their actions -> (B, 2) float32"""
         vla, action = self.vla, self.stats["action"]
         device, training = next(vla.parameters()).device, vla.training
-        ids, mask = pad_right([self.collate.prompt_ids(text) for text in instructions], vla.config.pad_token_id)
+        prompts = [self.processor.prompt_ids(item["instruction"]) for item in items]
+        pictures = torch.from_numpy(np.stack([item["image"] for item in items]))
         vla.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            pixels = self.processor.image_processor.normalize(torch.from_numpy(pictures).to(device))
-            answer = vla.generate_action_ids(ids.to(device), pixels, len(action["q01"]), mask.to(device))
+            pixels = self.processor.image_processor.normalize(pictures.to(device))
+            answer = vla.generate_action_ids(prompts, pixels, len(action["q01"]))
         vla.train(training)
         return vla.unnormalize(vla.config.decode_actions(answer.cpu().numpy()), action).astype(np.float32)
 
@@ -555,22 +558,27 @@ class Policy:
         known = {p.relative_to(root).as_posix(): p for p in train + validation}
         unknown = sorted(set(names or []) - set(known))
         require(not unknown, f"'{root}' has no file '{''.join(unknown[:1])}'; it has {', '.join(list(known)[:5])}, ...")
-        keys = ("trajectory_hz", "skip_bad_episodes", "skip_bad_pictures")
-        cfg = Config(samples="first", **{key: value for key, value in self.spec.items() if key in keys})
+        cfg = Config(samples="first", **{key: self.spec[key] for key in ("trajectory_hz", "skip_bad_episodes")})
         for name in names or [p.relative_to(root).as_posix() for p in validation or train]:
             rows, bad = read_rows([known[name]], cfg)
             if bad:
                 print(f"left out  {bad[0]}")
                 continue
             choose_instructions(rows, self.spec["instruction_column"])
-            read, frames = picture_reader(known[name], self.processor.image_processor.resize), {}
-            for i, row in enumerate(rows.of):
+            read = picture_reader(known[name], lambda image: np.array(image.convert("RGB")))
+            good = []
+
+            def sample(i, rows=rows, read=read, said=rows.table["instruction"]):
+                return dict(images={"camera1": read(int(rows.of[i]))}, instruction=said[rows.of[i]])
+
+            for i in range(len(rows.of)):
                 try:
-                    frames[i] = dict(images={"camera1": read(int(row))}, instruction=rows.table["instruction"][row])
+                    sample(i)
+                    good.append(i)
                 except UserError as error:
-                    require(cfg.skip_bad_pictures, str(error))
+                    require(cfg.skip_bad_episodes, str(error))
                     print(f"left out  {error}")
-            target, sample = rows.actions[list(frames)], list(frames.values()).__getitem__
+            rows.of, target = rows.of[good], rows.actions[good]
             yield dict(name=name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
     def action_names(self):
@@ -582,13 +590,6 @@ class Policy:
 
 
 COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-AUTO_MAP = {
-    "AutoConfig": "modeling_openvla.OpenVLAConfig",
-    "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
-    "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",  # its name in transformers 4
-    "AutoProcessor": "modeling_openvla.PrismaticProcessor",
-    "AutoImageProcessor": "modeling_openvla.PrismaticImageProcessor",
-}
 
 
 def save_adapter(folder, peft_model, meta, stats):
@@ -621,19 +622,20 @@ def save_model(folder, vla, base, meta, stats):
     file, which transformers finds through auto_map, dataset_statistics.json and meta.json."""
     from huggingface_hub import save_torch_state_dict
 
+    import modeling_openvla as openvla
+
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(vla.state_dict(), folder, max_shard_size="5GB")
-    shutil.copy(modeling_openvla.__file__, folder)
-    for name in COPIED:
-        if (base / name).is_file():
-            shutil.copy(base / name, folder)
+    shutil.copy(openvla.__file__, folder)
+    for file in filter(Path.is_file, [base / name for name in COPIED]):
+        shutil.copy(file, folder)
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     tokenizer.pop("auto_map", None)  # would lead to the hub
     config = json.loads((base / "config.json").read_text())
-    config |= dict(norm_stats={KEY: stats}, auto_map=AUTO_MAP, architectures=[OpenVLAForActionPrediction.__name__])
+    config |= dict(norm_stats={KEY: stats}, auto_map=openvla.AUTO_MAP, architectures=["OpenVLAForActionPrediction"])
     write_json(folder / "tokenizer_config.json", tokenizer | dict(tokenizer_class="LlamaTokenizer"))
-    classes = dict(processor_class="PrismaticProcessor", auto_map=AUTO_MAP)
-    images = modeling_openvla.read_image_settings(base) | dict(image_processor_type="PrismaticImageProcessor")
+    classes = dict(processor_class="PrismaticProcessor", auto_map=openvla.AUTO_MAP)
+    images = openvla.read_image_settings(base) | dict(image_processor_type="PrismaticImageProcessor")
     write_json(folder / "preprocessor_config.json", images | classes)
     write_json(folder / "processor_config.json", classes)
     write_json(folder / "dataset_statistics.json", {KEY: stats})
@@ -685,7 +687,8 @@ def load_policy(path, device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vla, base = open_adapter(path, meta, device, dtype) if adapted else (load_vla(path, device, dtype), path)
-    return Policy(vla, read_folder(base)[1], meta["stats"], meta["spec"])
+    needs = dict(base_model=str(base)) if adapted else {}
+    return Policy(vla, read_folder(base)[1], meta["stats"], meta["spec"], needs)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -707,10 +710,10 @@ def describe(cfg, data, say):
     say(f"          {len(data.validation_files)} validation files, {len(v.actions)} samples; {cfg.data_root_dir}")
     for message in data.excluded:
         say(f"excluded  {message}")
-    kinds = dict(short="rows with fewer than 2 points", unpictured="rows without a picture")
-    kinds |= dict(nonfinite="steps that are not finite")
-    if left_out := [f"{t.counts[kind]} {what}" for kind, what in kinds.items() if t.counts[kind]]:
-        say(f"left out  {', '.join(left_out)}")
+    kinds = dict(short="rows with fewer than 2 points", nonfinite="steps that are not finite")
+    kinds |= dict(other_column="rows use the other text column", no_instruction="rows have no text ('navigate')")
+    if counted := [f"{t.counts[kind]} {what}" for kind, what in kinds.items() if t.counts[kind]]:
+        say(f"counted   {', '.join(counted)}")
     say(f"action    v_x forward, v_y left, {data.spec['unit']}; tokens cover q01 .. q99 of the training samples")
     for name in ("q01", "q99", "mean", "std", "min", "max"):
         say(f"          {name:<5}" + " ".join(f"{value:11.4g}" for value in action[name]))
@@ -719,76 +722,69 @@ def describe(cfg, data, say):
     say(f"          clipping to them removes {lost[0]:.1%} of the motion in v_x, {lost[1]:.1%} in v_y")
     said = t.table["instruction"][np.unique(t.of)].value_counts()
     say(f"text      column {data.spec['instruction_column']}, {len(said)} instructions, e.g. {list(said.index[:3])}")
-    other, none = t.counts["other_column"], t.counts["no_instruction"]
-    if other or none:
-        say(f"          {other} rows without one use the other column, {none} have none at all ('navigate')")
     shared = pd.DataFrame(t.actions.astype(np.float64)).groupby(t.of)
-    if (most := shared.size().max()) > 1:
-        apart, mean = shared.std(ddof=0).mean(), len(t.actions) / len(shared)
-        say(f"targets   {mean:.1f} per picture and instruction (at most {most}), std within one {apart[0]:.3g},")
-        say(f"          {apart[1]:.3g}: token accuracy cannot reach 1; with --samples first there is one each")
+    (x, y), most = shared.std(ddof=0).mean(), shared.size().max()
+    say(f"targets   at most {most} per picture and instruction, {cfg.targets_per_picture} of them in one forward; std")
+    say(f"          within one {x:.3g}, {y:.3g}: where that is above 0, token accuracy cannot reach 1")
     if not len(v.actions):
         say("note      no validation-*.parquet with usable rows: nothing tells when to stop, there is no best/")
 
 
 def check_data(cfg):
-    """--check: read the data, build one batch, print what the model would see. Needs no weights; without a tokenizer
-    the text stays unbuilt, and says so."""
+    """--check: read the data, build one batch, print what the model would see. Needs no weights."""
+    from modeling_openvla import prompt_of
+
     data = load_data(cfg)
     describe(cfg, data, print)
-    try:
-        config, processor = read_folder(local_folder(cfg.vla_path, weights=False))
-        image_processor = processor.image_processor
-    except MissingFile as error:
-        processor, image_processor = None, modeling_openvla.PrismaticImageProcessor()
-        print(f"note      prompt and action tokens are not shown: {error}")
-    open_file = functools.lru_cache(2)(functools.partial(picture_reader, resize=image_processor.resize))
-    dataset = VamosDataset(data.train, lambda path, row: open_file(path)(row), cfg.seed, cfg.image_aug)
+    config, processor = read_folder(local_folder(cfg.vla_path, weights=False))
+    read = lambda path, row: picture_reader(path, processor.image_processor.resize)(row)  # noqa: E731
+    dataset = VamosDataset(data.train, read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
     order = GlobalOrder(len(dataset), cfg.seed)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     print(f"batch     {len(items)} samples, first: {' '.join(items[0]['name'])}, {items[0]['instruction']!r}")
-    shown = {k: np.stack([item[k] for item in items]) for k in ("image", "action")}
-    if processor:
-        batch = Collate(processor.tokenizer, config, data.stats)(items)
-        shown |= {k: v.numpy() for k, v in batch.items() if isinstance(v, torch.Tensor) and k != "images"}
-    for key, value in shown.items():
-        values = f"{str(value.dtype):<8} {value.min():.4g} .. {value.max():.4g}"
-        print(f"          {key:<10} {str(value.shape):<20} {values}")
+    batch = Collate(processor, config, data.stats)(items)
+    batch |= dict(actions=torch.from_numpy(np.concatenate([item["actions"] for item in items])))
+    for key in ("images", "actions", "input_ids", "targets"):
+        value = batch[key]
+        values = f"{str(value.dtype).removeprefix('torch.'):<8} {value.min():.4g} .. {value.max():.4g}"
+        print(f"          {key:<10} {str(tuple(value.shape)):<20} {values}")
     print(f"prompt    {prompt_of(items[0]['instruction'])!r}")
     print("check passed")
 
 
 def validate(core, policy, dataset, cfg, run):
     """-> {val_loss: per token, val_action_accuracy, val_l1_loss: in [-1, 1], val_mae_vx, val_mae_vy: of predict, in the
-    data's unit, val_mae_mean_action: of answering the mean}, on samples spread evenly over the validation files"""
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int))
-    mine, mean = chosen[run.rank :: run.world].tolist(), np.array(policy.stats["action"]["mean"])
-    sums = np.zeros(7)  # loss, correct, l1, samples | error v_x, v_y | error of the mean action
+    data's unit, val_mae_mean_action: of answering the mean}, on samples spread evenly over the validation files;
+    val_swap_ratio: error with another row's picture / with its own, of every fourth batch"""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int)).tolist()
+    items, n, size = [dataset[(k, k)] for k in chosen], len(chosen), cfg.batch_size
+    target, mean = np.concatenate([item["actions"] for item in items]), np.array(policy.stats["action"]["mean"])
+    # rows with the same picture, under other instructions, are one episode
+    others = partners([zlib.crc32(item["image"].tobytes()) for item in items], dataset.rows.step[chosen])
+    mine, sums, error, pairs = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros(2), np.zeros(2)
     core.eval()
-    for i in range(0, len(mine), cfg.batch_size):
-        items = [dataset[(k, k)] for k in mine[i : i + cfg.batch_size]]
+    for i in range(0, len(mine), size):
+        part = mine[i : i + size]
+        batch = [items[k] for k in part]
         with torch.no_grad(), run.autocast():
-            out = core(to_device(policy.collate(items), run.device))
-        target = np.stack([item["action"] for item in items])
-        pictures = np.stack([item["image"] for item in items])
-        error = np.abs(policy.decode(pictures, [item["instruction"] for item in items]) - target).sum(0)
-        ours = [out["loss_sum"].item(), out["correct"].item(), out["l1_sum"].item(), len(items)]
-        sums += [*ours, *error, np.abs(mean - target).sum() / 2]
+            out = core(to_device(policy.collate(batch), run.device))
+        sums += [out[name].item() for name in ("loss_sum", "correct", "l1_sum")]
+        own = np.abs(policy.answer(batch) - target[part]).sum(0)
+        error += own
+        if others is not None and i // size % 4 == 0:
+            batch = [items[k] | dict(image=items[others[k]]["image"]) for k in part]
+            pairs += np.abs(policy.answer(batch) - target[part]).sum(), own.sum()
     core.train()
-    loss, correct, l1, n, vx, vy, baseline = run.sum(*sums)
+    loss, correct, l1, vx, vy, swapped, same = run.sum(*sums, *error, *pairs)
     values = dict(val_loss=loss / n / 3, val_action_accuracy=correct / n / 2, val_l1_loss=l1 / n / 2)
-    return values | dict(val_mae_vx=vx / n, val_mae_vy=vy / n, val_mae_mean_action=baseline / n)
-
-
-def merge_by_hand(cfg):
-    """--merge: the merged model of one checkpoint, beside the run's own."""
-    source = checkpoint_folder(cfg.merge)
-    adapted = (source / "adapter_config.json").is_file()
-    require(adapted, f"--merge {cfg.merge} has no adapter_config.json; expected adapter_tmp_dir/EXP_ID/steps_N or best")
-    meta = read_meta(source)
-    then = config_from(Config, meta["config"])
-    target = Path(then.run_root_dir) / f"{exp_id(then)}--{meta['step']}_chkpt"
-    print(f"merged model: {merge_adapter(source, target)}")
+    values |= dict(val_mae_vx=vx / n, val_mae_vy=vy / n, val_mae_mean_action=np.abs(mean - target).mean().item())
+    if others is None:
+        return values
+    ratio = swapped / max(same, 1e-9)
+    if ratio < 1.05:
+        text = f"warning: the model does not look at its pictures: another row's gives {ratio:.2f} x the error"
+        (run.log or run).print(text)
+    return values | dict(val_swap_ratio=ratio)
 
 
 def merge(run, source, target, last=False):
@@ -807,8 +803,13 @@ def main(cfg):
     check_config(cfg)
     if cfg.check:
         return check_data(cfg)
-    if cfg.merge:
-        return merge_by_hand(cfg)
+    if cfg.merge:  # of one checkpoint, beside the run's own
+        meta = read_meta(source := checkpoint_folder(cfg.merge))
+        expected = f"--merge {cfg.merge} has no adapter_config.json; expected adapter_tmp_dir/EXP_ID/steps_N or best"
+        require((source / "adapter_config.json").is_file(), expected)
+        then = config_from(Config, meta["config"])
+        target = Path(then.run_root_dir) / f"{exp_id(then)}--{meta['step']}_chkpt"
+        return print(f"merged model: {merge_adapter(source, target)}")
 
     # ---- inputs: everything that can be wrong is found before weights are loaded
     cfg.vla_path, name = stored_source(cfg.vla_path), exp_id(cfg)
@@ -836,12 +837,11 @@ def main(cfg):
     model = run.prepare(core.train())
     trained = [p for p in vla.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)
-    if source := path or cfg.load_model_weights:
-        moments = ckpt.load_state(path / "state.pt")["moments"] if path else {}
-        adapter = read_adapter(checkpoint_folder(source))
-        ckpt.restore_training_state(vla, optimizer, dict(trained=adapter, moments=moments))
-        del adapter, moments  # mapped from the files, which would keep their room when they are deleted
-    dataset = VamosDataset(data.train, store.read, cfg.seed, cfg.image_aug)
+    if path:  # mapped from the files, which would keep their room when they are deleted: no name holds them
+        state = ckpt.load_state(path / "state.pt") | dict(trained=read_adapter(path))
+        ckpt.restore_training_state(vla, optimizer, state)
+        del state
+    dataset = VamosDataset(data.train, store.read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
     held_out = VamosDataset(data.validation, store.read)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), policy.collate, cfg.num_workers)
     size = 12 * sum(p.numel() for p in trained)  # fp32 adapter and two moments
@@ -862,13 +862,13 @@ def main(cfg):
     run.checkpoints(adapter_dir, "steps_{step}", write, size, keep=cfg.keep_checkpoints)
 
     # ---- loop
-    tokens, actions = 3 * run.global_batch, 2 * run.global_batch  # of each sample: v_x, v_y, end; of these v_x, v_y
     wandb = WandbConfig(cfg.wandb_mode if cfg.wandb_project else "disabled", cfg.wandb_entity, f"ft+{name}")
     for step in run.steps(loader, cfg.wandb_project or "", wandb):
+        targets = run.sum(sum(len(batch["targets"]) for batch in step.batches))  # a short path has fewer
         for batch in step.micro_batches(model):
             out = model(batch)
-            step.backward(out["loss_sum"] / tokens, out["sample_loss"])
-            step.add(accuracy=out["correct"] / actions, l1=out["l1_sum"] / actions)
+            step.backward(out["loss_sum"] / (3 * targets), out["sample_loss"])  # of each v_x, v_y, end of sequence
+            step.add(accuracy=out["correct"] / (2 * targets), l1=out["l1_sum"] / (2 * targets))
         step.update(optimizer, lr_at(step.index, cfg), cfg.max_grad_norm)
 
         if step.every(cfg.log_steps):
