@@ -26,7 +26,7 @@ class Contract:
     images: dict  # {name: (height, width) as recorded, or None if the checkpoint does not know}; RGB, uint8
     actions: list  # [(name, unit)] of a row
     horizon: int  # rows of a chunk
-    rate_hz: float  # rows per second
+    rate_hz: float | None  # rows per second; None: the recordings have no clock
     kind: str  # "delta": a motion per row; "absolute": a target; "velocity"
     first_row: str  # what row 0 means in time, and which row to send when
     state: list = field(default_factory=list)  # [(name, unit)]; empty: the policy takes none
@@ -127,7 +127,7 @@ class Contract:
             actions=_columns(self.actions, self.action_low, self.action_high),
             kind=self.kind,
             horizon=self.horizon,
-            rate_hz=float(self.rate_hz),
+            rate_hz=self.rate_hz and float(self.rate_hz),
             first_row=self.first_row,
             needs={what: str(where) for what, where in self.needs.items()},
             latency_ms=1000 * float(np.median(seconds[1:])),  # the first call warms up

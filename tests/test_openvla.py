@@ -82,9 +82,9 @@ def test_predicted_actions_equal_the_original(original, vla):
     prompts, pixels = (torch.from_numpy(values[name]) for name in ("predict_prompts", "pixel_values"))
     together = vla.predict_action(input_ids=prompts, pixel_values=pixels, unnorm_key="vamos_dataset", do_sample=False)
     np.testing.assert_array_equal(together, values["predict_actions"])
-    np.testing.assert_array_equal(vla.generate_action_ids(prompts, pixels, 2), values["generated_ids"])
+    np.testing.assert_array_equal(vla.generate_action_ids(prompts.tolist(), pixels, 2), values["generated_ids"])
     for b in range(3):  # one at a time, with the alias, and with the empty token already there
-        longer = torch.tensor([[*prompts[b].tolist(), openvla.EMPTY_TOKEN]])
+        longer = torch.tensor([[*prompts[b].tolist(), modeling_openvla.EMPTY_TOKEN]])
         one = vla.predict_action(input_ids=prompts[b : b + 1], pixel_values=pixels[b : b + 1], unnorm_key="vamos")
         more = vla.predict_action(input_ids=longer, pixel_values=pixels[b : b + 1], unnorm_key="vamos")
         assert one.shape == (2,) and one.dtype == np.float64
@@ -101,7 +101,7 @@ def test_real_size_has_the_public_names_and_upstreams_lora_layers(shared):
     public = json.loads((shared / "fixtures/openvla7b_keys.json").read_text())
     shapes = {k: tuple(v) for k, v in (public.items() if isinstance(public, dict) else public)}
     with torch.device("meta"):
-        model = openvla.OpenVLAForActionPrediction(openvla.OpenVLAConfig())
+        model = modeling_openvla.OpenVLAForActionPrediction(modeling_openvla.OpenVLAConfig())
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == shapes and len(shapes) == 982
     assert sum(p.numel() for p in model.parameters()) == 7_541_237_184
     used = openvla.lora_layers(model)
@@ -175,11 +175,11 @@ def close(a, b, atol=0.0):
     torch.testing.assert_close(dict(a), dict(b), rtol=0, atol=atol)
 
 
-def items_of(rows, processor):
-    return openvla.VamosDataset(rows, lambda path, row: openvla.picture_reader(path, processor.resize)(row))
+def items_of(rows, processor, targets=1):
+    return openvla.VamosDataset(rows, lambda path, row: openvla.picture_reader(path, processor.resize)(row), targets)
 
 
-def batch_of(cfg, indices=range(4)):
+def batch_of(cfg, indices=range(4), targets=1):
     """(LossModel with a LoRA whose B is not zero, policy, dataset, batch)"""
     data, folder = openvla.load_data(cfg), Path(cfg.vla_path)
     vla = openvla.build_model(cfg, folder, torch.device("cpu"), torch.float32).get_base_model()
@@ -190,7 +190,7 @@ def batch_of(cfg, indices=range(4)):
                 p.normal_(0, 0.2)
     _, processor = openvla.read_folder(folder)
     policy = openvla.Policy(vla, processor, data.stats, data.spec)
-    dataset = items_of(data.train, processor.image_processor)
+    dataset = items_of(data.train, processor.image_processor, targets)
     core = openvla.LossModel(vla, processor.image_processor)
     return core, policy, dataset, policy.collate([dataset[(i, i)] for i in indices])
 
@@ -245,24 +245,23 @@ def test_pictures_as_struct_or_bytes_in_any_mode(tmp_path):
         assert len({tuple(c) for c in read(3).reshape(-1, 3)}) == 1
 
 
-def test_missing_pictures_are_counted_and_damaged_ones_named_or_left_out(tmp_path, make, capsys):
+def test_missing_and_damaged_pictures_are_named_or_left_out(tmp_path, make, capsys):
     rows = [row([[0, 0, 0], [i, 1, 0]]) for i in range(6)]
     rows[1]["image"], rows[2]["image"] = dict(bytes=None, path="x.jpg"), None
     rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:100]
     rows[4]["image"]["bytes"] = b""
     write(tmp_path / PATH, rows)
-    found, _ = openvla.read_rows([tmp_path / PATH], openvla.Config())
-    assert found.counts["unpictured"] == 2 and found.of.tolist() == [0, 3, 4, 5]
     flags = dict(data_root_dir=tmp_path, max_steps=1, batch_size=2)
-    with pytest.raises(UserError, match=r"2 pictures cannot.*\n.*row 3 .*\n.*row 4 .*\n.*--skip_bad_pictures"):
+    each = "".join(rf"\n.*row {i} .*" for i in (1, 2, 3, 4))
+    with pytest.raises(UserError, match=rf"4 pictures cannot.*{each}\n.*--skip_bad_episodes"):
         openvla.main(make(**flags))  # at the start, and all of them
-    _, metrics = train(make(**flags, skip_bad_pictures=True))
+    _, metrics = train(make(**flags, skip_bad_episodes=True))
     said = capsys.readouterr().out
-    assert said.count("excluded  train-0.parquet: the picture of row") == 2 and len(metrics) == 1
+    assert said.count("excluded  train-0.parquet: the picture of row") == 4 and len(metrics) == 1
     stats = openvla.load_policy(folders(make(**flags))[0], "cpu").stats
     rows[5]["image"]["bytes"] = b"damaged since"
     write(tmp_path / PATH, rows)
-    again = make(**flags | dict(max_steps=2), skip_bad_pictures=True, resume_from_checkpoint="auto")
+    again = make(**flags | dict(max_steps=2), skip_bad_episodes=True, resume_from_checkpoint="auto")
     assert len(train(again)[1]) == 2, "the same run, without that picture"
     policy = openvla.load_policy(folders(make(**flags))[0], "cpu")  # evaluation leaves out what the training did
     assert len(next(policy.open_episodes(tmp_path, [PATH]))["target"]) == 1 and policy.stats == stats
@@ -276,9 +275,7 @@ def test_an_unreadable_file_stops_or_is_left_out_by_name(tmp_path, vamos_root, m
         openvla.load_data(make(data_root_dir=tmp_path))
     data = openvla.load_data(make(data_root_dir=tmp_path, skip_bad_episodes=True))
     assert {p.name for p in data.train.table["path"]} == {"train-00001-of-00002.parquet"} and len(data.excluded) == 1
-    policy = SimpleNamespace(
-        spec=data.spec, processor=SimpleNamespace(image_processor=SimpleNamespace(resize=np.array))
-    )
+    policy = SimpleNamespace(spec=data.spec)
     names = [f"data/{broken.name}", "data/train-00001-of-00002.parquet"]  # as an evaluation with --episodes
     assert [e["name"] for e in openvla.Policy.open_episodes(policy, tmp_path, names)] == names[1:]
     pq.write_table(pa.table({"image": [b""], "path": [1]}), broken)
@@ -326,8 +323,10 @@ def test_the_later_path_changes_nothing_at_a_step(tmp_path, make):
     for name, tail in (("a", [9.0, 9, 0]), ("b", [2.0, -4, 0])):
         write(tmp_path / name / PATH, [row([[0, 0, 0], [1, 2, 0], [2, 3, 0], tail])] * 3)
         _, _, dataset, batch = batch_of(make(data_root_dir=tmp_path / name), [0, 1])
-        seen.append((dataset[(0, 0)]["action"], dataset[(1, 1)]["action"], batch["images"], batch["input_ids"][:, :-3]))
-        assert dataset[(2, 2)]["action"].tolist() == [tail[0] - 2, tail[1] - 3]
+        seen.append(
+            (dataset[(0, 0)]["actions"], dataset[(1, 1)]["actions"], batch["images"], batch["input_ids"][:, :-3])
+        )
+        assert dataset[(2, 2)]["actions"].tolist() == [[tail[0] - 2, tail[1] - 3]]
     assert all(np.array_equal(a, b) for a, b in zip(*seen, strict=True))
 
 
@@ -383,13 +382,13 @@ def test_after_the_start_no_picture_is_read_from_the_parquet_files(make, monkeyp
 def test_batch_is_prompt_space_actions_end(make):
     _, policy, dataset, batch = batch_of(make())
     item, action = dataset[(0, 0)], policy.stats["action"]
-    prompt = policy.processor.tokenizer(openvla.prompt_of(item["instruction"]))["input_ids"]
-    ids, answer = batch["input_ids"][0].tolist(), batch["targets"][:3].tolist()
+    prompt = policy.processor.tokenizer(modeling_openvla.prompt_of(item["instruction"]))["input_ids"]
+    ids, answer = batch["input_ids"][0].tolist(), batch["targets"][0].tolist()
     assert ids[: len(ids) - ids[::-1].index(2)] == [*prompt, 29871, *answer]
     assert answer[2] == 2 and all(31744 <= a < 32000 for a in answer[:2])
     decoded = policy.vla.unnormalize(policy.vla.config.decode_actions(answer[:2]), action)
     width = np.subtract(action["q99"], action["q01"]) / 255
-    assert (np.abs(decoded - np.clip(item["action"], action["q01"], action["q99"])) <= width).all()
+    assert (np.abs(decoded - np.clip(item["actions"][0], action["q01"], action["q99"])) <= width).all()
 
 
 def test_loss_and_metrics_on_three_rows_equal_those_of_the_full_logits(make):
@@ -417,7 +416,7 @@ def test_the_picture_reaches_the_answer_and_padding_does_not(make):
     longer = batch | dict(input_ids=torch.nn.functional.pad(batch["input_ids"], (0, 7), value=32000))
     longer["rows"] = (batch["rows"].view(2, 3) + torch.arange(2)[:, None] * 7).flatten()
     torch.testing.assert_close(core(longer)["sample_loss"], core(batch)["sample_loss"], rtol=1e-5, atol=1e-6)
-    ids, actions = torch.tensor([policy.collate.prompt_ids("Go to the red post")]), slice(31744, 32000)
+    ids, actions = torch.tensor([policy.processor.prompt_ids("Go to the red post")]), slice(31744, 32000)
     pictures = torch.stack([batch["images"][0], torch.zeros_like(batch["images"][0])])
     with torch.no_grad():
         seen, black = policy.vla(ids.expand(2, -1), pixel_values=core.image_processor.normalize(pictures)).logits[:, -1]
@@ -529,7 +528,7 @@ def test_merged_adapter_and_peft_model_predict_the_same(trained, base_dir):
     with_peft = PeftModel.from_pretrained(plain, adapter).eval()  # the guide's adapter_tmp_dir/<exp_id>
     texts, rng = ("Go to the red post", "stop", "Go to the blue post"), np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (50, 70, 3), np.uint8) for _ in texts]
-    inputs = a.processor([openvla.prompt_of(text) for text in texts], pictures)
+    inputs = a.processor([modeling_openvla.prompt_of(text) for text in texts], pictures)
     with torch.no_grad():
         ours, theirs = (m(inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits for m in (a.vla, with_peft))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -604,16 +603,12 @@ def test_exported_files_are_openvlas(trained, base_dir):
     assert not [p.name for p in run.rglob(".tmp*")] + [p.name for p in run.rglob("merging")]
 
 
-def test_a_merged_model_and_an_adapter_can_be_trained_on(trained, make):
-    _, run, adapter = trained
+def test_a_merged_model_can_be_trained_on(trained, make):
+    _, run, _ = trained
     again = make(vla_path=run, max_steps=1, learning_rate=0.0)
     openvla.main(again)
     one, two = (openvla.load_policy(folder, "cpu").vla.state_dict() for folder in (run, folders(again)[0]))
     close(one, two)
-    flags = dict(load_model_weights=adapter / "steps_4", learning_rate=0.0, weight_decay=0.0, max_steps=1)
-    state, rows = train(make(**flags))
-    close(state, openvla.read_adapter(adapter / "steps_4"))
-    assert [r["step"] for r in rows if "train_loss" in r] == [1]
 
 
 def test_evaluate_on_the_validation_file(trained, vamos_root, tmp_path, capsys):
@@ -675,7 +670,7 @@ def test_wrong_settings_are_named(make, monkeypatch):
         (dict(batch_size=0), "batch_size is 0"),
         (dict(trajectory_hz=0), "trajectory_hz is 0"),
         (dict(lora_dropout=1.0), "lora_dropout"),
-        (dict(resume_from_checkpoint="auto", load_model_weights="x"), "give one of them"),
+        (dict(targets_per_picture=0), "targets_per_picture is 0"),
         (dict(vla_path="nobody/nothing"), "neither a directory nor reachable"),
         (dict(use_quantization=True), "pip install bitsandbytes"),
     ):
@@ -699,10 +694,11 @@ def test_check_needs_no_weights(make, capsys, monkeypatch):
     monkeypatch.setattr(openvla, "local_folder", lambda source, weights=True: asked.append(weights) or real(source))
     openvla.main(make(check=True))
     said = capsys.readouterr().out
-    for text in ("left out  1 rows with fewer", "1 rows without one use", "targets   ", "clipping", "check passed"):
+    for text in ("1 rows with fewer", "1 rows use the other", "targets   ", "clipping", "check passed"):
         assert text in said
-    openvla.main(make(check=True, vla_path="nobody/nothing"))
-    assert "prompt and action tokens are not shown" in capsys.readouterr().out and asked == [False, False]
+    with pytest.raises(UserError, match="neither a directory nor reachable"):
+        openvla.main(make(check=True, vla_path="nobody/nothing"))
+    assert "targets   " in capsys.readouterr().out and asked == [False, False]
 
 
 def test_recordings_in_the_public_layout(shared, make, capsys):
