@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -330,18 +331,41 @@ def test_the_later_path_changes_nothing_at_a_step(tmp_path, make):
     assert all(np.array_equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-def test_the_first_steps_see_the_whole_data_set(tmp_path, make):
-    """A batch is drawn from all rows: with 60 paths of 50 steps, 60 samples see about 60 (1 - 1/e) pictures."""
+@pytest.mark.parametrize("targets, epoch", [(1, 3000), (16, 60)])
+def test_the_first_steps_see_the_whole_data_set(tmp_path, make, targets, epoch):
+    """60 paths of 50 steps: with one target each the samples are the steps, 60 of them show about 60 (1 - 1/e)
+    pictures; with 16 they are the rows, and 60 of them show all."""
     write(tmp_path / PATH, [row([[float(t), i, 0] for t in range(51)]) for i in range(60)], group=4)
-    data = openvla.load_data(make(data_root_dir=tmp_path))
-    order = GlobalOrder(len(data.train.actions), 0)
-    assert len(data.train.actions) == 3000 and len({data.train.of[order.index(p)] for p in range(60)}) > 30
-    seen = []
-    real = openvla.VamosDataset.__getitem__
+    seen, real = [], openvla.VamosDataset.__getitem__
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(openvla.VamosDataset, "__getitem__", lambda self, key: seen.append(key) or real(self, key))
-        openvla.main(make(data_root_dir=tmp_path, max_steps=3, batch_size=20, val_steps=9))
-    assert seen == [(p, GlobalOrder(3000, 7).index(p)) for p in range(60)]
+        m.setattr(
+            openvla.VamosDataset, "__getitem__", lambda self, key: seen.append((key, real(self, key))) or seen[-1][1]
+        )
+        openvla.main(make(data_root_dir=tmp_path, max_steps=3, batch_size=20, val_steps=9, targets_per_picture=targets))
+    assert [key for key, _ in seen] == [(p, GlobalOrder(epoch, 7).index(p)) for p in range(60)]
+    pictures = {item["name"][1].split()[1] for _, item in seen}
+    assert len(pictures) == 60 if targets > 1 else 30 < len(pictures) < 50
+    assert all(item["actions"].shape == (targets, 2) for _, item in seen)
+
+
+def test_a_row_gives_different_steps_of_its_path_by_position_alone(tmp_path):
+    paths = [[[t * t, i, 0] for t in range(n)] for i, n in enumerate((5, 2, 1, 40))]
+    write(tmp_path / PATH, [row(path) for path in paths])
+    rows, _ = openvla.read_rows([tmp_path / PATH], openvla.Config())
+    openvla.choose_instructions(rows, "lang_goal")
+    look = lambda path, row: np.zeros((1, 1, 3), np.uint8)  # noqa: E731
+    four, one = openvla.VamosDataset(rows, look, 4, seed=3), openvla.VamosDataset(rows, look)
+    assert len(four) == 3 and len(one) == 4 + 1 + 39
+    assert four[(0, 0)]["actions"][:, 0].tolist() == [1, 3, 5, 7] and four[(0, 0)]["name"][1] == "row 0 step 0 1 2 3"
+    assert four[(9, 1)]["actions"].tolist() == [[1, 0]] and four[(9, 1)]["name"][1] == "row 1 step 0"
+    drawn = [tuple(four[(p, 2)]["actions"][:, 0]) for p in range(200)]
+    assert drawn == [tuple(four[(p, 2)]["actions"][:, 0]) for p in range(200)]
+    assert all(len(set(steps)) == 4 for steps in drawn) and len(set(drawn)) > 190
+    assert len({step for steps in drawn for step in steps}) == 39, "every step of the path comes up"
+    other = openvla.VamosDataset(rows, look, 4, seed=4)
+    assert drawn[:9] != [tuple(other[(p, 2)]["actions"][:, 0]) for p in range(9)]
+    names = [one[(0, i)]["name"][1] for i in (0, 3, 4, 5)]
+    assert names == ["row 0 step 0", "row 0 step 3", "row 1 step 0", "row 3 step 0"]
 
 
 def test_augmentation_changes_colours_by_position_alone():
@@ -370,7 +394,10 @@ def test_training_and_predict_see_the_same_pixels(tmp_path, make):
 def test_after_the_start_no_picture_is_read_from_the_parquet_files(make, monkeypatch):
     real, reads = pq.ParquetFile.read, []
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **how: reads.append(how["columns"]) or real(self, **how))
-    for note, expected in (("a", 3), ("b", 0)):  # each file once, for all runs
+    for note, expected in (
+        ("a", 3 + 2),
+        ("b", 2),
+    ):  # each file once, for all runs; and for the size of its first picture
         reads.clear()
         openvla.main(make(val_steps=1, max_steps=2, run_id_note=note))
         assert sum(columns == ["image"] for columns in reads) == expected
@@ -440,15 +467,114 @@ def test_a_bf16_base_gives_the_gradients_of_an_fp32_adapter(make, base_dir):
     assert all(p.grad.dtype == torch.float32 for p in trained.values())  # every one is used
 
 
+def gradients(core, *batches):
+    """-> (sum of the losses, {parameter: gradient}) of batches, one after the other"""
+    core.zero_grad()
+    loss = sum((core(batch)["loss_sum"] for batch in batches), torch.zeros(()))
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in core.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_targets_of_one_picture_in_one_forward_equal_forwards_of_their_own(make, attention):
+    """Rows of different prompts, with 16, 16, 5 and 1 targets; loss, gradient and every metric."""
+    core, policy, dataset, _ = batch_of(make(), [0], targets=16)
+    policy.vla.language_model.config._attn_implementation = attention
+    items = [dataset[(i, i)] for i in range(4)]
+    for k, count in ((2, 5), (3, 1)):
+        items[k]["actions"] = items[k]["actions"][:count]
+    alone = [item | dict(actions=action[None]) for item in items for action in item["actions"]]
+    together, alone = policy.collate(items), [policy.collate([item]) for item in alone]
+    assert len(alone) == sum(together["counts"]) == 38 and len({len(item["instruction"]) for item in items}) > 1
+    assert "answer" not in alone[0], "one target needs no mask: it is the causal one"
+    tokens = lambda batches: sum(b["images"].shape[0] * (9 + b["input_ids"].shape[1]) for b in batches)  # noqa: E731
+    assert tokens([together]) < tokens(alone) / 4
+    loss, ours = gradients(core, together)
+    expected, theirs = gradients(core, *alone)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    norm = torch.stack([g.square().sum() for g in theirs.values()]).sum().sqrt()
+    apart = torch.stack([(ours[n] - g).square().sum() for n, g in theirs.items()]).sum().sqrt()
+    assert ours.keys() == theirs.keys() and len(ours) > 20 and apart < 1e-5 * norm
+    with torch.no_grad():
+        whole, single = core(together), [core(batch) for batch in alone]
+    for name in ("correct", "l1_sum"):
+        assert whole[name].item() == pytest.approx(sum(out[name].item() for out in single), rel=1e-5)
+    means = [
+        np.mean([out["sample_loss"].item() for out in part]) for part in (single[:16], single[16:32], single[32:37])
+    ]
+    np.testing.assert_allclose(whole["sample_loss"], [*means, single[37]["sample_loss"].item()], rtol=1e-5)
+
+
+def test_flash_attention_is_refused_where_answers_share_a_prompt(make):
+    core, policy, _, batch = batch_of(make(), targets=4)
+    policy.vla.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2 has no mask for several answers.*'sdpa'"):
+        core(batch)
+
+
+def test_at_real_width_16_targets_of_a_picture_cost_little_more_than_one():
+    """Operations of a forward of the 7 B model with two layers in each part, counted without weights. A prompt of 62
+    ids as in VAMOS: 366 positions instead of 16 x 321."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    names = ("featurizer", "fused_featurizer")
+    sizes = {n: size | dict(depth=3) for n, size in zip(names, modeling_openvla.TOWERS.values(), strict=True)}
+    with torch.device("meta"):
+        config = modeling_openvla.OpenVLAConfig(text_config=dict(num_hidden_layers=2), vision_sizes=sizes)
+        vla = modeling_openvla.OpenVLAForActionPrediction(config)
+    vla.language_model.model.rotary_emb.to_empty(device="meta")
+    counted = []
+    for count in (1, 16):
+        answers = [torch.full((count, 3), 31800)]
+        ids, answer, before = modeling_openvla.side_by_side([[1] * 62], answers, vla.config)
+        assert ids.shape == (1, 62 + 3 * count) and before.shape == (count, 3)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vla.hidden(ids.to("meta"), torch.zeros(1, 6, 224, 224, device="meta"), answer=answer.to("meta"))
+        counted.append(counter.get_total_flops())
+    assert 16 * counted[0] > 13 * counted[1]
+
+
 def test_gradient_checkpointing_changes_no_gradient(make):
-    grads = []
-    for on in (False, True):
-        core, _, _, batch = batch_of(make(gradient_checkpointing=on))
-        core.train()
-        core(batch)["loss_sum"].backward()
-        grads.append({n: p.grad for n, p in core.named_parameters() if p.grad is not None})
-    assert len(grads[0]) > 20
-    close(grads[0], grads[1], 1e-6)
+    """Also not where the targets of a row share their picture."""
+    for targets in (1, 16):
+        found = []
+        for on in (False, True):
+            core, _, _, batch = batch_of(make(gradient_checkpointing=on), targets=targets)
+            found.append(gradients(core.train(), batch)[1])
+        assert len(found[0]) > 20
+        close(found[0], found[1], 1e-5)
+
+
+class Answers:
+    """The policy of a validation, with answers of a test's own: `look` maps an item to them."""
+
+    def __init__(self, policy, look):
+        self.collate, self.stats, self.look = policy.collate, policy.stats, look
+
+    def answer(self, items):
+        return np.stack([self.look(item) for item in items])
+
+
+def test_validation_tells_a_model_that_looks_from_one_that_does_not(make, tmp_path, capsys):
+    """A picture has a color and a motion of its own; its second row, under another instruction, is no partner."""
+    shown = []
+    for i in range(8):
+        path, image = [[0.0, 0, 0], [i, 1.0, 0]], picture((30 * i, 0, 0))
+        shown += [row(path, "Go", image=image), row(path, "Turn", image=image)]
+    write(tmp_path / PATH, shown)
+    cfg = make(data_root_dir=tmp_path, val_samples=16, batch_size=16)
+    core, policy, dataset, _ = batch_of(cfg, [0])
+    run = common.run.Run(cfg, tmp_path, 16)
+    sees = lambda item: np.float32([item["image"].mean() / 10 + 0.2, 1])  # noqa: E731
+    ratio = openvla.validate(core, Answers(policy, sees), dataset, cfg, run)["val_swap_ratio"]
+    assert ratio > 2 and "does not look" not in capsys.readouterr().out
+    blind = lambda item: np.float32([3.6, 1])  # noqa: E731
+    values = openvla.validate(core, Answers(policy, blind), dataset, cfg, run)
+    assert values["val_swap_ratio"] == pytest.approx(1) and values["val_mae_vx"] == pytest.approx(2, abs=0.1)
+    assert "warning: the model does not look at its pictures" in capsys.readouterr().out
+    write(tmp_path / PATH, shown[:2])  # one picture: nothing to swap
+    dataset = items_of(openvla.load_data(cfg).train, policy.processor.image_processor)
+    assert "val_swap_ratio" not in openvla.validate(core, Answers(policy, blind), dataset, cfg, run)
 
 
 # ---- run, stop, resume, export ---------------------------------------------------------------------------------------
@@ -536,6 +662,47 @@ def test_merged_adapter_and_peft_model_predict_the_same(trained, base_dir):
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
     assert {"language_model.lm_head.weight", "vision_backbone.featurizer.patch_embed.proj.weight"} <= changed
     assert all(name.endswith(".weight") and "norm" not in name and "embed_tokens" not in name for name in changed)
+
+
+def test_the_contract_of_a_policy(trained, base_dir, vamos_root):
+    """Sizes and instructions are those of the training; an adapter says which model it stands on."""
+    _, run, adapter = trained
+    merged, policy = openvla.load_policy(run, "cpu"), openvla.load_policy(adapter, "cpu")
+    about = policy.describe()
+    assert json.loads(json.dumps(about)) == about and about["needs"] == dict(base_model=str(base_dir))
+    assert about["cameras"] == {"camera1": dict(height=48, width=64)} and "Go to the red post" in about["instructions"]
+    assert [a["name"] for a in about["actions"]] == ["v_x", "v_y"] and about["actions"][0]["unit"] == "m/step"
+    assert (about["kind"], about["horizon"], about["rate_hz"], about["script"]) == (
+        "velocity",
+        1,
+        None,
+        "train_openvla_vamos",
+    )
+    assert about | dict(needs={}, latency_ms=0) == merged.describe() | dict(latency_ms=0)
+    observation = next(policy.open_episodes(vamos_root))["sample"](0)
+    assert observation["images"]["camera1"].shape == (48, 64, 3)
+    answer = policy.predict([observation])
+    policy.reset()
+    assert np.array_equal(policy.predict([observation]), answer) and not policy.contract.warned
+    for images, message in (
+        ({}, "camera1 is missing"),
+        ({"camera1": np.zeros((64, 64, 3), np.uint8)}, "another aspect ratio"),
+        ({"camera1": np.zeros((48, 64, 3), np.float32)}, "expected uint8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy.predict([observation | dict(images=images)])
+
+
+def test_pictures_of_several_aspects_leave_the_size_open(tmp_path, make):
+    for i, size in enumerate([(40, 30), (30, 40)]):
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        write(tmp_path / f"data/train-{i}.parquet", [row(image=b""), row(image=buffer.getvalue())])
+        store = openvla.FrameStore(tmp_path / "frames", (2, 2, 3), [])
+        resize = lambda image: np.array(image.convert("RGB").resize((2, 2)))  # noqa: E731
+        cfg = make(data_root_dir=tmp_path, skip_bad_episodes=True, num_workers=1)
+        data = openvla.load_data(cfg, store, resize, common.run.Run(cfg, tmp_path, 1))
+        assert data.spec["picture_size"] == [[30, 40], None][i] and len(data.excluded) == i + 1
 
 
 def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(trained, base_dir, tmp_path):
@@ -653,6 +820,8 @@ def test_a_merge_that_failed_is_made_up_for_by_a_resume(make, monkeypatch, capsy
     close(openvla.load_policy(run, "cpu").vla.state_dict(), openvla.load_policy(adapter, "cpu").vla.state_dict())
     with pytest.raises(UserError, match="data or its settings changed"):
         openvla.main(dataclasses.replace(again, samples="first", max_steps=6))
+    with pytest.raises(UserError, match="another targets_per_picture 16 -> 1. Set it back"):
+        openvla.main(dataclasses.replace(again, targets_per_picture=1, max_steps=6))
 
 
 def test_a_run_without_validation_files(make, vamos_root, tmp_path):
@@ -687,6 +856,16 @@ def test_exp_id_is_upstreams_and_the_learning_rate_is_known_by_hand():
     for flags, expected in (({}, [1] * 6), (dict(warmup_steps=2), [0.5, 1, 1, 1, 1, 1]), cosine):
         cfg = openvla.Config(learning_rate=1.0, max_steps=4, **flags)
         assert [openvla.lr_at(s, cfg) for s in (0, 1, 2, 3, 4, 1000)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_help_does_not_wait_for_transformers():
+    """Which takes 3 s to import; nor do the parts of common that the script imports."""
+    paths = [ROOT / "train_openvla_vamos.py", *(ROOT / "common").glob("*.py")]
+    first = set()
+    for path in paths:
+        lines = [line.split()[1] for line in path.read_text().splitlines() if re.match(r"(import|from) ", line)]
+        first |= {name.split(".")[0] for name in lines}
+    assert "torch" in first and not {"transformers", "modeling_openvla", "peft", "wandb"} & first
 
 
 def test_check_needs_no_weights(make, capsys, monkeypatch):
