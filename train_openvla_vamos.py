@@ -565,11 +565,13 @@ class Policy:
                 print(f"left out  {bad[0]}")
                 continue
             choose_instructions(rows, self.spec["instruction_column"])
-            read = picture_reader(known[name], lambda image: np.array(image.convert("RGB")))
-            good = []
+            look, good = picture_reader(known[name], lambda image: np.array(image.convert("RGB"))), []
 
-            def sample(i, rows=rows, read=read, said=rows.table["instruction"]):
-                return dict(images={"camera1": read(int(rows.of[i]))}, instruction=said[rows.of[i]])
+            def sample(i, rows=rows, look=look, file=name):
+                row = int(rows.of[i])
+                return dict(
+                    images=dict(camera1=look(row)), instruction=rows.table["instruction"][row], name=(file, row)
+                )
 
             for i in range(len(rows.of)):
                 try:
@@ -687,8 +689,7 @@ def load_policy(path, device=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vla, base = open_adapter(path, meta, device, dtype) if adapted else (load_vla(path, device, dtype), path)
-    needs = dict(base_model=str(base)) if adapted else {}
-    return Policy(vla, read_folder(base)[1], meta["stats"], meta["spec"], needs)
+    return Policy(vla, read_folder(base)[1], meta["stats"], meta["spec"], {"base_model": str(base)} if adapted else {})
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -782,8 +783,7 @@ def validate(core, policy, dataset, cfg, run):
         return values
     ratio = swapped / max(same, 1e-9)
     if ratio < 1.05:
-        text = f"warning: the model does not look at its pictures: another row's gives {ratio:.2f} x the error"
-        (run.log or run).print(text)
+        (run.log or run).print(f"warning: the model does not look at its pictures: others give {ratio:.2f} x the error")
     return values | dict(val_swap_ratio=ratio)
 
 
