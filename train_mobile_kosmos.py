@@ -81,8 +81,8 @@ class DatasetConfig:
     max_text_len: int = 256  # text tokens
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
-    windows: Literal["all", "one"] = "all"  # one at every frame, or one per episode at frame 0, as the guide counts
-    future_images: bool = False  # build fwd_rgb_chunck, fwd_hand_rgb_chunck; nothing here uses them
+    windows: Literal["all", "one"] = "all"  # one at every frame, or one per episode at frame 0, as the guide's code
+    windows_per_sample: int = 32  # at most; an episode with more is cut into several samples
     frame_dir: str = "frames"  # on a local disk: pictures decoded once, 0.15 MB each at 224 x 224
     skip_bad_episodes: bool = False  # leave unreadable files out, listed, instead of stopping
 
@@ -105,7 +105,7 @@ class ActHeadConfig:
 
 @dataclass
 class TrainerConfig:
-    max_epochs: int = 10  # passes over the windows
+    max_epochs: int = 10  # passes over the episodes
     max_steps: int = 0  # stop at this optimizer step; 0: max_epochs decides
     accumulate_grad_batches: int = 8  # micro-batches per optimizer step
     gradient_clip_val: float = 1.0  # largest gradient norm; 0: no clipping
@@ -122,7 +122,7 @@ class Config:
     window_size: int = 8  # W, observed frames
     fwd_pred_next_n: int = 10  # N, predicted velocities
     label_offset: Literal[0, 1] = 1  # first label: 1 the action after the newest image, 0 (the guide's) the one in it
-    batch_size: int = 1  # windows per GPU and micro-batch
+    batch_size: int = 1  # samples per GPU and micro-batch; one is an episode with all its windows
     num_workers: int = 2  # loader processes per rank; 0: in the main process
     learning_rate: float = 1e-4  # AdamW
     weight_decay: float = 0.01  # decoupled
@@ -156,7 +156,7 @@ FIXED = (
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     d, dropout = cfg.dataset, cfg.train_setup.lora_dropout
-    for group in (cfg, cfg.train_setup, cfg.act_head, cfg.trainer):
+    for group in (cfg, d, cfg.train_setup, cfg.act_head, cfg.trainer):
         for name, value in vars(group).items():
             least = 0 if name in ("seed", "label_offset", "num_workers", "max_steps", "save_top_k") else 1
             require(type(value) is not int or value >= least, f"{name} is {value}: expected {least} or more")
@@ -316,7 +316,7 @@ def load_data(cfg, store=None, say=print, first=0, then=None):
     train, validation = ([episodes[i] for i in part] for part in parts)
     for text in gone:
         say(f"excluded  {text}")
-    digest = hashlib.sha256(json.dumps([d.windows, ep.trained_in(table)]).encode())
+    digest = hashlib.sha256(json.dumps([d.windows, d.windows_per_sample, ep.trained_in(table)]).encode())
     stats = compute_stats(dict(action=[e.actions for e in train]))
     opposites = opposite_instructions(train, episodes, d.swap_instructions)
     return Data(train, validation, stats, opposites, digest.hexdigest()[:16], table)
@@ -343,81 +343,95 @@ def picture_reader(path, colour_order, side):
 
 
 class MobileVLAH5Dataset(Dataset):
-    """One item per window of F = W + N frames. Item (position, i); keys of the guide, F = 18:
+    """One item per episode, or per stretch of a long one, with its K windows of F = W + N frames, one at every frame.
+    They share their pictures. Item (position, i); the guide's is a row of it, F = 18:
 
-    rgb, hand_rgb (F, 3, side, side) uint8, the second all 0 | actions (F, 2) float32 in [-1, 1] | action_mask,
-    image_mask, attention_mask (F,) bool, False beyond the episode's end, where the last frame is repeated | text (256,)
-    int64, text_mask (256,) bool | lang, raw_text str | data_source "mobile_vla_action" | name (episode, frame).
+    rgb, hand_rgb (n, 3, side, side) uint8: the n <= K + W - 1 observed frames, the second all 0 | frames (K, W) int64:
+    which of them a window observes | actions (K, F, 2) float32 in [-1, 1] | action_mask, image_mask, attention_mask
+    (K, F) bool, False beyond the episode's end, where the last frame is repeated | text (K, 256) int64, text_mask
+    (K, 256) bool | lang, data_source str | raw_text, names: K of them.
     """
 
     def __init__(self, episodes, cfg, read, prompt=None):
         """`read`(path, frames (n,)) -> (n, side, side, 3) uint8 RGB"""
         self.cfg, self.episodes, self.read, self.prompt = cfg, episodes, read, prompt
-        self.normalizer, self.windows = action_normalizer(cfg), []
+        self.normalizer, self.samples = action_normalizer(cfg), []  # (episode, first frames of its windows)
         for e, episode in enumerate(episodes):
-            starts = episode.num_frames - cfg.label_offset  # a window needs a label at its first step
-            self.windows += [(e, s) for s in range(starts if cfg.dataset.windows == "all" else 1)]
+            starts = np.arange(episode.num_frames - cfg.label_offset)  # a window needs a label at its first step
+            starts = starts if cfg.dataset.windows == "all" else starts[:1]
+            parts = math.ceil(len(starts) / cfg.dataset.windows_per_sample)
+            self.samples += [(e, part) for part in np.array_split(starts, parts)]
 
     def __len__(self):
-        return len(self.windows)
+        return len(self.samples)
+
+    def summary(self):
+        windows = [len(starts) for _, starts in self.samples]
+        most = self.cfg.batch_size * (max(windows) + self.cfg.window_size - 1)
+        return f"samples   {len(self)} with {sum(windows)} windows; a micro-batch encodes at most {most} frames"
 
     def pictures(self, episode, frames):
         """-> (n, 3, side, side) uint8 RGB"""
         return torch.from_numpy(self.read(episode.path, frames)).permute(0, 3, 1, 2)
 
     def __getitem__(self, key):
-        e, start = self.windows[key[1]]
-        episode, places = self.episodes[e], start + np.arange(self.cfg.window_size + self.cfg.fwd_pred_next_n)
-        index, mask = np.minimum(places, episode.num_frames - 1), torch.from_numpy(places < episode.num_frames)
-        text, text_mask = self.prompt.tokens(episode.instruction) if self.prompt else (None, None)
-        rgb = self.pictures(episode, index)
+        e, starts = self.samples[key[1]]
+        episode, W, K = self.episodes[e], self.cfg.window_size, len(starts)
+        places = starts[:, None] + np.arange(W + self.cfg.fwd_pred_next_n)  # (K, F)
+        index = np.minimum(places, episode.num_frames - 1)
+        mask = torch.from_numpy(places < episode.num_frames)
+        rgb = self.pictures(episode, np.arange(starts[0], index[-1, W - 1] + 1))
+        text, text_mask = (None, None)
+        if self.prompt:
+            text, text_mask = (x.expand(K, -1) for x in self.prompt.tokens(episode.instruction))
         masks = dict.fromkeys(("action_mask", "image_mask", "attention_mask"), mask)
         return masks | dict(
             rgb=rgb,
             hand_rgb=torch.zeros(1, dtype=torch.uint8).expand(rgb.shape),
+            frames=torch.from_numpy(index[:, :W] - starts[0]),
             actions=torch.from_numpy(self.normalizer.normalize(episode.actions[index])),
             text=text,
             text_mask=text_mask,
             lang=episode.instruction,
-            raw_text=episode.instruction,
+            raw_text=[episode.instruction] * K,
             data_source="mobile_vla_action",
-            name=(episode.name, start),
+            names=[(episode.name, int(start)) for start in starts],
         )
 
     def collater(self, samples):
-        """List of items -> batch, keys of the guide, B samples:
+        """List of items -> batch, keys of the guide, B windows:
 
-        rgb, hand_rgb (B, W, 3, side, side) uint8 | action (B, F-1, 2) float32 in [-1, 1], the last one dropped | text
-        (B, 256) int64, text_mask (B, 256) bool | fwd_rgb_chunck, fwd_hand_rgb_chunck (B, S, N, 3, side, side), [i, j] =
-        image i+1+j, None unless asked for | fwd_mask (B, S, N) bool, of these images | action_chunck (B, S, N, 2),
-        [i, j] = action i+j+label_offset | chunck_mask (B, S, N) bool, of these actions | raw_text list of str |
-        data_source str | attention_mask (B, W) bool: which frames exist | names | text_len, of the longest text.
+        rgb, hand_rgb (n, 3, side, side) uint8, all frames once | frames (B, W) int64: rgb[frames] is the guide's (B, W,
+        3, side, side) | action (B, F-1, 2) float32 in [-1, 1], the last one dropped | text (B, 256) int64, text_mask
+        (B, 256) bool | fwd_mask (B, S, N) bool: is there an image i+1+j | action_chunck (B, S, N, 2), [i, j] = action
+        i+j+label_offset | chunck_mask (B, S, N) bool, of these actions | raw_text list of str | data_source str |
+        attention_mask (B, W) bool: which frames exist | names | text_len, of the longest text.
         """
         W, N, offset = self.cfg.window_size, self.cfg.fwd_pred_next_n, self.cfg.label_offset
 
-        def stack(key):
-            return torch.stack([s[key] for s in samples]) if samples[0][key] is not None else None
+        def join(key):
+            return torch.cat([s[key] for s in samples]) if samples[0][key] is not None else None
 
         def chunks(x):  # (B, n, ...) -> (B, n-N+1, N, ...)
             return x.unfold(1, N, 1).movedim(-1, 2)
 
-        rgb, hand_rgb, actions, text_mask = stack("rgb"), stack("hand_rgb"), stack("actions"), stack("text_mask")
+        actions, mask, text_mask = join("actions"), join("action_mask"), join("text_mask")
         labels = slice(offset, W + N - 1 + offset)  # offset 0 drops the last action, 1 the first
+        before = np.cumsum([0] + [len(s["rgb"]) for s in samples])
         batch = dict(
-            rgb=rgb[:, :W],
-            hand_rgb=hand_rgb[:, :W],
+            rgb=join("rgb"),
+            hand_rgb=join("hand_rgb"),
+            frames=torch.cat([s["frames"] + n for s, n in zip(samples, before, strict=False)]),
             action=actions[:, :-1],
-            text=stack("text"),
+            text=join("text"),
             text_mask=text_mask,
-            fwd_rgb_chunck=chunks(rgb)[:, 1:] if self.cfg.dataset.future_images else None,
-            fwd_hand_rgb_chunck=chunks(hand_rgb)[:, 1:] if self.cfg.dataset.future_images else None,
-            fwd_mask=chunks(stack("image_mask"))[:, 1:],
+            fwd_mask=chunks(mask)[:, 1:],
             action_chunck=chunks(actions[:, labels]),
-            chunck_mask=chunks(stack("action_mask")[:, labels]),
-            raw_text=[s["raw_text"] for s in samples],
+            chunck_mask=chunks(mask[:, labels]),
+            raw_text=sum((s["raw_text"] for s in samples), []),
             data_source=samples[0]["data_source"],
-            attention_mask=stack("attention_mask")[:, :W],
-            names=[s["name"] for s in samples],
+            attention_mask=mask[:, :W],
+            names=sum((s["names"] for s in samples), []),
             text_len=None if text_mask is None else int(text_mask.sum(1).max()),
         )
         assert batch["action_chunck"].shape[1:] == (W, N, 2), "a label step for every observed one"
@@ -542,22 +556,21 @@ class MobileVLA(nn.Module):
         out = self.backbone.text_model(inputs_embeds=x, attention_mask=mask, use_cache=False, return_dict=True)
         return out.last_hidden_state.gather(1, at[..., None].expand(-1, 1, x.shape[-1]))[:, 0]
 
-    def forward_continuous(self, vision_x, lang_x, text_mask, attention_mask):
-        """vision_x (B, W, 3, side, side) uint8 | lang_x, text_mask (B, L) | attention_mask (B, W), frames that exist
-        (the others are not even encoded) -> (velocities (B, W, N, 2) in (-1, 1), None)."""
-        B, W = attention_mask.shape
-        row = torch.arange(B, device=vision_x.device)[:, None].expand(B, W)[attention_mask]  # (n,): frame -> sample
-        action_hs = self.encode(self.image_embeds(vision_x[attention_mask]), lang_x[row], text_mask[row]).float()
-        tok_seq = action_hs.new_zeros(B, W, action_hs.shape[-1]).masked_scatter(attention_mask[..., None], action_hs)
+    def forward_continuous(self, vision_x, lang_x, text_mask, frames):
+        """vision_x (n, 3, side, side) uint8, each encoded once | lang_x, text_mask (B, L) | frames (B, W): which of
+        them a window observes, oldest first -> (velocities (B, W, N, 2) in (-1, 1), None)."""
+        windows = torch.arange(len(frames), device=frames.device)[:, None].expand_as(frames)
+        row = frames.new_zeros(len(vision_x)).index_put((frames,), windows)  # a window that sees the frame: its text
+        action_hs = self.encode(self.image_embeds(vision_x), lang_x[row], text_mask[row]).float()  # (n, D)
         with torch.autocast(vision_x.device.type, enabled=False):  # the head is small: always fp32
-            return self.act_head(tok_seq[:, :, None])  # padding is at the end: no real step sees it
+            return self.act_head(action_hs[frames][:, :, None])  # padding is at the end: no real step sees it
 
     def forward(self, batch):
         """Batch on the device -> loss_sum (): the Huber errors of all velocities that exist, to be divided by their
         number in the whole optimizer step | sample_loss (B,), their mean."""
-        rgb, _, attention_mask, language, text_mask, *rest = process_batch(batch)
+        rgb, _, _, language, text_mask, *rest = process_batch(batch)
         velocity_chunck, chunck_mask = rest[4], rest[6]
-        prediction = self.forward_continuous(rgb, language, text_mask, attention_mask)
+        prediction = self.forward_continuous(rgb, language, text_mask, batch["frames"])
         loss_sum = self.act_head.loss(prediction, (velocity_chunck, None), chunck_mask, count=1)["loss_velocity"]
         with torch.no_grad():
             error = F.huber_loss(prediction[0].float(), velocity_chunck, reduction="none") * chunck_mask[..., None]
@@ -893,14 +906,16 @@ def check_data(cfg):
     dataset = MobileVLAH5Dataset(data.train, cfg, read, prompt)
     order = GlobalOrder(len(dataset), cfg.seed)
     samples = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
-    print(f"samples   {len(dataset)} windows ({cfg.dataset.windows}); the first one: {samples[0]['name']}")
+    print(f"{dataset.summary()}; the first one: {samples[0]['names'][0]}")
     for key, v in dataset.collater(samples).items():
         if isinstance(v, torch.Tensor):
             span = f"{v.min().item():.4g} .. {v.max().item():.4g}"
             print(f"          {key:<20} {str(tuple(v.shape)):<28} {str(v.dtype).removeprefix('torch.'):<8} {span}")
     means = "red {:.0f}, green {:.0f}, blue {:.0f}".format(*samples[0]["rgb"].float().mean((0, 2, 3)).tolist())
     print(f"colours   the mean is {means}; if red and blue look exchanged, dataset.colour_order is wrong")
-    decoded = repr(prompt.tokenizer.decode(samples[0]["text"][samples[0]["text_mask"]])) if prompt else "not shown"
+    decoded = (
+        repr(prompt.tokenizer.decode(samples[0]["text"][0][samples[0]["text_mask"][0]])) if prompt else "not shown"
+    )
     print(f"lang      {samples[0]['lang']!r} -> {decoded}\ncheck passed")
 
 
@@ -932,8 +947,9 @@ def main(cfg):
     # ---- data
     describe(cfg, data, run.print)
     dataset, held_out = (MobileVLAH5Dataset(part, cfg, store.read, prompt) for part in (data.train, data.validation))
+    run.print(dataset.summary())
     n = len(dataset)
-    # positions go on over the end of an epoch: no window is dropped
+    # positions go on over the end of an epoch: no sample is dropped
     total = run.step + math.ceil((t.max_epochs * n - run.position) / run.global_batch)
     if not run.plan(min(total, t.max_steps or total), f"trainer.max_epochs (now {t.max_epochs}) or max_steps"):
         return
@@ -965,7 +981,7 @@ def main(cfg):
 
     # ---- loop
     run.checkpoints(folder, "last.ckpt", write, size)
-    for step in run.steps(loader, cfg.wandb_project, cfg.wandb, names=dict(samples_per_s="windows_per_s")):
+    for step in run.steps(loader, cfg.wandb_project, cfg.wandb):
         # velocities that exist, of the whole optimizer step over all ranks: what the loss is divided by
         elements = run.sum(2 * sum(int(b["chunck_mask"].sum()) for b in step.batches))
         for batch in step.micro_batches(model):

@@ -115,7 +115,7 @@ def write_openvla(folder):
 def write_mobile(folder):
     sizes = dict(text=(32, 2), vision=(24, 1), image_size=28, queries=5)
     root, model = folder / "mobile", make_demo.write_kosmos2(folder / "kosmos2", **sizes)
-    make_demo.write_mobile(root, episodes=6, size=(24, 40), frames=6)
+    make_demo.write_mobile(root, episodes=12, size=(24, 40), frames=6)
     return dict(dataset__data_dir=str(root), model=str(model))
 
 
@@ -140,6 +140,7 @@ OPENVLA |= dict(warmup_steps=2, log_steps=2, save_steps=4, val_steps=4, val_samp
 MOBILE = dict(dataset__episode_pattern="*.h5", dataset__train_split=0.67, window_size=3, fwd_pred_next_n=4)
 MOBILE |= dict(learning_rate=1e-3, scheduler="cosine", act_head__hidden_size=16, act_head__num_layers=1)
 MOBILE |= dict(train_setup__lora_r=2, trainer__max_epochs=2, trainer__log_every_n_steps=2)
+MOBILE |= dict(dataset__windows_per_sample=2)
 
 RECIPES = {
     "async": session_recipe("train_async", "qwen_vla_async.pt", "model_state_dict"),
@@ -186,7 +187,7 @@ RECIPES = {
         "train_mobile_kosmos",
         knobs="output_dir batch_size trainer__accumulate_grad_batches trainer__max_steps num_workers resume",
         values=MOBILE,
-        still=dict(train_setup__lora_dropout=0.0),
+        still=dict(train_setup__lora_dropout=0.0, dataset__windows_per_sample=1),  # as a policy sees them
         write=write_mobile,
         root="dataset__data_dir",
         newest=lambda out: out / "checkpoints/last.ckpt",
