@@ -82,7 +82,7 @@ class DatasetConfig:
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
     windows: Literal["all", "one"] = "all"  # one at every frame, or one per episode at frame 0, as the guide's code
-    windows_per_sample: int = 32  # at most; an episode with more is cut into several samples
+    windows_per_sample: int = 24  # at most; an episode with more is cut into several samples
     frame_dir: str = "frames"  # on a local disk: pictures decoded once, 0.15 MB each at 224 x 224
     skip_bad_episodes: bool = False  # leave unreadable files out, listed, instead of stopping
 

@@ -124,33 +124,31 @@ def dataset_of(path, make, **flags):
 def test_every_key_has_the_guides_shape_and_value(make, tmp_path, offset):
     """18 frames, actions = arange, image t = t everywhere: every number of the batch says where it comes from."""
     actions = np.arange(36, dtype=np.float32).reshape(18, 2) / 100
-    flags = dict(window_size=8, fwd_pred_next_n=10, label_offset=offset, dataset__future_images=True)
+    flags = dict(window_size=8, fwd_pred_next_n=10, label_offset=offset, dataset__windows="one")
     dataset = dataset_of(write_episode(tmp_path / "e.h5", actions, "x"), make, **flags)
     item = dataset[(0, 0)]
-    shapes = dict(rgb=(18, 3, 28, 28), hand_rgb=(18, 3, 28, 28), actions=(18, 2), text=(16,), text_mask=(16,))
-    shapes |= dict.fromkeys(("action_mask", "image_mask", "attention_mask"), (18,))
-    assert {key: tuple(item[key].shape) for key in shapes} == shapes
-    assert item["lang"] == item["raw_text"] == "x" and item["data_source"] == "mobile_vla_action"
+    shapes = dict(rgb=(8, 3, 28, 28), hand_rgb=(8, 3, 28, 28), actions=(1, 18, 2), text=(1, 16), text_mask=(1, 16))
+    shapes |= dict.fromkeys(("action_mask", "image_mask", "attention_mask"), (1, 18)) | dict(frames=(1, 8))
+    assert {key: tuple(v.shape) for key, v in item.items() if isinstance(v, torch.Tensor)} == shapes
+    assert item["lang"] == "x" and item["raw_text"] == ["x"] and item["data_source"] == "mobile_vla_action"
     batch = dataset.collater([item, dataset[(1, 0)]])
-    shapes = dict.fromkeys(("rgb", "hand_rgb"), (2, 8, 3, 28, 28)) | dict.fromkeys(("text", "text_mask"), (2, 16))
-    shapes |= dict.fromkeys(("fwd_rgb_chunck", "fwd_hand_rgb_chunck"), (2, 8, 10, 3, 28, 28))
+    shapes = dict.fromkeys(("rgb", "hand_rgb"), (16, 3, 28, 28)) | dict.fromkeys(("text", "text_mask"), (2, 16))
     shapes |= dict.fromkeys(("fwd_mask", "chunck_mask"), (2, 8, 10)) | dict(action_chunck=(2, 8, 10, 2))
-    shapes |= dict(action=(2, 17, 2), attention_mask=(2, 8))
+    shapes |= dict(action=(2, 17, 2), attention_mask=(2, 8), frames=(2, 8))
     assert {key: tuple(v.shape) for key, v in batch.items() if isinstance(v, torch.Tensor)} == shapes
     np.testing.assert_array_equal(batch["action"][0], actions[:17])
     for i in range(8):
-        assert (batch["rgb"][0, i] == i).all()
+        assert (batch["rgb"][batch["frames"]][:, i] == i).all()
         for j in range(10):
             np.testing.assert_array_equal(batch["action_chunck"][1, i, j], actions[i + j + offset])
-            assert (batch["fwd_rgb_chunck"][0, i, j] == i + 1 + j).all()
     assert all(batch[key].all() for key in ("chunck_mask", "fwd_mask", "attention_mask"))
-    assert not batch["hand_rgb"].any() and not batch["fwd_hand_rgb_chunck"].any()
+    assert not batch["hand_rgb"].any() and batch["names"] == [("e.h5", 0)] * 2
 
 
 def test_process_batch_is_the_guides_tuple(make, tmp_path):
     actions = np.arange(36, dtype=np.float32).reshape(18, 2) / 100
     path = write_episode(tmp_path / "e.h5", actions, text="Navigate to the left")
-    dataset = dataset_of(path, make, window_size=8, fwd_pred_next_n=10)
+    dataset = dataset_of(path, make, window_size=8, fwd_pred_next_n=10, dataset__windows="one")
     values = dict(zip(mobile.TUPLE, mobile.process_batch(dataset.collater([dataset[(0, 0)]])), strict=True))
     assert list(values)[:5] == ["rgb", "hand_rgb", "attention_mask", "language", "text_mask"] and len(values) == 19
     none = [key for key in values if "fwd_" in key or "gripper" in key or "_and_" in key or key == "rel_state"]
@@ -162,20 +160,26 @@ def test_process_batch_is_the_guides_tuple(make, tmp_path):
 
 
 @pytest.mark.parametrize("frames, window, future, offset", [(1, 3, 4, 0), (6, 3, 4, 1), (5, 8, 2, 0), (20, 1, 1, 1)])
-def test_masks_are_true_exactly_where_the_episode_is(make, tmp_path, frames, window, future, offset):
+def test_every_window_of_an_episode_is_there_once_and_masked(make, tmp_path, frames, window, future, offset):
+    """However the episode is cut: all windows in order, true masks, pictures and labels of their own frames."""
     path = write_episode(tmp_path / "e.h5", np.stack([np.arange(frames), -np.arange(frames)], 1) / 100)
     flags = dict(window_size=window, fwd_pred_next_n=future, label_offset=offset, dataset__max_text_len=30)
-    dataset = dataset_of(path, make, **flags)
-    assert dataset.windows == [(0, s) for s in range(frames - offset)]
-    assert dataset_of(path, make, dataset__windows="one", **flags).windows == [(0, 0)]
-    for s in range(len(dataset)):
-        batch, (step, ahead) = dataset.collater([dataset[(0, s)]]), np.mgrid[:window, :future]
-        at = s + step + ahead + offset
-        np.testing.assert_array_equal(batch["chunck_mask"][0], at < frames)
-        np.testing.assert_array_equal(batch["attention_mask"][0], s + np.arange(window) < frames)
-        np.testing.assert_array_equal(batch["fwd_mask"][0], s + 1 + step + ahead < frames)
-        labels = batch["action_chunck"][0, ..., 0][batch["chunck_mask"][0]]
+    assert dataset_of(path, make, dataset__windows="one", **flags)[(0, 0)]["names"] == [("e.h5", 0)]
+    for limit in (1, 4, 100):
+        dataset = dataset_of(path, make, dataset__windows_per_sample=limit, **flags)
+        items = [dataset[(0, i)] for i in range(len(dataset))]
+        assert max(len(item["names"]) for item in items) <= limit
+        assert all(len(item["rgb"]) <= len(item["names"]) + window - 1 for item in items), "no picture twice"
+        batch, (start, step, ahead) = dataset.collater(items), np.ogrid[: frames - offset, :window, :future]
+        assert batch["names"] == [("e.h5", s) for s in range(frames - offset)]
+        at = start + step + ahead + offset
+        np.testing.assert_array_equal(batch["chunck_mask"], at < frames)
+        np.testing.assert_array_equal(batch["attention_mask"], (start + step)[..., 0] < frames)
+        np.testing.assert_array_equal(batch["fwd_mask"], start + 1 + step + ahead < frames)
+        labels = batch["action_chunck"][..., 0][batch["chunck_mask"]]
         np.testing.assert_allclose(labels, at[at < frames] / 100, atol=1e-6)
+        seen = batch["rgb"][batch["frames"]][:, :, 0, 0, 0]
+        np.testing.assert_array_equal(seen, np.minimum(start + step, frames - 1)[..., 0])
 
 
 def test_a_yaml_of_the_guides_keys_is_read(tmp_path):
@@ -383,36 +387,37 @@ def test_the_layout_is_kosmos_own_with_the_action_token_behind_the_text(make):
 
 
 def inputs_of(prompt, B=2, W=3, texts=(LEFT, "Navigate to the target location")):
+    """Windows without a common frame."""
     torch.manual_seed(3)
     text, mask = (torch.stack(part) for part in zip(*(prompt.tokens(t) for t in texts[:B]), strict=True))
-    return torch.randint(0, 255, (B, W, 3, 28, 28), dtype=torch.uint8), text, mask, torch.ones(B, W, dtype=torch.bool)
+    return torch.randint(0, 255, (B * W, 3, 28, 28), dtype=torch.uint8), text, mask, torch.arange(B * W).view(B, W)
 
 
 def test_a_frame_changes_only_the_steps_from_it_on_and_the_text_all(make):
     model, prompt, *_ = build(make())
-    rgb, text, mask, exists = inputs_of(prompt)
-    before = model.forward_continuous(rgb, text, mask, exists)[0]
+    rgb, text, mask, frames = inputs_of(prompt)
+    before = model.forward_continuous(rgb, text, mask, frames)[0]
     for k in range(3):
         changed = rgb.clone()
-        changed[:, k] = 255 - changed[:, k]
-        after = model.forward_continuous(changed, text, mask, exists)[0]
+        changed[frames[:, k]] = 255 - changed[frames[:, k]]
+        after = model.forward_continuous(changed, text, mask, frames)[0]
         torch.testing.assert_close(after[:, :k], before[:, :k], rtol=0, atol=1e-6)
         assert ((after[:, k:] - before[:, k:]).abs().amax((2, 3)) > 1e-6).all()
-    other = model.forward_continuous(rgb, text.flip(0), mask.flip(0), exists)[0]
+    other = model.forward_continuous(rgb, text.flip(0), mask.flip(0), frames)[0]
     assert ((other - before).abs().amax((2, 3)) > 1e-4).all()
 
 
 def test_padding_and_the_rest_of_the_batch_change_nothing(make):
-    """Longer padding of the text, frames beyond the episode, and other samples beside it."""
+    """Longer padding of the text, what stands for a frame beyond the episode, and other samples beside it."""
     model, prompt, *_ = build(make())
-    rgb, text, mask, exists = inputs_of(prompt)
-    together = model.forward_continuous(rgb, text, mask, exists)[0]
+    rgb, text, mask, frames = inputs_of(prompt)
+    together = model.forward_continuous(rgb, text, mask, frames)[0]
     for b in range(2):
-        n = int(mask[b].sum())
-        alone = model.forward_continuous(rgb[b : b + 1], text[b : b + 1, :n], mask[b : b + 1, :n], exists[:1])[0]
+        n, own = int(mask[b].sum()), rgb[frames[b]]
+        alone = model.forward_continuous(own, text[b : b + 1, :n], mask[b : b + 1, :n], frames[:1])[0]
         torch.testing.assert_close(alone[0], together[b], rtol=0, atol=1e-5)
-    exists[0, 2], rgb[0, 2] = False, 255
-    short = model.forward_continuous(rgb, text, mask, exists)[0]
+    frames[0, 2] = frames[0, 1]
+    short = model.forward_continuous(rgb, text, mask, frames)[0]
     torch.testing.assert_close(short[0, :2], together[0, :2], rtol=0, atol=1e-5)
     torch.testing.assert_close(short[1], together[1], rtol=0, atol=1e-5)
 
@@ -473,9 +478,28 @@ def test_the_adapter_opens_with_peft(make, tmp_path, kosmos_dir):
     model, prompt, *_ = build(make())
     model.backbone.save_pretrained(tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(kosmos_dir), tmp_path / "adapter").eval()
-    rgb, text, mask, exists = inputs_of(prompt)
-    expected, model.backbone = model.forward_continuous(rgb, text, mask, exists)[0], theirs
-    torch.testing.assert_close(model.forward_continuous(rgb, text, mask, exists)[0], expected, rtol=0, atol=1e-6)
+    inputs = inputs_of(prompt)
+    expected, model.backbone = model.forward_continuous(*inputs)[0], theirs
+    torch.testing.assert_close(model.forward_continuous(*inputs)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_an_episode_at_once_equals_its_windows_one_by_one(make):
+    """The same losses and gradients, although every frame is encoded once, not W times."""
+    model, prompt, data, _ = build(make())
+    trained, results = [p for p in model.parameters() if p.requires_grad], []
+    for limit in (1, 2, 100):
+        dataset = mobile.MobileVLAH5Dataset(
+            data.train[:2], make(dataset__windows_per_sample=limit), direct(make()), prompt
+        )
+        outs = [model(dataset.collater([dataset[(0, i)]])) for i in range(len(dataset))]
+        loss = sum(out["loss_sum"] for out in outs)
+        gradients = torch.autograd.grad(loss, trained)
+        results.append((loss.item(), torch.cat([out["sample_loss"] for out in outs]), gradients))
+    for loss, each, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5) and len(each) == 12
+        torch.testing.assert_close(each, results[0][1], rtol=1e-4, atol=1e-6)
+        for one, other in zip(results[0][2], gradients, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5 * one.abs().max().item() + 1e-9)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -573,17 +597,17 @@ def test_an_epoch_whose_validation_is_not_finite_is_never_among_the_best(tmp_pat
 
 
 def test_the_best_three_and_the_last_are_kept_over_a_resume(make, monkeypatch, tmp_path):
-    """Six epochs, stopped after the third by its number of epochs; a step of 5 windows crosses the end of an epoch."""
+    """Six epochs, stopped after the third by its number of epochs; a step of 5 samples crosses the end of an epoch."""
     fake_validation(monkeypatch, [5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
-    folder = tmp_path / "run/checkpoints"
-    mobile.main(make(trainer__max_epochs=3, batch_size=5))
+    folder, cut = tmp_path / "run/checkpoints", dict(batch_size=5, dataset__windows_per_sample=1)
+    mobile.main(make(trainer__max_epochs=3, **cut))
     assert names_in(folder) == ["epoch_00 5.000", "epoch_01 1.000", "epoch_02 4.000", "last"]
-    mobile.main(make(trainer__max_epochs=6, batch_size=5, resume="auto"))
+    mobile.main(make(trainer__max_epochs=6, resume="auto", **cut))
     assert names_in(folder) == ["epoch_01 1.000", "epoch_03 2.000", "epoch_05 3.000", "last"]
     last = mobile.ckpt.load_state(folder / "last.ckpt")
     assert last["epoch"] == 5 and last["position"] == 145 and not list(folder.glob(".tmp*"))
     assert next(iter(mobile.best_files(folder))).name.startswith("epoch_01")
-    mobile.main(make(trainer__max_epochs=6, batch_size=5, resume="auto"))  # finished: nothing to do, no error
+    mobile.main(make(trainer__max_epochs=6, resume="auto", **cut))  # finished: nothing to do, no error
 
 
 def test_an_epoch_that_is_done_again_replaces_its_file_and_sets_later_ones_aside(make, monkeypatch, tmp_path):
