@@ -1,16 +1,16 @@
 """Mobile VLA: Kosmos-2 + LoRA + an LSTM that turns the last frames and an instruction into the next velocities of a
 mobile base.
 
-Data: episode_*.h5 of the recorder, 18 frames of a camera and (linear_x, linear_y), one frame per key press. Shapes and
-names ("chunck") are guide 4's.
+Data: episode_*.h5 of the recorder, 18 frames of a camera and (linear_x, linear_y), one frame per key press. A training
+sample is an episode with a window at each of its frames; every frame is encoded once. Names ("chunck") are guide 4's.
 
     python train_mobile_kosmos.py --config configs/mobile_kosmos.yaml --check      # look at the data, no weights needed
     bash shells/train_mobile_kosmos.sh --multi-gpu --num-gpus 4                    # torchrun --nproc_per_node=4 ...
     python train_mobile_kosmos.py --config configs/demo/mobile_kosmos.yaml         # on a CPU, make_demo.py's output
 
-Output, in output_dir: checkpoints/epoch_E-val_loss=L.ckpt (the best three; E counts from 0), checkpoints/last.ckpt
-(both resume, and open with load_policy), config.yaml, metrics.jsonl, validation_episodes.txt, loss.png. A checkpoint
-holds what was trained; the backbone is opened again from its own directory or hub id, and refused if it is another.
+Output, in output_dir: checkpoints/epoch_E-val_loss=L.ckpt (the best three; E counts from 0) and last.ckpt (both resume,
+and open with load_policy), config.yaml, metrics.jsonl, validation_episodes.txt, loss.png. A checkpoint holds what was
+trained; the backbone is opened again from its own directory or hub id, and refused if it is another.
 
 Which action is which: W = 8 frames are observed, N = 10 velocities follow each, and the LSTM answers at every one:
 
@@ -22,8 +22,8 @@ So S = 8 label steps; the guide's 7 drops one frame more, and the label of the n
 The recorder sends action t and then takes image t, which shows that motion already. With label_offset 1 the first
 velocity of a chunk is the next motion: send that row. With 0, the guide's, it is over: send the second row.
 
-Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N frames of a sample, Q
-image tokens of a frame, L text tokens, D width of the text model, T frames of an episode."""
+Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N frames of a window, n
+pictures, Q image tokens of each, L text tokens, D width of the text model, T frames of an episode."""
 
 import dataclasses
 import difflib
@@ -55,12 +55,16 @@ from common.config import config_from
 from common.frames import FrameStore
 from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
 from common.log import WandbConfig
+from common.policy import Contract, partners
 from common.run import Run, launch
 from common.sampler import GlobalOrder
 from common.stats import Normalizer, compute_stats
 
-SCRIPT, FORMAT = Path(__file__).stem, 2  # of a .ckpt
-PUBLISHED_IDS = {65037: [64003, 64004]}  # size of a vocabulary -> its ids of <image> and </image>
+SCRIPT, FORMAT = Path(__file__).stem, 3  # of a .ckpt
+SWAPPED, LOOKS = 16, 1.05  # episodes for val_swap_ratio; a policy that looks has more than this
+ACTIONS = [("linear_x", "m/s"), ("linear_y", "m/s")]
+RATE_HZ = 2.5  # a key of the recorder moves the base for 0.4 s
+FIRST_ROW = ("the motion that the newest image shows: send row 1", "the motion after the newest image: send row 0")
 DEAD_BAND = 0.3  # of the action scale: a smaller velocity has no direction
 SIDE_TEXT = "Navigate around obstacles and reach the front of the beverage bottle on the {}"
 SIDE_TEXTS = {side: SIDE_TEXT.format(side) for side in ("left", "right")}
@@ -77,7 +81,6 @@ class DatasetConfig:
     split: Literal["group", "chronological"] = "group"  # hold out the newest of every scenario (see Episode), or of all
     instruction: str = "Navigate to the target location"  # where neither the file nor its name tells
     name_instructions: dict[str, str] = field(default_factory=dict)  # word of a file name -> text; default: SIDE_TEXTS
-    swap_instructions: dict[str, str] = field(default_factory=dict)  # text -> opposite; default: as they drove
     max_text_len: int = 256  # text tokens
     colour_order: Literal["bgr", "rgb"] = "bgr"  # of the stored images; the recorder writes what OpenCV gives it
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
@@ -180,7 +183,7 @@ class Episode:
     actions: np.ndarray  # (T, 2) float32 m/s: linear_x forward, linear_y to the left
     instruction: str
     source: str  # of the instruction: "file", "name" or "config"
-    turns: bool  # angular_z, which is not learned, is somewhere not 0
+    size: tuple = ()  # (height, width) of its images
 
     @property
     def recorded(self):
@@ -190,40 +193,34 @@ class Episode:
 
     @property
     def side(self):
-        """1 left, -1 right, 0 neither: its first motion sideways, for at the end it is often back in the middle. So
-        metrics are split, and texts told apart."""
+        """1 left, -1 right, 0 neither: its first motion sideways, for at the end it is often back in the middle."""
         sideways = self.actions[np.abs(self.actions[:, 1]) > 0.1, 1]  # m/s
         return int(np.sign(sideways[0])) if len(sideways) else 0
 
 
 def read_episode(path, d):
     """Read and check one file but its images -> Episode. BadEpisode says what is wrong."""
-
-    def check(ok, message):
-        if not ok:
-            raise ep.BadEpisode(f"{path}: {message}")
-
+    check = functools.partial(require, kind=ep.BadEpisode)
     try:
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             for key in ("images", "actions"):
-                check(key in f, f"no dataset '{key}'; it has {sorted(f)}, expected images (T, H, W, 3), actions (T, 3)")
+                there = f"{path}: no dataset '{key}'; it has {sorted(f)}"
+                check(key in f, f"{there}, expected images (T, H, W, 3), actions (T, 3)")
             images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep.read_instruction(f, path)
-            kind = f"dataset 'images' is {images.dtype} {images.shape}; expected uint8 (T, H, W, 3)"
-            check(images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8, kind)
-            shape = f"dataset 'actions' has shape {actions.shape}; expected ({len(images)}, 3): linear_x, linear_y, _"
-            check(actions.ndim == 2 and actions.shape[1] >= 2 and len(actions) == len(images) > 0, shape)
+            shape, n = images.shape, len(images)
+            kind = f"{path}: dataset 'images' is {images.dtype} {shape}; expected uint8 (T, H, W, 3)"
+            check(len(shape) == 4 and shape[-1] == 3 and images.dtype == np.uint8, kind)
+            kind = f"{path}: dataset 'actions' has shape {actions.shape}; expected ({n}, 3): linear_x, linear_y, _"
+            check(actions.ndim == 2 and actions.shape[1] >= 2 and len(actions) == n > 0, kind)
             bad = np.flatnonzero(~np.isfinite(actions).all(1))
-            check(not len(bad), f"dataset 'actions' frame {bad[:1]} is not finite ({len(bad)} such frames)")
-    except ep.BadEpisode:
-        raise
+            check(not len(bad), f"{path}: dataset 'actions' frame {bad[:1]} is not finite ({len(bad)} such frames)")
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:  # h5py's, for damage
         raise ep.BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it") from error
     words, name = Path(path).stem.split("_"), os.path.relpath(path, d.data_dir)
     by_name = next((t for word, t in (d.name_instructions or SIDE_TEXTS).items() if word in words), None)
     texts = dict(file=text, name=by_name, config=d.instruction)
     source = next((key for key, text in texts.items() if text), "config")
-    turns, actions = bool(actions[:, 2:].any()), actions[:, :2]
-    return Episode(str(path), name, len(actions), actions, texts[source], source, turns)
+    return Episode(str(path), name, n, actions[:, :2], texts[source], source, shape[1:3])
 
 
 def leave_out(d, error, say):
@@ -243,8 +240,7 @@ def load_episodes(d, names=None, say=print):
     paths = [path for path in found.values() if Path(path).match(d.episode_pattern)]
     how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
     require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
-    episodes = []
-    paths = paths if names is None else [found[name] for name in names]
+    episodes, paths = [], paths if names is None else [found[name] for name in names]
     for path in tqdm(paths, desc="reading episodes", unit="file", disable=None, leave=False):
         try:
             episodes.append(read_episode(path, d))
@@ -270,31 +266,23 @@ def split_episodes(episodes, train_split, how):
     return sorted(set(range(n)) - set(validation)), sorted(validation)
 
 
-def opposite_instructions(train, episodes, configured):
+def opposite_instructions(train, episodes):
     """{instruction of `episodes`: what to say instead, to see whether the policy listens}: the most alike text of the
     `train` episodes that drove to the other side; a text that has no such is left out."""
-    drifts, opposites = Counter(), dict(configured)
+    drifts, opposites = Counter(), {}
     for e in episodes:
         drifts[e.instruction] += e.side
-    for text in sorted(drifts.keys() - configured.keys()):
+    for text in sorted(drifts):
         others = sorted({e.instruction for e in train if drifts[e.instruction] * drifts[text] < 0})
         if others:
             opposites[text] = difflib.get_close_matches(text, others, 1, cutoff=0)[0]
     return opposites
 
 
-@dataclass
-class Data:
-    train: list  # of Episode
-    validation: list  # of Episode
-    stats: dict  # of the training actions, m/s
-    opposites: dict  # see opposite_instructions
-    fingerprint: str  # changes when the training windows or their order would
-    table: dict  # {name: [hash of its content, "train" or "validation"]} of all episodes, for a checkpoint
-
-
 def load_data(cfg, store=None, say=print, first=0, then=None):
-    """Find, read, split. `store`: decode all pictures into it, from the share `first` on. `then`: a resumed table."""
+    """Find, read, split -> train, validation: Episodes | stats of the training actions, m/s | opposites, contract: see
+    there | fingerprint: changes when the samples or their order would | episodes: {name: [hash of its content, "train"
+    or "validation"]}. `store`: decode all pictures into it, from the share `first` on. `then`: a resumed `episodes`."""
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
     if store:
         counts, side = {e.path: e.num_frames for e in found}, store.shape[0]
@@ -318,8 +306,18 @@ def load_data(cfg, store=None, say=print, first=0, then=None):
         say(f"excluded  {text}")
     digest = hashlib.sha256(json.dumps([d.windows, d.windows_per_sample, ep.trained_in(table)]).encode())
     stats = compute_stats(dict(action=[e.actions for e in train]))
-    opposites = opposite_instructions(train, episodes, d.swap_instructions)
-    return Data(train, validation, stats, opposites, digest.hexdigest()[:16], table)
+    about = dict(opposites=opposite_instructions(train, episodes), contract=contract_of(cfg, train, stats["action"]))
+    about |= dict(stats=stats, fingerprint=digest.hexdigest()[:16], episodes=table)
+    return SimpleNamespace(train=train, validation=validation, **about)
+
+
+def contract_of(cfg, train, action):
+    """What a robot sends and gets, as plain values."""
+    sizes, texts = {e.size for e in train}, sorted({e.instruction for e in train})
+    about = dict(images=dict(camera=sizes.pop() if len(sizes) == 1 else None), actions=ACTIONS, instructions=texts)
+    about |= dict(horizon=cfg.fwd_pred_next_n, rate_hz=RATE_HZ, first_row=FIRST_ROW[cfg.label_offset], kind="velocity")
+    about |= dict(action_low=action["min"], action_high=action["max"], needs=dict(backbone=cfg.model))
+    return dataclasses.asdict(Contract(SCRIPT, **about))
 
 
 def action_normalizer(cfg):
@@ -330,13 +328,13 @@ def action_normalizer(cfg):
 
 def resize(image, side):
     """(h, w, 3) uint8 RGB -> (side, side, 3), bicubic, whatever the aspect: of training and predict alike."""
-    if image.shape[:2] == (side, side):
+    if side is None or image.shape[:2] == (side, side):
         return image
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.BICUBIC))
 
 
-def picture_reader(path, colour_order, side):
-    """-> function of a frame's number that returns its picture as the policy sees it, (side, side, 3) uint8 RGB."""
+def picture_reader(path, colour_order, side=None):
+    """-> function of a frame's number that returns its picture, uint8 RGB, as the policy sees it or of its own size."""
     file = h5py.File(path, "r", locking=False, rdcc_nbytes=2**28, rdcc_nslots=10007)  # a chunk may span all frames
     order = slice(None, None, -1 if colour_order == "bgr" else 1)
     return lambda i: resize(file["images"][i][..., order], side)
@@ -344,17 +342,14 @@ def picture_reader(path, colour_order, side):
 
 class MobileVLAH5Dataset(Dataset):
     """One item per episode, or per stretch of a long one, with its K windows of F = W + N frames, one at every frame.
-    They share their pictures. Item (position, i); the guide's is a row of it, F = 18:
-
-    rgb, hand_rgb (n, 3, side, side) uint8: the n <= K + W - 1 observed frames, the second all 0 | frames (K, W) int64:
-    which of them a window observes | actions (K, F, 2) float32 in [-1, 1] | action_mask, image_mask, attention_mask
-    (K, F) bool, False beyond the episode's end, where the last frame is repeated | text (K, 256) int64, text_mask
-    (K, 256) bool | lang, data_source str | raw_text, names: K of them.
-    """
+    Item (position, i) has the guide's keys, K times, but for rgb and hand_rgb (n, 3, side, side) uint8, the n <= K+W-1
+    frames that are observed; frames (K, W) int64 says which of them a window sees. actions (K, F, 2) float32 in [-1, 1]
+    and the masks (K, F) bool, False beyond the episode's end, where the last frame is repeated."""
 
     def __init__(self, episodes, cfg, read, prompt=None):
         """`read`(path, frames (n,)) -> (n, side, side, 3) uint8 RGB"""
-        self.cfg, self.episodes, self.read, self.prompt = cfg, episodes, read, prompt
+        self.cfg, self.episodes, self.read = cfg, episodes, read
+        self.tokens = prompt.tokens if prompt else lambda _: (torch.zeros(0, dtype=torch.int64),) * 2
         self.normalizer, self.samples = action_normalizer(cfg), []  # (episode, first frames of its windows)
         for e, episode in enumerate(episodes):
             starts = np.arange(episode.num_frames - cfg.label_offset)  # a window needs a label at its first step
@@ -364,11 +359,6 @@ class MobileVLAH5Dataset(Dataset):
 
     def __len__(self):
         return len(self.samples)
-
-    def summary(self):
-        windows = [len(starts) for _, starts in self.samples]
-        most = self.cfg.batch_size * (max(windows) + self.cfg.window_size - 1)
-        return f"samples   {len(self)} with {sum(windows)} windows; a micro-batch encodes at most {most} frames"
 
     def pictures(self, episode, frames):
         """-> (n, 3, side, side) uint8 RGB"""
@@ -381,9 +371,7 @@ class MobileVLAH5Dataset(Dataset):
         index = np.minimum(places, episode.num_frames - 1)
         mask = torch.from_numpy(places < episode.num_frames)
         rgb = self.pictures(episode, np.arange(starts[0], index[-1, W - 1] + 1))
-        text, text_mask = (None, None)
-        if self.prompt:
-            text, text_mask = (x.expand(K, -1) for x in self.prompt.tokens(episode.instruction))
+        text, text_mask = (x.expand(K, -1) for x in self.tokens(episode.instruction))
         masks = dict.fromkeys(("action_mask", "image_mask", "attention_mask"), mask)
         return masks | dict(
             rgb=rgb,
@@ -410,7 +398,7 @@ class MobileVLAH5Dataset(Dataset):
         W, N, offset = self.cfg.window_size, self.cfg.fwd_pred_next_n, self.cfg.label_offset
 
         def join(key):
-            return torch.cat([s[key] for s in samples]) if samples[0][key] is not None else None
+            return torch.cat([s[key] for s in samples])
 
         def chunks(x):  # (B, n, ...) -> (B, n-N+1, N, ...)
             return x.unfold(1, N, 1).movedim(-1, 2)
@@ -432,7 +420,7 @@ class MobileVLAH5Dataset(Dataset):
             data_source=samples[0]["data_source"],
             attention_mask=mask[:, :W],
             names=sum((s["names"] for s in samples), []),
-            text_len=None if text_mask is None else int(text_mask.sum(1).max()),
+            text_len=int(text_mask.sum(1).max()),
         )
         assert batch["action_chunck"].shape[1:] == (W, N, 2), "a label step for every observed one"
         return batch
@@ -502,10 +490,12 @@ class MobileVLALSTMDecoder(nn.Module):
 
     def loss(self, pred_action, labels, attention_mask, count=None):
         """Huber (delta 1) of (velocities, None) against (velocity_chunck, None) where attention_mask (B, S, N) is True:
-        its mean, 0 where there is nothing, or its sum / `count`, the elements of a whole optimizer step."""
+        its mean, 0 where there is nothing, or its sum / `count`. window_loss (B,): the mean of each window."""
         error = F.huber_loss(pred_action[0].float(), labels[0], reduction="none") * attention_mask[..., None]
-        count = (attention_mask.sum() * self.action_dim).clamp(min=1) if count is None else count
-        return dict(loss_velocity=error.sum() / count, loss_gripper=None, acc_gripper=None)
+        counts = attention_mask.sum((1, 2)) * self.action_dim
+        loss = error.sum() / (counts.sum().clamp(min=1) if count is None else count)
+        window_loss = error.detach().sum((1, 2, 3)) / counts.clamp(min=1)
+        return dict(loss_velocity=loss, loss_gripper=None, acc_gripper=None, window_loss=window_loss)
 
 
 class MobileVLA(nn.Module):
@@ -567,45 +557,40 @@ class MobileVLA(nn.Module):
 
     def forward(self, batch):
         """Batch on the device -> loss_sum (): the Huber errors of all velocities that exist, to be divided by their
-        number in the whole optimizer step | sample_loss (B,), their mean."""
+        number in the whole optimizer step | sample_loss (B,): their mean in each window."""
         rgb, _, _, language, text_mask, *rest = process_batch(batch)
         velocity_chunck, chunck_mask = rest[4], rest[6]
         prediction = self.forward_continuous(rgb, language, text_mask, batch["frames"])
-        loss_sum = self.act_head.loss(prediction, (velocity_chunck, None), chunck_mask, count=1)["loss_velocity"]
-        with torch.no_grad():
-            error = F.huber_loss(prediction[0].float(), velocity_chunck, reduction="none") * chunck_mask[..., None]
-            sample_loss = error.sum((1, 2, 3)) / (2 * chunck_mask.sum((1, 2))).clamp(min=1)
-        return dict(loss_sum=loss_sum, sample_loss=sample_loss)
+        out = self.act_head.loss(prediction, (velocity_chunck, None), chunck_mask, count=1)
+        return dict(loss_sum=out["loss_velocity"], sample_loss=out["window_loss"])
 
 
 class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
-    def __init__(self, model, prompt, cfg, image_size, stats, opposites, bf16=False):
-        self.model, self.prompt, self.cfg, self.image_size, self.stats = model, prompt, cfg, image_size, stats
-        self.opposites, self.bf16, self.normalizer = opposites, bf16, action_normalizer(cfg)
+    def __init__(self, model, prompt, cfg, image_size, about, bf16=False):
+        """`about`: stats, opposites and contract, as load_data gives them and a checkpoint keeps them."""
+        self.model, self.prompt, self.cfg, self.image_size, self.bf16 = model, prompt, cfg, image_size, bf16
+        self.stats, self.opposites, self.contract = about["stats"], about["opposites"], Contract(**about["contract"])
+        self.normalizer = action_normalizer(cfg)
         self.reset()
 
     def reset(self):
-        """Forget the frames seen so far: call it at the start of every episode."""
+        """Forget the images of the drive so far: call it at the start of every episode."""
         self._instruction, self._states = None, None
 
-    def pixels(self, images):
-        """list of (h, w, 3) uint8 RGB of any size -> (n, 3, side, side) uint8"""
-        require(len(images), "no image was given: expected one frame or more, oldest first")
-        for image in images:
-            kind = f"an image is {np.asarray(image).dtype} {np.shape(image)}; expected uint8 (height, width, 3), RGB"
-            require(np.ndim(image) == 3 and np.shape(image)[-1] == 3 and np.asarray(image).dtype == np.uint8, kind)
-        squares = np.stack([resize(np.asarray(image), self.image_size) for image in images])
-        return torch.from_numpy(squares).permute(0, 3, 1, 2)
-
     @torch.no_grad()
-    def action_states(self, vision_x, instruction):
-        """n frames, uint8 (n, 3, side, side), under one instruction -> (n, D)"""
-        device, (ids, valid) = self.model.action_token.device, self.prompt.tokens(instruction)
-        text, mask = (x[valid].expand(len(vision_x), -1).to(device) for x in (ids, valid))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.encode(self.model.image_embeds(vision_x.to(device)), text, mask).float()
+    def action_states(self, vision_x, instructions):
+        """Frames (n, 3, side, side) uint8, each under its instruction -> (n, D), 16 at a time."""
+        device, states = self.model.action_token.device, []
+        ids, masks = (torch.stack(part).to(device) for part in zip(*map(self.prompt.tokens, instructions), strict=True))
+        words = slice(int(masks.sum(1).max()))  # of the longest text
+        for i in range(0, len(vision_x), 16):
+            rgb, rows = vision_x[i : i + 16].to(device), slice(i, i + 16)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                images = self.model.image_embeds(rgb)
+                states.append(self.model.encode(images, ids[rows, words], masks[rows, words]).float())
+        return torch.cat(states)
 
     @torch.no_grad()
     def velocities(self, rows):
@@ -613,31 +598,31 @@ class Policy:
         answers = self.model.act_head(nn.utils.rnn.pad_sequence(rows, batch_first=True))[0]
         return answers[range(len(rows)), [len(row) - 1 for row in rows]].cpu().numpy()
 
-    def predict(self, images, instruction=None):
-        """On the robot: predict(images, instruction) with the newest image (h, w, 3) uint8 RGB, or several, oldest
-        first -> (N, 2) float32 m/s, linear_x and linear_y of the next steps (see label_offset). It remembers W frames
-        since reset(); a changed instruction starts anew, because no training window ever mixed two.
-
-        Without memory: predict([{images: 1 to W frames, oldest first, instruction: str}, ...]) -> (B, N, 2).
-        """
-        W, rows = self.cfg.window_size, []
-        if instruction is not None:
-            frames = self.pixels([images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images))
-            states = self.action_states(frames, instruction)
-            known = [self._states] if instruction == self._instruction else []
-            self._instruction, self._states = instruction, torch.cat([*known, states])[-W:]
-            return self.normalizer.unnormalize(self.velocities([self._states])[0])
-        for o in images:
-            count = len(o["images"])
-            require(1 <= count <= W, f"an observation has {count} images; expected 1 to {W} frames, oldest first")
-            rows.append(self.action_states(self.pixels(o["images"]), o["instruction"]))
+    def predict(self, observations):
+        """list of {images, instruction} -> (B, N, 2) float32 m/s, linear_x and linear_y of the next steps: see
+        label_offset. images: those of a drive, (h, w, 3) uint8 RGB, oldest first; the last W count. Or, for the only
+        drive of a robot, {"camera": the newest}: W are remembered since reset(). A changed instruction starts anew,
+        because no training window ever mixed two."""
+        self.contract.check(observations)
+        W, frames, rows = self.cfg.window_size, {}, []  # frames: what several observations show is encoded once
+        for o in observations:
+            streamed, text = isinstance(o["images"], dict), o["instruction"]
+            require(not streamed or len(observations) == 1, "several drives at once: give each a list of its images")
+            images = [o["images"]["camera"]] if streamed else o["images"][-W:]
+            rows.append([frames.setdefault((id(image), text), (len(frames), image))[0] for image in images])
+        squares = np.stack([resize(np.asarray(image), self.image_size) for _, image in frames.values()])
+        states = self.action_states(torch.from_numpy(squares).permute(0, 3, 1, 2), [text for _, text in frames])
+        rows = [states[row] for row in rows]
+        if streamed:
+            known = [self._states] if text == self._instruction else []
+            self._instruction, self._states = text, torch.cat([*known, *rows])[-W:]
+            rows = [self._states]
         return self.normalizer.unnormalize(self.velocities(rows))
 
     def rollout(self, vision_x, instruction):
         """As the robot drives: (T, 3, side, side) -> (T, N, 2) float32 in [-1, 1], row t of the W frames up to t."""
-        W, T = self.cfg.window_size, len(vision_x)
-        states = torch.cat([self.action_states(vision_x[i : i + 2 * W], instruction) for i in range(0, T, 2 * W)])
-        return self.velocities([states[max(0, t - W + 1) : t + 1] for t in range(T)])
+        W, states = self.cfg.window_size, self.action_states(vision_x, [instruction] * len(vision_x))
+        return self.velocities([states[max(0, t - W + 1) : t + 1] for t in range(len(states))])
 
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per episode {name, sample: callable(t) -> observation, target (M, 2) m/s, hold
@@ -645,7 +630,7 @@ class Policy:
         W, offset = self.cfg.window_size, self.cfg.label_offset
         d = dataclasses.replace(self.cfg.dataset, data_dir=str(root), episode_pattern="*")
         for e in load_episodes(d, names):
-            read = picture_reader(e.path, d.colour_order, self.image_size)
+            read = picture_reader(e.path, d.colour_order)
             try:
                 images, target = [read(i) for i in range(e.num_frames)], e.actions[offset:]
             except (OSError, RuntimeError) as error:
@@ -658,8 +643,10 @@ class Policy:
             yield dict(name=e.name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
     def action_names(self):
-        """[(name, unit)] per action dim, for reports."""
-        return [("linear_x", "m/s"), ("linear_y", "m/s")]
+        return self.contract.actions
+
+    def describe(self):
+        return self.contract.describe(self)
 
 
 # ---- build, save, load -----------------------------------------------------------------------------------------------
@@ -699,8 +686,7 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
 
     s, ids, known = cfg.train_setup, prompt.image_ids, backbone.config.text_config.vocab_size
     strange = f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {ids}; its model has {known} ids"
-    fits = max(ids) < known and PUBLISHED_IDS.get(known, ids) == ids
-    require(fits, f"{strange}: tokenizer and weights do not belong together")
+    require(max(ids) < known, f"{strange}: tokenizer and weights do not belong together")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         with torch.device(device):
@@ -739,8 +725,7 @@ def keep_best(run, folder, about, k, write, size):
 
 
 def load_policy(path, device=None, model=None):
-    """Open a .ckpt, or the best one of an output_dir, for inference. `model`: where the backbone is, if no longer where
-    the training found it."""
+    """Open a .ckpt, or the best one of an output_dir. `model`: where the backbone is, if no longer where it was."""
     path = Path(path)
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -757,7 +742,7 @@ def load_policy(path, device=None, model=None):
     frozen = tuple(name for name, p in core.named_parameters() if not p.requires_grad)
     load_weights(core, saved["trained"].items(), path, missing_ok=frozen)
     core.requires_grad_(False).eval()
-    return Policy(core, prompt, cfg, backbone.image_size, saved["stats"], saved["opposites"], bf16)
+    return Policy(core, prompt, cfg, backbone.image_size, saved, bf16)
 
 
 def check_backbone(path, saved, digest):
@@ -767,21 +752,17 @@ def check_backbone(path, saved, digest):
 
 # ---- validation ------------------------------------------------------------------------------------------------------
 
-SHORT = ("loss", "mae_linear_x", "mae_linear_y", "direction_accuracy")
-
 
 def measure(predicted, target, mask, scale):
     """(n, N, 2) in [-1, 1] twice, mask (n, N): the steps that count -> {loss (Huber), mae_linear_x, rmse_linear_x
-    (m/s), class9_accuracy: share in the right one of 3 x 3 directions, direction_accuracy: of the steps whose linear_y
-    leaves the dead band, share with its sign}; what has no steps is left out."""
+    (m/s), direction_accuracy: of the steps whose linear_y leaves the dead band, share with its sign}; what has no steps
+    is left out."""
     a, b = (v[mask].astype(np.float64) for v in (predicted, target))  # (k, 2)
     error, turns, out = np.abs(a - b), np.abs(b[:, 1]) > DEAD_BAND, {}
     if len(a):
         out = dict(loss=np.where(error <= 1, error**2 / 2, error - 0.5).mean())
         for axis, e, unit in zip("xy", error.T, scale, strict=True):
             out |= {f"mae_linear_{axis}": unit * e.mean(), f"rmse_linear_{axis}": unit * math.sqrt((e**2).mean())}
-        directions = [np.sign(v) * (np.abs(v) > DEAD_BAND) for v in (a, b)]
-        out["class9_accuracy"] = np.equal(*directions).all(1).mean()
     if turns.any():
         out["direction_accuracy"] = (np.sign(a[:, 1]) == np.sign(b[:, 1]))[turns].mean()
     return out
@@ -801,37 +782,45 @@ def validate(policy, dataset, blind, run):
 
     swap_change: mean |velocity(text) - velocity(opposite text)| in m/s on the same frames; swap_flip: of the steps that
     turn, how many turn the other way (linear_y changes its sign). A policy that does not read has 0 and 0.
-    """
+    val_swap_ratio: error with another episode's pictures / with its own. A policy that does not look has 1."""
     cfg, scale, rows = policy.cfg, np.array(policy.cfg.dataset.action_scale), []
+    texts = sorted({e.instruction for e in dataset.episodes})
+    others = partners([e.name for e in dataset.episodes], [texts.index(e.instruction) for e in dataset.episodes])
     policy.model.eval()
-    for e in dataset.episodes[run.rank :: run.world]:
+    for k, e in list(enumerate(dataset.episodes))[run.rank :: run.world]:
         rgb = dataset.pictures(e, np.arange(e.num_frames))
         after = np.arange(e.num_frames)[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset  # (T, N)
         actions = policy.normalizer.normalize(e.actions)
         answer, other = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
         row = dict(answer=answer, target=actions[np.minimum(after, len(actions) - 1)], exists=after < len(actions))
-        row["swapped"] = policy.rollout(rgb, other) if other else np.full_like(answer, np.nan)
+        row["told"] = policy.rollout(rgb, other) if other else np.full_like(answer, np.nan)
+        row["shown"] = np.full_like(answer, np.nan)
+        if others is not None and k < SWAPPED:  # of the same instruction where there is one, at the same progress
+            there = dataset.episodes[others[k]]
+            rgb = dataset.pictures(there, np.arange(e.num_frames) * there.num_frames // e.num_frames)
+            row["shown"] = policy.rollout(rgb, e.instruction)
         timed = blind[np.minimum(after, len(blind) - 1)]
         row |= dict(zeros=np.zeros_like(timed), mean=np.broadcast_to(blind[-1], timed.shape), per_time=timed)
         rows.append(row | dict(side=np.full(after.shape, e.side)))
     policy.model.train()
     rows = sum(run.gather(rows), [])
     v = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-    answer, swapped, target, exists, side = (v[key] for key in ("answer", "swapped", "target", "exists", "side"))
+    answer, told, target, exists, side = (v[key] for key in ("answer", "told", "target", "exists", "side"))
     out = {f"val_{name}": value for name, value in measure(answer, target, exists, scale).items()}
     out |= dict(val_loss_velocity_act=out["val_loss"], val_loss_arm_act=out["val_loss"])  # the guide's names
     parts = dict(val_left=(answer, exists & (side > 0)), val_right=(answer, exists & (side < 0)))
     parts |= {f"blind_{name}": (v[name], exists) for name in ("zeros", "mean", "per_time")}
     for prefix, (predicted, mask) in parts.items():
         values = measure(predicted, target, mask, scale)
-        out |= {f"{prefix}_{name}": values[name] for name in SHORT if name in values}
-    error, change = np.abs(answer - target) * scale, np.abs(swapped - answer) * scale
+        out |= {f"{prefix}_{name}": value for name, value in values.items() if "rmse" not in name}
+    error, change, far = (np.abs(x - y) * scale for x, y in ((answer, target), (told, answer), (v["shown"], target)))
     for j in range(cfg.fwd_pred_next_n):
         out |= {f"val_mae_step_{j + 1}": error[exists[:, j], j].mean()} if exists[:, j].any() else {}
-    swap = exists & np.isfinite(change[..., 0])
-    turns = swap & (np.abs(target[..., 1]) > DEAD_BAND)
-    out |= dict(swap_change=change[swap].mean()) if swap.any() else {}
-    out |= dict(swap_flip=(np.sign(swapped[turns, 1]) == -np.sign(answer[turns, 1])).mean()) if turns.any() else {}
+    other, shown = (exists & np.isfinite(x[..., 0]) for x in (change, far))
+    turns = other & (np.abs(target[..., 1]) > DEAD_BAND)
+    out |= dict(swap_change=change[other].mean()) if other.any() else {}
+    out |= dict(swap_flip=(np.sign(told[turns, 1]) == -np.sign(answer[turns, 1])).mean()) if turns.any() else {}
+    out |= dict(val_swap_ratio=far[shown].mean() / max(error[shown].mean(), 1e-9)) if shown.any() else {}
     return {name: float(value) for name, value in out.items()}
 
 
@@ -844,15 +833,16 @@ def validation_text(v):
     mae = f"MAE x {v['val_mae_linear_x']:.3f} y {v['val_mae_linear_y']:.3f} m/s"
     blind = ", ".join(f"{n} {v[f'blind_{n}_loss']:.4f}" for n in ("zeros", "mean", "per_time"))
     start = f"val_loss {v['val_loss']:.4f} | {mae} | direction {share['val_direction_accuracy']}"
-    return f"{start} | {swap} | blind loss: {blind}"
+    ratio = v.get("val_swap_ratio", math.nan)
+    look = "it does not look at its pictures: " if ratio < LOOKS else ""
+    return f"{start} | {swap} | {look}with another episode's {ratio:.2f} x the error | blind loss: {blind}"
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
 def lr_at(step, total, cfg):
-    """Learning rate of update number `step` (from 0) of `total`, which are max_epochs: linear warm-up, then constant or
-    a cosine that stays at its end."""
+    """Learning rate of update `step` (from 0) of `total`, which are max_epochs: warm-up, then constant or a cosine."""
     warmup, scale = cfg.warmup_epochs / cfg.trainer.max_epochs * total, 1.0
     if cfg.scheduler == "cosine":
         progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
@@ -860,14 +850,15 @@ def lr_at(step, total, cfg):
     return cfg.learning_rate * scale * min(1.0, (step + 1) / warmup if warmup > 0 else 1.0)
 
 
-def describe(cfg, data, say):
+def describe(cfg, data, dataset, say):
     """Say what was found: episodes, scenarios, instructions and their sources, action ranges; and what looks wrong."""
     d, train, held, texts = cfg.dataset, data.train, data.validation, {e.instruction for e in data.train}
-    frames = sum(e.num_frames for e in train)
+    frames, windows = sum(e.num_frames for e in train), [len(starts) for _, starts in dataset.samples]
     say(f"data      {len(train)} training episodes, {frames} frames; {len(held)} validation episodes; {d.data_dir}")
-    kept, out = (Counter(e.recorded[1] or "(no scenario in the name)" for e in part) for part in (train, held))
-    for group in sorted(kept | out)[:12]:
-        say(f"group     {group}: {kept[group]} to train on, {out[group]} held out")
+    most = cfg.batch_size * (max(windows) + cfg.window_size - 1)
+    say(f"samples   {len(windows)} with {sum(windows)} windows; a micro-batch encodes up to {most} pictures, each once")
+    groups = Counter(e.recorded[1] or "(no scenario in the name)" for e in held)
+    say(f"held out  {', '.join(f'{count} {group}' for group, count in sorted(groups.items())[:12])}")
     sources = Counter(e.source for e in [*train, *held])
     where = f"from the file {sources['file']}, from its name {sources['name']}, from the config {sources['config']}"
     say(f"text      {where}; {len(texts)} instruction(s), e.g. {train[0].instruction!r}")
@@ -879,14 +870,10 @@ def describe(cfg, data, say):
     moved = np.abs(np.concatenate([e.actions for e in train]))
     cut = np.maximum(moved - d.action_scale, 0).sum(0) / np.maximum(moved.sum(0), 1e-9)
     share = f"dataset.action_scale {d.action_scale} cuts off {cut[0]:.1%} of the motion in x, {cut[1]:.1%} in y"
-    turning = sum(e.turns for e in [*train, *held])
-    warnings = {
-        "every training episode has the same instruction: the policy cannot learn to listen to it": len(texts) == 1,
-        share: cut.max() > 5e-4,
-        f"{turning} episode(s) turn (angular_z is not 0); the policy learns linear_x and linear_y only": turning,
-    }
-    for text in (text for text, wrong in warnings.items() if wrong):
-        say(f"warning   {text}")
+    if len(texts) == 1:
+        say("warning   every training episode has the same instruction: the policy cannot learn to listen to it")
+    if cut.max() > 5e-4:
+        say(f"warning   {share}")
 
 
 def check_data(cfg):
@@ -898,25 +885,23 @@ def check_data(cfg):
     except MissingFile as error:
         print(f"note      text tokens are not shown: {error}")
     data = load_data(cfg)
-    describe(cfg, data, print)
 
     def read(path, frames):
         return np.stack([picture_reader(path, cfg.dataset.colour_order, size)(i) for i in frames])
 
     dataset = MobileVLAH5Dataset(data.train, cfg, read, prompt)
+    describe(cfg, data, dataset, print)
     order = GlobalOrder(len(dataset), cfg.seed)
     samples = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
-    print(f"{dataset.summary()}; the first one: {samples[0]['names'][0]}")
+    first = samples[0]
     for key, v in dataset.collater(samples).items():
-        if isinstance(v, torch.Tensor):
+        if isinstance(v, torch.Tensor) and v.numel():
             span = f"{v.min().item():.4g} .. {v.max().item():.4g}"
             print(f"          {key:<20} {str(tuple(v.shape)):<28} {str(v.dtype).removeprefix('torch.'):<8} {span}")
-    means = "red {:.0f}, green {:.0f}, blue {:.0f}".format(*samples[0]["rgb"].float().mean((0, 2, 3)).tolist())
+    means = "red {:.0f}, green {:.0f}, blue {:.0f}".format(*first["rgb"].float().mean((0, 2, 3)).tolist())
     print(f"colours   the mean is {means}; if red and blue look exchanged, dataset.colour_order is wrong")
-    decoded = (
-        repr(prompt.tokenizer.decode(samples[0]["text"][0][samples[0]["text_mask"][0]])) if prompt else "not shown"
-    )
-    print(f"lang      {samples[0]['lang']!r} -> {decoded}\ncheck passed")
+    decoded = repr(prompt.tokenizer.decode(first["text"][0][first["text_mask"][0]])) if prompt else "not shown"
+    print(f"lang      {first['lang']!r} -> {decoded}\ncheck passed")
 
 
 def main(cfg):
@@ -945,9 +930,8 @@ def main(cfg):
         run.restore(path, saved, data.fingerprint, FIXED)
 
     # ---- data
-    describe(cfg, data, run.print)
     dataset, held_out = (MobileVLAH5Dataset(part, cfg, store.read, prompt) for part in (data.train, data.validation))
-    run.print(dataset.summary())
+    describe(cfg, data, dataset, run.print)
     n = len(dataset)
     # positions go on over the end of an epoch: no sample is dropped
     total = run.step + math.ceil((t.max_epochs * n - run.position) / run.global_batch)
@@ -956,7 +940,7 @@ def main(cfg):
 
     # ---- model, optimizer
     core = build_model(cfg, backbone, prompt, run.device, torch.bfloat16 if bf16 else torch.float32)
-    policy = Policy(core, prompt, cfg, side, data.stats, data.opposites, bf16)
+    policy = Policy(core, prompt, cfg, side, vars(data), bf16)
     model = run.prepare(core.train())
     trained = [p for p in core.parameters() if p.requires_grad]
     fused = run.device.type == "cuda" or None
@@ -967,8 +951,8 @@ def main(cfg):
         about = {key: saved[key] for key in about}
         saved = None  # the file's memory
     meta = dict(script=SCRIPT, validation=[e.name for e in data.validation])
-    about |= dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table, backbone=digest)
-    about |= dict(stats=data.stats, opposites=data.opposites)
+    about |= {key: value for key, value in vars(data).items() if key not in ("train", "validation")}
+    about |= dict(format_version=FORMAT, meta=meta, backbone=digest)
     size = 12 * sum(p.numel() for p in trained)  # fp32 weights and two moments
     run.describe(core, n, size, folder, " (LoRA r {lora_r} on {lora_scope})".format_map(vars(cfg.train_setup)))
     loader = run.loader(dataset, GlobalOrder(n, cfg.seed), dataset.collater, cfg.num_workers)

@@ -61,7 +61,9 @@ class Contract:
             return
         images = observation.get("images", {})
         if not isinstance(images, dict):  # the newest frames of the only camera, oldest first
-            images = {name: frame for name in self.images for frame in images}
+            for frame in images[:-1]:
+                self._check_images(dict(images=dict.fromkeys(self.images, frame)))
+            images = {name: frame for name in self.images for frame in images[-1:]}
         for name, size in self.images.items():
             there = f"the observation has images of {sorted(images)}"
             require(name in images, f"{there}, the policy needs {', '.join(self.images)}: {name} is missing")
