@@ -4,8 +4,8 @@
     python benchmarks/mobile_gpu.py --layers 2 --width 256 --window 2 --accumulation 2 --steps 2 --warmup 1  # any machine
 
 Kosmos-2's sizes (24 + 24 layers, width 2048, 64 image tokens), LoRA 32 on the text model, the four-layer LSTM; batch 1 x
-accumulation 8, window 8, as in guide 4. Speed and memory do not depend on the values of the weights. Windows are made
-beforehand, so this is the model's side of a step: forward, backward, clipping, AdamW.
+accumulation 8, window 8, as in guide 4; a sample is an episode with all its windows. Speed and memory do not depend on
+the values of the weights. Samples are made beforehand, so this is the model's side of a step: forward, backward, clipping, AdamW.
 """  # noqa: E501  a command line
 
 import argparse
@@ -38,7 +38,6 @@ def prepare(args, folder, bf16):
     backbone.config = Kosmos2Config(text_config=dict(layers=args.layers, **text), vision_config=vision)
     prompt = mobile.Prompt(backbone.tokenizer, cfg.dataset.max_text_len)
     mobile.load_weights = lambda *_, **__: []  # they stay random
-    mobile.PUBLISHED_IDS = {}  # the tokenizer is a tiny one
     model = mobile.build_model(cfg, backbone, prompt, DEVICE, torch.bfloat16 if bf16 else torch.float32).train()
 
     def read(path, frames):
@@ -46,7 +45,7 @@ def prepare(args, folder, bf16):
 
     dataset = mobile.MobileVLAH5Dataset(data.train, cfg, read, prompt)
     windows = [dataset.collater([dataset[(0, i % len(dataset))]]) for i in range(args.accumulation)]
-    policy = mobile.Policy(model, prompt, cfg, 224, data.stats, data.opposites, bf16)
+    policy = mobile.Policy(model, prompt, cfg, 224, vars(data), bf16)
     return policy, [to_device(window, DEVICE) for window in windows]
 
 
@@ -71,11 +70,13 @@ def measure(args, folder, bf16):
     seconds = timed(step, args.steps, args.warmup)
     memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else float("nan")
     sizes = f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} trained"
-    speed = f"{args.accumulation / seconds:.2f} windows/s, {seconds * 1e3:.1f} ms per step, peak {memory:.2f} GB"
+    count = sum(len(window["frames"]) for window in windows)
+    speed = f"{count / seconds:.2f} windows/s, {seconds * 1e3:.1f} ms per step, peak {memory:.2f} GB"
     print(f"{kind} window {args.window}, batch 1 x {args.accumulation}: {speed}, {sizes}", flush=True)
     model.eval()
     image = np.zeros((720, 1280, 3), np.uint8)
-    seconds = timed(lambda: policy.predict(image, make_demo.MOBILE_GOAL), args.window + 2, 1)
+    newest = dict(images=dict(camera=image), instruction=make_demo.MOBILE_GOAL)
+    seconds = timed(lambda: policy.predict([newest]), args.window + 2, 1)
     print(f"{kind} predict, one new 1280x720 image: {seconds * 1e3:.1f} ms", flush=True)
 
 
