@@ -157,17 +157,17 @@ def open_backbone(folder):
     return config, tokenizer, mean, std
 
 
-def load_backbone(folder, dtype, attention, missing_ok=()):
-    """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`; windows in batches."""
+def load_backbone(folder, dtype, attention, missing_ok=(), device=None):
+    """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`; windows in batches. `device`:
+    tensor by tensor straight to it."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # its bars break ours
     batch_vision_attention()
     weight_files(folder)  # says what is missing
-    vlm, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
+    how = dict(dtype=dtype, attn_implementation=attention, device_map=device and {"": device})
+    vlm, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **how)
     wrong = dict(
         missing=sorted(set(told["missing_keys"]) - set(missing_ok)), unexpected=sorted(told["unexpected_keys"])
     )

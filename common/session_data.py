@@ -336,8 +336,9 @@ class HeldOut(Dataset):
             items.append(data[(k, k)])
             others.append(data[(k, int(self.far[k]))] | data.look(self.phase[k]))
         batch = self.collate(items) | {f"other_{k}": v for k, v in self.collate.inputs(others).items()}
-        batch |= dict(target=np.stack([item["actions"] for item in items]), felt=batch["has_sensor"].numpy())
-        return batch | dict(previous=np.stack([item["previous"] for item in items]))
+        for key, name in (("target", "actions"), ("previous", "previous")):
+            batch[key] = np.stack([item[name] for item in items])
+        return batch | dict(felt=np.array([item["sensor"] is not None for item in items]))
 
 
 def held_out_batches(dataset, policy, run):

@@ -74,14 +74,15 @@ class VLEncoder:
 
     @functools.cached_property
     def vlm(self):
-        """The backbone: vision tower and language model, in which every weight was found."""
-        attention = qwen_vl.pick_attention("auto", self.device)
-        vlm = qwen_vl.load_backbone(self.folder, self.compute_dtype, attention, missing_ok=["lm_head.weight"])
+        """The backbone: vision tower and language model, in which every weight was found. Tensor by tensor to the
+        device: the host never holds it whole."""
+        kind = (self.compute_dtype, qwen_vl.pick_attention("auto", self.device), ["lm_head.weight"], self.device)
+        vlm = qwen_vl.load_backbone(self.folder, *kind)
         vlm = vlm.model
         if self.layer >= 0:
             vlm.language_model.layers = vlm.language_model.layers[: self.layer]
             vlm.language_model.norm = torch.nn.Identity()
-        return vlm.requires_grad_(False).eval().to(self.device)
+        return vlm.requires_grad_(False).eval()
 
     def warm_up(self):
         """Load the backbone now, instead of at the first encode."""

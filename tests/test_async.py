@@ -1,5 +1,7 @@
 """Asynchronous VLA: the network, samples from real session folders, the training's promises, the policy."""
 
+import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import build_vl_cache
 import create_datapkl
 import evaluate
+import make_demo
 import train_async
 import train_diffusion
 from common import UserError, session_data, vl_cache
@@ -449,6 +453,43 @@ def test_the_weight_of_the_sensor_is_not_in_the_validation(sessions_root, qwen_d
     assert losses[0] == losses[1]
 
 
+def test_workers_validate_the_same(sessions_root, qwen_dir, tmp_path, monkeypatch):
+    """Held-out samples are put together by the loader's processes: the main one opens no stream, and no number
+    changes."""
+    values, main, read = [], os.getpid(), ss._map_sensor
+    for workers in (0, 2):
+        here = []
+        monkeypatch.setattr(
+            ss, "_map_sensor", lambda path, h=here: (os.getpid() == main and h.append(path)) or read(path)
+        )
+        cfg, data, dataset = open_data(sessions_root, qwen_dir, num_workers=workers)
+        core = train_async.build_model(cfg, data.about, torch.device("cpu"))
+        policy = train_async.Policy(core, cfg, data.about, torch.device("cpu"))
+        values.append(train_async.validate(core, policy, dataset, Run(cfg, tmp_path, 4)))
+        assert bool(here) == (workers == 0)
+    assert values[0] == values[1]
+
+
+def test_a_policy_that_does_not_look_is_told_apart(sessions_root, qwen_dir, tmp_path):
+    """Its error with the pictures of another session at the same phase is that with its own: 1, and a warning. One that
+    reads what the feature knows gets worse with another's, and none."""
+    cfg, data, dataset = open_data(sessions_root, qwen_dir)
+    core = train_async.build_model(cfg, data.about, torch.device("cpu"))
+    policy, seen = train_async.Policy(core, cfg, data.about, torch.device("cpu")), {}
+    for s in dataset.sessions:  # light is how far to go, and all that the pictures tell
+        for k, tick in zip(*dataset.features.usable(s), strict=True):
+            seen[dataset.features.files[s.name].features[tick].float().numpy().tobytes()] = s.action[k]
+
+    def looking(batch):
+        return np.stack([np.tile(seen[x.numpy().tobytes()], (8, 1)) for x in batch["vl_features"]])
+
+    for decode, looks in ((looking, True), (lambda batch: np.zeros((len(batch["vl_features"]), 8, 7)), False)):
+        policy.decode = decode
+        values = train_async.validate(core, policy, dataset, Run(cfg, tmp_path, 4))
+        assert (values["val/swap_feature"] > 1.05) == looks and (looks or values["val/swap_feature"] == 1)
+        assert ("does not look at its pictures" in session_data.ChunkErrors.text(values)) != looks
+
+
 @pytest.mark.parametrize("column, used", [(0, "force"), (5, "ascan")])
 def test_the_ablation_names_what_is_used(sessions_root, qwen_dir, tmp_path, column, used):
     """A policy that reads one number of the newest sensor row: only with another sample's is its error another one."""
@@ -562,6 +603,42 @@ def test_wrong_observations_are_explained(finished):
         policy.predict([dict(vl_features=torch.zeros(1, 64), sensor=np.zeros((65, 3)))])
 
 
+def test_what_the_policy_says_of_itself(finished, qwen_dir):
+    """Everything a robot's program needs, as plain values; asking changes nothing."""
+    policy = train_async.load_policy(finished, "cpu")
+    about = json.loads(json.dumps(policy.describe()))
+    assert about["cameras"] == {view: dict(height=56, width=56) for view in ("View1", "View5")}
+    assert (about["kind"], about["rate_hz"], about["horizon"], about["script"]) == ("delta", 10, 8, "train_async")
+    assert [(a["name"], a["unit"]) for a in about["actions"]] == session_data.ACTIONS and about["latency_ms"] > 0
+    assert about["actions"][0]["low"] < about["actions"][0]["high"] and "the newest 65 at 650 Hz" in about["sensor"]
+    assert about["needs"] == dict(vlm=str(qwen_dir)) and len(about["instructions"]) == 2 and policy.encoder is None
+
+
+@BOTH
+def test_weights_are_cast_once(sessions_root, qwen_dir, script, monkeypatch):
+    """Under bf16 autocast frozen weights were cast again in every call, and in every step of the diffusion: 151 casts
+    per prediction become 35, with diffusion 629 become 151. The same numbers to the bit."""
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # as CUDA's autocast has it
+    cfg, data, dataset = open_data(sessions_root, qwen_dir, script=script, num_layers=4)
+    core, chunks, casts = script.build_model(cfg, data.about, torch.device("cpu")), [], []
+    policy = script.Policy(core.requires_grad_(False).eval(), cfg, data.about, torch.device("cpu"))
+    policy.bf16 = True
+    for step in (lambda: policy, policy.freeze):
+        step().reset()
+        with CountCasts() as count:
+            chunks.append(policy.predict([dataset[(0, 0)]]))
+        casts.append(count.casts)
+    assert np.array_equal(*chunks) and casts == ([151, 35] if script is train_async else [629, 151])
+
+
+class CountCasts(TorchDispatchMode):
+    casts = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.casts += op is torch.ops.aten._to_copy.default
+        return op(*args, **(kwargs or {}))
+
+
 def test_evaluation_reads_every_stretch(finished, sessions_root):
     """evaluate.py's contract: a session with a gap is two episodes, held-out names are known, standing still keeps the
     gripper."""
@@ -629,6 +706,28 @@ def test_recordings_go_through_the_guides_commands(recordings, qwen_dir, tmp_pat
     for e in episodes:
         chunk = policy.predict([e["sample"](len(e["target"]) - 1)])
         assert chunk.shape == (1, 8, 7) and np.isfinite(chunk).all() and (chunk[..., 6] == 1).all()
+
+
+@BOTH
+def test_losses_in_fp16_are_those_in_fp32(qwen_dir, tmp_path, script, monkeypatch):
+    """The same recordings with rows of fp16 and of fp32: equal statistics, and after three steps losses that differ by
+    less than 1 in 1,000, at half the bytes."""
+    root = make_demo.write_sessions(tmp_path / "s", 0, white=3, needle=0, new=0, oct=0, seconds=1.5, size=(56, 56))
+    losses, stats, sizes = [], [], []
+    for dtype, error in (("float16", 0.01), ("float32", 0)):
+        monkeypatch.setattr(create_datapkl, "FP16_ERROR", error)
+        create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0, force=True))
+        ss._map_sensor.cache_clear()
+        if not losses:
+            build_cache(root, qwen_dir)
+        run(root, qwen_dir, tmp_path / dtype, script, max_steps=3, log_steps=1, dropout=0)
+        rows = [r for r in metrics(tmp_path / dtype) if "train/loss_step" in r]
+        losses.append([r["train/loss_step"] for r in rows] + [rows[-1]["train/grad_norm"]])
+        stats.append(script.load_policy(tmp_path / dtype, "cpu").stats)
+        assert stats[-1]["sensor"].pop("dtype") == dtype
+        sizes.append(sum(path.stat().st_size for path in root.rglob("sensor_stream.npy")))
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert stats[0] == stats[1] and sizes[1] > 1.99 * sizes[0]
 
 
 @pytest.fixture(scope="module")
