@@ -35,6 +35,7 @@ TUBE_MM, TUBE_RAD = 3.0, 0.15  # the needle goes through: off the axis, and tilt
 REACH_MM = 6.0  # below the entry: inserted
 EYE_MM = 15.0  # radius of the eye, whose centre is 16 mm below the entry
 ARM_MM, ARM_RAD = 4.0, 0.1  # largest motion of a frame that the arm can do
+ARM_REACH = np.array([[-80, -80, -20, -1.2, -1.2, -9.0], [80, 80, 90, 1.2, 1.2, 9.0]])  # mm, rad
 FUNNEL_MM = 2.0  # off the axis: the expert goes on inserting
 
 
@@ -67,8 +68,8 @@ def pose_of(joints):
 
 class Insertion:
     """Needle and trocar of make_demo's insertion episodes, driven by ee_pose deltas in mm and rad. The arm does what is
-    sent, within ARM_MM and ARM_RAD a frame. Inserted: the tip went through the mouth and REACH_MM below it, within
-    TUBE_MM of the axis and TUBE_RAD of its direction, and never into the eye beside it."""
+    sent, within ARM_MM and ARM_RAD a frame and ARM_REACH. Inserted: the tip went through the mouth and REACH_MM below
+    it, within TUBE_MM of the axis and TUBE_RAD of its direction, and never into the eye beside it."""
 
     units = ["mm"] * 3 + ["rad"] * 3  # of the action
     hz = demo.HZ
@@ -104,7 +105,8 @@ class Insertion:
         rng = np.random.default_rng([*self.noise, self.frame])
         self.look = self.look or demo.randomise(self.look_rng, self.size)
         views = [demo.render(self.pose, self.entry, camera, self.look, rng) for camera in sorted(demo.CAMERAS)]
-        return {f"camera{k + 1}": view for k, view in enumerate(views)}
+        named = dict(zip(sorted(demo.CAMERAS), views, strict=True))
+        return named | {f"camera{k + 1}": view for k, view in enumerate(views)}
 
     def scale(self):
         return np.array([1e-3 if self.meters else 1.0] * 3 + [1.0] * 3)
@@ -115,7 +117,7 @@ class Insertion:
         motion = wanted - base
         motion[:3] *= min(1.0, ARM_MM / max(np.linalg.norm(motion[:3]), 1e-9))
         motion[3:] = np.clip(motion[3:], -ARM_RAD, ARM_RAD)
-        self.command, before = base + motion, self.pose
+        self.command, before = np.clip(base + motion, *ARM_REACH), self.pose
         self.pose, self.frame = self.command + self.lag * (before - self.command), self.frame + 1
         for part in np.linspace(0, 1, 9)[1:]:  # less than half a mm each
             self._touch(before + part * (self.pose - before))

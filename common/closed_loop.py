@@ -105,6 +105,7 @@ def compare(policy, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
     check_units([column["unit"] for column in about["actions"]], getattr(scenes[0], "units", None))
 
     def ask(_, seen):
+        seen = [rename(observation, about.get("recorded", {})) for observation in seen]
         parts = [policy.predict(seen[i : i + batch_size]) for i in range(0, len(seen), batch_size)]
         return np.concatenate(parts)
 
@@ -128,6 +129,13 @@ def compare(policy, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
         tapes = [lengthen(rows, moves) for rows in recorded[1:] + recorded[:1]]
         found["replay"] = blind(replay, execute=LONGEST)
     return found, about
+
+
+def rename(observation, recorded):
+    """The environment's pictures by the recorder's names, where it has these, under the names of the policy."""
+    images = observation["images"]
+    known = {name: images[theirs] for name, theirs in recorded.items() if theirs in images}
+    return observation | dict(images=images | known) if known else observation
 
 
 def check_units(ours, wanted):

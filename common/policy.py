@@ -32,6 +32,7 @@ class Contract:
     state: list = field(default_factory=list)  # [(name, unit)]; empty: the policy takes none
     low: list | None = None  # smallest state in training, one per name
     high: list | None = None
+    recorded: dict = field(default_factory=dict)  # {name: the recorder's name of this camera}, where it is another
     sensor: str | None = None  # what the observation's sensor must hold
     instructions: list = field(default_factory=list)  # all of the training; empty: not known, any is taken
     action_low: list | None = None  # smallest action in training, one per name
@@ -121,7 +122,8 @@ class Contract:
         sizes = {name: size or (None, None) for name, size in self.images.items()}
         return dict(
             script=self.script,
-            cameras={name: dict(height=height, width=width) for name, (height, width) in sizes.items()},
+            cameras={name: dict(zip(("height", "width"), size, strict=True)) for name, size in sizes.items()},
+            recorded=dict(self.recorded),
             pictures="uint8 (height, width, 3), RGB",
             state=_columns(self.state, self.low, self.high),
             sensor=self.sensor,

@@ -121,6 +121,27 @@ def test_another_unit_is_refused():
     closed_loop.compare(Walker(unit=""), Line, [0])  # recorded actions have none
 
 
+def test_pictures_go_by_the_recorders_names():
+    """A policy that numbers its cameras in another order than the environment."""
+
+    class Looking(Walker):
+        def describe(self):
+            return super().describe() | dict(recorded=dict(camera1="top_camera", camera2="none"))
+
+        def predict(self, observations):
+            self.seen = [o["images"] for o in observations]
+            return super().predict(observations)
+
+    class Two(Line):
+        def observe(self):
+            seen = super().observe()
+            return seen | dict(images=dict(camera1="side", camera2="top", side_camera="side", top_camera="top"))
+
+    policy = Looking()
+    closed_loop.compare(policy, Two, [0], execute=4)
+    assert policy.seen[0]["camera1"] == "top" and policy.seen[0]["camera2"] == "top"
+
+
 def test_wilson_interval():
     low, high = closed_loop.wilson(40, 50)
     assert (low, high) == pytest.approx((0.6696, 0.8876), abs=1e-4)
@@ -250,6 +271,11 @@ def test_the_arm_does_what_it_can():
     before = scene.pose.copy()
     scene.step(np.array([30, 40, 0, 1.0, -1.0, 0.05]))
     np.testing.assert_allclose(scene.pose - before, [2.4, 3.2, 0, 0.1, -0.1, 0.05], atol=1e-12)
+    scene.looking = True
+    for way in ([0, 0, 4], [4, 0, 0], [0, -4, 0], [0, 0, -4]):  # wherever it goes it can be seen, or at least drawn
+        for _ in range(60):
+            seen, _ = scene.step(np.array([*way, 0.1, 0.1, 0.1]))
+        assert (np.abs(scene.pose) <= np.abs(demo_scenes.ARM_REACH).max(0)).all()
     joints = demo_scenes.InsertionSim()
     joints.looking = False
     joints.reset(0)
@@ -309,7 +335,7 @@ def test_pictures_are_those_of_the_recordings():
     """The same pose, look and noise give the same pixels; what a scene shows does not depend on who looked before."""
     scene, again = demo_scenes.Insertion(), demo_scenes.Insertion()
     first = scene.reset(4)
-    assert list(first["images"]) == ["camera1", "camera2", "camera3"] and first["images"]["camera1"].shape == (
+    assert sorted(first["images"])[:3] == ["camera1", "camera2", "camera3"] and first["images"]["camera1"].shape == (
         96,
         128,
         3,
