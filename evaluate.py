@@ -18,9 +18,13 @@ The checkpoint names its script; that script provides
     policy.action_names() -> [(name, unit)] * A          policy.stats["action"]["mean"]
 """
 
+import base64
+import contextlib
 import importlib
+import io
 import json
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ from tqdm import tqdm
 from common import UserError, closed_loop, require
 from common.checkpoint import checkpoints_in, load_state
 from common.config import parse_config
+from common.policy import partners
 from common.run import launch
 
 ROOT = Path(__file__).resolve().parent
@@ -38,13 +43,14 @@ WHO = {"policy": "tab:orange", "hold still": "tab:blue", "mean action": "tab:gre
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # of a train_*.py: a file or folder it wrote, or that of a run: its best, else its newest
+    checkpoint: list[str] = field(default_factory=list)  # of a train_*.py, or a run's folder: its best, else its newest
     data: list[str] = field(default_factory=list)  # root folder of the recordings; of robot sessions also several
     episodes: list[str] = field(default_factory=list)  # names below data, or all; empty: the checkpoint's validation
     output: str | None = None  # folder of the report; null: evaluation/ in the folder given, beside a file
     stride: int = 1  # evaluate every n-th frame
     batch_size: int = 16  # frames
     plots: int = 20  # draw at most this many episodes; the errors are over all
+    uses: int = 64  # frames on which inputs are swapped and blanked, to see which ones the policy uses; 0: do not
     device: str | None = None  # cpu, cuda, ...; null: cuda if there is one
     replay: str | None = None  # predictions.npz of another evaluation: predict the same again and compare every bit
     closed_loop: str | None = None  # module:Class of an environment to drive through, instead of recordings
@@ -161,6 +167,95 @@ def summarise(records, names):
     return report
 
 
+# ---- what it uses ----------------------------------------------------------------------------------------------------
+
+
+def sample_again(policy, root, names, records):
+    """-> the observations of these records."""
+    wanted, found = {(r["episode"], r["t"]): i for i, r in enumerate(records)}, [None] * len(records)
+    for episode in policy.open_episodes(root, names):
+        for t in range(len(episode["target"])):
+            if (episode["name"], t) in wanted:
+                found[wanted[episode["name"], t]] = episode["sample"](t)
+    return found
+
+
+def changed_inputs(seen, others, opposites):
+    """Observations and, for each, one of another episode -> {(input, how): observations with this input changed}."""
+    changed, pairs = {}, list(zip(seen, others, strict=True))
+    images = seen[0].get("images")
+    if isinstance(images, dict) and "vl_features" not in seen[0]:
+        for name in images:
+            changed[name, "swapped"] = [o | dict(images=o["images"] | {name: p["images"][name]}) for o, p in pairs]
+            blank = np.full_like(images[name], 128)
+            changed[name, "blanked"] = [o | dict(images=o["images"] | {name: blank}) for o in seen]
+        if len(images) > 1:
+            changed["all pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
+    elif images is not None:  # the newest frames of one camera
+        changed["pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
+        changed["pictures", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
+    for name in ("vl_features", "state", "sensor"):
+        if any(o.get(name) is not None for o in seen):
+            changed[name, "swapped"] = [o | {name: p.get(name)} for o, p in pairs]
+    if ("sensor", "swapped") in changed:
+        changed["sensor", "missing"] = [o | dict(sensor=None) for o in seen]
+        for name, columns in (("force", slice(0, 1)), ("A-scan", slice(1, None))):
+            changed[name, "swapped"] = [o | dict(sensor=with_columns(o, p, columns)) for o, p in pairs]
+    texts = sorted({o["instruction"] for o in seen if o.get("instruction")})
+    told = {text: opposites.get(text, texts[k - 1]) for k, text in enumerate(texts)}
+    if any(text != other for text, other in told.items()):
+        changed["instruction", "swapped"] = [o | dict(instruction=told.get(o.get("instruction"))) for o in seen]
+    return changed
+
+
+def with_columns(observation, other, columns):
+    """The sensor rows with these columns of another's newest rows."""
+    rows, theirs = observation["sensor"], other["sensor"]
+    if rows is None or theirs is None:
+        return rows
+    count = min(len(rows), len(theirs))
+    rows = np.array(rows[len(rows) - count :])
+    rows[:, columns] = theirs[len(theirs) - count :][:, columns]
+    return rows
+
+
+def find_uses(policy, root, names, records, report, count, batch_size):
+    """-> {input: {how: relative error with it changed}}, "own": {"": with nothing changed}, on `count` frames. Swapped:
+    with that of another episode's frame at the nearest phase."""
+    chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, count).astype(int))]
+    length = {}
+    for r in records:
+        length[r["episode"]] = r["t"] + 1
+    progress = [10 * r["phase"] + r["t"] / length[r["episode"]] for r in chosen]
+    other = partners([r["episode"] for r in chosen], progress)
+    if other is None:
+        print("what the policy uses is not known: there is one episode only")
+        return {}
+    seen = sample_again(policy, root, names, chosen)
+    changes = {("own", ""): seen}
+    changes |= changed_inputs(seen, [seen[k] for k in other], getattr(policy, "opposites", {}))
+    scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
+    valid, recorded = (np.stack([r[key] for r in chosen]) for key in ("valid", "recorded"))
+    valid, found = valid[..., None], {}
+    for (name, how), observations in changes.items():
+        policy.reset()  # the same noise, if any
+        batches = [observations[i : i + batch_size] for i in range(0, len(seen), batch_size)]
+        error = np.abs(np.concatenate([policy.predict(batch) for batch in batches]) - recorded)
+        per_dim = (error * valid).sum((0, 1)) / valid.sum()
+        found.setdefault(name, {})[how] = float(np.mean(per_dim[scale > 1e-6] / scale[scale > 1e-6]))
+    return found
+
+
+def print_uses(uses, count):
+    own = uses["own"][""]
+    print(f"what the policy uses: relative error on {count} frames with an input of another episode, or without it")
+    print(f"  {'nothing changed':22}{own:8.3g}")
+    for name, changed in uses.items():
+        for how, error in changed.items() if name != "own" else ():
+            verdict = "" if error > 1.05 * own else "   hardly used"
+            print(f"  {f'{name} {how}':22}{error:8.3g}  {error / max(own, 1e-9):6.2f} x{verdict}")
+
+
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +304,48 @@ def draw_episode(records, names, path):
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"{records[0]['episode']}: first action of each predicted chunk, over frames")
     figure.savefig(path, dpi=110)
+
+
+def draw_worst(policy, root, names, records, report, columns, path, count=4):
+    """The windows with the largest relative error, one per episode: what was seen, recorded and predicted."""
+    scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
+    moving = scale > 1e-6
+    worst = {}
+    for r in records:
+        size = np.abs(r["error"]["policy"])[r["valid"]][:, moving] / scale[moving]
+        score = float(size.mean()) if size.size else 0.0
+        if score > worst.get(r["episode"], (-1.0, None))[0]:
+            worst[r["episode"]] = (score, r)
+    chosen = sorted(worst.values(), key=lambda item: -item[0])[:count]
+    seen = sample_again(policy, root, names, [r for _, r in chosen])
+    width = len(columns) + 1
+    figure = Figure(figsize=(4 + 1.7 * len(columns), 2.1 * len(chosen)), layout="constrained")
+    panels = figure.subplots(len(chosen), width, squeeze=False, width_ratios=[2.4] + [1] * len(columns))
+    for row, (score, r), observation in zip(panels, chosen, seen, strict=True):
+        images = observation.get("images", {})
+        shown = [np.asarray(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
+        row[0].set_axis_off()
+        row[0].set_title(f"{r['episode'][-34:]} frame {r['t']}: {score:.1f} x", fontsize=7)
+        if shown:
+            row[0].imshow(np.concatenate([image[:: len(image) // 90 or 1] for image in shown], axis=1))
+        for d, (axis, (name, unit)) in enumerate(zip(row[1:], columns, strict=True)):
+            steps = np.arange(len(r["recorded"]))[r["valid"]]
+            axis.plot(steps, r["recorded"][r["valid"], d], color="black", lw=1.4)
+            axis.plot(steps, r["predicted"][r["valid"], d], ".-", color=WHO["policy"], lw=1)
+            axis.set_title(f"{name} ({unit})" if unit else name, fontsize=7)
+            axis.tick_params(labelsize=6)
+    figure.suptitle("worst windows: recorded (black) and predicted chunk, error over the better baseline's", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def write_html(path, title, text, pictures):
+    """One file with everything in it, to be sent to somebody."""
+    parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><h1>{escape(title)}</h1>"]
+    parts.append(f"<pre>{escape(text)}</pre>")
+    for picture in filter(Path.is_file, pictures):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f"<h2>{escape(picture.stem)}</h2><img style='max-width:100%' src='data:image/png;base64,{data}'>")
+    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def draw_summary(report, names, path):
@@ -267,67 +404,105 @@ def replay(policy, root, path):
     return len(records)
 
 
-def output_folder(cfg):
-    given = Path(cfg.checkpoint)
-    return Path(cfg.output or (given / "evaluation" if given.is_dir() else f"{given.with_suffix('')}_evaluation"))
-
-
-def drive(cfg, checkpoint, about):
-    """Through an environment, see common/closed_loop.py."""
-    print(f"checkpoint: {checkpoint}, of {about['script']}.py\nenvironment: {cfg.closed_loop}")
-    policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
-    how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
-    known = dict(checkpoint=str(checkpoint), script=about["script"])
-    return closed_loop.run(policy, cfg.closed_loop, output_folder(cfg), about=known, **how)
-
-
-def run(cfg):
-    """Evaluate and report -> what summarise says."""
-    needed = (
-        "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D; or --closed-loop MODULE:CLASS"
+def output_folder(cfg, given):
+    own = given / "evaluation" if given.is_dir() else Path(f"{given.with_suffix('')}_evaluation")
+    if not cfg.output:
+        return own
+    return (
+        Path(cfg.output) / given.as_posix().strip("/").replace("/", "__")
+        if len(cfg.checkpoint) > 1
+        else Path(cfg.output)
     )
-    require(cfg.checkpoint and (cfg.data or cfg.closed_loop), needed)
-    least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
-    require(min(cfg.stride, cfg.batch_size) >= 1 and cfg.plots >= 0, least)
-    checkpoint = find_checkpoint(cfg.checkpoint)
-    about = read_about(checkpoint)
-    if cfg.closed_loop:
-        return drive(cfg, checkpoint, about)
-    names = cfg.episodes or about.get("validation") or ["all"]
-    unknown = "the checkpoint names no validation episodes: training episodes may be among them"
-    which = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
-    print(f"checkpoint: {checkpoint}, of {about['script']}.py\nepisodes: {', '.join(cfg.episodes) or which}")
-    policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
+
+
+def drive(cfg, policy, folder, about):
+    """Through an environment, see common/closed_loop.py -> what it says of the policy."""
+    how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
+    return closed_loop.run(policy, cfg.closed_loop, folder, about=about, **how)["policy"]
+
+
+def report_on(cfg, policy, folder, about, names):
+    """Evaluate on recordings and write the report -> what summarise says."""
     root = cfg.data if hasattr(policy, "several_roots") else cfg.data[0]
     require(root == cfg.data or len(cfg.data) == 1, f"{about['script']}.py reads one folder: --data DATA")
     if cfg.replay:
         return replay(policy, root, cfg.replay)
+    wanted = None if names == ["all"] else names
     try:
-        wanted = None if names == ["all"] else names
         records = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
     except UserError as error:
         others = "These are the checkpoint's validation episodes; others: --episodes NAME ..., or all"
         require(cfg.episodes or "has no" not in str(error), f"{error}. {others}")
         raise
-    columns = policy.action_names()
+    columns, text = policy.action_names(), io.StringIO()
     report = summarise(records, columns)
-    print_table(report, columns, records)
-    folder = output_folder(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = dict(checkpoint=str(checkpoint), data=cfg.data, script=about["script"], frames=len(records))
+    uses = find_uses(policy, root, wanted, records, report, cfg.uses, cfg.batch_size) if cfg.uses else {}
+    with contextlib.redirect_stdout(text):
+        print_table(report, columns, records)
+        if uses:
+            print_uses(uses, min(cfg.uses, len(records)))
+    print(text.getvalue(), end="")
     episodes = list(dict.fromkeys(r["episode"] for r in records))
-    about |= dict(episodes=sorted(episodes), units=dict(columns), mean_absolute_error=report)
-    (folder / "report.json").write_text(json.dumps(about, indent=2))
+    about = about | dict(data=cfg.data, frames=len(records), episodes=sorted(episodes), units=dict(columns))
+    (folder / "report.json").write_text(json.dumps(about | dict(mean_absolute_error=report, uses=uses), indent=2))
     save_predictions(folder / "predictions.npz", records, wanted, cfg)
-    for name in episodes[: cfg.plots]:
-        picture = folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png"
-        draw_episode([r for r in records if r["episode"] == name], columns, picture)
+    pictures = [folder / "closed_loop.png", folder / "summary.png", folder / "worst.png"]
     draw_summary(report, columns, folder / "summary.png")
+    draw_worst(policy, root, wanted, records, report, columns, folder / "worst.png")
+    for name in episodes[: cfg.plots]:
+        pictures.append(folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png")
+        draw_episode([r for r in records if r["episode"] == name], columns, pictures[-1])
+    write_html(folder / "report.html", about["checkpoint"], text.getvalue(), pictures)
     relative, best = report["policy"]["relative"], min(report[who]["relative"] for who in ("hold still", "mean action"))
     verdict = "" if relative < best else ": no better than doing nothing, train longer or check the data"
     print(f"\nthe policy's error is {relative:.2f} x that of the better baseline per dimension{verdict}")
-    print(f"report: {folder / 'report.json'}\npicture: {folder / 'summary.png'}")
+    print(f"report: {folder / 'report.html'}\npicture: {folder / 'summary.png'}")
     return report
+
+
+def run_one(cfg, given):
+    """One checkpoint -> its report."""
+    checkpoint = find_checkpoint(given)
+    about = read_about(checkpoint)
+    names = cfg.episodes or about.get("validation") or ["all"]
+    unknown = "the checkpoint names no validation episodes: training episodes may be among them"
+    which = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
+    through = f"environment: {cfg.closed_loop}" if cfg.closed_loop else f"episodes: {', '.join(cfg.episodes) or which}"
+    print(f"checkpoint: {checkpoint}, of {about['script']}.py\n{through}")
+    policy, folder = (
+        importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device),
+        output_folder(cfg, given),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    known = dict(checkpoint=str(checkpoint), script=about["script"])
+    if cfg.closed_loop:
+        return drive(cfg, policy, folder, known)
+    return report_on(cfg, policy, folder, known, names)
+
+
+def print_comparison(reports, closed):
+    """One line per checkpoint."""
+    print("\nall checkpoints: mean absolute error of the policy" if not closed else "\nall checkpoints")
+    for given, report in reports.items():
+        values = report if closed else report["policy"]["per_dim"] | dict(relative=report["policy"]["relative"])
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        print(f"  {given}: " + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
+
+
+def run(cfg):
+    """Evaluate and report -> the report; of several checkpoints {checkpoint: report}."""
+    needed = (
+        "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D; or --closed-loop MODULE:CLASS"
+    )
+    require(cfg.checkpoint and (cfg.data or cfg.closed_loop), needed)
+    least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
+    require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
+    reports = {given: run_one(cfg, Path(given)) for given in cfg.checkpoint}
+    if len(reports) == 1:
+        return reports[cfg.checkpoint[0]]
+    if not cfg.replay:
+        print_comparison(reports, bool(cfg.closed_loop))
+    return reports
 
 
 def main(argv=None):

@@ -654,6 +654,7 @@ class Policy:
         first_row = "row 0 is what was recorded with the observed frame; row k follows k / rate_hz seconds later. "
         first_row += "Send each row as it is" if spec.absolute else "Add each row to the last target, not to the pose"
         about = dict(images={name: size and tuple(size) for name, size in zip(names, spec.image_shapes, strict=True)})
+        about |= dict(recorded=dict(zip(names, spec.cameras, strict=True)))
         about |= dict(actions=self.action_names(), action_low=action.get("min"), action_high=action.get("max"))
         if spec.state_names:
             about |= dict(state=[tuple(pair) for pair in spec.state_names], low=state.get("min"), high=state.get("max"))

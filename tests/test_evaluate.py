@@ -30,7 +30,7 @@ class Scripted:
         for name, target in self.targets.items():
             if names is None or name in names:
                 hold, phase = np.zeros_like(target) + [0, 5, 0], np.array([1, 1, 2, 2][: len(target)])
-                sample = lambda t, target=target: (target, t)  # noqa: E731
+                sample = lambda t, target=target: dict(target=target, t=t)  # noqa: E731
                 yield dict(name=name, sample=sample, target=target, hold=hold, phase=phase)
 
     def reset(self):
@@ -38,7 +38,8 @@ class Scripted:
 
     def predict(self, observations):
         out = np.full((len(observations), 2, 3), 1e6, np.float32)
-        for row, (target, t) in zip(out, observations, strict=True):
+        for row, o in zip(out, observations, strict=True):
+            target, t = o["target"], o["t"]
             n = len(target[t : t + 2])
             row[:n] = target[t : t + 2] + [self.offset, 0, 0]
         return out
@@ -180,9 +181,12 @@ def test_the_report(tmp_path, scripted, capsys):
     report = evaluate.main(["--checkpoint", run, "--data", "DATA", "--plots", "1", "--batch-size", "2"])
     assert scripted == [tmp_path / "run/best"] and report["policy"]["per_dim"]["x"] == 0.5
     folder = tmp_path / "run/evaluation"
-    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "predictions.npz", "report.json", "summary.png"]
+    files = ["a.png", "predictions.npz", "report.html", "report.json", "summary.png", "worst.png"]
+    assert sorted(p.name for p in folder.iterdir()) == files
     written = json.loads((folder / "report.json").read_text())
     assert written["episodes"] == ["a.h5", "sub/b.h5"] and written["frames"] == 7
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "policy&#x27;s bias" in page and "src='data" in page
     assert written["units"] == {"x": "mm", "y": "mm", "z": "rad"} and written["mean_absolute_error"] == report
     said = capsys.readouterr().out
     for text in ("2 validation episodes", "hold still", "policy's bias", "phase 1", "step 2", "in mm: policy 0.5"):
@@ -227,9 +231,72 @@ def test_a_policy_drives(tmp_path, scripted, monkeypatch, capsys):
     about(tmp_path / "steps_1/meta.json")
     words = ["--checkpoint", str(tmp_path / "steps_1"), "--closed-loop", "test_closed_loop:Line", "--scenes", "2"]
     report = evaluate.main([*words, "--execute", "2", "--ensemble", "0.1"])
-    assert report["policy"]["success"] == 2 and "ensemble 0.1" in capsys.readouterr().out
+    assert report["success"] == 2 and "ensemble 0.1" in capsys.readouterr().out
     written = json.loads((tmp_path / "steps_1/evaluation/closed_loop.json").read_text())
     assert (written["script"], written["execute"], written["ensemble"]) == ("scripted", 2, 0.1)
+
+
+def test_several_checkpoints_stand_in_one_table(tmp_path, scripted, capsys):
+    for name in ("one", "two"):
+        about(tmp_path / f"{name}/meta.json")
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    words = ["--checkpoint", *paths, "--data", "DATA", "--plots", "0", "--output", str(tmp_path / "out")]
+    reports = evaluate.main(words)
+    assert list(reports) == paths and len(list((tmp_path / "out").glob("*/report.json"))) == 2
+    said = capsys.readouterr().out
+    assert f"  {paths[0]}: x 0.5  y 0  z 0  relative" in said and f"  {paths[1]}: x 0.5" in said
+
+
+class Seeing(Scripted):
+    """Moves as camera1, state and the force say; not by camera2 or the A-scan, and the instruction turns it."""
+
+    def __init__(self):
+        super().__init__()
+        self.targets["sub/b.h5"][:, 2] += 0.3
+
+    def open_episodes(self, root, names):
+        for k, episode in enumerate(super().open_episodes(root, names)):
+
+            def sample(t, target=episode["target"], k=k):
+                row, other = target[t], np.full((2, 2, 3), 9, np.uint8)
+                images = dict(camera1=np.full((2, 2, 3), row[0] * 10, np.uint8), camera2=other + np.uint8(k))
+                sensor = np.tile(np.float32([row[2], t, 7]), (3 + k, 1))
+                text = ("left", "right")[k]
+                return dict(images=images, state=row[:1], sensor=sensor, instruction=text, right=bool(k))
+
+            yield episode | dict(sample=sample)
+
+    def predict(self, observations):
+        out = np.zeros((len(observations), 1, 3), np.float32)
+        for row, o in zip(out, observations, strict=True):
+            seen, known = o["images"]["camera1"].mean() / 10, o["state"][0]
+            row[0, :2] = 0.5 * seen + 0.5 * known + 0.2 * (o["instruction"] != ("left", "right")[o["right"]]), 5
+            row[0, 2] = 0 if o["sensor"] is None else o["sensor"][-1, 0]
+        return out
+
+
+def test_what_a_policy_uses():
+    """Swapped inputs hurt where they are used and nowhere else."""
+    policy = Seeing()
+    records = evaluate.evaluate(policy, "")
+    report = evaluate.summarise(records, policy.action_names())
+    uses = evaluate.find_uses(policy, "", None, records, report, 64, 3)
+    assert uses["own"][""] == pytest.approx(report["policy"]["relative"]) == pytest.approx(0, abs=1e-6)
+    same = {(name, how) for name, changed in uses.items() for how, error in changed.items() if error < 1e-6}
+    assert same == {("own", ""), ("camera2", "swapped"), ("camera2", "blanked"), ("A-scan", "swapped")}
+    assert set(uses) - {"own"} == {
+        "camera1",
+        "camera2",
+        "all pictures",
+        "state",
+        "sensor",
+        "force",
+        "A-scan",
+        "instruction",
+    }
+    assert uses["camera1"] != uses["state"] and uses["all pictures"]["swapped"] == uses["camera1"]["swapped"]
+    assert uses["instruction"]["swapped"] == pytest.approx(0.2 / report["mean action"]["per_dim"]["x"] / 2)
+    assert evaluate.find_uses(policy, "", ["a.h5"], records[:4], report, 64, 3) == {}
 
 
 def test_other_recordings_need_names(tmp_path, scripted):
