@@ -339,9 +339,8 @@ class Processor:
 
     def ids(self, instruction, state=None):
         """Token ids of the prompt, every image place expanded to its tokens."""
-        expanded = self.image_token * (self.grid[0] * self.grid[1])
-        text = self.text(instruction, state).replace(self.image_token, expanded)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        places, text = self.grid[0] * self.grid[1], self.text(instruction, state)
+        return qwen.prompt_ids(self.tokenizer, text, self.image_token, places)
 
 
 @dataclass

@@ -6,9 +6,9 @@ loader   samples/s of the dataset (open files, bounds, chunking, dict) / samples
          decode, resize. 640x480, shuffled.
 start    seconds to find, read and check 1,000 episodes / seconds to read the same arrays with bare h5py calls; files
          left open.
-step     seconds of a training step of the whole program / seconds of forward + backward + clip + AdamW on the same
-         batches; the 20th percentile of 36 steps of each, five pairs, because a shared machine has slow moments.
-windows  seconds of the vision tower with all windows in one attention call / with transformers' loop over them.
+step     CPU seconds of main's process per training step / what forward, backward, clip and AdamW take of them, in the
+         same steps: the loader's worker has a process of its own.
+windows  CPU seconds of the vision tower with windows of one length in one attention call / with transformers' loop.
 """
 
 import contextlib
@@ -31,8 +31,7 @@ import make_demo
 import train_nora as nora
 from common import episodes as ep
 from common.config import parse_config
-from common.log import read_metrics
-from common.sampler import GlobalOrder, RankBatches
+from common.run import Step
 
 torch.set_num_threads(1)
 
@@ -112,48 +111,39 @@ def start(folder):
     links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
     left = sum("episode_" in os.readlink(link) for link in links if link.exists())
     times = f"{ours_s:.1f} s, bare reading {bare_s:.1f} s; ratio {ours_s / bare_s:.2f}"
-    files = f"files open afterwards: {left}; at most {ep.MAX_OPEN_FILES} per process while training"
+    files = f"files open afterwards: {left}; at most {ep.files_to_keep()} per process while training"
     print(f"start    1,000 episodes, 400,000 frames: {times}; {files}", flush=True)
 
 
 def step(folder):
     make_demo.write_insertion(folder / "train", episodes=8, size=(240, 320))
     make_demo.write_qwen2_5_vl(folder / "qwen", text=(256, 4), vision=(128, 4))
-    steps, skip = 40, 4
     words = "--fast fit --horizon 8 --use_ee_pose_delta_as_action --batch_size 8 --gradient_accumulation_steps 1"
     flags = ["--dataset.root_dir", folder / "train", "--model", folder / "qwen", *words.split()]
-    flags += ["--resize_resolution", 112, 112, "--num_workers", 1, "--max_steps", steps, "--logging_frequency", 1]
-    cfg = config(*flags)
-    data = nora.load_data(cfg)
-    fast, processor = nora.fit_fast(cfg, data), nora.Processor(cfg.model, data.spec)
-    dataset, collate = nora.NoraDataset(data.train, data.spec), nora.Collate(processor, fast, data.spec.normalizer)
-    order = RankBatches(GlobalOrder(len(dataset), cfg.seed), 8, steps=steps)
-    batches = [collate([dataset[k] for k in keys]) for keys in order]
+    flags += ["--resize_resolution", 112, 112, "--num_workers", 1, "--max_steps", 24, "--logging_frequency", 1]
+    parts, steps = [], []  # CPU seconds of every part, and (time, their sum) after every step
 
-    def whole(name):
-        with contextlib.redirect_stdout(io.StringIO()):  # what a training says is not the benchmark's
-            nora.main(config(*flags, "--output_dir", folder / name))
-        times = [r["time"] for r in read_metrics(folder / name) if "train_loss" in r]
-        return np.percentile(np.diff(times[skip:]), 20)
+    def measured(function):
+        def call(*args, **how):
+            begin = time.process_time()
+            result = function(*args, **how)
+            parts.append(time.process_time() - begin)
+            return result
 
-    def bare():
-        core, _ = nora.build_model(cfg, processor, torch.device("cpu"), torch.float32, "sdpa")
-        optimizer = torch.optim.AdamW(core.parameters(), lr=5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-8)
-        times = []
-        for batch in batches:
-            t = time.perf_counter()
-            (core(batch)["loss_sum"] / len(batch["targets"])).backward()
-            torch.nn.utils.clip_grad_norm_(core.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            times.append(time.perf_counter() - t)
-        return np.percentile(times[skip:], 20)
+        return call
 
-    pairs = np.array([[whole(f"run{k}"), bare()] for k in range(5)])
-    whole_ms, bare_ms = np.median(pairs, axis=0) * 1e3
-    all_pairs = ", ".join(f"{a / b - 1:+.1%}" for a, b in pairs)
-    print(f"step     whole program {whole_ms:.0f} ms, forward + backward + clip + AdamW {bare_ms:.0f} ms", flush=True)
-    print(f"         overhead {np.median(pairs[:, 0] / pairs[:, 1]) - 1:+.1%} (pairs {all_pairs})", flush=True)
+    def noted(*args, update=Step.update):
+        update(*args)
+        steps.append((time.process_time(), sum(parts)))
+
+    nora.Nora.forward, torch.Tensor.backward = measured(nora.Nora.forward), measured(torch.Tensor.backward)
+    torch.nn.utils.clip_grad_norm_ = measured(torch.nn.utils.clip_grad_norm_)
+    torch.optim.AdamW.step, Step.update = measured(torch.optim.AdamW.step), noted
+    with contextlib.redirect_stdout(io.StringIO()):  # what a training says is not the benchmark's
+        nora.main(config(*flags, "--output_dir", folder / "run"))
+    whole, bare = np.diff(np.array(steps[4:]), axis=0).T * 1e3
+    of = f"{whole.mean():.0f} ms of CPU, forward + backward + clip + AdamW {bare.mean():.0f} ms of them"
+    print(f"step     {of}: overhead {whole.sum() / bare.sum() - 1:+.1%}, median {np.median(whole / bare) - 1:+.1%}")
 
 
 def windows():
@@ -166,21 +156,22 @@ def windows():
     from common.qwen_vl import batch_vision_attention
 
     batch_vision_attention()
-    sizes = dict(depth=4, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=256)
+    sizes = dict(depth=4, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=64)
     config = Qwen2_5_VLVisionConfig(**sizes, fullatt_block_indexes=[3])
     tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa").eval()
-    patches, grid, batched = torch.randn(16 * 256, 1176), torch.tensor([[1, 16, 16]] * 16), attention.forward
-
-    def run(forward):
-        attention.forward = forward
-        with torch.no_grad():
-            tower(patches, grid)
-        attention.forward = batched
-
-    run(batched)
-    fast, slow = interleaved(lambda: run(batched), lambda: run(attention.looped_forward))
-    times = f"{fast * 1e3:.0f} ms batched, {slow * 1e3:.0f} ms looped; ratio {fast / slow:.2f}"
-    print(f"windows  16 images of 224x224, 4 layers: {times}", flush=True)
+    for rows, columns, what in ((16, 16, "16 images of 224x224"), (24, 44, "20 images of 616x336")):
+        count = int(what.split()[0])
+        patches, grid = torch.randn(count * rows * columns, 1176), torch.tensor([[1, rows, columns]] * count)
+        times = []
+        for forward in [attention.forward, attention.looped_forward] * 6:
+            batched, attention.forward = attention.forward, forward
+            begin = time.process_time()
+            with torch.no_grad():
+                tower(patches, grid)
+            times.append(time.process_time() - begin)
+            attention.forward = batched
+        fast, slow = np.median(np.array(times[2:]).reshape(-1, 2), axis=0) * 1e3
+        print(f"windows  {what}, 4 narrow layers: {fast:.0f} ms of CPU, looped {slow:.0f} ms; {slow / fast:.2f} x")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from common.hub import weight_files
 TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
 
 
+@functools.lru_cache(maxsize=256)
 def chat_text(tokenizer, image_token, images, text, answer=False):
     """One user turn of `images` places and `text`, through the chat template; `answer`: up to where it begins."""
     if tokenizer.chat_template is None:  # an older snapshot keeps it in the processor's files
@@ -29,6 +30,12 @@ def chat_text(tokenizer, image_token, images, text, answer=False):
     places = turn.count(image_token)
     require(places == images, f"the chat template has {places} image places for {images} cameras: {turn!r}")
     return turn
+
+
+@functools.lru_cache(maxsize=256)
+def prompt_ids(tokenizer, text, image_token, places):
+    """Token ids of chat_text(), every image expanded to its `places` tokens; a recording has few different texts."""
+    return tokenizer(text.replace(image_token, image_token * places), add_special_tokens=False)["input_ids"]
 
 
 def image_patches(images, mean, std, patch=14, merge=2, temporal=2):
