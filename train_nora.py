@@ -68,7 +68,6 @@ class DatasetConfig:
     use_qpos: bool = False  # with state_in_prompt: the state contains qpos, before ee_pose
     state_noise: float = 0.0  # std of Gaussian noise on the training's state, of half its range
     state_dropout: float = 0.0  # chance that a training prompt has no state
-    rate_hz: float = 15.0  # frames per second of the recordings: how fast a robot must play the actions
     num_val_episodes: int = 0  # the last N files of the sorted list are held out
     normalization_stats_path: str | None = None  # file of compute_stats.py; null: from the training episodes
     frame_store: str | None = None  # folder on a local disk: decode and resize every picture once, read it from there
@@ -153,33 +152,21 @@ def check_config(cfg):
 class Spec:
     """What predict must know beside the weights; saved as model/policy.json and model/dataset_stats.json."""
 
+    cameras: dict  # {camera1: its name in the recordings, ...} in prompt order
     image_size: list  # [height, width] that the model sees
     task_instruction: str  # where an observation has none
     state_keys: list  # [] or a subset of ["qpos", "ee_pose"]: the state in the prompt
     action_definition: dict  # common.episodes.ActionDefinition
-    contract: dict  # common.policy.Contract: cameras in prompt order, horizon, names and units, rate, ...
+    contract: dict  # common.policy.Contract: horizon, names and units, rate, ...
     stats: dict
 
     def __post_init__(self):
         self.definition, self.contract = ep.ActionDefinition(**self.action_definition), Contract(**self.contract)
-        self.cameras, self.horizon = list(self.contract.images), self.contract.horizon
-        self.normalizer = Normalizer(self.stats["action"])
+        self.horizon, self.normalizer = self.contract.horizon, Normalizer(self.stats["action"])
         self.state_normalizer = Normalizer(self.stats["observation.state"], "min_max") if self.state_keys else None
 
     def plain(self):
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "stats"}
-
-    def state(self, episode):
-        """(N, S) in data units, or None."""
-        return ep.robot_state(episode, self.state_keys) if self.state_keys else None
-
-    def recorders(self, episode):
-        """{camera: its name in the recording}"""
-        return {c: list(episode.cameras)[int(c[6:]) - 1] for c in self.cameras}
-
-    def images(self, reader, episode, t):
-        """{camera: (h, w, 3) uint8 RGB} of frame t."""
-        return {c: reader.read(episode, name, t) for c, name in self.recorders(episode).items()}
 
 
 @dataclass
@@ -207,12 +194,9 @@ def load_data(cfg, run=None, stats=None, then=None):
     split = partial(ep.hold_out_last, range(n), d.num_val_episodes)
     *parts, table, gone = ep.split_or_keep(frames, split, then if d.skip_bad_episodes else None)
     train, validation = ([found[i] for i in part] for part in parts)
-    known = {name: f"camera{i + 1}" for i, name in enumerate(found[0].cameras)}
-    cameras = [known.get(c, c) for c in d.cameras]
-    there = ", ".join(f"{c} = {name}" for name, c in known.items())
-    for c in cameras:
-        require(c in known.values(), f"dataset.cameras has '{c}'; these episodes have {there}")
-    fits = f"expected 1 to {len(cameras)}, as dataset.cameras is {cameras}"
+    known = list(found[0].cameras)
+    cameras = {f"camera{known.index(name) + 1}": name for name in ep.choose_cameras(found, d.cameras)}
+    fits = f"expected 1 to {len(cameras)}, as dataset.cameras is {list(cameras)}"
     require(1 <= d.min_cameras <= len(cameras), f"dataset.min_cameras is {d.min_cameras}: {fits}")
     state_keys = [k for k, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose)) if use and d.state_in_prompt]
     missing = [k for k in state_keys if getattr(found[0], k) is None]
@@ -227,26 +211,23 @@ def load_data(cfg, run=None, stats=None, then=None):
     if stats is None or not set(keys) <= set(stats):
         stats = ep.insertion_stats(train, definition, held_out, state_keys)
     contract = make_contract(d, train, cameras, state_keys, definition, stats)
-    spec = Spec(list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
+    spec = Spec(cameras, list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
     return Data(train, validation, excluded + gone, spec, table)
 
 
 def make_contract(d, train, cameras, state_keys, definition, stats):
     """What a robot must send, and what the answer means, as common/policy.py has it."""
-    e, reader = train[0], ep.ImageReader()
-    unit, rotation = ep.detect_position_unit(train) or "", definition.rotation_unit
-    pose = [*((n, unit) for n in "xyz"), *((n, rotation) for n in ("roll", "pitch", "yaw"))]
-    joints = [(f"q{i + 1}", "") for i in range(e.qpos.shape[1] if "qpos" in state_keys else 0)]
-    names, first = [(f"d{n}", u) for n, u in pose], "the motion to the next frame, to be added to the last target"
-    if definition.source == "action":
-        names, first = [(f"action{i + 1}", "") for i in range(definition.dim)], "the action recorded with the frame"
-    sizes = {c: list(reader.read(e, list(e.cameras)[int(c[6:]) - 1], 0).shape[:2]) for c in cameras}
-    about = dict(script=Path(__file__).stem, images=sizes, actions=names, horizon=d.horizon, rate_hz=d.rate_hz)
+    e, reader, first = train[0], ep.ImageReader(), "was recorded with the frame that is seen"
+    actions, states = ep.name_columns(train, definition, state_keys)
+    if definition.source == "ee_pose_delta":
+        first = "is the motion to the next frame, to be added to the last target"
+    about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz)
+    about |= dict(images={c: list(reader.read(e, name, 0).shape[:2]) for c, name in cameras.items()})
     about |= dict(kind="absolute" if definition.still(e).any() else "delta")
-    about |= dict(first_row=f"row 0 is {first}. Send row k k/{d.rate_hz:g} s after the picture was taken")
+    about |= dict(first_row=f"row 0 {first}. Send row k k frames after the picture was taken")
     about |= dict(instructions=sorted({e.instruction or d.task_instruction for e in train}))
-    state, names = stats["observation.state"] if state_keys else {}, joints + pose * ("ee_pose" in state_keys)
-    about |= dict(state=names, low=state.get("min"), high=state.get("max"))
+    state = stats["observation.state"] if state_keys else {}
+    about |= dict(state=states, low=state.get("min"), high=state.get("max"))
     return about | dict(action_low=stats["action"]["min"], action_high=stats["action"]["max"])
 
 
@@ -281,16 +262,17 @@ class NoraDataset(ep.Chunks):
     def __init__(self, episodes, spec, augment=None, seed=0):
         super().__init__(episodes, spec.definition, spec.horizon)
         self.spec, self.augment, self.seed = spec, augment, seed
+        self.states = [ep.robot_state(e, spec.state_keys) for e in episodes] if spec.state_keys else None
         self.reader = ep.ImageReader(partial(resize_image, size=spec.image_size))
 
     def __getitem__(self, key):
         position, i = key
         e, t = self.locate(i)
         episode, spec, (action, is_pad) = self.episodes[e], self.spec, self.chunk(i)
-        images = np.stack([*spec.images(self.reader, episode, t).values()])
+        images = np.stack([self.reader.read(episode, name, t) for name in spec.cameras.values()])
         if self.augment is not None:
             images = self._augment(images, generator_at(self.seed, position, "augment"))
-        state = spec.state_normalizer.normalize(spec.state(episode)[t]) if spec.state_keys else None
+        state = spec.state_normalizer.normalize(self.states[e][t]) if spec.state_keys else None
         if self.augment is not None and state is not None:
             rng = generator_at(self.seed, position, "state")
             noise = self.augment.state_noise * rng.standard_normal(state.shape, dtype=np.float32)
@@ -471,18 +453,8 @@ class Policy:
         return self.spec.normalizer.unnormalize(chunks), malformed.cpu().numpy()
 
     def open_episodes(self, root, names=None):
-        """For evaluate.py: yields per episode {name, sample: callable(t) -> observation, target (M, A), hold (M, A):
-        the action that stands still, phase (M,) or None}, in data units."""
-        spec, reader = self.spec, ep.ImageReader()
-
-        def sample(e, t):
-            state = spec.state(e)[t] if spec.state_keys else None
-            return dict(images=spec.images(reader, e, t), instruction=e.instruction, state=state)
-
-        for e in ep.open_episodes(root, names):
-            target, still = spec.definition.targets(e), spec.definition.still(e)
-            phase = None if e.phase is None else e.phase[: len(target)]
-            yield dict(name=e.name, sample=partial(sample, e), target=target, hold=still, phase=phase)
+        """For evaluate.py, see common.episodes.play."""
+        return ep.play(root, names, self.spec.cameras, self.spec.state_keys, self.spec.definition)
 
 
 # ---- build, save, load -----------------------------------------------------------------------------------------------
@@ -679,7 +651,7 @@ def describe(cfg, data, show):
     unseen = "not seen by the model; dataset.state_in_prompt: true appends use_qpos and use_ee_pose"
     show(f"state     {' and '.join(spec.state_keys) + ', in the prompt' if spec.state_keys else unseen}")
     if d.camera_dropout_prob and d.min_cameras == len(spec.cameras):
-        show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {spec.cameras}")
+        show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {list(spec.cameras)}")
     if action.source == "action" and ep.records_past_motion(data.train):
         past = "the recorded 'action' is the motion already made (pose[t] - pose[t-1]): yesterday's action"
         show(f"warning   {past}; dataset.use_ee_pose_delta_as_action: true trains on the motion that follows")
@@ -841,7 +813,7 @@ def main(cfg):
     collate = Collate(processor, fast, data.spec.normalizer)
     dataset = NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed)
     if cfg.dataset.frame_store:
-        names, recipe = [*data.spec.recorders(data.train[0]).values()], ["squash", *data.spec.image_size]
+        names, recipe = list(data.spec.cameras.values()), ["squash", *data.spec.image_size]
         dataset.reader.keep(cfg.dataset.frame_store, data.train, names, recipe, run)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, cfg.num_workers)
 
