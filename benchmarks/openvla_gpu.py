@@ -71,7 +71,8 @@ def batch_of(size, vla):
     ids[:, -3:] = torch.tensor([31800, 31900, 2])
     rows = torch.arange(size)[:, None] * (patches + TOKENS) + patches + torch.arange(TOKENS - 4, TOKENS - 1)
     images = torch.randint(0, 255, (size, *vla.config.image_sizes, 3), generator=generator, dtype=torch.uint8)
-    batch = dict(images=images, input_ids=ids, rows=rows.flatten(), targets=ids[:, -3:].flatten())
+    batch = dict(images=images, input_ids=ids, rows=rows.flatten(), targets=ids[:, -3:], counts=[1] * size)
+    batch |= dict(at=torch.arange(3 * size).view(size, 3))
     return openvla.to_device(batch, DEVICE)
 
 
