@@ -94,7 +94,7 @@ def disk(folder):
 
     steps = rng.integers(20, len(session), 400)
     npz = median_ms(from_npz, rng.integers(0, 80, 8))
-    mapped, short = (median_ms(lambda k, n=n: session.sensor_window(int(k), n), steps) for n in (650, 65))
+    mapped, short = (median_ms(lambda k, n=n: np.array(session.sensor_window(int(k), n)), steps) for n in (650, 65))
     times = f"{npz / mapped:.0f} times; 65 rows mapped {short:.3f} ms"
     print(f"window   650 rows: .npz {npz:.0f} ms, mapped {mapped:.3f} ms: {times}", flush=True)
 
@@ -115,7 +115,11 @@ def disk(folder):
 
         def item(k, window=window):
             tick = session.tick_of_step(int(k), 3, 3)
-            return features[int(tick)].float(), session.targets(int(k), 8), session.sensor_window(int(k), window)
+            return (
+                features[int(tick)].float(),
+                session.targets(int(k), 8),
+                np.array(session.sensor_window(int(k), window)),
+            )
 
         each = median_ms(item, steps)
         print(f"item     window {window}: {each:.3f} ms, {1000 / each:.0f} samples/s of one process", flush=True)

@@ -5,7 +5,6 @@ File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<fingerprint>.
     features (n_ticks, 1, D) float16, NaN at ticks without a complete set of images
     meta {recipe, session, instruction, stride, tick_times [s], frame_index {view: [image number, -1: none]},
           frames {view: [[path in the session, bytes, mtime_ns, sha256] of the images used]}}
-    checksum of both
 The fingerprint is a hash of meta without places and times. A reader needs neither the VLM nor an image: it compares
 meta with its settings and with the images' sizes and times; where these moved, the image's content decides.
 """
@@ -230,25 +229,17 @@ def stem_of(session):
     return session.name.replace("/", "__")
 
 
-def checksum(features, meta):
-    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    digest.update(features.contiguous().numpy())
-    return digest.hexdigest()
-
-
 class FeatureFile:
     """Features of one session: `features` (n_ticks, 1, D) in the stored dtype, mapped from the file by the process
-    that reads them, `shape`, `meta`. Opening compares the checksum; a file that is not what was written is refused."""
+    that reads them, `shape`, `meta`. A file that is cut off, or another program's, is refused."""
 
     def __init__(self, path):
         self.path = Path(path)
         try:
             content = ckpt.load_state(path)
             self.shape, self.meta = tuple(content["features"].shape), content["meta"]
-            whole = content["checksum"] == checksum(content["features"], self.meta)
-        except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
-            whole = False
-        require(whole, f"{path} is damaged, or of another version of this program", CacheMismatch)
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            raise CacheMismatch(f"{path} is damaged, or of another version of this program") from error
 
     @functools.cached_property
     def features(self):
