@@ -280,25 +280,25 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
     how = f"Build them: {command('build_vl_cache.py', **build)}"
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
         wanted["weights"] = digest
-    kinds, refused, missing = {}, [], []  # kinds {stride and recipe as text: {session: file}}
+    kinds, lacking, error = {}, [], MissingFile  # kinds {stride and recipe as text: {session: file}}
     for session in sessions:
-        paths, reasons = files_of(cache_root, session), []
-        for path in paths:
+        reasons = []
+        for path in files_of(cache_root, session):
             try:
                 file = FeatureFile(path)
                 require_fit(file, session, wanted, reuse, max_image_age, pictures)
-            except CacheMismatch as error:
-                reasons.append(str(error))
+            except CacheMismatch as why:
+                reasons.append(str(why))
             else:
                 kind = json.dumps([file.meta["stride"], file.meta["recipe"] | dict(model="")], sort_keys=True)
                 kinds.setdefault(kind, {}).setdefault(session.name, file)
-        if not paths:
-            missing.append(session.name)
-        elif len(reasons) == len(paths):
-            refused.append(f"{session.name}: {reasons[0]}")
-    for names, kind, what in ((refused, CacheMismatch, "that fit"), (missing, MissingFile, "at all")):
-        shown = "\n  ".join(names[:5] + [f"and {len(names) - 5} more"] * (len(names) > 5))
-        require(not names, f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}\n{how}", kind)
+        if not any(session.name in files for files in kinds.values()):
+            lacking.append(f"{session.name}: {reasons[0] if reasons else 'none at all'}")
+            error = CacheMismatch if reasons else error
+    shown = "\n  ".join(lacking[:5] + [f"and {len(lacking) - 5} more"] * (len(lacking) > 5))
+    require(
+        not lacking, f"no features that fit of {len(lacking)} of {len(sessions)} sessions:\n  {shown}\n{how}", error
+    )
     whole = [json.loads(kind) for kind, files in kinds.items() if len(files) == len(sessions)]
     shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
     several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"

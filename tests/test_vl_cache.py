@@ -267,7 +267,7 @@ def test_only_what_is_missing_or_damaged_is_built(cached, built, qwen_dir, capsy
     assert times(cached) == before and "0 built here" in capsys.readouterr().out
     for damage in (Path.unlink, lambda path: path.write_bytes(b""), half_zeroed):
         damage(feature_files(cached)[2])
-        why = r"(no features at all of 1 of 4|is damaged)[\s\S]*python build_vl_cache\.py"
+        why = r"(no features that fit of 1 of 4|is damaged)[\s\S]*python build_vl_cache\.py"
         with pytest.raises((MissingFile, vc.CacheMismatch), match=why):
             read(cached, qwen_dir)
         build(cached, qwen_dir)
