@@ -32,13 +32,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common import UserError, require
+from common import UserError, fsdp, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
 from common.fast import ActionsOnly, FastTokenizer
 from common.frames import stack
-from common.hub import local_folder, stored_source, weight_digest
+from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
 from common.log import WandbConfig
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
@@ -475,9 +475,9 @@ def weights_source(cfg):
 
 
 def build_model(cfg, processor, device, dtype, attention):
-    """-> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`."""
+    """-> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`; with fsdp unfilled."""
     large = cfg.train in ("full", "language")
-    vlm = qwen.load_backbone(processor.folder, torch.float32 if large else dtype, attention)
+    vlm = qwen.load_backbone(processor.folder, torch.float32 if large else dtype, attention, device=device)
     peft_model = choose_trained(cfg, vlm, processor.first_action, dtype)
     return Nora(vlm, processor).to(device), peft_model
 
@@ -506,20 +506,18 @@ def choose_trained(cfg, vlm, first_action, dtype):
 
 
 def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
-    """Write the exported model: weights in upstream's layout (or the peft adapter), tokenizer and image files as the
-    backbone has them, statistics, FAST files, policy.json. `weights`: a gathered state dict; `backbone`: what the
-    policy was made from, {backbone, digest}."""
+    """Write the export: `weights` (or the policy's) in upstream's layout or as an adapter, tokenizer and image files
+    as the backbone has them, statistics, FAST, policy.json. `backbone`: {backbone, digest} of what it came from."""
     folder, vlm = Path(folder), policy.model.vlm
     folder.mkdir(parents=True, exist_ok=True)
     if peft_model is not None:
         peft_model.active_peft_config.base_model_name_or_path = backbone["backbone"]
-        peft_model.save_pretrained(folder)
+        peft_model.save_pretrained(folder, state_dict=weights)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     else:
-        tensors = {k.removeprefix("vlm."): v for k, v in (weights or policy.model.state_dict()).items()}
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (weights or vlm.state_dict()).items()}
         if vlm.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        tensors = {k: v.to("cpu", dtype if v.is_floating_point() else None) for k, v in tensors.items()}
         vlm.save_pretrained(folder, state_dict=tensors)
     for path in policy.model.processor.folder.iterdir():  # as they are: other releases read them as well as this one
         if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
@@ -555,7 +553,7 @@ def load_policy(path, device=None):
     dtype, attention = torch.bfloat16 if device.type == "cuda" else torch.float32, qwen.pick_attention("auto", device)
     adapter = (folder / "adapter_config.json").is_file()
     processor = Processor(open_base(folder, about) if adapter else folder, spec)
-    vlm = qwen.load_backbone(processor.folder, dtype, attention)
+    vlm = qwen.load_backbone(processor.folder, dtype, attention, device=device)
     if adapter:
         from peft import PeftModel
 
@@ -587,7 +585,7 @@ def merge_adapter(folder):
 
 @dataclass
 class Saver:
-    """Writes steps_N (model/, state.pt, meta.json) and best (model/, meta.json) of a run."""
+    """Writes steps_N (model/, state.pt or shards/, meta.json) and best (model/, meta.json) of a run."""
 
     run: Run
     policy: Policy
@@ -597,14 +595,18 @@ class Saver:
     dtype: torch.dtype
     meta: dict  # what is the same in every meta.json of the run
 
-    def write(self, folder, gathered=None):
-        weights, moments = gathered or ckpt.training_state(self.policy.model, self.optimizer)
-        self.export(folder, weights if gathered else None)
-        ckpt.save_state(folder / "state.pt", dict(format_version=FORMAT, trained=weights, moments=moments))
+    def collect(self, resume=True):
+        model = self.peft_model or self.policy.model.vlm
+        weights = {k: v for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad or not self.peft_model}
+        state = dict(state=fsdp.state_of(self.policy.model, self.optimizer)) if resume else {}
+        return dict(weights=weights, meta=self.meta | self.run.progress()) | state
 
-    def export(self, folder, weights=None):
-        save_model(folder / "model", self.policy, self.peft_model, self.backbone, self.dtype, weights)
-        (folder / "meta.json").write_text(json.dumps(self.meta | self.run.progress(), indent=2))
+    def write(self, folder, content):
+        if "state" in content:
+            fsdp.write_state(folder, content["state"], self.run.rank)
+        if self.run.main:
+            save_model(folder / "model", self.policy, self.peft_model, self.backbone, self.dtype, content["weights"])
+            (folder / "meta.json").write_text(json.dumps(content["meta"], indent=2))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -819,13 +821,15 @@ def main(cfg):
 
     # ---- model, optimizer
     torch.manual_seed(cfg.seed)
-    core, peft_model = build_model(cfg, processor, run.device, dtype, attention)
+    core, peft_model = build_model(cfg, processor, None if cfg.fsdp else run.device, dtype, attention)
     layers = [*core.vlm.model.language_model.layers, *core.vlm.model.visual.blocks]
     model = run.prepare(core.train(), shards=layers if cfg.fsdp else ())
+    if cfg.fsdp:  # each rank reads its part
+        load_weights(core, read_tensors(source), source, lambda n: f"vlm.{qwen.module_name(n)}", device=run.device)
     trained = [p for p in core.parameters() if p.requires_grad]
     optimizer = build_optimizer(cfg, trained, fused=cuda or None)
     if path:
-        ckpt.restore_training_state(core, optimizer, ckpt.load_state(path / "state.pt"), cfg.fsdp)
+        fsdp.restore_state(core, optimizer, path, run.group)
     policy = Policy(core, fast, data.spec)
     export = dtype.itemsize * sum(p.numel() for p in (trained if lora else core.parameters()))
     size = 12 * sum(p.numel() for p in trained) + export  # fp32 weights and two moments, the export
@@ -835,8 +839,7 @@ def main(cfg):
     meta = dict(format_version=FORMAT, script=Path(__file__).stem, fingerprint=data.fingerprint())
     meta |= dict(validation=[e.name for e in data.validation], episodes=data.table)
     saver = Saver(run, policy, optimizer, peft_model, backbone, dtype, meta)
-    gather = partial(ckpt.training_state, core, optimizer, True) if cfg.fsdp else None
-    run.checkpoints(out, "steps_{step}", saver.write, size, keep=cfg.keep_checkpoints, gather=gather)
+    run.checkpoints(out, "steps_{step}", saver.write, size, saver.collect, cfg.keep_checkpoints)
 
     # ---- loop
     for step in run.steps(loader, cfg.wandb_project_name, cfg.wandb):
@@ -855,8 +858,7 @@ def main(cfg):
         if data.validation and step.every(cfg.val_frequency):
             v = validate(policy, data, collate, cfg, run)
             if step.validated(v, v["val_loss"], tell(v, run.log.print)):
-                weights = gather()[0] if gather else None
-                run.save_best(out / "best", partial(saver.export, weights=weights), export)
+                run.save_best(out / "best", saver.write, export, partial(saver.collect, resume=False))
         if step.should_save(cfg.checkpoint_save_frequency):
             run.save()
 

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from common import MissingFile, UserError, require
 
@@ -43,9 +44,10 @@ def atomic_path(final):
     _remove(temporary)
     try:
         yield temporary
+        umask = _umask()
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             if path.is_file():  # safetensors makes files that only their owner may read, and labs share a disk
-                path.chmod(0o666 & ~_umask())
+                path.chmod(0o666 & ~umask)
             _fsync(path)
         if final.is_dir():  # a folder cannot be replaced in one call: move the old one aside first, delete it last
             _remove(aside)
@@ -70,9 +72,8 @@ def _beside(final, old=""):
 
 
 def _umask():
-    """The process's file mode mask, which can only be read by setting it."""
-    os.umask(mask := os.umask(0o077))
-    return mask
+    """The process's file mode mask; os.umask would set it, also for what other threads write just then."""
+    return int(re.search(r"Umask:\s*(\d+)", Path("/proc/self/status").read_text())[1], 8)
 
 
 def _disk_is_full(error, folder):
@@ -137,7 +138,26 @@ def _remove(path):
 def save_state(path, state):
     """torch.save of tensors and plain types; refuses, before writing, what weights_only could not load back."""
     _check_plain(state, "state")
-    torch.save(state, path)
+    torch.save(on_host(state), path)
+
+
+def on_host(value, copy=False, known=None):
+    """Nested dicts and lists with every tensor on the CPU; `copy`: as its own, which no training changes any more. A
+    tensor that is there twice stays one. What FSDP2 has sharded is gathered, one tensor at a time, for rank 0."""
+    known = {} if known is None else known
+    if isinstance(value, dict):
+        return {k: on_host(v, copy, known) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(on_host(v, copy, known) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if hasattr(value, "full_tensor"):  # a collective call
+        value = value.detach().full_tensor()
+        return value.cpu() if dist.get_rank() == 0 else None
+    key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
+    if key not in known:
+        known[key] = value.detach().to("cpu", copy=copy)
+    return known[key]
 
 
 def load_state(path):
@@ -280,39 +300,27 @@ def _flat(config, prefix=""):
 # ---- training state --------------------------------------------------------------------------------------------------
 
 
-def training_state(model, optimizer, fsdp=False):
-    """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer), whole and on the CPU;
-    under FSDP2 a collective call whose result only rank 0 holds."""
-    if fsdp:
-        from torch.distributed.checkpoint import state_dict as dcp
-
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = dcp.get_model_state_dict(model, options=options)  # first: it shards again what validation gathered
-        return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+def training_state(model, optimizer):
+    """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer); under FSDP2 sharded."""
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    moments = {names[p]: {k: v.cpu() for k, v in state.items()} for p, state in optimizer.state.items()}
-    return {n: p.detach().cpu() for p, n in names.items()}, moments
+    return {n: p.detach() for p, n in names.items()}, {names[p]: dict(state) for p, state in optimizer.state.items()}
 
 
-def restore_training_state(model, optimizer, state, fsdp=False):
-    """Put state["trained"] and state["moments"] (of training_state) back; every trained tensor must be there, in its
-    shape."""
-    trained, saved = {n: p for n, p in model.named_parameters() if p.requires_grad}, state["trained"]
-    wrong = [n for n, p in trained.items() if n not in saved or saved[n].shape != p.shape]  # copy_ would broadcast
+def check_trained(model, shapes):
+    """Every trained tensor must be in the checkpoint, in its shape: copy_ would broadcast."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    wrong = [n for n, p in trained.items() if n not in shapes or shapes[n] != p.shape]
     lacks = f"the checkpoint lacks {len(wrong)} trained tensors or has them in another shape, e.g. {''.join(wrong[:1])}"
     require(not wrong, f"{lacks}: it was made with another kind of training or another model")
-    if fsdp:
-        from torch.distributed.checkpoint import state_dict as dcp
+    return trained
 
-        options = dcp.StateDictOptions(full_state_dict=True)
-        dcp.set_model_state_dict(model, saved, options=options)
-        group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-        whole = dict(state=state["moments"], param_groups=[group | dict(params=list(state["moments"]))])
-        dcp.set_optimizer_state_dict(model, optimizer, whole, options=options)
-        return
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(saved[name])
+
+@torch.no_grad()
+def restore_training_state(model, optimizer, state):
+    """Put state["trained"] and state["moments"] (of training_state) back."""
+    saved = state["trained"]
+    for name, p in check_trained(model, {n: t.shape for n, t in saved.items()}).items():
+        p.copy_(laid_out(saved[name], p))
     restore_moments(model, optimizer, state["moments"])
 
 
@@ -321,6 +329,15 @@ def restore_moments(model, optimizer, saved):
     names, fused = dict(model.named_parameters()), optimizer.param_groups[0].get("fused")
     optimizer.state.clear()
     for name, moments in saved.items():
-        device = names[name].device
-        where = {k: "cpu" if k == "step" and not fused else device for k in moments}  # unfused AdamW counts on the CPU
+        where = {k: "cpu" if k == "step" and not fused else names[name].device for k in moments}  # counted on the CPU
+        moments = {k: laid_out(v, names[name]) if v.dim() else v for k, v in moments.items()}
         optimizer.state[names[name]] = {k: v.to(where[k], copy=True) for k, v in moments.items()}
+
+
+def laid_out(tensor, parameter):
+    """A whole tensor -> itself, or where FSDP2 has sharded the parameter this rank's shard of it."""
+    if not hasattr(parameter, "device_mesh") or hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 
 from common import MissingFile, require
-from common.checkpoint import atomic_path
+from common.checkpoint import atomic_path, laid_out
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
 try:
@@ -79,28 +80,56 @@ def read_tensors(folder):
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
 
 
+def unfilled(make, *args, **kwargs):
+    """make(...) -> its model without memory for the parameters, which are on the meta device until load_weights fills
+    them; the buffers, such as rotary tables, are computed."""
+    with init_empty_weights(include_buffers=False):
+        model = make(*args, **kwargs)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
+
+
+def materialize(model, device):
+    """Memory on `device` for what is on the meta device; the rest moves there. Tied parameters stay tied."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
 @torch.no_grad()
-def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=()):
+def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(), device=None):
     """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name) (None: left out).
 
     UserError names what is missing in `source`, left over, or of another shape; names that begin with one of
-    `missing_ok` (of the model) or `unused_ok` (of the source) may be. Tied weights count as one. -> names not found."""
+    `missing_ok` (of the model) or `unused_ok` (of the source) may be. Tied weights count as one. `device`: where one
+    that is unfilled() goes; if FSDP2 has sharded it since, each rank takes its part. -> names not found."""
+    if device is not None:
+        materialize(model, device)
     wanted, found, unused = model.state_dict(keep_vars=True), set(), []
     for name, tensor in tensors:
         name = rename(name) if rename else name
         if name in wanted:
             shapes = f"{source}: {name} is {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}"
             require(wanted[name].shape == tensor.shape, f"{shapes}: another model")
-            wanted[name].copy_(tensor)
-            found.add(wanted[name].data_ptr())
+            wanted[name].copy_(laid_out(tensor, wanted[name]))
+            found.add(_where(wanted[name]))
         elif name is not None and not name.startswith(tuple(unused_ok)):
             unused.append(name)
-    missing = [name for name, p in wanted.items() if p.numel() and p.data_ptr() not in found]
+    missing = [name for name, p in wanted.items() if p.numel() and _where(p) not in found]
     lost = [name for name in missing if not name.startswith(tuple(missing_ok))]
     for kind, names in (("lacks", lost), ("has unknown", unused)):
         shown = f"{len(names)} tensors: {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
         require(not names, f"{source} {kind} {shown}. Give the model that this program expects")
     return missing
+
+
+def _where(tensor):
+    """The same for tied parameters."""
+    return id(tensor) if hasattr(tensor, "device_mesh") else tensor.data_ptr()
 
 
 def weight_digest(folder):

@@ -6,6 +6,7 @@ Images are squashed to one fixed size first, so all of a batch have the same pat
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, require
-from common.hub import weight_files
+from common.hub import load_weights, read_tensors, unfilled
 
 TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
 
@@ -164,20 +165,20 @@ def open_backbone(folder):
     return config, tokenizer, mean, std
 
 
-def load_backbone(folder, dtype, attention, missing_ok=(), device=None):
-    """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`; windows in batches. `device`:
-    tensor by tensor straight to it."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-    from transformers.utils.logging import disable_progress_bar
+def module_name(name):
+    """Name of a tensor in a file -> in the model, which transformers 4.52 renamed."""
+    name = re.sub(r"^visual\.", "model.visual.", name)
+    return re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", name)
 
-    disable_progress_bar()  # its bars break ours
+
+def load_backbone(folder, dtype, attention, missing_ok=(), device="cpu"):
+    """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`: one after the other straight
+    to `device`; None: the model stays unfilled, for FSDP."""
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
     batch_vision_attention()
-    weight_files(folder)  # says what is missing
-    how = dict(dtype=dtype, attn_implementation=attention, device_map=device and {"": device})
-    vlm, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **how)
-    wrong = dict(
-        missing=sorted(set(told["missing_keys"]) - set(missing_ok)), unexpected=sorted(told["unexpected_keys"])
-    )
-    text = "; ".join(f"{len(v)} {k} keys: {', '.join(v[:5])}" for k, v in wrong.items() if v)
-    require(not text, f"model '{folder}': its weights do not fill the network, {text}. Copy or download it again")
-    return vlm
+    kind = dict(dtype=dtype, attn_implementation=attention)
+    vlm = unfilled(Qwen2_5_VLForConditionalGeneration._from_config, AutoConfig.from_pretrained(folder), **kind)
+    if device is not None:
+        load_weights(vlm, read_tensors(folder), folder, module_name, missing_ok, device=device)
+    return vlm.eval()

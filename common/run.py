@@ -3,7 +3,7 @@
 A script's loop says what is its own: the loss and its divisor, the learning rate, when to log, validate and save.
 
     run = Run(cfg, out, cfg.batch_size, cfg.accumulation)
-    run.checkpoints(out, "steps_{step}", write, size)  # how it is saved: by cadence, a stop signal, an error
+    run.checkpoints(out, "steps_{step}", write, size, collect)  # how: by cadence, a stop signal, an error
     for step in run.steps(loader):  # one optimizer step, the same on every rank
         count = run.sum(sum(len(b["targets"]) for b in step.batches))  # of all micro-batches and ranks
         for batch in step.micro_batches(model):  # on the device; dropout belongs to the position
@@ -32,6 +32,8 @@ import sys
 import time
 import warnings
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,15 +42,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from common import UserError, require
+from common import UserError, fsdp, require
 from common import checkpoint as ckpt
 from common.config import parse_config
 from common.log import RunLog, memory_gb, plot_loss
 from common.sampler import RankBatches, torch_seed_at
 
 PROGRESS = ("step", "position", "best_val_loss", "best_step", "skipped", "skipped_in_row", "window")
+RECORDED = ("saved", "saved_step", "best_val_loss", "best_step")  # of a save; undone where its write fails
 PATIENCE = datetime.timedelta(hours=2)  # for a rank that saves 50 GB or merges a model
 NON_FINITE = 10  # steps in a row that end a training
 
@@ -81,7 +85,8 @@ class Run:
         self.best_val_loss, self.best_step, self.skipped, self.skipped_in_row = None, None, 0, 0
         self.saved, self.saved_step, self.sound, self.paused = None, 0, True, False
         self.log, self.error, self._write, self.names = None, None, None, None
-        self.time, self.wait, self.logged = 0.0, 0.0, 0
+        self.time, self.wait, self.stall, self.logged = 0.0, 0.0, 0.0, 0  # stall: seconds that saving held it up
+        self._thread, self._writing, self._written, self.sharded = ThreadPoolExecutor(1), None, True, False
         Run.current = self
 
     # ---- ranks
@@ -93,11 +98,11 @@ class Run:
             dist.all_reduce(total, group=self.group)
         return total.tolist() if len(numbers) > 1 else total.item()
 
-    def gather(self, value):
+    def gather(self, value, group=None):
         """A plain value of every rank -> list."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value, group=self.group)
+            dist.all_gather_object(values, value, group=group or self.group)
         return values
 
     def once(self, function, *args):
@@ -118,32 +123,27 @@ class Run:
     def prepare(self, model, shards=()):
         """-> the model as the loop calls it: autocast in its forward, gradients averaged over the ranks; with `shards`,
         its layers, split over them by FSDP2. The optimizer is made afterwards."""
+        self.sharded = bool(shards)
         if not shards:
+            if self.world > 1:
+                self._share_frozen(model)
             with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers, accelerate has not
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
                 return self.accelerator.prepare_model(model, device_placement=False)
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+        return fsdp.shard_layers(model, shards, self.bf16, self.autocast())
 
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # targets stay what they are; autocast does the rest
-        if self.bf16:
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for module in [*shards, model]:
-            fully_shard(module, mp_policy=policy)
-        model.forward = self.autocast()(model.forward)
-        return model
+    def _share_frozen(self, model):
+        """Every rank has read the frozen weights from the same files: DDP need not send gigabytes around."""
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen))
+        total = sum(p.detach().sum(dtype=torch.float64).item() for p in frozen.values())
+        totals = self.gather(total)
+        same = max(totals) - min(totals) <= 1e-9 * max(map(abs, totals))  # a GPU of another kind rounds otherwise
+        require(same, "the processes have read other frozen weights: every machine needs the same backbone files")
 
-    @contextlib.contextmanager
     def gathered(self, model):
-        """Within it every rank has all of FSDP's weights, gathered once: else each layer is, for every token that is
-        decoded. A forward needs no other rank meanwhile."""
-        sharded = [module for module in model.modules() if hasattr(module, "unshard")]
-        for module in sharded:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        yield
-        for module in sharded:
-            module.set_reshard_after_forward(module is not model, recurse=False)
-            module.reshard()
+        """A context in which every rank has all of FSDP's weights: a forward then needs no other rank."""
+        return fsdp.gathered(model) if self.sharded else contextlib.nullcontext()
 
     # ---- where the run stands
 
@@ -203,59 +203,119 @@ class Run:
 
     # ---- saving
 
-    def checkpoints(self, folder, name, write, size, keep=0, gather=None):
-        """How this run is saved: write(path) makes a file or folder `name` ("steps_{step}") of about `size` bytes, on
-        rank 0; the newest `keep` stay (0: all). `gather`: called by all ranks before, its result goes to write, too."""
+    def checkpoints(self, folder, name, write, size, collect=None, keep=0):
+        """How this run is saved: as a file or folder `name` ("steps_{step}") of about `size` bytes, see save_as(); the
+        newest `keep` stay (0: all). With FSDP all ranks write their files into the one folder."""
         self._folder, self._name, self._write, self._size = Path(folder), name, write, size
-        self._keep, self._gather = keep, gather
+        self._collect, self._keep = collect, keep
+        # threads that write talk to each other beside the loop
+        self._writers = dist.new_group(backend="gloo", timeout=PATIENCE) if self.sharded else None
 
     def save(self):
-        """Save as said to checkpoints() -> is it there?"""
-        gathered = (self._gather(),) if self._gather else ()
-        path = self._folder / self._name.format(step=self.step)
-        if not self.save_as(path, self._write, self._size, *gathered):
+        """Save as said to checkpoints() -> False if that failed; it may still be under way."""
+        numbered = "{step}" in self._name
+        rotate = partial(ckpt.rotate, self._folder, self._name, self._keep) if numbered else None
+        record = dict(saved=self._folder / self._name.format(step=self.step), saved_step=self.step)
+        how = dict(record=record, after=rotate, together=self.sharded)
+        return self.save_as(record["saved"], self._write, self._size, self._collect, **how)
+
+    def save_best(self, path, write, size, collect=None):
+        """Save what step.validated() found to be the best so far; recorded only if that succeeds."""
+        record = dict(zip(("best_val_loss", "best_step"), self._candidate, strict=True))
+        return self.save_as(path, write, size, collect, record)
+
+    def save_as(self, path, write, size, collect=None, record=None, after=None, together=False):
+        """Write a file or folder on rank 0 under a temporary name, then rename it -> False if that failed: this costs
+        no old file. A collective call.
+
+        collect() -> nested dicts of tensors and plain values: the training waits until they are copied to the host;
+        write(path, content) then runs beside it and must not look at the model. The next save, join() and the end
+        wait for it. Without `collect` write(path) reads the model, and the training waits. `record`: attributes of
+        this run from now on, unless it fails; after(): once it is in place; `together`: all ranks write."""
+        self.join()  # at most one is under way
+        begin, self.paused = time.perf_counter(), True
+        before = {key: getattr(self, key) for key in RECORDED}
+        vars(self).update(record or {})
+        make, content, result = self._save_together if together else self._save_here, (), partial(bool, True)
+        if collect and (self.main or self.sharded):
+            content = (ckpt.on_host(collect(), copy=True),)
+        if self.main or together:
+            make = partial(make, self.step, Path(path), write, size, after, *content)
+            result = self._thread.submit(make).result if collect else partial(bool, make())
+        self._writing = before, result
+        self.stall += time.perf_counter() - begin
+        return True if collect else self.join()
+
+    def join(self, alone=False):
+        """Wait for what is being written -> was the last write made? A collective call, unless the other ranks may be
+        gone (`alone`)."""
+        if self._writing is not None:
+            (before, result), self._writing = self._writing, None
+            begin = time.perf_counter()
+            self._written = result() if alone else self.sum(result()) == self.world
+            self.stall += time.perf_counter() - begin
+            if not self._written:
+                vars(self).update(before)
+        return self._written
+
+    def _save_here(self, step, path, write, size, after, *content):
+        """-> is it there? No room, or no disk, is told and costs nothing else."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ckpt.require_space(path.parent, int(1.1 * size))
+            with ckpt.atomic_path(path) as temporary:
+                write(temporary, *content)
+        except OSError as error:
+            (self.log or self).print(f"NOT SAVED at step {step}: {path}: {error}")
             return False
-        self.saved, self.saved_step = path, self.step
-        if self.main and "{step}" in self._name:
-            ckpt.rotate(self._folder, self._name, self._keep)
+        if after:
+            after()
         return True
 
-    def save_as(self, path, write, size, *args):
-        """write(temporary path, *args) on rank 0, then rename it -> is it there? What fails costs no old file."""
-        self.paused, ok = True, True
-        if self.main:
+    def _save_together(self, step, path, write, size, after, content):
+        """_save_here of all ranks: each writes into the folder that rank 0 makes, and renames once all are done."""
+        told = []
+
+        def mine(folder):
+            said = None
             try:
-                self._save_here(Path(path), write, size, *args)
+                write(folder, content)
             except OSError as error:
-                (self.log or self).print(f"NOT SAVED at step {self.step}: {path}: {error}")
-                ok = False
-        return self.sum(ok) == self.world  # the others are ok by default
+                said = str(error)
+            said = [text for text in self.gather(said, self._writers) if text]
+            if said:
+                raise OSError(said[0])
 
-    def save_best(self, path, write, size):
-        """Save what step.validated() found to be the best so far; recorded only if that succeeded."""
-        before = self.best_val_loss, self.best_step
-        self.best_val_loss, self.best_step = self._candidate
-        if not self.save_as(path, write, size):
-            self.best_val_loss, self.best_step = before
+        def whole(folder):
+            folder.mkdir()
+            told.extend(self.gather(str(folder), self._writers))
+            mine(folder)
 
-    def _save_here(self, path, write, size, *args):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ckpt.require_space(path.parent, int(1.1 * size))
-        with ckpt.atomic_path(path) as temporary:
-            write(temporary, *args)
+        if self.main:
+            made = self._save_here(step, path, whole, size, after)
+            return made if told else bool(self.gather(None, self._writers)[0])
+        folder = self.gather(None, self._writers)[0]
+        if folder:
+            with contextlib.suppress(OSError):  # rank 0 says so
+                mine(Path(folder))
+        return True
 
     def save_after_error(self):
         """The last complete step, where rank 0 can still write it: other ranks may be gone or wait for each other."""
-        if not (self.main and self._write and self.log and self.step > self.saved_step):
+        if not (self.main and self._write and self.log):
             return
         self.log.close()
         path = self._folder / self._name.format(step=self.step)
-        if not self.sound or self._gather:
-            print(f"NOT SAVED: no process has the whole weights; the newest checkpoint: {self.saved}", flush=True)
-            return
         try:
-            self._save_here(path, self._write, self._size)
-            print(f"saved {path} after the error. Continue with the same command and --resume auto", flush=True)
+            self.join(alone=True)
+            if self.step == self.saved_step:
+                return
+            if not self.sound or self.sharded:
+                print(f"NOT SAVED: no process has the whole weights; the newest checkpoint: {self.saved}", flush=True)
+                return
+            content = (self._collect(),) if self._collect else ()
+            if self._save_here(self.step, path, self._write, self._size, None, *content):
+                print(f"saved {path} after the error. Continue with the same command and --resume auto", flush=True)
         except Exception as error:  # the first error is the one to be told
             print(f"NOT SAVED after the error: {path}: {error}", flush=True)
 
@@ -328,7 +388,11 @@ class Run:
             stopping = self.sum(self.signal.received is not None) > 0 or stopping
         if not stopping and not last:
             return False
-        if self.saved_step != self.step and not self.save():
+        self.join()
+        if self.saved_step != self.step:
+            self.save()
+            self.join()
+        if self.saved_step != self.step:
             newest = f"the newest, {self.saved}, is of step {self.saved_step}. Free space and use --resume auto"
             raise ckpt.DiskFull(28, f"the last checkpoint could not be written; {newest}")
         if not last:
@@ -461,17 +525,19 @@ class Step:
         run = self.run
         speed, wait, memory = self.speed()
         own = dict(samples_per_s=speed, data_wait=wait, memory_gb=memory, skipped_steps=run.skipped)
+        own |= dict(save_stall_s=round(run.stall, 3)) if run.stall else {}
         tail = f"lr {self.lr:.2e} | {speed:.1f} samples/s | wait {wait:.1%} | {memory:.1f} GB"
         line = line or f"step {self.number:>7}/{run.total} | {text} | {tail}"
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         run.log.log(self.number, {run.names.get(k, k): v for k, v in own.items()} | values, line)
         self.shown = dict(loss=f"{self.loss:.4f}", lr=f"{self.lr:.1e}", wait=f"{wait:.0%}")
         self.shown["samples/s"] = f"{speed:.1f}"
-        run.window, run.time, run.wait, run.logged = [], 0.0, 0.0, self.number
+        run.window, run.time, run.wait, run.stall, run.logged = [], 0.0, 0.0, 0.0, self.number
 
     def validated(self, values, loss, text="", line=None):
         """Log a validation; -> is `loss` the lowest so far? Then save it with run.save_best. `line`: the whole line."""
         run = self.run
+        run.join()  # else the best so far may be one whose write fails
         run.paused, run._candidate = True, (loss, self.number)
         run.log.log(self.number, values, line or f"validation {self.number} | {text}")
         return math.isfinite(loss) and (run.best_val_loss is None or loss < run.best_val_loss)

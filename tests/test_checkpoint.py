@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import checkpoint as ckpt
-from common import UserError
+from common import UserError, qwen_vl
 from common.checkpoint import DiskFull, atomic_path, checkpoints_in, load_state, save_state
 
 
@@ -480,6 +480,33 @@ def test_a_resume_that_would_silently_be_another_run_is_refused():
             check(changes)
     with pytest.raises(UserError, match="the training data or its settings changed"):
         check({}, "xyz")
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_filled_on_its_device_is_the_one_of_from_pretrained(qwen_dir):
+    """Weights, rotary tables, tied embeddings."""
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
+    whole = Model.from_pretrained(qwen_dir, dtype=torch.bfloat16, attn_implementation="sdpa")
+    empty = qwen_vl.load_backbone(qwen_dir, torch.bfloat16, "sdpa", device=None)
+    assert all(p.is_meta for p in empty.parameters()) and not any(b.is_meta for b in empty.buffers())
+    filled = qwen_vl.load_backbone(qwen_dir, torch.bfloat16, "sdpa")
+    assert filled.lm_head.weight is filled.get_input_embeddings().weight
+    for kind in ("named_parameters", "named_buffers"):
+        a, b = (dict(getattr(model, kind)()) for model in (whole, filled))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_a_copy_on_the_host_is_one_and_tied_tensors_stay_one():
+    weight = torch.nn.Parameter(torch.ones(3))
+    state = dict(a=weight, b=[weight.detach(), (weight[:2], 1.5)], c=dict(text="x", none=None))
+    copied = ckpt.on_host(state, copy=True)
+    with torch.no_grad():
+        weight.add_(1)
+    assert copied["a"].tolist() == [1, 1, 1] and copied["a"] is copied["b"][0] and type(copied["a"]) is torch.Tensor
+    assert copied["b"][1][0].tolist() == [1, 1] and copied["b"][1][1] == 1.5 and copied["c"] == state["c"]
 
 
 # ---- training state --------------------------------------------------------------------------------------------------

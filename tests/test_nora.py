@@ -475,7 +475,7 @@ def test_missing_tensors_are_an_error_that_names_them(tmp_path, parts):
     lost = sorted(k for k in tensors if "layers.1" in k)[:3]
     kept = {k: v for k, v in tensors.items() if k not in lost}
     save_file(kept, tmp_path / "short/model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"3 missing keys: .*layers\.1"):
+    with pytest.raises(UserError, match=r"lacks 3 tensors: .*layers\.1"):
         build(config([], "--model", tmp_path / "short"), parts.spec)
 
 

@@ -1,18 +1,23 @@
 """The runtime, on the smallest script there can be (tests/toy.py): resume, stop, errors, ranks."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import toy
-from common import UserError
+from common import UserError, fsdp
 from common import checkpoint as ckpt
 from common.log import RunLog, read_metrics
 from common.run import Run, Step, StopSignal, _explain, launch
@@ -226,6 +231,175 @@ def test_the_loops_own_mistakes_are_named(tmp_path):
             step.update(torch.optim.SGD(model.parameters()), 0.1)
         assert batch["x"].shape == (2, 4)
         break
+
+
+# ---- saving beside the training --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """{step: Event}: its checkpoint is written only after the event; and the update after a write began sets it."""
+    events, write = {}, fsdp.write_state
+
+    def wait(folder, *args):
+        step = ckpt.step_of(folder)
+        assert step not in events or events[step].wait(60), "the training did not go on"
+        write(folder, *args)
+
+    def update(self, *args, real=Step.update):
+        real(self, *args)
+        if self.number - 1 in events:
+            events[self.number - 1].set()
+
+    monkeypatch.setattr(fsdp, "write_state", wait)
+    monkeypatch.setattr(Step, "update", update)
+    return events
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
+    """And what is written is the step that was to be saved, weights and moments."""
+    train(tmp_path / "a")
+    slow_disk.update({2: threading.Event(), 4: threading.Event()})
+    train(tmp_path / "b")
+    assert all(event.is_set() for event in slow_disk.values())
+    for step in (2, 4, 6):
+        a, b = (ckpt.load_state(tmp_path / name / f"steps_{step}" / "state.pt") for name in "ab")
+        assert same(a["trained"], b["trained"])
+        assert all(same(a["moments"][name], b["moments"][name]) for name in a["moments"])
+    stalls = {row["step"]: row["save_stall_s"] for row in read_metrics(tmp_path / "b") if "save_stall_s" in row}
+    assert stalls and all(seconds > 0 for seconds in stalls.values())
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
+    under_way, most, write = [], [], fsdp.write_state
+
+    def slow(folder, *args):
+        under_way.append(folder)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        write(folder, *args)
+        under_way.remove(folder)
+
+    monkeypatch.setattr(fsdp, "write_state", slow)
+    train(tmp_path, save_steps=1, keep=1)
+    assert most == [1] * 6 and [p.name for p in tmp_path.glob("steps_*")] == ["steps_6"]
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(monkeypatch, capsys, tmp_path, slow_disk):
+    """Also where its disk is full: then the last complete step is saved instead."""
+    slow_disk[4] = threading.Event()
+    threading.Timer(1.0, slow_disk[4].set).start()
+    argv = ("--output_dir", tmp_path / "a", "--error_step", 5, "--error", "boom")
+    code, _, _ = command(monkeypatch, capsys, toy.main, *argv)
+    assert str(code) == "boom" and meta(tmp_path / "a" / "steps_4")["step"] == 4
+    assert not list((tmp_path / "a").glob(".tmp-*"))
+    slow_disk.clear()
+    argv = ("--output_dir", tmp_path / "b", "--error_step", 6, "--error", "boom", "--full_step", 4)
+    code, out, _ = command(monkeypatch, capsys, toy.main, *argv)
+    assert "NOT SAVED at step 4" in out and f"saved {tmp_path}/b/steps_5 after the error" in out
+
+
+def test_a_best_that_could_not_be_written_is_not_recorded(tmp_path, capsys):
+    """A later one may be worse, and still the best that there is."""
+    train(tmp_path, full_step=3, save_steps=6)
+    assert "NOT SAVED at step 3" in capsys.readouterr().out
+    assert meta(tmp_path / "best")["best_step"] == 6 == meta(tmp_path / "steps_6")["best_step"]
+
+
+def killed_while_writing(folder):
+    def write(path, *_):
+        (path / "state.pt").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_state = fsdp.write_state
+    fsdp.write_state = lambda path, *args: (write if ckpt.step_of(path) == 4 else write_state)(path, *args)
+    train(folder)
+
+
+def test_kill_9_while_writing_leaves_the_older_checkpoint(tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=killed_while_writing, args=(tmp_path / "b",))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "b").glob("steps_*")] == ["steps_2"] and list((tmp_path / "b").glob(".tmp-*"))
+    train(tmp_path / "b", resume="auto")
+    train(tmp_path / "a")
+    assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6)) and not list((tmp_path / "b").glob(".tmp-*"))
+
+
+def test_frozen_weights_are_not_sent_around_but_must_be_the_same(tmp_path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    run = Run(toy.Config(), tmp_path, 2)
+    run._share_frozen(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["0.weight", "0.bias"]
+    monkeypatch.setattr(run, "gather", lambda value: [value, value + 1e-3])
+    with pytest.raises(UserError, match="every machine needs the same backbone files"):
+        run._share_frozen(model)
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def one_rank(rank, count, port, folder, options):
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({key: str(value) for key, value in place.items()})
+    AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier run of this process left
+    sys.stdout = open(folder.parent / f"said_{rank}", "a")  # noqa: SIM115
+    for name in ("save", "save_best"):
+        setattr(Run, name, counted(getattr(Run, name)))
+    train(folder, **options)
+    sys.stdout.flush()
+
+
+def counted(save):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    def call(self, *args):
+        with CommDebugMode() as mode:
+            done = save(self, *args)
+        gathers = sum(n for op, n in mode.get_comm_counts().items() if "all_gather" in str(op))
+        print(f"{save.__name__} of step {self.step}: {gathers} gathers")
+        return done
+
+    return call
+
+
+def ranks(folder, count=2, **options):
+    """The toy in `count` forked processes -> what rank 0 said."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    args = [(rank, count, port, folder, options) for rank in range(count)]
+    children = [fork.Process(target=one_rank, args=a) for a in args]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * count
+    return (folder.parent / "said_0").read_text()
+
+
+def test_shards_resume_bitwise_and_on_another_number_of_processes(tmp_path):
+    """A save gathers the model alone, tensor by tensor; the moments stay where they are, also for a best."""
+    said = ranks(tmp_path / "a", fsdp=True)
+    parts = sorted(p.name for p in (tmp_path / "a" / "steps_4" / "shards").iterdir())
+    assert parts == ["rank_0.safetensors", "rank_1.safetensors"]
+    assert "save of step 2: 4 gathers" in said and "save_best of step 3: 4 gathers" in said
+    ranks(tmp_path / "b", fsdp=True, signal_step=3)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    ranks(tmp_path / "b", fsdp=True, resume="auto")
+    train(tmp_path / "c", batch_size=4, resume="auto")  # one process; its dropout is another
+    a, b, c = (ckpt.load_state(tmp_path / name / "steps_6" / "model.pt") for name in "abc")
+    assert same(a, b) and all(torch.allclose(a[name], c[name], rtol=0.1, atol=0.1) for name in a)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_process_costs_all_the_new_checkpoint_only(tmp_path, rank):
+    said = ranks(tmp_path / "a", fsdp=True, full_step=4, full_rank=rank, val_steps=0)
+    assert "NOT SAVED at step 4" in said and "No space left on device" in said
+    assert sorted(p.name for p in (tmp_path / "a").iterdir() if "steps" in p.name) == ["steps_2", "steps_6"]
 
 
 # ---- errors at the command line --------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, enc
         (dict(views=[]), "views is empty"),
         (dict(layer=3), "layer is 3"),
         (dict(height=20), "28 x 28"),
-        ({}, "1 missing keys: .*layers.1.mlp"),  # transformers would put random numbers in its place
+        ({}, "lacks 1 tensors: .*layers.1.mlp"),  # transformers would put random numbers in its place
     ],
 )
 def test_a_model_that_lacks_a_tensor_and_wrong_settings_are_refused(qwen_dir, tmp_path, wrong, message):

@@ -9,6 +9,7 @@ from torch import nn
 
 from common import UserError
 from common import checkpoint as ckpt
+from common import fsdp
 from common.log import WandbConfig
 from common.run import Run, launch
 from common.sampler import GlobalOrder
@@ -25,6 +26,7 @@ class Config:
     save_steps: int = 2  # optimizer steps
     val_steps: int = 3  # optimizer steps
     keep: int = 0  # checkpoints; 0: all
+    fsdp: bool = False  # shard over the processes
     seed: int = 1  # of everything
     bad_sample: int = -1  # reading it fails
     kill_sample: int = -1  # reading it kills the worker
@@ -35,6 +37,7 @@ class Config:
     signal_step: int = -1  # the process signals itself there
     signal_rank: int = 0  # on this rank
     full_step: int = -1  # the disk is full there
+    full_rank: int = 0  # of this rank
     resume: str | None = None  # a checkpoint, or auto
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -76,22 +79,30 @@ def main(cfg):
         return run
     torch.manual_seed(cfg.seed)
     core = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
-    model = run.prepare(core.train())
+    model = run.prepare(core.train(), shards=[core[0], core[2]] if cfg.fsdp else ())
     optimizer = torch.optim.AdamW(core.parameters(), lr=0.01)
     if path:
-        ckpt.restore_training_state(core, optimizer, ckpt.load_state(path / "state.pt"))
+        fsdp.restore_state(core, optimizer, path, run.group)
     loader = run.loader(Data(cfg), GlobalOrder(20, cfg.seed), collate, cfg.num_workers)
     run.describe(core, 20, 1000, out)
 
-    def write(folder):
-        if run.step == cfg.full_step:
-            raise OSError(28, "No space left on device")
-        folder.mkdir()
-        trained, moments = ckpt.training_state(core, optimizer)
-        ckpt.save_state(folder / "state.pt", dict(trained=trained, moments=moments))
-        (folder / "meta.json").write_text(json.dumps(run.progress() | dict(fingerprint="data")))
+    def collect():
+        return dict(weights=core.state_dict(), meta=run.progress() | dict(fingerprint="data"))
 
-    run.checkpoints(out, "steps_{step}", write, 1000, keep=cfg.keep)
+    def collect_all():
+        return collect() | dict(state=fsdp.state_of(core, optimizer))
+
+    def write(folder, content):
+        if content["meta"]["step"] == cfg.full_step and run.rank == cfg.full_rank:
+            raise OSError(28, "No space left on device")
+        folder.mkdir(exist_ok=True)
+        if "state" in content:
+            fsdp.write_state(folder, content["state"], run.rank)
+        if run.main:
+            ckpt.save_state(folder / "model.pt", content["weights"])
+            (folder / "meta.json").write_text(json.dumps(content["meta"]))
+
+    run.checkpoints(out, "steps_{step}", write, 1000, collect_all, keep=cfg.keep)
     for step in run.steps(loader, "toy", cfg.wandb):
         count = run.sum(sum(len(b["y"]) for b in step.batches))
         for batch in step.micro_batches(model):
@@ -110,11 +121,11 @@ def main(cfg):
             mean = step.mean()
             step.log(dict(loss=mean["loss"], grad_norm=mean["grad_norm"]), f"loss {mean['loss']:.4f}")
         if step.every(cfg.val_steps):
-            with torch.no_grad():
+            with torch.no_grad(), run.gathered(core):
                 value = core.eval()(torch.ones(1, 4)).square().item()
             core.train()
             if step.validated(dict(val_loss=value), value, f"loss {value:.4f}"):
-                run.save_best(out / "best", write, 1000)
+                run.save_best(out / "best", write, 1000, collect)
         if step.should_save(cfg.save_steps):
             run.save()
     run.finish(f"model: {run.saved}")
