@@ -152,16 +152,16 @@ def check_config(cfg):
 class Spec:
     """What predict must know beside the weights; saved as model/policy.json and model/dataset_stats.json."""
 
-    cameras: dict  # {camera1: its name in the recordings, ...} in prompt order
     image_size: list  # [height, width] that the model sees
     task_instruction: str  # where an observation has none
     state_keys: list  # [] or a subset of ["qpos", "ee_pose"]: the state in the prompt
     action_definition: dict  # common.episodes.ActionDefinition
-    contract: dict  # common.policy.Contract: horizon, names and units, rate, ...
+    contract: dict  # common.policy.Contract: cameras in prompt order, horizon, names and units, rate, ...
     stats: dict
 
     def __post_init__(self):
         self.definition, self.contract = ep.ActionDefinition(**self.action_definition), Contract(**self.contract)
+        self.cameras = self.contract.recorded  # {camera1: its name in the recordings, ...}
         self.horizon, self.normalizer = self.contract.horizon, Normalizer(self.stats["action"])
         self.state_normalizer = Normalizer(self.stats["observation.state"], "min_max") if self.state_keys else None
 
@@ -211,7 +211,7 @@ def load_data(cfg, run=None, stats=None, then=None):
     if stats is None or not set(keys) <= set(stats):
         stats = ep.insertion_stats(train, definition, held_out, state_keys)
     contract = make_contract(d, train, cameras, state_keys, definition, stats)
-    spec = Spec(cameras, list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
+    spec = Spec(list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
     return Data(train, validation, excluded + gone, spec, table)
 
 
@@ -222,7 +222,7 @@ def make_contract(d, train, cameras, state_keys, definition, stats):
     if definition.source == "ee_pose_delta":
         first = "is the motion to the next frame, to be added to the last target"
     about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz)
-    about |= dict(images={c: list(reader.read(e, name, 0).shape[:2]) for c, name in cameras.items()})
+    about |= dict(images={c: list(reader.read(e, name, 0).shape[:2]) for c, name in cameras.items()}, recorded=cameras)
     about |= dict(kind="absolute" if definition.still(e).any() else "delta")
     about |= dict(first_row=f"row 0 {first}. Send row k k frames after the picture was taken")
     about |= dict(instructions=sorted({e.instruction or d.task_instruction for e in train}))
@@ -701,7 +701,7 @@ def validate(policy, data, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
     val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged,
-    val_swap_ratio_<camera>: that mean with this camera's picture from another episode / with its own}"""
+    val_swap_ratio_<camera>: error of the normalised actions with another episode's picture / with its own}"""
     spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
     dataset = NoraDataset(data.validation, spec)
     pick = dataset.spread(cfg.val_samples)
@@ -709,12 +709,12 @@ def validate(policy, data, collate, cfg, run):
     decoded, few = set(decoded.tolist()), set(decoded[::4].tolist())  # of these few also with swapped pictures
     places = [(e, t / len(dataset.targets[e])) for e, t in map(dataset.locate, pick)]
     others = partners(*zip(*places, strict=True))  # None: there is one episode
-    counts, steps = np.zeros(5), 0  # loss, correct, tokens, malformed, decoded
-    errors = np.zeros((2 + len(spec.cameras), spec.normalizer.dim))  # of all, of few, of few with a swapped camera
+    counts, errors, steps = np.zeros(5), np.zeros(spec.normalizer.dim), 0  # loss, correct, tokens, malformed, decoded
+    swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors of few: own, each camera swapped
     model.eval()
     with run.gathered(model):
         for first in range(run.rank * size, len(pick), run.world * size):
-            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, rows of errors)
+            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, place in swaps)
             items = [dataset[(0, pick[i])] for i in mine]
             batch = collate(items)
             with torch.no_grad():
@@ -723,28 +723,30 @@ def validate(policy, data, collate, cfg, run):
             for i, item in zip(mine, items, strict=True):
                 swap = i in few and others is not None
                 if i in decoded:
-                    jobs.append((item, item["images"], [0, 1] if swap else [0]))
+                    jobs.append((item, item["images"], 0 if swap else None))
                 for k in range(len(spec.cameras) if swap else 0):
                     pictures = item["images"].copy()
                     pictures[k] = dataset[(0, pick[others[i]])]["images"][k]
-                    jobs.append((item, pictures, [2 + k]))
+                    jobs.append((item, pictures, 1 + k))
             if jobs:
                 prompts = [model.processor.ids(item["instruction"], item["state"]) for item, _, _ in jobs]
                 predicted, malformed = policy.decode(np.stack([pictures for _, pictures, _ in jobs]), prompts)
-                for (item, _, rows), chunk, left in zip(jobs, predicted, malformed, strict=True):
-                    errors[rows] += np.abs(chunk - item["action"])[~item["is_pad"]].sum(0)
-                    if 0 in rows:
+                for (item, _, place), chunk, left in zip(jobs, predicted, malformed, strict=True):
+                    real = ~item["is_pad"]
+                    if place is not None:
+                        swaps[place] += np.abs(unit(chunk) - unit(item["action"]))[real].sum()
+                    if not place:
                         counts[3:] += left, 1
-                        steps += int((~item["is_pad"]).sum())
+                        errors, steps = errors + np.abs(chunk - item["action"])[real].sum(0), steps + int(real.sum())
     model.train()
-    loss, correct, tokens, malformed, decoded, steps, *errors = run.sum(*counts, steps, *errors.flat)
-    errors, moves = np.array(errors).reshape(-1, spec.normalizer.dim), ~spec.normalizer.constant
-    mae, relative = errors[0] / max(steps, 1), (errors[:, moves] / spec.normalizer.half[moves]).sum(1)
+    loss, correct, tokens, malformed, decoded, steps, *sums = run.sum(*counts, steps, *errors, *swaps)
+    own, *swapped = sums[len(errors) :]
+    mae, moves = np.array(sums[: len(errors)]) / max(steps, 1), ~spec.normalizer.constant
     values = dict(val_loss=loss / tokens, val_token_accuracy=correct / tokens)
-    mean = relative[0] / max(steps * moves.sum(), 1)
-    values |= dict(val_malformed_rate=malformed / max(decoded, 1), val_action_mae=mean)
-    for camera, swapped in zip(spec.cameras if relative[1] > 0 else (), relative[2:], strict=False):
-        values[f"val_swap_ratio_{camera}"] = swapped / relative[1]
+    values |= dict(val_malformed_rate=malformed / max(decoded, 1))
+    values |= dict(val_action_mae=float(np.mean(mae[moves] / spec.normalizer.half[moves])) if moves.any() else 0.0)
+    for camera, error in zip(spec.cameras if own > 0 else (), swapped, strict=False):
+        values[f"val_swap_ratio_{camera}"] = error / own
     return values | {f"val_mae_{name}": v for (name, _), v in zip(spec.contract.actions, mae.tolist(), strict=True)}
 
 

@@ -226,8 +226,8 @@ def test_logits_of_an_older_release(shared):
     definition = dict(source="action", dim=1, rotation_unit="rad")
     stats = dict(action={k: [0.0] for k in ("mean", "std", "min", "max", "q01", "q99")})
     about = dict(script="train_nora", images={"camera1": None}, actions=[("x", "")], horizon=1, rate_hz=15)
-    about |= dict(kind="absolute", first_row="")
-    spec = nora.Spec({"camera1": "side"}, [224, 224], "", [], definition, about, stats)
+    about |= dict(kind="absolute", first_row="", recorded={"camera1": "side"})
+    spec = nora.Spec([224, 224], "", [], definition, about, stats)
     processor = nora.Processor(folder / "model", spec)
     answer = [processor.first_action + i for i in (5, 77, 2047)] + [processor.end]
     prompt = processor.ids("Insert the needle into the target point")
@@ -826,6 +826,7 @@ def test_the_policy_says_what_it_takes_and_gives(tmp_path, base, insertion_root)
     policy = nora.load_policy(tmp_path, "cpu")
     about = json.loads(json.dumps(policy.describe()))
     assert about["cameras"] == {c: dict(height=60, width=80) for c in ("camera1", "camera3")}
+    assert about["recorded"] == {"camera1": "side_camera", "camera3": "top_camera"}
     assert [c["name"] for c in about["actions"]] == ["dx", "dy", "dz", "droll", "dpitch", "dyaw"]
     assert about["actions"][0]["unit"] == "mm" and about["actions"][0]["low"] < about["actions"][0]["high"]
     assert (about["kind"], about["horizon"]) == ("delta", 3) and about["rate_hz"] == pytest.approx(14.9, rel=0.01)
