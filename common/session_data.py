@@ -187,11 +187,13 @@ class Collate:
         batch = dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
         if self.sensor_enabled:
             sensor = np.zeros((len(observations), self.window, ss.CHANNELS), self.dtype.dtype)
-            rows = [sensor[0, :0] if o.get("sensor") is None else o["sensor"][-self.window :] for o in observations]
-            for padded, x in zip(sensor, rows, strict=True):
-                fits = x if x.dtype == sensor.dtype else np.clip(x, self.dtype.min, self.dtype.max)
-                padded[self.window - len(x) :] = fits
-            batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor([len(x) for x in rows]))
+            lengths = []
+            for padded, o in zip(sensor, observations, strict=True):
+                x = padded[:0] if o.get("sensor") is None else np.asarray(o["sensor"])[-self.window :]
+                x = x if x.dtype == sensor.dtype else np.clip(x, self.dtype.min, self.dtype.max)
+                padded[self.window - len(x) :] = x
+                lengths.append(len(x))
+            batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor(lengths))
         return batch
 
     def __call__(self, items):

@@ -69,7 +69,7 @@ def write_sessions(folder):
 
 def see(policy, observation, text):
     """The same look under an instruction: its feature is not cached."""
-    picture = np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3)
+    picture = np.arange(36 * 64 * 3, dtype=np.uint8).reshape(36, 64, 3)  # as recorded
     return dict(images=dict.fromkeys(policy.recipe["views"], picture), instruction=text, sensor=observation["sensor"])
 
 

@@ -708,8 +708,7 @@ def test_recordings_go_through_the_guides_commands(recordings, qwen_dir, tmp_pat
         assert chunk.shape == (1, 8, 7) and np.isfinite(chunk).all() and (chunk[..., 6] == 1).all()
 
 
-@BOTH
-def test_losses_in_fp16_are_those_in_fp32(qwen_dir, tmp_path, script, monkeypatch):
+def test_losses_in_fp16_are_those_in_fp32(qwen_dir, tmp_path, monkeypatch):
     """The same recordings with rows of fp16 and of fp32: equal statistics, and after three steps losses that differ by
     less than 1 in 1,000, at half the bytes."""
     root = make_demo.write_sessions(tmp_path / "s", 0, white=3, needle=0, new=0, oct=0, seconds=1.5, size=(56, 56))
@@ -720,10 +719,10 @@ def test_losses_in_fp16_are_those_in_fp32(qwen_dir, tmp_path, script, monkeypatc
         ss._map_sensor.cache_clear()
         if not losses:
             build_cache(root, qwen_dir)
-        run(root, qwen_dir, tmp_path / dtype, script, max_steps=3, log_steps=1, dropout=0)
+        run(root, qwen_dir, tmp_path / dtype, max_steps=3, log_steps=1, dropout=0)
         rows = [r for r in metrics(tmp_path / dtype) if "train/loss_step" in r]
         losses.append([r["train/loss_step"] for r in rows] + [rows[-1]["train/grad_norm"]])
-        stats.append(script.load_policy(tmp_path / dtype, "cpu").stats)
+        stats.append(train_async.load_policy(tmp_path / dtype, "cpu").stats)
         assert stats[-1]["sensor"].pop("dtype") == dtype
         sizes.append(sum(path.stat().st_size for path in root.rglob("sensor_stream.npy")))
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=1e-3)
