@@ -658,7 +658,7 @@ class Policy:
         about |= dict(actions=self.action_names(), action_low=action.get("min"), action_high=action.get("max"))
         if spec.state_names:
             about |= dict(state=[tuple(pair) for pair in spec.state_names], low=state.get("min"), high=state.get("max"))
-        about |= dict(horizon=collate.policy.chunk_size, rate_hz=spec.rate_hz, first_row=first_row)
+        about |= dict(horizon=collate.policy.chunk_size, rate_hz=spec.rate_hz or None, first_row=first_row)
         about |= dict(instructions=spec.instructions, kind="absolute" if spec.absolute else "delta", needs=needs or {})
         self.contract = Contract(Path(__file__).stem, **about)
 
@@ -1192,4 +1192,5 @@ def main(cfg):
 
 if __name__ == "__main__":
     memory = "Lower training.batch_size (now {training.batch_size}) and raise training.gradient_accumulation_steps"
+    memory += ", or set training.gradient_checkpointing (now {training.gradient_checkpointing})"
     launch(main, Config, ALIASES, memory, ACCEPTED)

@@ -103,7 +103,7 @@ class FrameStore:
             if len(self._maps) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4:  # a map keeps its file open
                 del self._maps[next(iter(self._maps))]
             frames = np.memmap(self.folder / f"{self.key(path)}.u8", np.uint8, "r")
-            self._maps[path] = frames.reshape(-1, *self.shape)
+            self._maps[path] = frames.view(np.ndarray).reshape(-1, *self.shape)  # a memmap is slow to index
         return self._maps[path][index]
 
     def __getstate__(self):

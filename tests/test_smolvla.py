@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compute_stats
 import make_demo
@@ -305,6 +306,29 @@ def test_a_frozen_vlm_starts_from_its_own_file_and_stays(make, vlm_dir):
     assert not any(k.startswith(VLM) for k in (*state["optimizer_state_dict"], *state["model_state_dict"]))
 
 
+def test_a_checkpoint_stands_on_one_file_of_what_is_frozen(make, tmp_path):
+    """It holds what is trained; without that file, or with another one, it says so; an export is whole."""
+    state, _ = train(make(steps=2))
+    folder = tmp_path / "run/checkpoints"
+    kept = load_file(folder / "frozen.safetensors")
+    assert not set(kept) & set(state["model_state_dict"]) and set(kept) == {k for k in kept if k.startswith(VLM)}
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    expected = smolvla.load_policy(folder / "checkpoint_step_2.pt", "cpu").model.state_dict()
+    (folder / "frozen.safetensors").rename(tmp_path / "away")
+    for act in (lambda: smolvla.load_policy(folder), lambda: smolvla.main(make(steps=4, resume="auto"))):
+        with pytest.raises(UserError, match=f"the other weights are in {folder}/frozen.safetensors, which is gone"):
+            act()
+    same(smolvla.load_policy(moved / "checkpoint_step_2.pt", "cpu").model.state_dict(), expected)
+    same(smolvla.load_policy(folder / "final_hf", "cpu").model.state_dict(), expected)
+    save_file({k: v + 1 for k, v in kept.items()}, folder / "frozen.safetensors")
+    with pytest.raises(UserError, match="frozen.safetensors is another file. Put it beside the checkpoint"):
+        smolvla.load_policy(folder / "checkpoint_step_2.pt")
+    shutil.copy(tmp_path / "away", folder / "frozen.safetensors")
+    before = (folder / "frozen.safetensors").stat().st_mtime_ns
+    again, _ = train(make(steps=4, resume="auto"))
+    assert (folder / "frozen.safetensors").stat().st_mtime_ns == before and again["frozen"] == state["frozen"]
+
+
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +403,46 @@ def test_bf16_autocast_is_close_to_fp32_and_keeps_state_action_and_time(make):
     assert set(seen.values()) == {torch.float32} and len(seen) == 5
     assert out["flow_sum"].item() == pytest.approx(exact(batch)["flow_sum"].item(), rel=0.03)
     assert all(p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+
+
+def gradients(core, batch):
+    """(loss, {name: gradient}, bytes of activations that the backward pass was left)."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        out = core(batch)
+    out["flow_sum"].backward()
+    found = {n: p.grad for n, p in core.named_parameters() if p.grad is not None}
+    return out["flow_sum"].item(), found, sum(kept)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(make):
+    for flags in (dict(), dict(policy__train_expert_only=False, policy__freeze_vision_encoder=False)):
+        core, _, batch = batch_of(make(**flags))
+        again, _, _ = batch_of(make(training__gradient_checkpointing=True, **flags))
+        loss, plain, memory = gradients(core.train(), batch)
+        other, recomputed, less = gradients(again.train(), batch)
+        assert other == pytest.approx(loss, rel=1e-6) and less < 0.6 * memory
+        assert plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_rotary_tables_are_made_once_whatever_the_depth(make):
+    for layers in (2, 3):
+        core, _, batch = batch_of(make(policy__num_vlm_layers=layers))
+        with Counter() as counter:
+            core(batch)
+        assert counter.calls.count("aten.cos.default") == 5  # images and text, state, two kinds of layer; the flow time
 
 
 # ---- spikes, EMA, LoRA, schedule -------------------------------------------------------------------------------------
@@ -580,6 +644,38 @@ def test_predict_depends_on_images_and_state_and_refuses_what_is_missing(trained
         policy.predict([observation | dict(state=observation["state"][:3])])
 
 
+def test_the_policy_says_what_it_takes_and_gives(trained):
+    for form in ("checkpoints/checkpoint_latest.pt", "checkpoints/final_hf"):
+        policy = smolvla.load_policy(trained[0] / form, "cpu")
+        told = json.loads(json.dumps(policy.describe()))
+        assert told["cameras"] == {f"camera{k}": dict(height=60, width=80) for k in (1, 2, 3)}
+        assert [(c["name"], c["unit"]) for c in told["state"]] == [
+            *(("x", "m"), ("y", "m"), ("z", "m")),
+            *(("roll", "rad"), ("pitch", "rad"), ("yaw", "rad")),
+        ]
+        assert [c["name"] for c in told["actions"]] == [f"q{i}" for i in range(1, 7)] and told["kind"] == "absolute"
+        assert all(c["low"] < c["high"] for c in told["actions"]) and told["horizon"] == 4 and told["rate_hz"] > 0
+        assert told["instructions"] == [trained[1].dataset.task_instruction] and told["latency_ms"] > 0
+        assert ("weights that were not trained" in told["needs"]) == form.endswith(".pt")
+        assert form.endswith(".pt") or told["needs"] == {}
+
+
+def test_a_prediction_can_be_the_mean_of_several_draws(trained, sim_root):
+    policy = smolvla.load_policy(trained[0], "cpu")
+    episode = next(iter(policy.open_episodes(sim_root)))
+    observations = [episode["sample"](t) for t in (0, 7)]
+    noise = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(5))
+    single = [policy.predict(observations, noise[:, k]) for k in range(3)]
+    together = policy.predict(observations, noise.flatten(0, 1))
+    np.testing.assert_allclose(together, np.mean(single, 0), atol=1e-5)
+    assert np.abs(single[0] - single[1]).max() > 1e-4
+    one = policy.predict(observations)
+    policy.collate.policy.noise_draws, seen = 3, []
+    policy.model.model.vlm.vision_model.register_forward_hook(lambda *_: seen.append(1))
+    several = policy.predict(observations)
+    assert several.shape == one.shape and np.abs(several - one).max() > 1e-5 and len(seen) == 1
+
+
 def test_evaluate_reports_on_the_held_out_episodes(trained, sim_root, tmp_path):
     import evaluate
 
@@ -607,7 +703,49 @@ def test_validation_loss_on_the_whole_part_by_hand(trained):
         error += np.abs(policy.decode(batch)[0] - item["action"])[:n].sum()
     assert last["val/action_loss"] == pytest.approx(flow / steps, rel=1e-4)
     assert last["val/action_loss_real"] == pytest.approx(real / steps, rel=1e-4)
-    assert last["val/action_mae"] == pytest.approx(error / steps / 6, rel=1e-4)
+    assert last["val/action_mae_rad"] == pytest.approx(error / steps / 6, rel=1e-4)
+
+
+class Eyes:
+    """A policy that answers with the brightness of its cameras, each with a weight of its own."""
+
+    def __init__(self, spec, weights):
+        self.spec, self.weights, self.collate = spec, weights, SimpleNamespace(inputs=lambda items: items)
+
+    def decode(self, items):
+        """The recorded action, plus the share that comes from the pictures and what their owner's would be."""
+        out = []
+        for item in items:
+            own = sum(w * image.mean() for w, image in zip(self.weights, item["images"], strict=True))
+            out.append(item["action"] + 0.1 + 0.01 * (own - item["truth"]))
+        return np.stack(out)
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 0, 0)])
+def test_a_camera_that_is_not_looked_at_is_named(make, weights):
+    cfg = make(validation__num_episodes=3)
+    data = smolvla.load_data(cfg)
+    dataset = smolvla.SmolVLADataset(data, data.validation, cfg)
+
+    class Bright:
+        spec, episodes, samples = data.spec, dataset.episodes, dataset.samples
+
+        def __getitem__(self, key):
+            item, shade = dataset[key], np.uint8(40 * self.samples[key[1]][0] + 10)
+            images = [np.full_like(image, shade) for image in item["images"]]
+            return item | dict(images=images, truth=sum(w * shade for w in weights))
+
+    run = SimpleNamespace(rank=0, world=1, sum=lambda *values: list(values))
+    values = smolvla.swap_cameras(Eyes(data.spec, weights), Bright(), list(range(0, len(dataset), 3)), 4, run)
+    assert list(values) == [f"val/swap_ratio_{c}_camera" for c in ("side", "tool", "top")]
+    looked = [ratio > 1.05 for ratio in values.values()]
+    assert looked == [w > 0 for w in weights] and values["val/swap_ratio_top_camera"] == pytest.approx(1)
+    shown = {"val/loss": 1.0, "val/action_loss": 1.0, "val/action_mae_rad": 0.5} | values
+    line = smolvla.validation_line(SimpleNamespace(number=3), shown, [("q1", "rad")])
+    assert "[VAL] Step 3 | Loss: 1.0000 | Action Loss: 1.0000 | Action MAE: 0.5 rad" in line
+    assert line.count("warning") == looked.count(False) and "hardly looks at top_camera" in line
+    alone = smolvla.SmolVLADataset(data, data.validation[:1], cfg)
+    assert smolvla.swap_cameras(Eyes(data.spec, weights), alone, [0, 5], 4, run) == {}
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -669,6 +807,54 @@ def test_augmentation_is_drawn_by_position_and_only_in_training(make):
     a, again, other, plain = (part[(p, 3)]["images"][0] for part, p in ((on, 0), (on, 0), (on, 1), (off, 0)))
     assert np.array_equal(a, again) and a.dtype == np.uint8 and a.shape == plain.shape
     assert not np.array_equal(a, other) and not np.array_equal(a, plain)
+
+
+def test_state_noise_and_dropout_by_position_and_only_in_training(make):
+    quiet, loud = make(), make(dataset__state_noise=0.5, dataset__state_dropout=0.5)
+    data = smolvla.load_data(quiet)
+    plain, off = smolvla.SmolVLADataset(data, data.train, quiet, True), smolvla.SmolVLADataset(data, data.train, loud)
+    on, stats = smolvla.SmolVLADataset(data, data.train, loud, True), data.spec.stats["observation.state"]
+    clean = plain[(0, 3)]["state"]
+    assert np.array_equal(off[(0, 3)]["state"], clean) and np.array_equal(
+        data.episodes[data.train[0]].ee_pose[3], clean
+    )
+    states = np.stack([on[(p, 3)]["state"] for p in range(300)])
+    assert states.dtype == np.float32 and np.array_equal(on[(7, 3)]["state"], states[7])
+    dropped = (states == np.float32(stats["mean"])).all(1)
+    assert 110 < dropped.sum() < 190
+    moves = np.asarray(stats["std"]) > 1e-6
+    share = (states[~dropped] - clean)[:, moves].std(0) / np.asarray(stats["std"])[moves]
+    np.testing.assert_allclose(share, 0.5, rtol=0.3)
+    assert np.array_equal(on[(0, 3)]["noise"], plain[(0, 3)]["noise"])  # its stream is its own
+
+
+def test_a_policy_without_any_state(make, sim_root, tmp_path, capsys):
+    """LeRobot's format wants a state: it is one dimension that is always 0."""
+    cfg = make(dataset__use_ee_pose=False, steps=2, normalization__stats_file=tmp_path / "stats.yaml")
+    with pytest.raises(UserError) as error:
+        smolvla.load_data(cfg)
+    argv = shlex.split(str(error.value).partition("python compute_stats.py ")[2])
+    compute_stats.main(parse_config(compute_stats.Config, argv, partial=True))
+    train(cfg)
+    assert "state     none: the model sees pictures and text only" in capsys.readouterr().out
+    folder = tmp_path / "run/checkpoints/final_hf"
+    assert json.loads((folder / "config.json").read_text())["input_features"]["observation.state"]["shape"] == [1]
+    policy = smolvla.load_policy(folder, "cpu")
+    observation = next(iter(policy.open_episodes(sim_root)))["sample"](3)
+    answer = policy.predict([observation])
+    assert policy.describe()["state"] == []
+    np.testing.assert_array_equal(policy.predict([observation | dict(state=None)]), answer)
+
+
+def test_a_training_from_the_frame_store_is_the_same_training(make, tmp_path, monkeypatch):
+    state, rows = train(make("plain"))
+    for _ in range(2):  # built, and found again
+        stored, again = train(make("stored", dataset__frame_dir=tmp_path / "frames"))
+        same(stored["policy_state_dict"], state["policy_state_dict"])
+        losses = [[r["train/loss"] for r in part if "train/loss" in r] for part in (rows, again)]
+        assert losses[0] == losses[1]
+        shutil.rmtree(tmp_path / "stored")
+        monkeypatch.setattr(smolvla.ep.FrameStore, "_build_one", lambda *_: pytest.fail("it is there"))
 
 
 def test_check_prints_the_batch_and_needs_no_weights(make, capsys, tmp_path):
