@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, closed_loop, require
@@ -306,6 +307,11 @@ def draw_episode(records, names, path):
     figure.savefig(path, dpi=110)
 
 
+def small(image, height=120):
+    picture = Image.fromarray(np.asarray(image))
+    return np.asarray(picture.resize((round(height * picture.width / picture.height), height)))
+
+
 def draw_worst(policy, root, names, records, report, columns, path, count=4):
     """The windows with the largest relative error, one per episode: what was seen, recorded and predicted."""
     scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
@@ -323,11 +329,11 @@ def draw_worst(policy, root, names, records, report, columns, path, count=4):
     panels = figure.subplots(len(chosen), width, squeeze=False, width_ratios=[2.4] + [1] * len(columns))
     for row, (score, r), observation in zip(panels, chosen, seen, strict=True):
         images = observation.get("images", {})
-        shown = [np.asarray(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
+        shown = [small(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
         row[0].set_axis_off()
         row[0].set_title(f"{r['episode'][-34:]} frame {r['t']}: {score:.1f} x", fontsize=7)
         if shown:
-            row[0].imshow(np.concatenate([image[:: len(image) // 90 or 1] for image in shown], axis=1))
+            row[0].imshow(np.concatenate(shown, axis=1))
         for d, (axis, (name, unit)) in enumerate(zip(row[1:], columns, strict=True)):
             steps = np.arange(len(r["recorded"]))[r["valid"]]
             axis.plot(steps, r["recorded"][r["valid"], d], color="black", lw=1.4)

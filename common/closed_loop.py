@@ -186,7 +186,7 @@ def print_table(reports, execute, ensemble, latency_ms):
     print(f"{'':12}{'success':>10}{'95 %':>12}" + "".join(f"{key:>{width}}" for key in keys))
     for who, report in reports.items():
         low, high = (round(100 * v) for v in report["interval"])
-        cells = ["-" if report[key] is None else f"{report[key]:.4g}" for key in keys]
+        cells = ["-" if report[key] is None else f"{round(report[key], 6):.4g}" for key in keys]
         score = f"{report['success']} of {report['scenes']}"
         print(f"{who:12}{score:>10}{f'{low}-{high} %':>12}" + "".join(f"{cell:>{width}}" for cell in cells))
     print(f"latency of predict for one observation: {latency_ms:.0f} ms")

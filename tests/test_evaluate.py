@@ -258,7 +258,7 @@ class Seeing(Scripted):
         for k, episode in enumerate(super().open_episodes(root, names)):
 
             def sample(t, target=episode["target"], k=k):
-                row, other = target[t], np.full((2, 2, 3), 9, np.uint8)
+                row, other = target[t], np.full((4, 6, 3), 9, np.uint8)
                 images = dict(camera1=np.full((2, 2, 3), row[0] * 10, np.uint8), camera2=other + np.uint8(k))
                 sensor = np.tile(np.float32([row[2], t, 7]), (3 + k, 1))
                 text = ("left", "right")[k]
@@ -275,7 +275,7 @@ class Seeing(Scripted):
         return out
 
 
-def test_what_a_policy_uses():
+def test_what_a_policy_uses(tmp_path):
     """Swapped inputs hurt where they are used and nowhere else."""
     policy = Seeing()
     records = evaluate.evaluate(policy, "")
@@ -295,6 +295,8 @@ def test_what_a_policy_uses():
         "instruction",
     }
     assert uses["camera1"] != uses["state"] and uses["all pictures"]["swapped"] == uses["camera1"]["swapped"]
+    evaluate.draw_worst(policy, "", None, records, report, policy.action_names(), tmp_path / "worst.png", count=1)
+    assert (tmp_path / "worst.png").stat().st_size > 5000  # cameras may differ in size
     assert uses["instruction"]["swapped"] == pytest.approx(0.2 / report["mean action"]["per_dim"]["x"] / 2)
     assert evaluate.find_uses(policy, "", ["a.h5"], records[:4], report, 64, 3) == {}
 
