@@ -18,6 +18,7 @@ Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor r
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -259,13 +260,16 @@ def build_model(cfg, about, device):
 # ---- save, load ------------------------------------------------------------------------------------------------------
 
 
-def save_model(path, content, core, optimizer=None):
-    """Write one checkpoint file: `content` and the model's tensors (weights and statistics), with `optimizer` also its
+def contents(about, core, optimizer=None):
+    """What a checkpoint file holds: `about` and the model's tensors (weights and statistics), with `optimizer` also its
     moments, for a resume."""
-    content = content | dict(model_state_dict={k: v.detach().cpu() for k, v in core.state_dict().items()})
+    content = about | dict(model_state_dict=core.state_dict())
     if optimizer is not None:
         content |= dict(optimizer_state_dict=ckpt.training_state(core, optimizer)[1])
-    ckpt.save_state(path, content)
+    return content
+
+
+save_model = ckpt.save_state  # (path, contents)
 
 
 def write_final(newest, final):
@@ -367,13 +371,10 @@ def main(cfg):
     run.write("validation_episodes.txt", "".join(f"{name}\n" for name in names))
     about = data.about | dict(format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=names))
 
-    def write(path):
-        save_model(path, about | run.progress(), core, optimizer)
+    def collect(optimizer=optimizer):
+        return contents(about | run.progress(), core, optimizer)
 
-    def write_weights(path):
-        save_model(path, about | run.progress(), core)
-
-    run.checkpoints(folder, LATEST, write, size)
+    run.checkpoints(folder, LATEST, save_model, size, collect)
 
     # ---- loop
     for step in run.steps(loader, PROJECT, cfg.wandb, METRICS):
@@ -400,7 +401,7 @@ def main(cfg):
         if epoch_end and data.validation:
             values = validate(core, policy, held_out, run)
             if step.validated(values, values["val/loss_epoch"], ChunkErrors.text(values)):
-                run.save_best(folder / BEST, write_weights, size // 3)
+                run.save_best(folder / BEST, save_model, size // 3, partial(collect, None))
         if step.should_save(cfg.save_steps, epoch_end):
             run.save()
 

@@ -18,6 +18,7 @@ Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor r
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -349,14 +350,17 @@ def build_model(cfg, about, device):
 # ---- save, load ------------------------------------------------------------------------------------------------------
 
 
-def save_model(path, content, core, ema, optimizer=None):
-    """Write one checkpoint file: `content` and the model's tensors (averaged weights, statistics), with `optimizer`
+def contents(about, core, ema, optimizer=None):
+    """What a checkpoint file holds: `about` and the model's tensors (averaged weights, statistics), with `optimizer`
     also the weights themselves and the moments, for a resume."""
-    raw = {k: v.detach().cpu() for k, v in core.state_dict().items()}
-    content = content | dict(model_state_dict=raw | {k: v.cpu() for k, v in ema.average.items()})
+    raw = core.state_dict()
+    content = about | dict(model_state_dict=raw | ema.average)
     if optimizer is not None:  # tensors that are the same in both are stored once
         content |= dict(raw_state_dict=raw, optimizer_state_dict=ckpt.training_state(core, optimizer)[1])
-    ckpt.save_state(path, content)
+    return content
+
+
+save_model = ckpt.save_state  # (path, contents)
 
 
 def load_policy(path, device=None, vlm=None):
@@ -450,13 +454,10 @@ def main(cfg):
     run.write("validation_episodes.txt", "".join(f"{name}\n" for name in names))
     about = data.about | dict(format_version=FORMAT, meta=dict(script=Path(__file__).stem, validation=names))
 
-    def write(path):
-        save_model(path, about | run.progress(), core, ema, optimizer)
+    def collect(optimizer=optimizer):
+        return contents(about | run.progress(), core, ema, optimizer)
 
-    def write_weights(path):
-        save_model(path, about | run.progress(), core, ema)
-
-    run.checkpoints(folder, LATEST, write, size)
+    run.checkpoints(folder, LATEST, save_model, size, collect)
 
     # ---- loop
     for step in run.steps(loader, PROJECT, cfg.wandb, METRICS):
@@ -488,7 +489,7 @@ def main(cfg):
             with ema.swapped():
                 values = validate(core, policy, held_out, run)
             if step.validated(values, values["val/loss_epoch"], ChunkErrors.text(values)):
-                run.save_best(folder / BEST, write_weights, size // 4)
+                run.save_best(folder / BEST, save_model, size // 4, partial(collect, None))
         if step.should_save(cfg.save_steps, epoch_end):
             run.save()
 

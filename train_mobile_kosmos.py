@@ -700,10 +700,7 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
         return MobileVLA(vlm, backbone, ids, cfg).to(device)
 
 
-def save_model(path, core, optimizer, about):
-    """Write a .ckpt: trained weights, the optimizer's moments, and `about`, plain values."""
-    trained, moments = ckpt.training_state(core, optimizer)
-    ckpt.save_state(path, about | dict(trained=trained, moments=moments))
+save_model = ckpt.save_state  # a .ckpt: trained weights, the optimizer's moments, plain values
 
 
 def best_files(folder):
@@ -960,11 +957,12 @@ def main(cfg):
     run.write("validation_episodes.txt", "".join(f"{e.name}\n" for e in data.validation))
     blind = blind_table(data.train, cfg)
 
-    def write(path):
-        save_model(path, core, optimizer, about | run.progress())
+    def collect():
+        trained, moments = ckpt.training_state(core, optimizer)
+        return about | run.progress() | dict(trained=trained, moments=moments)
 
     # ---- loop
-    run.checkpoints(folder, "last.ckpt", write, size)
+    run.checkpoints(folder, "last.ckpt", save_model, size, collect)
     for step in run.steps(loader, cfg.wandb_project, cfg.wandb):
         # velocities that exist, of the whole optimizer step over all ranks: what the loss is divided by
         elements = run.sum(2 * sum(int(b["chunck_mask"].sum()) for b in step.batches))
@@ -985,7 +983,7 @@ def main(cfg):
             epoch = min(run.position // n - (run.position // n > step.first // n), t.max_epochs - 1)
             step.validated(values, values["val_loss"], f"epoch {epoch} | {validation_text(values)}")
             about |= dict(epoch=epoch, val_loss=values["val_loss"])
-            keep_best(run, folder, about, t.save_top_k, write, size)
+            keep_best(run, folder, about, t.save_top_k, lambda path: save_model(path, collect()), size)
         if step.should_save(0, epoch_end):
             run.save()
 

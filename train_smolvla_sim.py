@@ -1138,16 +1138,19 @@ def main(cfg):
         tensors = core.state_dict() | ema.average
         return export_weights({k: v.detach().cpu() for k, v in tensors.items()}, dataclasses.asdict(cfg))
 
-    def write(path):
+    def collect():
         about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table, frozen=kept)
         about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
         about["spikes"] = dict(history=spikes.history, rows=spikes.rows)
-        about["ema_state_dict"] = {k: v.cpu() for k, v in ema.average.items()}
+        about["ema_state_dict"] = ema.average
         about["model_state_dict"], about["optimizer_state_dict"] = ckpt.training_state(core, optimizer)
-        ckpt.save_state(path, run.progress() | about)
+        return run.progress() | about
+
+    def write(path, content):
+        ckpt.save_state(path, content)
         ckpt.link(path, folder / "checkpoint_latest.pt")
 
-    run.checkpoints(folder, "checkpoint_step_{step}.pt", write, size, keep=t.keep_checkpoints)
+    run.checkpoints(folder, "checkpoint_step_{step}.pt", write, size, collect, t.keep_checkpoints)
 
     # ---- loop
     mode = cfg.wandb.mode if cfg.wandb.enable else "disabled"
