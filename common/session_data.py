@@ -409,7 +409,7 @@ class ChunkErrors:
                 parts.append(f"MAE {unit} {mae:.4g} (no motion {zero:.4g}, last action {last:.4g})")
         swaps = [f"{k.removeprefix('val/swap_')} x{v:.2f}" for k, v in values.items() if k.startswith("val/swap_")]
         text = " | ".join([*parts, "error with another sample's " + ", ".join(swaps)])
-        if values["val/swap_feature"] < 1.05:
+        if values.get("val/swap_feature", math.inf) < 1.05:
             text += "\nwarning   the policy does not look at its pictures: those of another session are as good"
         return text
 
