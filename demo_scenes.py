@@ -72,7 +72,7 @@ class Insertion:
     it, within TUBE_MM of the axis and TUBE_RAD of its direction, and never into the eye beside it."""
 
     units = ["mm"] * 3 + ["rad"] * 3  # of the action
-    hz = demo.HZ
+    hz, verb = demo.HZ, "inserted"
     meters, joints, yaw_home = False, False, False  # of state and deltas; joint targets; the wrist also turns home
     instruction = demo.INSTRUCTION
     state = ("ee_pose",)  # of "qpos", "ee_pose"

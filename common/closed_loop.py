@@ -7,7 +7,7 @@ An environment is any object with
 of which the policy takes the observation and gives the action. What else success() says (numbers with their unit in
 the name, truth values) is reported as its median, or as its count. Optional: expert() -> the right action now, hold()
 -> the action that stands still, units of the action (compared with the policy's), picture() -> (h, w, 3) uint8 for a
-person, hz, and looking: set to False while nobody needs pictures."""
+person, hz, verb ("inserted"), and looking: set to False while nobody needs pictures."""
 
 import functools
 import importlib
@@ -262,6 +262,9 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     (folder / "closed_loop.json").write_text(json.dumps(about | dict(summary=reports, scenes=plain), indent=2))
     draw_strip(make_scene, found, folder / "closed_loop.png")
     print(f"report: {folder / 'closed_loop.json'}\npicture: {folder / 'closed_loop.png'}")
+    still = f" (holding still: {reports['hold still']['success']})" if "hold still" in reports else ""
+    verb = getattr(make_scene, "verb", "did the task in")
+    print(f"{verb} {reports['policy']['success']} of {scenes} unseen scenes{still}")
     return reports
 
 
