@@ -83,7 +83,7 @@ def test_every_variant_gives_the_same_sample(tmp_path, raw_samples, variant):
     to_mm = 1000 if variant.get("position_unit") == "m" else 1
     to_rad = np.pi / 180 if variant.get("rotation_unit") == "deg" else 1
     ours, theirs = data.spec.normalizer, expected_data.spec.normalizer
-    assert data.spec.position_unit == ("m" if to_mm == 1000 else "mm")
+    assert data.spec.contract.actions[0][1] == ("m" if to_mm == 1000 else "mm")
     moves = ~theirs.constant
     assert moves.sum() == 5, "the demo's needle never yaws"
     assert len(got) == len(expected) == N - 1
