@@ -448,6 +448,15 @@ def test_the_turntable_is_felt_and_seen():
     for _ in range(20):
         scene.step(scene.expert())
     assert pushed[:3].max() > 4 and np.abs(scene.errors[-1]).max() < 0.1
+    for _ in range(27):
+        scene.step(scene.expert())
+    late = np.array(scene.errors)[-30:, 2]
+    scene.errors = [error + np.array([0, 0, 2, 0, 0, 2]) for error in scene.errors]  # too high all the time
+    assert (
+        scene.success()["tissue_mm"] == pytest.approx(np.abs(late - late.mean()).mean()) and scene.success()["success"]
+    )
+    scene.errors = [error + np.array([4, 0, 0, 0, 0, 0]) for error in scene.errors]
+    assert scene.success()["table_mm"] == pytest.approx(4, abs=0.1) and not scene.success()["success"]
     stiff = demo_scenes.Turntable()
     stiff.breathes = False
     assert stiff.reset(1)["sensor"] is None
