@@ -330,8 +330,9 @@ def restore_moments(model, optimizer, saved):
     optimizer.state.clear()
     for name, moments in saved.items():
         where = {k: "cpu" if k == "step" and not fused else names[name].device for k in moments}  # counted on the CPU
-        moments = {k: laid_out(v, names[name]) if v.dim() else v for k, v in moments.items()}
-        optimizer.state[names[name]] = {k: v.to(where[k], copy=True) for k, v in moments.items()}
+        plain = {k: v for k, v in moments.items() if not isinstance(v, torch.Tensor)}  # bitsandbytes counts in an int
+        moments = {k: laid_out(v, names[name]) if v.dim() else v for k, v in moments.items() if k not in plain}
+        optimizer.state[names[name]] = plain | {k: v.to(where[k], copy=True) for k, v in moments.items()}
 
 
 def laid_out(tensor, parameter):

@@ -637,6 +637,10 @@ def test_moments_in_8_bits_are_bitsandbytes_own(monkeypatch, parts):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
     optimizer = nora.build_optimizer(cfg, [torch.zeros(2, requires_grad=True)], None)
     assert type(optimizer) is AdamW8bit and optimizer.defaults["betas"] == (0.9, 0.95)
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimizer, saved = nora.build_optimizer(cfg, layer.parameters(), None), dict(step=3, state1=torch.ones(1, 2))
+    ckpt.restore_moments(layer, optimizer, dict(weight=saved))
+    assert optimizer.state[layer.weight]["step"] == 3 and optimizer.state[layer.weight]["state1"].sum() == 2
 
 
 def test_bf16_trains_fp32_masters_and_exports_bf16(tmp_path, base):
