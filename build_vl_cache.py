@@ -115,7 +115,7 @@ def write_features(cache_root, session, ticks, features, meta):
     require(finite, f"{session.name}: a feature is not finite in {dtype}. {how}")
     path = file_of(cache_root, session, meta)
     with ckpt.atomic_path(path) as temporary:
-        ckpt.save_state(temporary, dict(features=stored, meta=meta))
+        ckpt.save_state(temporary, dict(features=stored, meta=meta, checksum=vl_cache.checksum(stored, meta)))
     return path
 
 

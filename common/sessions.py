@@ -28,6 +28,7 @@ STATS_FORMAT = 1  # of session_stats
 DATA_PKL, SENSOR_FILE, NOTES_FILE = "data.pkl", "sensor_stream.npy", "session.yaml"
 CHANNELS = 1026  # of a sensor row: force, then 1025 A-scan values
 SENSOR_HZ = 650  # nominal; Session.sensor_hz is what was measured
+SENSOR_DTYPES = ("float16", "float32")  # of the rows on the disk
 ACTION_HZ = 10  # what the trainings expect of the sessions' actions
 GUIDE = ("New_dataset", "White_silicone_white_circle", "Needle_insertion_eye_trocar", "OCT_insertion", "part1")
 ARRAYS = {  # key of data.pkl: (dtype, columns)
@@ -56,11 +57,11 @@ class Plain(pickle.Unpickler):
 
 
 def load_data_pkl(path):
-    """Path of a data.pkl -> its dict, as create_datapkl.py wrote it; BadSession."""
+    """Path of a data.pkl -> its dict, every field that the programs use checked; BadSession."""
     raw = Path(path).read_bytes()
     try:
         data = _unpack(Plain(io.BytesIO(raw)).load())
-        require(data["schema_version"] == SCHEMA, f"its schema_version is not {SCHEMA}")
+        _check(data)
     except Exception as error:  # damaged bytes surface as anything: EOFError, TypeError, IndexError, MemoryError...
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
         raise BadSession(f"{path} is refused: {reason}. Make it again: {REMAKE.format(Path(path).parent)}") from error
@@ -73,7 +74,35 @@ def _unpack(value):
     if not isinstance(value, tuple):
         return value
     name, shape, raw = value
+    if name not in ("float32", "float64", "int32"):
+        raise ValueError("it has an array of another kind of numbers")
     return np.frombuffer(raw, name).reshape(shape).copy()
+
+
+def _check(data):
+    same = type(data["schema_version"]) is int and data["schema_version"] == SCHEMA
+    require(same, f"its schema_version is not {SCHEMA}")
+    n, sensor = len(data["action"]), data["sensor_data"]
+    arrays = {key: (data[key], dtype, (n, width) if width else (n,)) for key, (dtype, width) in ARRAYS.items()}
+    for view, paths in data["image"].items():
+        size = data["image_size"][view]
+        require(len(size) == 2 and {*map(type, size)} == {int}, f"the image_size of {view} is not (height, width)")
+        arrays[f"image_timestamps of {view}"] = data["image_timestamps"][view], "f8", (len(paths),)
+        for path in paths:
+            inside = not os.path.isabs(path) and ".." not in path.split("/")
+            require(inside, f"the image path '{path}' leads out of the recording")
+    if sensor is not None:
+        arrays["timestamps of the sensor"] = sensor["timestamps"], "f8", (len(sensor["timestamps"]),)
+        arrays |= {f"{key} of the sensor": (sensor[key], "f8", (CHANNELS,)) for key in ("mean", "std")}
+        known = (sensor["file"], sensor["channels"]) == (SENSOR_FILE, CHANNELS) and 0 < sensor["rate_hz"] < math.inf
+        known = known and sensor["dtype"] in SENSOR_DTYPES
+        require(known, f"sensor_data is not {CHANNELS} channels of fp16 or fp32 in {SENSOR_FILE} at a rate above 0")
+    for key, (x, dtype, shape) in arrays.items():
+        fits = isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == shape and np.isfinite(x).all() and n
+        require(fits, f"{key} is not {dtype} {shape}, finite and not empty")
+    names = [*data["image"], *(name for name, _ in data["metadata"]["sources"])]
+    plain = not any("/" in name for name in names) and isinstance(data["instruction"], str)
+    require(plain, "a view or source is not a plain name, or the instruction no text")
 
 
 def content_of(path):

@@ -26,6 +26,8 @@ class TwoRateLoop:
         which = f"say which instruction: the policy was trained on {len(texts)}, e.g. {texts[:3]}"
         require(instruction is not None or len(texts) == 1, which)
         self.policy, self.instruction, self.clock = policy, instruction or texts[0], clock
+        if self.instruction not in texts:
+            print(f"warning: the policy has not been trained on {self.instruction!r}, but on {texts[:3]}")
         cfg = policy.cfg
         self.trained_age_s = cfg.vlm_reuse_count / ss.ACTION_HZ + max(cfg.vlm_latency_ms) / 1000
         self.max_age_s = self.trained_age_s if max_age_s is None else max_age_s

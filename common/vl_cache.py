@@ -5,6 +5,7 @@ File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<fingerprint>.
     features (n_ticks, 1, D) float16, NaN at ticks without a complete set of images
     meta {recipe, session, instruction, stride, tick_times [s], frame_index {view: [image number, -1: none]},
           frames {view: [[path in the session, bytes, mtime_ns, sha256] of the images used]}}
+    checksum of both
 The fingerprint is a hash of meta without places and times. A reader needs neither the VLM nor an image: it compares
 meta with its settings and with the images' sizes and times; where these moved, the image's content decides.
 """
@@ -229,17 +230,25 @@ def stem_of(session):
     return session.name.replace("/", "__")
 
 
+def checksum(features, meta):
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    digest.update(features.contiguous().numpy())
+    return digest.hexdigest()
+
+
 class FeatureFile:
     """Features of one session: `features` (n_ticks, 1, D) in the stored dtype, mapped from the file by the process
-    that reads them, `shape`, `meta`. A file that is cut off, or another program's, is refused."""
+    that reads them, `shape`, `meta`. Opening compares the checksum; a file that is not what was written is refused."""
 
     def __init__(self, path):
         self.path = Path(path)
         try:
             content = ckpt.load_state(path)
             self.shape, self.meta = tuple(content["features"].shape), content["meta"]
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            raise CacheMismatch(f"{path} is damaged, or of another version of this program") from error
+            whole = content["checksum"] == checksum(content["features"], self.meta)
+        except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
+            whole = False
+        require(whole, f"{path} is damaged, or of another version of this program", CacheMismatch)
 
     @functools.cached_property
     def features(self):
@@ -280,25 +289,25 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
     how = f"Build them: {command('build_vl_cache.py', **build)}"
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
         wanted["weights"] = digest
-    kinds, lacking, error = {}, [], MissingFile  # kinds {stride and recipe as text: {session: file}}
+    kinds, refused, missing = {}, [], []  # kinds {stride and recipe as text: {session: file}}
     for session in sessions:
-        reasons = []
-        for path in files_of(cache_root, session):
+        paths, reasons = files_of(cache_root, session), []
+        for path in paths:
             try:
                 file = FeatureFile(path)
                 require_fit(file, session, wanted, reuse, max_image_age, pictures)
-            except CacheMismatch as why:
-                reasons.append(str(why))
+            except CacheMismatch as error:
+                reasons.append(str(error))
             else:
                 kind = json.dumps([file.meta["stride"], file.meta["recipe"] | dict(model="")], sort_keys=True)
                 kinds.setdefault(kind, {}).setdefault(session.name, file)
-        if not any(session.name in files for files in kinds.values()):
-            lacking.append(f"{session.name}: {reasons[0] if reasons else 'none at all'}")
-            error = CacheMismatch if reasons else error
-    shown = "\n  ".join(lacking[:5] + [f"and {len(lacking) - 5} more"] * (len(lacking) > 5))
-    require(
-        not lacking, f"no features that fit of {len(lacking)} of {len(sessions)} sessions:\n  {shown}\n{how}", error
-    )
+        if not paths:
+            missing.append(session.name)
+        elif len(reasons) == len(paths):
+            refused.append(f"{session.name}: {reasons[0]}")
+    for names, kind, what in ((refused, CacheMismatch, "that fit"), (missing, MissingFile, "at all")):
+        shown = "\n  ".join(names[:5] + [f"and {len(names) - 5} more"] * (len(names) > 5))
+        require(not names, f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}\n{how}", kind)
     whole = [json.loads(kind) for kind, files in kinds.items() if len(files) == len(sessions)]
     shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
     several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"

@@ -1,5 +1,7 @@
 """Sessions: what belongs to a step, known by hand; data.pkl and what is refused; folders; the split; the statistics."""
 
+import functools
+import operator
 import os
 import pickle
 import pickletools
@@ -191,18 +193,38 @@ def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
     assert not sign.exists()
 
 
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("schema_version", 3, f"schema_version is not {ss.SCHEMA}"),
-        ("schema_version", [[]], f"schema_version is not {ss.SCHEMA}"),
-        ("action", ("float32", (-1, 7), b"x" * 5), "buffer size"),
-        ("action", ("object", (12, 7), b"x" * 672), "OBJECT array"),
-    ],
-)
-def test_wrong_contents_are_named_with_the_command(tmp_path, key, value, message):
+WRONG = [  # (where, what stands there, what is said)
+    ("schema_version", 2, f"schema_version is not {ss.SCHEMA}"),
+    ("schema_version", [[]], f"schema_version is not {ss.SCHEMA}"),
+    ("action", np.zeros((12, 6), np.float32), r"action is not f4 \(12, 7\)"),
+    ("action", ("object", (12, 7), b"x" * 672), "another kind of numbers"),
+    ("action", ("float32", (-1, 7), b"x" * 5), "buffer size"),
+    ("action", 5, "no len"),
+    ("robot_state", np.full((12, 12), np.nan, np.float32), "finite"),
+    ("action_timestamps", [0.0] * 12, "action_timestamps is not"),
+    ("image View1_left", ["/etc/passwd"], "'/etc/passwd' leads out of the recording"),
+    ("image View1_left", ["View1/../../../other.jpg"], "leads out of the recording"),
+    ("image View1_left", [7], "expected str"),
+    ("image", {"View2": []}, "it has no 'View2'"),
+    ("sensor_data file", "../x.npy", "sensor_data is not"),
+    ("sensor_data rate_hz", 0, "sensor_data is not"),
+    ("sensor_data dtype", "float64", "sensor_data is not"),
+    ("sensor_data std", np.ones(3), "std of the sensor is not f8"),
+    ("image_size View1_left", [8], "image_size of View1_left is not"),
+    ("sensor_data", {}, "it has no 'timestamps'"),
+    ("sensor_data timestamps", "now", "timestamps of the sensor"),
+    ("metadata", {}, "it has no 'sources'"),
+    ("metadata sources", [["../robot.csv", "1"]], "not a plain name"),
+    ("instruction", 5, "no text"),
+]
+
+
+@pytest.mark.parametrize("path, value, message", WRONG)
+def test_wrong_contents_are_named_with_the_command(tmp_path, path, value, message):
     data = create_datapkl.pack(content(images=[0.0], sensor=65) | dict(schema_version=ss.SCHEMA))
-    refuses(tmp_path, pickle.dumps(data | {key: value}, 4), message)
+    *groups, key = path.split()
+    functools.reduce(operator.getitem, groups, data)[key] = create_datapkl.pack(value)
+    refuses(tmp_path, pickle.dumps(data, 4), message)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", pickle.dumps([1], 4), pickle.dumps(dict(content()), 4)[:300]])
@@ -308,7 +330,7 @@ def test_statistics_by_hand(tmp_path, monkeypatch):
         rows = rng.normal(5 + i, 2, (n, 1026)).astype(np.float32)
         rows[:, 9], rows[:, 0] = 3, 1000 + rng.normal(0, 0.01, n)
         s = session(tmp_path / str(i), rows, sensor=n)
-        s.sensor |= dict(mean=rows.mean(0, np.float64), std=rows.std(0, np.float64), dtype=("float16", "float32")[i])
+        s.sensor |= dict(mean=rows.mean(0, np.float64), std=rows.std(0, np.float64), dtype=ss.SENSOR_DTYPES[i])
         s.action = rng.normal(0, 1, (12, 7)).astype(np.float32)
         s.action[:, 6], s.action[:, 2] = 1, 0.5 + rng.uniform(0, 5e-5, 12)
         parts.append((s, rows.astype(np.float64)))

@@ -261,13 +261,19 @@ def half_zeroed(path):
     path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 
 
+def one_bit(path):
+    numbers, data = ckpt.load_state(path)["features"].numpy().tobytes(), bytearray(path.read_bytes())
+    data[data.index(numbers) + 7] ^= 1
+    path.write_bytes(data)
+
+
 def test_only_what_is_missing_or_damaged_is_built(cached, built, qwen_dir, capsys):
     before = times(cached)
     build(cached, qwen_dir)
     assert times(cached) == before and "0 built here" in capsys.readouterr().out
-    for damage in (Path.unlink, lambda path: path.write_bytes(b""), half_zeroed):
+    for damage in (Path.unlink, lambda path: path.write_bytes(b""), half_zeroed, one_bit):
         damage(feature_files(cached)[2])
-        why = r"(no features that fit of 1 of 4|is damaged)[\s\S]*python build_vl_cache\.py"
+        why = r"(no features at all of 1 of 4|is damaged)[\s\S]*python build_vl_cache\.py"
         with pytest.raises((MissingFile, vc.CacheMismatch), match=why):
             read(cached, qwen_dir)
         build(cached, qwen_dir)
