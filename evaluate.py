@@ -222,16 +222,15 @@ def with_columns(observation, other, columns):
 
 def find_uses(policy, root, names, records, report, count, batch_size):
     """-> {input: {how: relative error with it changed}}, "own": {"": with nothing changed}, on `count` frames. Swapped:
-    with that of another episode's frame at the nearest phase."""
+    with that of another episode's frame at the nearest phase; of one episode only, with a frame far away."""
     chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, count).astype(int))]
     length = {}
     for r in records:
         length[r["episode"]] = r["t"] + 1
     progress = [10 * r["phase"] + r["t"] / length[r["episode"]] for r in chosen]
     other = partners([r["episode"] for r in chosen], progress)
-    if other is None:
-        print("what the policy uses is not known: there is one episode only")
-        return {}
+    if other is None:  # one episode, or one file of unrelated pictures: a frame far away
+        other = np.roll(np.arange(len(chosen)), len(chosen) // 2)
     seen = sample_again(policy, root, names, chosen)
     changes = {("own", ""): seen}
     changes |= changed_inputs(seen, [seen[k] for k in other], getattr(policy, "opposites", {}))
