@@ -782,7 +782,7 @@ def test_evaluate_on_the_validation_file(trained, vamos_root, tmp_path, capsys):
     _, run, adapter = trained
     command = ["--checkpoint", str(run), "--data", str(vamos_root), "--output", str(tmp_path), "--device", "cpu"]
     report, name = evaluate.main(command), "data/validation-00000-of-00001.parquet"
-    assert report["policy"]["per_dim"].keys() == {"v_x", "v_y"} and len(list(tmp_path.glob("*.png"))) == 2
+    assert report["policy"]["per_dim"].keys() == {"v_x", "v_y"} and len(list(tmp_path.glob("*.png"))) == 3
     said = capsys.readouterr().out
     assert "1 validation episodes" in said and "m/step" in said
     paths = pq.read_table(vamos_root / name)["trajectory_3d"].to_pylist()
