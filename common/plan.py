@@ -1,0 +1,357 @@
+"""What a training needs, said before anything is loaded: memory of card and host, disk, reading; and if it does not fit
+the card, the keys that make it fit, tried.
+
+The script's own build_model, forward and backward run on tensors that have shapes but no values (torch's fake tensors),
+so nothing is loaded or computed, and what every operation would allocate and free is counted. Only integers (token ids,
+positions, grids, masks) are real, because code branches on them. Counted that way: weights, gradients, activations, the
+peak of a step and of a validation. By formula: moments (8 bytes per trained weight), FSDP, 4-bit weights, host and disk.
+
+    plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, ..., "cpu", dtype))  # (...) -> module"""
+
+import contextlib
+import copy
+import math
+import os
+import shutil
+import warnings
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from common import hub, require
+
+BATCH = ("per_device_batch_size", "batch_size")  # the scripts' names for one thing
+ACCUMULATION = ("gradient_accumulation_steps", "grad_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches")
+START = ("resume", "resume_from_checkpoint", "init_from", "load_model_weights", "pretrained_model_id")
+FP32 = dict(mixed_precision="no", use_bfloat16=False, precision="32-true")  # key: value that turns bf16 off
+CHANGES = (dict(), dict(gradient_checkpointing=True), dict(train="lora"))  # the first two train the same model
+CHANGES += (dict(train="lora", gradient_checkpointing=True), dict(use_quantization=True))
+USABLE = 0.93  # of a card's bytes: 24 GiB are 24 GB and CUDA's context, buffers and fragments
+NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
+ONES = 2**22  # integers up to this many are real
+card = None  # GB, of --plan; None: the card that is there
+
+
+# ---- a model without values ------------------------------------------------------------------------------------------
+
+
+class Shapes(TorchDispatchMode):
+    """Below it operations run on fake tensors, those on integers for real. live, peak: bytes of all fake storages."""
+
+    def __init__(self):
+        super().__init__()
+        from torch._subclasses import fake_tensor as fakes  # slow to import
+
+        self.fakes, self.fake = fakes, fakes.FakeTensorMode(allow_non_fake_inputs=True)
+        self.live, self.peak, self.known = 0, 0, {}
+
+    def real(self, t):
+        return not isinstance(t, self.fakes.FakeTensor) and not t.is_floating_point() and t.dtype != torch.uint8
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if tensors and all(self.real(t) for t in tensors):
+            return self._compute(func, args, kwargs)
+        if "index" in func._opname:  # a real mask has to become places: how many would else be unknown
+            args = [self._places(a) if isinstance(a, (list, tuple)) else a for a in args]
+        out = func(*args, **kwargs)
+        if not tensors and isinstance(out, torch.Tensor) and self._small(out):
+            return self._compute(func, args, kwargs)
+        return tree_map_only(self.fakes.FakeTensor, self.count, out)
+
+    def _small(self, t):
+        return not t.is_floating_point() and t.dtype != torch.uint8 and t.numel() <= ONES
+
+    def _compute(self, func, args, kwargs):
+        with self.fakes.unset_fake_temporarily():
+            out = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, self.without_values, out)
+
+    def _places(self, indices):
+        out = []
+        with self.fakes.unset_fake_temporarily():
+            for t in indices:
+                mask = isinstance(t, torch.Tensor) and t.dtype == torch.bool and self.real(t)
+                out += t.nonzero(as_tuple=True) if mask else [t]
+        return out
+
+    def without_values(self, t):
+        return t if self.real(t) else self.count(self.fake.from_tensor(t))
+
+    def count(self, t):
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, lambda _: self._freed(key, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        return t
+
+    def _freed(self, key, size):
+        del self.known[key]
+        self.live -= size
+
+
+class CudaCasts(TorchFunctionMode):
+    """Autocast of a CPU, which the fake tensors are on, as on CUDA: there norms and softmax give fp32."""
+
+    WIDE = (F.layer_norm, F.group_norm, F.softmax, torch.layer_norm, torch.softmax)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.WIDE and torch.is_autocast_enabled("cpu"):
+            args = tree_map_only(torch.Tensor, lambda t: t.float(), args)
+        return func(*args, **(kwargs or {}))
+
+
+def convert(module, fn, recurse=True):
+    """nn.Module._apply, which cannot exchange fake tensors."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for group in (module._parameters, module._buffers):
+        for key, old in [(key, t) for key, t in group.items() if t is not None]:
+            with torch.no_grad():
+                new = fn(old)
+            if new is not old and new.device == old.device:
+                old.data = new  # tied weights stay tied
+            elif new is not old:
+                group[key] = torch.nn.Parameter(new, old.requires_grad) if key in module._parameters else new
+    return module
+
+
+def untrained(cls, folder, config=None, output_loading_info=False, **how):
+    """PreTrainedModel.from_pretrained without its weights."""
+    known = {k: v for k, v in how.items() if k in ("dtype", "attn_implementation")}
+    model = cls._from_config(config or cls.config_class.from_pretrained(folder), **known)
+    return (model, dict(missing_keys=[], unexpected_keys=[])) if output_loading_info else model
+
+
+@dataclass
+class Need:
+    """Bytes on one rank's device, and numbers (trained, whole, layer, outside)."""
+
+    weights: int
+    gradients: int
+    moments: int
+    trained: int  # numbers that are trained
+    whole: int  # of all parameters
+    layer: int  # of the largest layer
+    outside: int  # of parameters in no layer: embeddings, heads
+    activations: int = 0  # of one micro-batch, after its forward
+    peak: int = 0  # of a step
+    validation: int = 0
+
+    @property
+    def states(self):
+        return self.weights + self.gradients + self.moments
+
+    def sharded(self, ranks):
+        """Peak with FSDP2: a share of the states, a rank's own activations, two gathered layers and what is in none."""
+        gathered = 6 * (2 * self.layer + self.outside)  # weights in bf16, gradients in fp32
+        return int(self.states / ranks + self.activations + gathered)
+
+
+@contextlib.contextmanager
+def _unfilled():
+    """Models are built without reading weights; random numbers stay where they are."""
+    from transformers import PreTrainedModel  # slow to import
+
+    pretrained = mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(untrained))
+    exchanged, same = mock.patch.object(torch.nn.Module, "_apply", convert), torch.random.fork_rng(devices=[])
+    with pretrained, exchanged, same, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy of a layer
+        yield
+
+
+def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
+    """Build the model without values, run a micro-batch that others of its step went before, and one of a validation
+    -> Need. Where the states alone are more than `room` nothing is run, and they are the peak."""
+    cfg, bf16 = _new_run(cfg), on_card and bf16_wanted(cfg)
+    four_bit, fsdp = get(cfg, "use_quantization"), get(cfg, "fsdp")
+    if four_bit:  # counted in 16 bits, then corrected; it implies the other
+        put(cfg, dict(use_quantization=False, gradient_checkpointing=True))
+    shapes, casts = Shapes(), CudaCasts() if on_card else contextlib.nullcontext()
+    with _unfilled(), shapes.fake, shapes, casts:
+        core = build(cfg, torch.bfloat16 if bf16 else torch.float32).train()
+        need = _states(cfg, core, shapes.live, four_bit)
+        need.peak = need.sharded(ranks) if fsdp else need.states
+        if need.peak > room:
+            return need
+        if fsdp and bf16:  # gathered in bf16, so no copies of autocast's
+            core.bfloat16()
+        built = shapes.live
+        if get(cfg, ACCUMULATION) > 1 or ranks > 1:  # DDP's buckets are there from the start, too
+            for p in core.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        held, shapes.peak = shapes.live, 0
+        batch = tree_map_only(torch.Tensor, shapes.without_values, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = core(batch)
+        loss = sum(v for v in out.values() if v.requires_grad)
+        del out
+        need.activations = shapes.live - held
+        loss.backward()
+        need.peak = need.weights + need.moments + max(shapes.peak - built, need.gradients)
+        need.peak = need.sharded(ranks) if fsdp else need.peak
+        del loss
+        core.zero_grad()
+        core.eval()
+        shapes.peak = shapes.live
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            core(batch)
+        need.validation = shapes.peak - built + need.weights + need.moments
+    return need
+
+
+def bf16_wanted(cfg):
+    return all(get(cfg, key) != off for key, off in FP32.items())
+
+
+def _states(cfg, core, weights, four_bit):
+    """-> Need without what a step adds."""
+    parameters = list(core.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    whole, count = sum(p.numel() for p in parameters), sum(p.numel() for p in trained)
+    moments = count * (12 if get(cfg, "ema_decay") else 8)  # fp32; with an average of the weights
+    linear = [m.weight for n, m in core.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    if four_bit:
+        weights -= int((2 - NF4) * sum(p.numel() for p in linear if not p.requires_grad))
+    lists = [m for m in core.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1]
+    inside = {id(inner) for m in lists for layer in m for inner in layer.modules()}
+    layers = [sum(p.numel() for p in layer.parameters()) for m in lists if id(m) not in inside for layer in m]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    return Need(weights, gradients, moments, count, whole, max(layers, default=0), whole - sum(layers))
+
+
+def _new_run(cfg, changes=()):
+    """A copy with other values, that starts from nothing which is on disk."""
+    cfg = copy.deepcopy(cfg)
+    put(cfg, dict.fromkeys(START) | dict(changes))
+    return cfg
+
+
+# ---- keys of a config, by the names that the scripts have for them ---------------------------------------------------
+
+
+def places(cfg, keys):
+    """-> [(group, dotted prefix, key)] of the fields with one of these names, here or one level down."""
+    groups = [(cfg, "")] + [(v, f"{k}.") for k, v in vars(cfg).items() if hasattr(v, "__dataclass_fields__")]
+    keys = (keys,) if isinstance(keys, str) else keys
+    return [(group, prefix, key) for group, prefix in groups for key in keys if hasattr(group, key)]
+
+
+def get(cfg, keys, default=None):
+    found = places(cfg, keys)
+    return getattr(found[0][0], found[0][2]) if found else default
+
+
+def put(cfg, values):
+    for key, value in values.items():
+        for group, _, name in places(cfg, key)[:1]:
+            setattr(group, name, value)
+
+
+def flags(cfg, values):
+    """-> "--train lora --training.batch_size 4": what to write for these values."""
+    return " ".join(f"--{prefix}{name} {values[key]}" for key in values for _, prefix, name in places(cfg, key)[:1])
+
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def ways(cfg, build, batch_of, room, ranks):
+    """Changes of the config that fit into `room`, tried -> [(flags, bytes)]: the largest micro-batch of each kind."""
+    size, accumulation, out = get(cfg, BATCH), get(cfg, ACCUMULATION), []
+    batch_key, accumulation_key = (places(cfg, keys)[0][2] for keys in (BATCH, ACCUMULATION))
+    for change in CHANGES:
+        if any(get(cfg, key, value) == value for key, value in change.items()):
+            continue  # it is so already, or the script has no such key
+        new = _new_run(cfg, change)
+        peak, micro = measure(new, build, batch_of(size), True, ranks, room).peak, size
+        if peak > room and size > 1:
+            one = measure(new, build, batch_of(1), True, ranks, room).peak
+            line = [(m, one + (peak - one) * (m - 1) // (size - 1)) for m in range(1, size) if size % m == 0]
+            micro, peak = max([pair for pair in line if pair[1] <= room], default=(1, one))
+        if peak <= room:
+            smaller = {batch_key: micro, accumulation_key: accumulation * size // micro} if micro < size else {}
+            out.append((flags(cfg, change | smaller), peak))
+    return out
+    if get(cfg, "fsdp") is False and get(cfg, "train") == "full":
+        change = dict(fsdp=True, gradient_checkpointing=True)
+        need = measure(_new_run(cfg, change), build, batch_of(size), True, 8)
+        fits = [(f"{flags(cfg, change)} on {n} such cards", need.sharded(n)) for n in range(2, 9)]
+        out += [pair for pair in fits if pair[1] <= room][:1]
+    return out
+
+
+def check(cfg, dataset, collate, build, run=None):
+    """Say the plan. `build`(config, dtype) -> the module on the CPU whose forward(batch) gives the losses. `run`: it is
+    about to start, and is refused where it does not fit the card; a run on a CPU has none, and no plan."""
+    there = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    room, on_card = (card * 1e9 if card else USABLE * there), bool(card or there)
+    if run and not on_card:
+        return
+    say, ranks = (run.print, run.world) if run else (print, int(os.environ.get("WORLD_SIZE", 1)))
+    size, accumulation = get(cfg, BATCH), get(cfg, ACCUMULATION)
+
+    def batch_of(n, first=0):
+        return collate([dataset[(i, i % len(dataset))] for i in range(first, first + n)])
+
+    batch, before = batch_of(size), _bytes_read()
+    batch_of(size, size)  # its files are open by now
+    read, need = _bytes_read() - before, measure(cfg, build, batch, on_card, ranks)
+    fits = need.peak <= room or not on_card
+    _say(cfg, need, batch, read, ranks, f"{room / 1e9:.0f} GB" if on_card else "", fits, say)
+    if fits:
+        return
+    found = ways(cfg, build, batch_of, room, ranks)
+    for text, peak in found:
+        say(f"fits      {peak / 1e9:6.2f} GB  {text}")
+    what = f"this training needs {need.peak / 1e9:.1f} GB of GPU memory, {room / 1e9:.1f} GB can be used"
+    how = " | ".join(text for text, _ in found) or "a larger card"
+    sure = need.peak > 1.1 * room  # within the plan's error it may still fit
+    require(not sure, f"{what}. What fits: {how}")
+
+
+def _say(cfg, need, batch, read, ranks, room, fits, say):
+    size, accumulation, workers = (get(cfg, keys) for keys in (BATCH, ACCUMULATION, "num_workers"))
+    gb = {k: f"{v / 1e9:.2f}" for k, v in vars(need).items()}
+    kind, samples = "bf16" if room and bf16_wanted(cfg) else "fp32", size * accumulation * ranks
+    card_text = f"card of {room} usable: {'fits' if fits else 'DOES NOT FIT'}" if room else "no card: see --plan 24"
+    say(f"plan      {gb['peak']} GB for {size} x {ranks} ranks x {accumulation}, {kind}; {card_text}")
+    states = f"weights {gb['weights']} + gradients {gb['gradients']} + moments {gb['moments']}"
+    later = need.states / (ranks if get(cfg, "fsdp") else 1) - need.gradients
+    say(
+        f"memory    {states} + activations {gb['activations']} GB; validation {gb['validation']}, saving {later / 1e9:.2f} GB"
+    )
+    bytes_of = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
+    ahead = workers * max(4, math.ceil(accumulation / workers)) * bytes_of if workers else bytes_of
+    state, model = 12 * need.trained, need.whole * (2 if kind == "bf16" else 4)
+    now = f"{_resident() / 1e9:.1f} GB now, {ahead / 1e9:.2f} GB of batches ahead"
+    say(f"host      per rank: {now}; rank 0 while it saves: {state / 1e9:.2f} GB more")
+    folder = Path(get(cfg, ("output_dir", "run_root_dir", "checkpoint_dir"), ".")).resolve()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / 1e9
+    say(
+        f"disk      {state / 1e9:.2f} GB of weights and moments per checkpoint, {model / 1e9:.2f} GB a whole model; {free:.0f} GB free"
+    )
+    say(
+        f"reading   {read * accumulation * ranks / 1e6:.2f} MB per step of {samples} samples, read without maps of files"
+    )
+
+
+def _bytes_read():
+    """By this process so far; maps of files do not count."""
+    with open("/proc/self/io") as f:
+        return int(f.readline().split()[1])
+
+
+def _resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
