@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checkpoint as ckpt
-from common import require
+from common import plan, require
 from common.config import config_from
 from common.hub import load_weights
 from common.log import WandbConfig
 from common.run import Run, launch
 from common.sampler import GlobalOrder
-from common.session_data import ACTIONS, ChunkErrors, SessionDataset, SessionPolicy
+from common.session_data import ACTIONS, ChunkErrors, Collate, SessionDataset, SessionPolicy
 from common.session_data import check_data, describe, held_out_batches, load_data
 from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
@@ -331,7 +331,7 @@ def validate(core, policy, dataset, run):
 def main(cfg):
     check_config(cfg)
     if cfg.check:
-        return check_data(cfg, SessionDataset, WEIGHTS)
+        return check_data(cfg, SessionDataset, WEIGHTS, build_model)
 
     # ---- inputs: everything that can be wrong is found before weights are made
     folder = Path(cfg.checkpoint_dir)
@@ -355,6 +355,7 @@ def main(cfg):
         return run.once(write_final, path, folder / FINAL)
 
     # ---- model, optimizer
+    plan.check(cfg, dataset, Collate(cfg, data.about["stats"]), lambda c, _: build_model(c, data.about, "cpu"), run)
     core = build_model(cfg, data.about, run.device)
     policy = Policy(core, cfg, data.about, run.device)
     optimizer = make_optimizer(core, cfg, fused=run.device.type == "cuda" or None)
@@ -414,5 +415,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    memory = "Lower batch_size (now {batch_size}) and raise grad_accum_steps (now {grad_accum_steps}) in proportion"
-    launch(main, Config, ALIASES, memory=memory)
+    launch(main, Config, ALIASES)

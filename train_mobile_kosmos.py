@@ -48,7 +48,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import MissingFile, require
+from common import MissingFile, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
@@ -897,8 +897,11 @@ def check_data(cfg):
             print(f"          {key:<20} {str(tuple(v.shape)):<28} {str(v.dtype).removeprefix('torch.'):<8} {span}")
     means = "red {:.0f}, green {:.0f}, blue {:.0f}".format(*first["rgb"].float().mean((0, 2, 3)).tolist())
     print(f"colours   the mean is {means}; if red and blue look exchanged, dataset.colour_order is wrong")
-    decoded = repr(prompt.tokenizer.decode(first["text"][0][first["text_mask"][0]])) if prompt else "not shown"
-    print(f"lang      {first['lang']!r} -> {decoded}\ncheck passed")
+    if prompt:
+        decoded = prompt.tokenizer.decode(first["text"][0][first["text_mask"][0]])
+        print(f"lang      {first['lang']!r} -> {decoded!r}")
+        plan.check(cfg, dataset, dataset.collater, lambda c, dtype: build_model(c, backbone, prompt, "cpu", dtype))
+    print("check passed")
 
 
 def main(cfg):
@@ -936,6 +939,7 @@ def main(cfg):
         return
 
     # ---- model, optimizer
+    plan.check(cfg, dataset, dataset.collater, lambda c, dtype: build_model(c, backbone, prompt, "cpu", dtype), run)
     core = build_model(cfg, backbone, prompt, run.device, torch.bfloat16 if bf16 else torch.float32)
     policy = Policy(core, prompt, cfg, side, vars(data), bf16)
     model = run.prepare(core.train())
@@ -993,6 +997,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    memory = "Lower batch_size (now {batch_size}) and raise trainer.accumulate_grad_batches in proportion; or train "
-    memory += "fewer adapters (--lora_scope text_attention), on a smaller --window_size (now {window_size})"
-    launch(main, Config, ALIASES, memory, ACCEPTED)
+    launch(main, Config, ALIASES, ACCEPTED)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common import UserError, fsdp, require
+from common import UserError, fsdp, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
@@ -694,6 +694,7 @@ def check_data(cfg):
     if processor is not None:
         print(f"prompt    {processor.text(items[0]['instruction'], items[0]['state'])!r}")
         print(f"answer    {processor.tokenizer.decode(collate.answer(items[0]['action']))}")
+        plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, processor, "cpu", dtype, "sdpa")[0])
     print("check passed")
 
 
@@ -822,6 +823,7 @@ def main(cfg):
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, cfg.num_workers)
 
     # ---- model, optimizer
+    plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, processor, "cpu", dtype, "sdpa")[0], run)
     torch.manual_seed(cfg.seed)
     core, peft_model = build_model(cfg, processor, None if cfg.fsdp else run.device, dtype, attention)
     layers = [*core.vlm.model.language_model.layers, *core.vlm.model.visual.blocks]
@@ -868,6 +870,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    memory = "Lower per_device_batch_size (now {per_device_batch_size}) and raise gradient_accumulation_steps (now "
-    memory += "{gradient_accumulation_steps}) by the same factor, or --gradient_checkpointing, --train lora, --fsdp"
-    launch(main, Config, ALIASES, memory)
+    launch(main, Config, ALIASES)

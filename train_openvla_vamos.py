@@ -41,7 +41,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import UserError, require
+from common import UserError, plan, require
 from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
@@ -737,19 +737,22 @@ def check_data(cfg):
 
     data = load_data(cfg)
     describe(cfg, data, print)
-    config, processor = read_folder(local_folder(cfg.vla_path, weights=False))
-    read = lambda path, row: picture_reader(path, processor.image_processor.resize)(row)  # noqa: E731
+    config, processor = read_folder(folder := local_folder(cfg.vla_path, weights=False))
+    images = processor.image_processor
+    read = lambda path, row: picture_reader(path, images.resize)(row)  # noqa: E731
     dataset = VamosDataset(data.train, read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
     order = GlobalOrder(len(dataset), cfg.seed)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     print(f"batch     {len(items)} samples, first: {' '.join(items[0]['name'])}, {items[0]['instruction']!r}")
-    batch = Collate(processor, config, data.stats)(items)
+    collate = Collate(processor, config, data.stats)
+    batch = collate(items)
     batch |= dict(actions=torch.from_numpy(np.concatenate([item["actions"] for item in items])))
     for key in ("images", "actions", "input_ids", "targets"):
         value = batch[key]
         values = f"{str(value.dtype).removeprefix('torch.'):<8} {value.min():.4g} .. {value.max():.4g}"
         print(f"          {key:<10} {str(tuple(value.shape)):<20} {values}")
     print(f"prompt    {prompt_of(items[0]['instruction'])!r}")
+    plan.check(cfg, dataset, collate, lambda c, dtype: LossModel(build_model(c, folder, "cpu", dtype), images))
     print("check passed")
 
 
@@ -817,7 +820,7 @@ def main(cfg):
     cuda = torch.cuda.is_available()
     run = Run(cfg, run_dir / "log", cfg.batch_size, cfg.grad_accumulation_steps, bf16=cuda)
     path = run.find(cfg.resume_from_checkpoint, adapter_dir, ["steps_*"], beside=["best"])
-    _, processor = read_folder(local_folder(cfg.vla_path, weights=False))
+    config, processor = read_folder(folder := local_folder(cfg.vla_path, weights=False))
     images = processor.image_processor
     store = FrameStore(cfg.frame_dir, (*images.size, 3), [images.image_resize_strategy, "bicubic"])
     saved = read_meta(path) if path else {}
@@ -830,6 +833,9 @@ def main(cfg):
         return merge(run, path, run_dir, last=True)
 
     # ---- model, optimizer, data
+    dataset = VamosDataset(data.train, store.read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
+    collate = Collate(processor, config, data.stats)
+    plan.check(cfg, dataset, collate, lambda c, dtype: LossModel(build_model(c, folder, "cpu", dtype), images), run)
     peft_model = build_model(cfg, local_folder(cfg.vla_path), run.device, torch.bfloat16 if cuda else torch.float32)
     vla = peft_model.get_base_model()
     policy = Policy(vla, processor, data.stats, data.spec)
@@ -841,7 +847,6 @@ def main(cfg):
         state = ckpt.load_state(path / "state.pt") | dict(trained=read_adapter(path))
         ckpt.restore_training_state(vla, optimizer, state)
         del state
-    dataset = VamosDataset(data.train, store.read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
     held_out = VamosDataset(data.validation, store.read)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), policy.collate, cfg.num_workers)
     size = 12 * sum(p.numel() for p in trained)  # fp32 adapter and two moments
@@ -895,6 +900,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    memory = "Lower batch_size (now {batch_size}) and raise grad_accumulation_steps (now {grad_accumulation_steps}), "
-    memory += "or set --gradient_checkpointing True (now {gradient_checkpointing}) or --use_quantization True"
-    launch(main, Config, ALIASES, memory)
+    launch(main, Config, ALIASES)

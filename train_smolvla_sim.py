@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from common import MissingFile, frozen, hub, lerobot, log, require
+from common import MissingFile, frozen, hub, lerobot, log, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
@@ -966,9 +966,11 @@ def check_data(cfg):
     print(f"samples   {len(dataset)} (frames with a target); batch of {len(items)}, first: {episode} frame {frame}")
     batch = {f"camera{k + 1}": torch.tensor(image) for k, image in enumerate(items[0]["images"])}
     try:
-        _, tokenizer = open_vlm(cfg.policy.vlm_model_name)
-        batch |= Collate(tokenizer, cfg.policy, data.spec)(items)
+        vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
+        collate, dims = Collate(tokenizer, cfg.policy, data.spec), data.spec.definition.dim
+        batch |= collate(items)
         print(f"text      {tokenizer.decode(batch['tokens'][0][batch['token_mask'][0]])!r}")
+        plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, vlm_config, dims, dtype)[0])
     except MissingFile as error:
         print(f"note      tokens are not shown: {error}")
     for key, value in batch.items():
@@ -1106,6 +1108,8 @@ def main(cfg):
 
     # ---- model, optimizer
     dims, A, o = data.spec.definition.dim, cfg.policy.max_action_dim, cfg.optimizer
+    dataset = SmolVLADataset(data, data.train, cfg, True, reader)
+    plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, vlm_config, dims, dtype)[0], run)
     whole = saved and frozen.read(path, saved) | saved["model_state_dict"]
     core, adapters, said = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, whole)
     policy = Policy(core.to(run.device).train(), collate, bf16)
@@ -1120,7 +1124,6 @@ def main(cfg):
     model, saved, whole = run.prepare(core), None, None  # the mapped files may be rotated away
 
     # ---- data
-    dataset = SmolVLADataset(data, data.train, cfg, True, reader)
     held_out = SmolVLADataset(data, data.validation, cfg, reader=reader)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, t.num_workers)
     whole = sum(p.numel() * p.element_size() for p in core.parameters())
@@ -1194,6 +1197,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    memory = "Lower training.batch_size (now {training.batch_size}) and raise training.gradient_accumulation_steps"
-    memory += ", or set training.gradient_checkpointing (now {training.gradient_checkpointing})"
-    launch(main, Config, ALIASES, memory, ACCEPTED)
+    launch(main, Config, ALIASES, ACCEPTED)

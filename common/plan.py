@@ -2,9 +2,9 @@
 the card, the keys that make it fit, tried.
 
 The script's own build_model, forward and backward run on tensors that have shapes but no values (torch's fake tensors),
-so nothing is loaded or computed, and what every operation would allocate and free is counted. Only integers (token ids,
-positions, grids, masks) are real, because code branches on them. Counted that way: weights, gradients, activations, the
-peak of a step and of a validation. By formula: moments (8 bytes per trained weight), FSDP, 4-bit weights, host and disk.
+so nothing is loaded or computed, and what every operation would allocate and free is counted. Only integers (ids,
+positions, grids, masks) are real, because code branches on them. Counted that way: weights, gradients, activations,
+the peak of a step and of a validation. By formula: moments (8 bytes per trained weight), FSDP, 4-bit, host and disk.
 
     plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, ..., "cpu", dtype))  # (...) -> module"""
 
@@ -12,6 +12,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import shutil
 import warnings
 import weakref
@@ -28,11 +29,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from common import hub, require
 
 BATCH = ("per_device_batch_size", "batch_size")  # the scripts' names for one thing
-ACCUMULATION = ("gradient_accumulation_steps", "grad_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches")
+ACCUMULATION = (
+    "gradient_accumulation_steps",
+    "grad_accumulation_steps",
+    "grad_accum_steps",
+    "accumulate_grad_batches",
+    "accumulation",
+)
 START = ("resume", "resume_from_checkpoint", "init_from", "load_model_weights", "pretrained_model_id")
 FP32 = dict(mixed_precision="no", use_bfloat16=False, precision="32-true")  # key: value that turns bf16 off
 CHANGES = (dict(), dict(gradient_checkpointing=True), dict(train="lora"))  # the first two train the same model
-CHANGES += (dict(train="lora", gradient_checkpointing=True), dict(use_quantization=True))
+CHANGES += (dict(train="lora", gradient_checkpointing=True), dict(use_quantization=True), dict(adamw_8bit=True))
 USABLE = 0.93  # of a card's bytes: 24 GiB are 24 GB and CUDA's context, buffers and fragments
 NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
 ONES = 2**22  # integers up to this many are real
@@ -219,7 +226,7 @@ def _states(cfg, core, weights, four_bit):
     parameters = list(core.parameters())
     trained = [p for p in parameters if p.requires_grad]
     whole, count = sum(p.numel() for p in parameters), sum(p.numel() for p in trained)
-    moments = count * (12 if get(cfg, "ema_decay") else 8)  # fp32; with an average of the weights
+    moments = count * (2 if get(cfg, "adamw_8bit") else 8) + count * (4 if get(cfg, "ema_decay") else 0)
     linear = [m.weight for n, m in core.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
     if four_bit:
         weights -= int((2 - NF4) * sum(p.numel() for p in linear if not p.requires_grad))
@@ -267,28 +274,49 @@ def flags(cfg, values):
 
 
 def ways(cfg, build, batch_of, room, ranks):
-    """Changes of the config that fit into `room`, tried -> [(flags, bytes)]: the largest micro-batch of each kind."""
+    """Changes of the config that fit into `room`, tried -> [(flags, bytes)], the largest micro-batch of each kind."""
     size, accumulation, out = get(cfg, BATCH), get(cfg, ACCUMULATION), []
     batch_key, accumulation_key = (places(cfg, keys)[0][2] for keys in (BATCH, ACCUMULATION))
     for change in CHANGES:
         if any(get(cfg, key, value) == value for key, value in change.items()):
             continue  # it is so already, or the script has no such key
-        new = _new_run(cfg, change)
-        peak, micro = measure(new, build, batch_of(size), True, ranks, room).peak, size
-        if peak > room and size > 1:
+        new, smaller = _new_run(cfg, change), {}
+        need = measure(new, build, batch_of(size), True, ranks, room)
+        peak = need.peak
+        if peak > room and size > 1 and need.activations:  # which are a line over the samples
             one = measure(new, build, batch_of(1), True, ranks, room).peak
             line = [(m, one + (peak - one) * (m - 1) // (size - 1)) for m in range(1, size) if size % m == 0]
             micro, peak = max([pair for pair in line if pair[1] <= room], default=(1, one))
+            smaller = {batch_key: micro, accumulation_key: accumulation * size // micro}
         if peak <= room:
-            smaller = {batch_key: micro, accumulation_key: accumulation * size // micro} if micro < size else {}
             out.append((flags(cfg, change | smaller), peak))
-    return out
     if get(cfg, "fsdp") is False and get(cfg, "train") == "full":
         change = dict(fsdp=True, gradient_checkpointing=True)
         need = measure(_new_run(cfg, change), build, batch_of(size), True, 8)
         fits = [(f"{flags(cfg, change)} on {n} such cards", need.sharded(n)) for n in range(2, 9)]
         out += [pair for pair in fits if pair[1] <= room][:1]
     return out
+
+
+def advice(cfg):
+    """What to change where memory ran out, with the present values."""
+    if cfg is None or not places(cfg, BATCH):
+        return ""
+    (_, prefix, size), (_, other, micro) = places(cfg, BATCH)[0], places(cfg, ACCUMULATION)[0]
+    text = f"Lower {prefix}{size} (now {get(cfg, size)}) and raise {other}{micro} (now {get(cfg, micro)}) by the factor"
+    tried = [flags(cfg, change) for change in CHANGES if change and all(get(cfg, k, v) != v for k, v in change.items())]
+    return f"{text}{', or '.join(['', *tried])}; --plan 24 tries what fits a card of 24 GB"
+
+
+def asked_card(argv):
+    """Command line -> (it without --plan, the GB that --plan names)."""
+    text, rest = " ".join(argv), list(argv)
+    if found := re.search(r"(?:^| )--plan[= ](\S+)", text):
+        good = found[1].replace(".", "", 1).isdecimal()
+        require(good, f"--plan {found[1]}: expected the memory of a card in GB, as --plan 24")
+        at = next(i for i, word in enumerate(rest) if word.startswith("--plan"))
+        del rest[at : at + (1 if "=" in rest[at] else 2)]
+    return rest, float(found[1]) if found else None
 
 
 def check(cfg, dataset, collate, build, run=None):
@@ -299,7 +327,7 @@ def check(cfg, dataset, collate, build, run=None):
     if run and not on_card:
         return
     say, ranks = (run.print, run.world) if run else (print, int(os.environ.get("WORLD_SIZE", 1)))
-    size, accumulation = get(cfg, BATCH), get(cfg, ACCUMULATION)
+    size = get(cfg, BATCH)
 
     def batch_of(n, first=0):
         return collate([dataset[(i, i % len(dataset))] for i in range(first, first + n)])
@@ -308,13 +336,13 @@ def check(cfg, dataset, collate, build, run=None):
     batch_of(size, size)  # its files are open by now
     read, need = _bytes_read() - before, measure(cfg, build, batch, on_card, ranks)
     fits = need.peak <= room or not on_card
-    _say(cfg, need, batch, read, ranks, f"{room / 1e9:.0f} GB" if on_card else "", fits, say)
+    _say(cfg, need, batch, read, ranks, room if on_card else 0, fits, say)
     if fits:
         return
     found = ways(cfg, build, batch_of, room, ranks)
     for text, peak in found:
-        say(f"fits      {peak / 1e9:6.2f} GB  {text}")
-    what = f"this training needs {need.peak / 1e9:.1f} GB of GPU memory, {room / 1e9:.1f} GB can be used"
+        say(f"fits      {gb(peak):<8} {text}")
+    what = f"this training needs {gb(need.peak)} of GPU memory, {gb(room)} can be used"
     how = " | ".join(text for text, _ in found) or "a larger card"
     sure = need.peak > 1.1 * room  # within the plan's error it may still fit
     require(not sure, f"{what}. What fits: {how}")
@@ -322,28 +350,24 @@ def check(cfg, dataset, collate, build, run=None):
 
 def _say(cfg, need, batch, read, ranks, room, fits, say):
     size, accumulation, workers = (get(cfg, keys) for keys in (BATCH, ACCUMULATION, "num_workers"))
-    gb = {k: f"{v / 1e9:.2f}" for k, v in vars(need).items()}
     kind, samples = "bf16" if room and bf16_wanted(cfg) else "fp32", size * accumulation * ranks
-    card_text = f"card of {room} usable: {'fits' if fits else 'DOES NOT FIT'}" if room else "no card: see --plan 24"
-    say(f"plan      {gb['peak']} GB for {size} x {ranks} ranks x {accumulation}, {kind}; {card_text}")
-    states = f"weights {gb['weights']} + gradients {gb['gradients']} + moments {gb['moments']}"
-    later = need.states / (ranks if get(cfg, "fsdp") else 1) - need.gradients
-    say(
-        f"memory    {states} + activations {gb['activations']} GB; validation {gb['validation']}, saving {later / 1e9:.2f} GB"
-    )
+    verdict = f"{gb(room)} of the card: {'fits' if fits else 'DOES NOT FIT'}" if room else "no card here: see --plan 24"
+    say(f"plan      {gb(need.peak)} for {size} x {ranks} ranks x {accumulation} accumulation, {kind}; {verdict}")
+    states = f"weights {gb(need.weights)} + gradients {gb(need.gradients)} + moments {gb(need.moments)}"
+    say(f"memory    {states} + activations {gb(need.activations)}; validation {gb(need.validation)}")
     bytes_of = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
-    ahead = workers * max(4, math.ceil(accumulation / workers)) * bytes_of if workers else bytes_of
+    ahead = (workers * max(4, math.ceil(accumulation / workers)) if workers else 1) * bytes_of
     state, model = 12 * need.trained, need.whole * (2 if kind == "bf16" else 4)
-    now = f"{_resident() / 1e9:.1f} GB now, {ahead / 1e9:.2f} GB of batches ahead"
-    say(f"host      per rank: {now}; rank 0 while it saves: {state / 1e9:.2f} GB more")
+    now = f"{gb(_resident())} per rank now, {gb(ahead)} of batches ahead"
+    say(f"host      {now}; to save {gb(state)} more on rank 0, and {gb(model)} where it exports a whole model")
     folder = Path(get(cfg, ("output_dir", "run_root_dir", "checkpoint_dir"), ".")).resolve()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / 1e9
-    say(
-        f"disk      {state / 1e9:.2f} GB of weights and moments per checkpoint, {model / 1e9:.2f} GB a whole model; {free:.0f} GB free"
-    )
-    say(
-        f"reading   {read * accumulation * ranks / 1e6:.2f} MB per step of {samples} samples, read without maps of files"
-    )
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    say(f"disk      {gb(state)} per checkpoint, {gb(model)} per whole model; {gb(free)} free in {folder}")
+    say(f"reading   {gb(read * accumulation * ranks)} per step of {samples} samples; maps of files are not counted")
+
+
+def gb(size):
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _bytes_read():

@@ -45,7 +45,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from common import UserError, fsdp, require
+from common import UserError, fsdp, plan, require
 from common import checkpoint as ckpt
 from common.config import parse_config
 from common.log import RunLog, memory_gb, plot_loss
@@ -580,18 +580,21 @@ def end_workers():
 atexit.register(end_workers)
 
 
-def launch(main, config, aliases=None, memory="", accepted=None):
+def launch(main, config, aliases=None, accepted=None):
     """Run main(config of the command line). A user's mistake ends it with one line and exit code 2, a defect of ours
-    with a traceback; where a training was under way, its last complete step is saved first. `memory`: what to change
-    when it is out, with the config's {keys}; `accepted`: see parse_config."""
+    with a traceback; where a training was under way, its last complete step is saved first. `accepted`: see
+    parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
     rank, cfg = int(os.environ.get("RANK", 0)), None
     try:
-        cfg = parse_config(config, aliases=aliases, accepted=accepted)
+        argv, plan.card = plan.asked_card(sys.argv[1:])
+        cfg = parse_config(config, argv, aliases=aliases, accepted=accepted)
+        if plan.card is not None:
+            cfg.check = True
         main(cfg)
     except Exception as error:
         if Run.current is not None:
             Run.current.save_after_error()
-        text = _explain(error, cfg, memory)
+        text = _explain(error, cfg)
         if text is None:
             raise
         end_workers()
@@ -609,13 +612,12 @@ def launch(main, config, aliases=None, memory="", accepted=None):
         dist.destroy_process_group()
 
 
-def _explain(error, cfg, memory):
+def _explain(error, cfg):
     """One line for what a user can change; None for a defect."""
     text = str(error).strip()
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
-        keys = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} if cfg else {}
         where = "The host is" if isinstance(error, MemoryError) else "CUDA"
-        return f"{where} out of memory ({text.partition(chr(10))[0]}). {memory.format(**keys)}"
+        return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
     if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
         return "another process of this training ended first: its message says why"
     return text if isinstance(error, UserError) or "No space left" in text else None

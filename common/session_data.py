@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common import require, vl_cache
+from common import plan, require, vl_cache
 from common import sessions as ss
 from common.policy import Contract, partners
 from common.run import ignore_stop_signals, to_device
@@ -448,7 +448,7 @@ def describe(cfg, data, dataset, held_out, weights, print0):
     print0(f"text      {len(texts)} instruction(s), e.g. {texts[0]!r}")
 
 
-def check_data(cfg, dataset_class, table):
+def check_data(cfg, dataset_class, table, build_model):
     """--check: read the data, build one batch, print what the model would see. Needs no weights; without a cache the
     features stay unread, and it says so."""
     data = load_data(cfg, optional=FileNotFoundError)
@@ -461,8 +461,11 @@ def check_data(cfg, dataset_class, table):
     if data.features.missing:
         print(f"note      the features are not there yet: {data.features.missing}")
         items = [item | dict(images=0, vl_features=torch.zeros(0)) for item in items]
-    for key, value in Collate(cfg, data.about["stats"])(items).items():
+    collate = Collate(cfg, data.about["stats"])
+    for key, value in collate(items).items():
         if isinstance(value, torch.Tensor) and value.numel():
             dtype, low, high = str(value.dtype).removeprefix("torch."), value.min().item(), value.max().item()
             print(f"          {key:<14} {str(tuple(value.shape)):<18} {dtype:<8} {low:.4g} .. {high:.4g}")
+    if not data.features.missing:
+        plan.check(cfg, dataset, collate, lambda c, _: build_model(c, data.about, "cpu"))
     print("check passed")

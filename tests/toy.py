@@ -133,4 +133,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    launch(main, Config, memory="Lower batch_size (now {batch_size})")
+    launch(main, Config)
