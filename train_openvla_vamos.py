@@ -27,6 +27,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -438,11 +439,8 @@ def load_vla(folder, device, dtype):
 
 def load_4bit(folder, device):
     """The same model with its linear layers (not the head) in nf4, through bitsandbytes."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
-        raise UserError(f"use_quantization needs the bitsandbytes package, which is not installed. {hint}") from error
+    hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
+    require(find_spec("bitsandbytes"), f"use_quantization needs bitsandbytes, which is not installed. {hint}")
     from transformers import BitsAndBytesConfig
 
     from modeling_openvla import OpenVLAForActionPrediction

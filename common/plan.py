@@ -38,8 +38,9 @@ ACCUMULATION = (
 )
 START = ("resume", "resume_from_checkpoint", "init_from", "load_model_weights", "pretrained_model_id")
 FP32 = dict(mixed_precision="no", use_bfloat16=False, precision="32-true")  # key: value that turns bf16 off
-CHANGES = (dict(), dict(gradient_checkpointing=True), dict(train="lora"))  # the first two train the same model
-CHANGES += (dict(train="lora", gradient_checkpointing=True), dict(use_quantization=True), dict(adamw_8bit=True))
+CHANGES = ({}, dict(gradient_checkpointing=True), dict(gradient_checkpointing=True, adamw_8bit=True))  # in this order
+CHANGES += (dict(train="language", gradient_checkpointing=True, adamw_8bit=True), dict(train="lora"))
+CHANGES += (dict(train="lora", gradient_checkpointing=True), dict(use_quantization=True))
 USABLE = 0.93  # of a card's bytes: 24 GiB are 24 GB and CUDA's context, buffers and fragments
 NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
 ONES = 2**22  # integers up to this many are real
@@ -277,9 +278,7 @@ def ways(cfg, build, batch_of, room, ranks):
     """Changes of the config that fit into `room`, tried -> [(flags, bytes)], the largest micro-batch of each kind."""
     size, accumulation, out = get(cfg, BATCH), get(cfg, ACCUMULATION), []
     batch_key, accumulation_key = (places(cfg, keys)[0][2] for keys in (BATCH, ACCUMULATION))
-    for change in CHANGES:
-        if any(get(cfg, key, value) == value for key, value in change.items()):
-            continue  # it is so already, or the script has no such key
+    for change in new_ones(cfg):
         new, smaller = _new_run(cfg, change), {}
         need = measure(new, build, batch_of(size), True, ranks, room)
         peak = need.peak
@@ -298,14 +297,24 @@ def ways(cfg, build, batch_of, room, ranks):
     return out
 
 
+def new_ones(cfg):
+    """-> CHANGES that would change this config, which has their keys; each once."""
+    out = []
+    for change in CHANGES:
+        rest = {key: value for key, value in change.items() if get(cfg, key) != value}
+        if all(places(cfg, key) for key in change) and rest not in out and (rest or not change):
+            out.append(rest)
+    return out
+
+
 def advice(cfg):
     """What to change where memory ran out, with the present values."""
     if cfg is None or not places(cfg, BATCH):
         return ""
     (_, prefix, size), (_, other, micro) = places(cfg, BATCH)[0], places(cfg, ACCUMULATION)[0]
     text = f"Lower {prefix}{size} (now {get(cfg, size)}) and raise {other}{micro} (now {get(cfg, micro)}) by the factor"
-    tried = [flags(cfg, change) for change in CHANGES if change and all(get(cfg, k, v) != v for k, v in change.items())]
-    return f"{text}{', or '.join(['', *tried])}; --plan 24 tries what fits a card of 24 GB"
+    others = [flags(cfg, change) for change in new_ones(cfg) if change]
+    return f"{text}{', or '.join(['', *others])}; --plan 24 tries what fits a card of 24 GB"
 
 
 def asked_card(argv):
