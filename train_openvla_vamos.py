@@ -743,8 +743,7 @@ def check_data(cfg):
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     print(f"batch     {len(items)} samples, first: {' '.join(items[0]['name'])}, {items[0]['instruction']!r}")
     collate = Collate(processor, config, data.stats)
-    batch = collate(items)
-    batch |= dict(actions=torch.from_numpy(np.concatenate([item["actions"] for item in items])))
+    batch = collate(items) | dict(actions=torch.from_numpy(np.concatenate([item["actions"] for item in items])))
     for key in ("images", "actions", "input_ids", "targets"):
         value = batch[key]
         values = f"{str(value.dtype).removeprefix('torch.'):<8} {value.min():.4g} .. {value.max():.4g}"

@@ -70,6 +70,8 @@ class Shapes(TorchDispatchMode):
             return self._compute(func, args, kwargs)
         if "index" in func._opname:  # a real mask has to become places: how many would else be unknown
             args = [self._places(a) if isinstance(a, (list, tuple)) else a for a in args]
+        if "convolution" in func._opname:  # kernels copy what does not lie in order
+            self.peak = max(self.peak, self.live + sum(t.nbytes for t in tensors if not t.is_contiguous()))
         out = func(*args, **kwargs)
         if not tensors and isinstance(out, torch.Tensor) and self._small(out):
             return self._compute(func, args, kwargs)
@@ -134,13 +136,6 @@ def convert(module, fn, recurse=True):
     return module
 
 
-def untrained(cls, folder, config=None, output_loading_info=False, **how):
-    """PreTrainedModel.from_pretrained without its weights."""
-    known = {k: v for k, v in how.items() if k in ("dtype", "attn_implementation")}
-    model = cls._from_config(config or cls.config_class.from_pretrained(folder), **known)
-    return (model, dict(missing_keys=[], unexpected_keys=[])) if output_loading_info else model
-
-
 @dataclass
 class Need:
     """Bytes on one rank's device, and numbers (trained, whole, layer, outside)."""
@@ -169,11 +164,8 @@ class Need:
 @contextlib.contextmanager
 def _unfilled():
     """Models are built without reading weights; random numbers stay where they are."""
-    from transformers import PreTrainedModel  # slow to import
-
-    pretrained = mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(untrained))
     exchanged, same = mock.patch.object(torch.nn.Module, "_apply", convert), torch.random.fork_rng(devices=[])
-    with pretrained, exchanged, same, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
+    with exchanged, same, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy of a layer
         yield
 

@@ -16,6 +16,7 @@ PAGES = [page for english in ENGLISH for page in (english, english.with_suffix("
 CONFIGURED = [p.stem for p in ROOT.glob("train_*.py")] + ["create_datapkl", "build_vl_cache", "compute_stats"]
 LAUNCHER = {
     "config",
+    "plan",
     "help",
     "multi_gpu",
     "num_gpus",
