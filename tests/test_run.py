@@ -175,6 +175,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, capsys, n
             UserError, match="10 steps in a row were not finite, the last one 10: loss of episode frame"
         ):
             train(tmp_path, nan_samples=nan, steps=12, save_steps=9)
+        Run.current.join()  # what launch does before it ends
         assert meta(tmp_path / "steps_9")["skipped_in_row"] == 9, "a resume does not forget them"
         with pytest.raises(UserError, match="10 steps in a row"):
             train(tmp_path, nan_samples=nan, steps=12, resume="auto")
