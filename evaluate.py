@@ -15,13 +15,14 @@ The checkpoint names its script; that script provides
     load_policy(path, device) -> policy
     policy.predict(list of observations) -> (B, H, A)    policy.reset()    policy.describe()
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target, hold (M, A), phase (M,) or None}
-    policy.action_names() -> [(name, unit)] * A          policy.stats["action"]["mean"]
+    policy.action_names() -> [(name, unit)] * A          policy.stats["action"]: {mean, std}
 """
 
 import base64
 import contextlib
 import importlib
 import io
+import itertools
 import json
 from dataclasses import dataclass, field
 from html import escape
@@ -39,6 +40,8 @@ from common.policy import partners
 from common.run import launch
 
 ROOT = Path(__file__).resolve().parent
+CLEAR = 0.7  # another reading of the same numbers is the right one if its error is less than this share
+SHIFTS = range(-2, 3)  # rows by which a chunk is moved against the recording, to find one that is off by some
 WHO = {"policy": "tab:orange", "hold still": "tab:blue", "mean action": "tab:green"}
 
 
@@ -115,12 +118,13 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
             if opposites and seen[0]["instruction"] in opposites:
                 others.extend(policy.predict([o | dict(instruction=opposites[o["instruction"]]) for o in seen]))
         for t, chunk, other in zip(frames, predicted, others or [None] * len(frames), strict=True):
-            index = np.arange(t, t + len(chunk))
-            recorded = target[np.minimum(index, len(target) - 1)]
+            index = np.arange(t + SHIFTS[0], t + len(chunk) + SHIFTS[-1])
+            around, there = target[np.clip(index, 0, len(target) - 1)], (index >= 0) & (index < len(target))
+            recorded, valid = (rows[-SHIFTS[0] :][: len(chunk)] for rows in (around, there))
             guesses = (chunk, hold[t], mean)  # holding still is known at t: it looks at no later frame
             error = {who: guess - recorded for who, guess in zip(WHO, guesses, strict=True)}
-            record = dict(episode=episode["name"], t=t, recorded=recorded, error=error, valid=index < len(target))
-            record |= dict(phase=-1 if phase is None else int(phase[t]), predicted=chunk)
+            record = dict(episode=episode["name"], t=t, recorded=recorded, error=error, valid=valid)
+            record |= dict(around=around, there=there, phase=-1 if phase is None else int(phase[t]), predicted=chunk)
             records.append(record | dict(opposite=None if other is None else other - chunk))
     require(records, f"no frame to evaluate under '{root}'")
     return records
@@ -192,9 +196,12 @@ def changed_inputs(seen, others, opposites):
             changed[name, "blanked"] = [o | dict(images=o["images"] | {name: blank}) for o in seen]
         if len(images) > 1:
             changed["all pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
+        turned = [{name: bgr(image) for name, image in o["images"].items()} for o in seen]
+        changed["colours", "reversed"] = [o | dict(images=images) for o, images in zip(seen, turned, strict=True)]
     elif images is not None:  # the newest frames of one camera
         changed["pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
         changed["pictures", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
+        changed["colours", "reversed"] = [o | dict(images=[bgr(image) for image in o["images"]]) for o in seen]
     for name in ("vl_features", "state", "sensor"):
         if any(o.get(name) is not None for o in seen):
             changed[name, "swapped"] = [o | {name: p.get(name)} for o, p in pairs]
@@ -207,6 +214,10 @@ def changed_inputs(seen, others, opposites):
     if any(text != other for text, other in told.items()):
         changed["instruction", "swapped"] = [o | dict(instruction=told.get(o.get("instruction"))) for o in seen]
     return changed
+
+
+def bgr(image):
+    return np.ascontiguousarray(np.asarray(image)[..., ::-1])
 
 
 def with_columns(observation, other, columns):
@@ -253,7 +264,66 @@ def print_uses(uses, count):
     for name, changed in uses.items():
         for how, error in changed.items() if name != "own" else ():
             verdict = "" if error > 1.05 * own else "   hardly used"
+            verdict = "   better than its own" if error < CLEAR * own else verdict
             print(f"  {f'{name} {how}':22}{error:8.3g}  {error / max(own, 1e-9):6.2f} x{verdict}")
+
+
+# ---- what looks like a mistake ---------------------------------------------------------------------------------------
+
+
+def find_faults(records, names, report, uses, std):
+    """-> sentences on what looks like a mistake in data, checkpoint or pictures, not like too little training: see
+    docs/faults.md. `std`: of the training's actions."""
+    valid = np.stack([r["valid"] for r in records])
+    said, recorded = (np.stack([r[key] for r in records])[valid].astype(float) for key in ("predicted", "recorded"))
+    p, r, found = said - said.mean(0), recorded - recorded.mean(0), []
+    ratio, moving = p.std(0) / np.maximum(r.std(0), 1e-12), np.flatnonzero(r.std(0) > 1e-6)
+
+    def misfit(i, j, sign=1):  # of prediction i as a guess of j, about their means: 1 is no better than the mean
+        return np.abs(sign * p[:, i] - r[:, j]).mean() / np.abs(r[:, j]).mean()
+
+    swapped = set()
+    for i, j in itertools.combinations_with_replacement(moving, 2):
+        (name, unit), (other, its_unit), signs = names[i], names[j], (-1,) if i == j else (1, -1)
+        now = np.array([misfit(i, i), misfit(j, j)])
+        then = np.array([min(misfit(a, b, sign) for sign in signs) for a, b in ((j, i), (i, j))])
+        if unit == its_unit and (then < CLEAR * np.minimum(now, 1)).all():
+            what = f"{name} looks turned" if i == j else f"{name} and {other} look swapped"
+            swapped |= {i, j}
+            found.append(f"{what}: error {now.max():.2g} x the motion as it is, {then.max():.2g} x the other way")
+    for i in sorted(set(moving) - swapped):
+        follows = (p[:, i] * r[:, i]).mean() / r[:, i].var() / max(ratio[i], 1e-12)  # the correlation
+        away = (said - recorded)[:, i].mean() / max(std[i], r[:, i].std())
+        larger = follows > CLEAR and follows * ratio[i] > 1 / CLEAR  # noise only lowers this slope
+        if larger or (follows > 0.9 and ratio[i] < 0.5):  # little training may say too little, but not that well
+            found.append(f"{names[i][0]} is {ratio[i]:.2g} x as large as recorded: other statistics, or another unit?")
+        elif abs(away) > 2:
+            found.append(f"{names[i][0]} is {away:+.1f} std off on the mean: other statistics, or another zero?")
+    found += find_shift(records, report)
+    own, colours = (uses.get(name, {}).get(how) for name, how in (("own", ""), ("colours", "reversed")))
+    if colours is not None and colours < CLEAR * own:
+        found.append(f"with red and blue exchanged the error is {colours:.2g} instead of {own:.2g}: pictures in BGR?")
+    return found
+
+
+def find_shift(records, report):
+    """-> [] or [a sentence], where the chunk's first half fits the recording better some rows earlier or later."""
+    around, there = (np.stack([r[key] for r in records]) for key in ("around", "there"))
+    scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
+    moving, count = scale > 1e-6, (len(records[0]["valid"]) + 1) // 2
+
+    def error_at(who, shift):
+        rows = slice(shift - SHIFTS[0], shift - SHIFTS[0] + count)
+        both = there[:, -SHIFTS[0] :][:, :count] & there[:, rows]
+        guess = np.stack([r["recorded"] + r["error"][who] for r in records])[:, :count]
+        return (np.abs(guess - around[:, rows])[both].mean(0)[moving] / scale[moving]).mean() if both.any() else np.inf
+
+    errors = {shift: error_at("policy", shift) for shift in SHIFTS}
+    best = min(errors, key=errors.get)
+    if errors[best] >= 0.8 * min(1, errors[0], error_at("hold still", best)):  # holding still fits what was before
+        return []
+    way = f"{abs(best)} row{'s' * (abs(best) > 1)} {'later' if best > 0 else 'earlier'}"
+    return [f"the chunk fits best {way}: relative error {errors[best]:.2g}, as it is {errors[0]:.2g}: off by one?"]
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -442,14 +512,18 @@ def report_on(cfg, policy, folder, about, names):
     columns, text = policy.action_names(), io.StringIO()
     report = summarise(records, columns)
     uses = find_uses(policy, root, wanted, records, report, cfg.uses, cfg.batch_size) if cfg.uses else {}
+    faults = find_faults(records, columns, report, uses, np.asarray(policy.stats["action"]["std"]))
     with contextlib.redirect_stdout(text):
         print_table(report, columns, records)
         if uses:
             print_uses(uses, min(cfg.uses, len(records)))
+        for fault in faults:
+            print(f"CHECK: {fault}")
     print(text.getvalue(), end="")
     episodes = list(dict.fromkeys(r["episode"] for r in records))
     about = about | dict(data=cfg.data, frames=len(records), episodes=sorted(episodes), units=dict(columns))
-    (folder / "report.json").write_text(json.dumps(about | dict(mean_absolute_error=report, uses=uses), indent=2))
+    about |= dict(mean_absolute_error=report, uses=uses, faults=faults)
+    (folder / "report.json").write_text(json.dumps(about, indent=2))
     save_predictions(folder / "predictions.npz", records, wanted, cfg)
     pictures = [folder / "closed_loop.png", folder / "summary.png", folder / "worst.png"]
     draw_summary(report, columns, folder / "summary.png")

@@ -539,6 +539,8 @@ def read_exported(folder):
     found = about.get("format_version")
     require(found == FORMAT, f"{path} has format_version {found}, this code reads {FORMAT}")
     stats = load_stats(path.with_name("dataset_stats.json"), definition=about["action_definition"])
+    same = [stats["action"][k] for k in ("min", "max")] == [about["contract"][f"action_{k}"] for k in ("low", "high")]
+    require(same, f"{path.with_name('dataset_stats.json')} is not the one of this model: policy.json has other ranges")
     values = {f.name: about[f.name] for f in dataclasses.fields(Spec) if f.name != "stats"}
     return Spec(**values, stats=stats), FastTokenizer.load(path.with_name("fast")), about
 
