@@ -100,7 +100,8 @@ class FrameStore:
     def read(self, path, index):
         """-> (h, w, 3) uint8, read-only"""
         if path not in self._maps:
-            if len(self._maps) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4:  # a map keeps its file open
+            # a map keeps its file open, and Linux allows a process 65530 maps
+            if len(self._maps) >= min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 2**14):
                 del self._maps[next(iter(self._maps))]
             frames = np.memmap(self.folder / f"{self.key(path)}.u8", np.uint8, "r")
             self._maps[path] = frames.view(np.ndarray).reshape(-1, *self.shape)  # a memmap is slow to index

@@ -143,8 +143,9 @@ def _where(tensor):
 def weight_digest(folder):
     """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. The hub names its files by their
     sha256; those of other files are kept beside them, and a file is read again only where its size or time moved."""
-    kept, facts, digests = Path(folder) / ".sha256.json", {}, []
-    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    kept, known, facts, digests = Path(folder) / ".sha256.json", {}, {}, []
+    with contextlib.suppress(OSError, ValueError):  # none yet, or one that only its owner may read
+        known = json.loads(kept.read_text())
     for path in weight_files(folder):
         target = path.resolve()
         if target.parent.name == "blobs" and len(target.name) == 64:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from common import hub, require
+from common import UserError, hub, require
 
 BATCH = ("per_device_batch_size", "batch_size")  # the scripts' names for one thing
 ACCUMULATION = (
@@ -333,14 +333,20 @@ def check(cfg, dataset, collate, build, run=None):
     def batch_of(n, first=0):
         return collate([dataset[(i, i % len(dataset))] for i in range(first, first + n)])
 
-    batch, before = batch_of(size), _bytes_read()
-    batch_of(size, size)  # its files are open by now
-    read, need = _bytes_read() - before, measure(cfg, build, batch, on_card, ranks)
-    fits = need.peak <= room or not on_card
-    _say(cfg, need, batch, read, ranks, room if on_card else 0, fits, say)
+    try:
+        batch, before = batch_of(size), _bytes_read()
+        batch_of(size, size)  # its files are open by now
+        read, need = _bytes_read() - before, measure(cfg, build, batch, on_card, ranks)
+        fits = need.peak <= room or not on_card
+        _say(cfg, need, batch, read, ranks, room if on_card else 0, fits, say)
+        found = [] if fits else ways(cfg, build, batch_of, room, ranks)
+    except Exception as error:  # an operation that cannot be counted is no reason not to train
+        if not run and isinstance(error, UserError):
+            raise
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return say(f"plan      none, it could not be counted ({why})")
     if fits:
         return
-    found = ways(cfg, build, batch_of, room, ranks)
     for text, peak in found:
         say(f"fits      {gb(peak):<8} {text}")
     what = f"this training needs {gb(need.peak)} of GPU memory, {gb(room)} can be used"

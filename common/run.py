@@ -235,6 +235,7 @@ class Run:
         self.join()  # at most one is under way
         begin, self.paused = time.perf_counter(), True
         before = {key: getattr(self, key) for key in RECORDED}
+        self._writing = before, partial(bool, False)  # what raises from here on has saved nothing
         vars(self).update(record or {})
         make, content, result = self._save_together if together else self._save_here, (), partial(bool, True)
         if collect and (self.main or self.sharded):
@@ -251,11 +252,13 @@ class Run:
         gone (`alone`)."""
         if self._writing is not None:
             (before, result), self._writing = self._writing, None
-            begin = time.perf_counter()
-            self._written = result() if alone else self.sum(result()) == self.world
-            self.stall += time.perf_counter() - begin
-            if not self._written:
-                vars(self).update(before)
+            begin, self._written = time.perf_counter(), False
+            try:
+                self._written = result() if alone else self.sum(result()) == self.world
+            finally:
+                self.stall += time.perf_counter() - begin
+                if not self._written:
+                    vars(self).update(before)
         return self._written
 
     def _save_here(self, step, path, write, size, after, *content):
@@ -280,8 +283,8 @@ class Run:
             said = None
             try:
                 write(folder, content)
-            except OSError as error:
-                said = str(error)
+            except Exception as error:  # safetensors and torch have their own for a full disk, and the others wait
+                said = str(error) or repr(error)
             said = [text for text in self.gather(said, self._writers) if text]
             if said:
                 raise OSError(said[0])
@@ -302,13 +305,13 @@ class Run:
 
     def save_after_error(self):
         """The last complete step, where rank 0 can still write it: other ranks may be gone or wait for each other."""
-        if not (self.main and self._write and self.log):
+        if not (self._write and self.log):
             return
         self.log.close()
         path = self._folder / self._name.format(step=self.step)
         try:
             self.join(alone=True)
-            if self.step == self.saved_step:
+            if not self.main or self.step == self.saved_step:
                 return
             if not self.sound or self.sharded:
                 print(f"NOT SAVED: no process has the whole weights; the newest checkpoint: {self.saved}", flush=True)

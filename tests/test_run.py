@@ -300,6 +300,22 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(monkeypatch, ca
     assert "NOT SAVED at step 4" in out and f"saved {tmp_path}/b/steps_5 after the error" in out
 
 
+def test_a_save_that_found_no_memory_is_made_after_the_error(monkeypatch, capsys, tmp_path):
+    """Its step does not count as saved."""
+    on_host, failed = ckpt.on_host, []
+
+    def full(value, copy=False, known=None):
+        if copy and known is None and value["meta"]["step"] == 4 and not failed:
+            failed.append(4)
+            raise MemoryError("cannot allocate")
+        return on_host(value, copy, known)
+
+    monkeypatch.setattr(ckpt, "on_host", full)
+    code, out, _ = command(monkeypatch, capsys, toy.main, "--output_dir", tmp_path)
+    assert code == 2 and f"saved {tmp_path}/steps_4 after the error" in out
+    assert meta(tmp_path / "steps_4")["step"] == 4
+
+
 def test_a_best_that_could_not_be_written_is_not_recorded(tmp_path, capsys):
     """A later one may be worse, and still the best that there is."""
     train(tmp_path, full_step=3, save_steps=6)
