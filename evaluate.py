@@ -589,4 +589,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(run, Config, memory="Lower --batch_size (now {batch_size})")
+    launch(run, Config)

@@ -651,7 +651,7 @@ class Policy:
         self.spec = spec = collate.spec
         self.stats, names = spec.stats, [f"camera{k + 1}" for k in range(len(spec.cameras))]
         state, action = (self.stats[key] for key in ("observation.state", "action"))
-        first_row = "row 0 is what was recorded with the observed frame; row k follows k / rate_hz seconds later. "
+        first_row = "row 0 belongs to the observed frame (a pose delta: from it to the next), row k to k frames later. "
         first_row += "Send each row as it is" if spec.absolute else "Add each row to the last target, not to the pose"
         about = dict(images={name: size and tuple(size) for name, size in zip(names, spec.image_shapes, strict=True)})
         about |= dict(recorded=dict(zip(names, spec.cameras, strict=True)))

@@ -303,7 +303,10 @@ def advice(cfg):
     """What to change where memory ran out, with the present values."""
     if cfg is None or not places(cfg, BATCH):
         return ""
-    (_, prefix, size), (_, other, micro) = places(cfg, BATCH)[0], places(cfg, ACCUMULATION)[0]
+    _, prefix, size = places(cfg, BATCH)[0]
+    if not places(cfg, ACCUMULATION):  # no training
+        return f"Lower {prefix}{size} (now {get(cfg, size)})"
+    _, other, micro = places(cfg, ACCUMULATION)[0]
     text = f"Lower {prefix}{size} (now {get(cfg, size)}) and raise {other}{micro} (now {get(cfg, micro)}) by the factor"
     others = [flags(cfg, change) for change in new_ones(cfg) if change]
     return f"{text}{', or '.join(['', *others])}; --plan 24 tries what fits a card of 24 GB"

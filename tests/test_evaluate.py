@@ -1,7 +1,9 @@
 """evaluate.py: errors worked by hand, baselines that look at nothing later, which checkpoint is opened, the command."""
 
+import ast
 import json
 import sys
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import evaluate
-from common import UserError
+from common import UserError, plan
 
 
 class Scripted:
@@ -323,3 +325,17 @@ def test_other_recordings_need_names(tmp_path, scripted):
 def test_a_users_mistake_is_one_line(words):
     with pytest.raises(UserError, match="--checkpoint and --data are needed|--stride 0 and"):
         evaluate.main(words)
+
+
+def test_every_program_starts_by_launch_as_it_is():
+    calls = 0
+    for script in evaluate.ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
+                signature(evaluate.launch).bind(*node.args, **{word.arg: word.value for word in node.keywords})
+                calls += 1
+    assert calls >= 9
+
+
+def test_out_of_memory_names_the_batch_size():
+    assert plan.advice(evaluate.Config(batch_size=7)) == "Lower batch_size (now 7)"
