@@ -37,6 +37,7 @@ from common.frames import FrameStore
 from common.stats import FORMAT_VERSION, compute_stats
 
 INDEXED = 200  # files; fewer are read in a moment
+INDEX_FORMAT = 1  # of what is kept of them
 ARRAYS = ("action", "ee_pose", "qpos")
 FILE_BYTES = 4_000_000  # of memory that HDF5 takes for an open file with JPEG pictures: 2.5 to 3.7 MB
 NO_PICTURE = 100  # bytes; a JPEG is never that small, and recorders write one byte where its encoding failed
@@ -161,7 +162,8 @@ def _load(root, skip_bad, loud):
     paths, episodes, excluded, facts, known, index = find_episodes(root), [], [], {}, {}, None
     if len(paths) >= INDEXED:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vla_episodes"
-        index = cache / f"{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:32]}.npz"
+        where = hashlib.sha256(f"{INDEX_FORMAT} {os.path.realpath(root)}".encode())
+        index = cache / f"{where.hexdigest()[:32]}.npz"
         known = _read_index(index)
         if loud:
             print(f"reading   {len(paths)} episodes under {root}; {len(known)} are in {index}", flush=True)

@@ -85,6 +85,9 @@ class FrameStore:
             try:
                 return decode(i)
             except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
+                cause = error.__cause__ or error
+                if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
+                    raise  # the machine's fault, not the picture's: it would be kept as bad for good
                 bad[i] = str(error) or type(error).__name__
                 return blank  # holds the place, is never read
 

@@ -70,3 +70,17 @@ def test_a_disk_without_room_is_named_before_anything_is_decoded(tmp_path):
     store = FrameStore(tmp_path / "store", (1000, 1000, 3), "")
     with pytest.raises(UserError, match="30000000.00 GB of decoded pictures do not fit into .*another local disk"):
         store.build({tmp_path / "a": 10**10}, None)
+
+
+def test_a_machine_in_trouble_makes_no_picture_bad_for_good(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"recorded")
+    store = FrameStore(tmp_path / "store", (2, 2, 3), [])
+
+    def busy(path):
+        return lambda i: open("/proc/self/nothing_here", "rb")  # noqa: SIM115  stands for too many open files
+
+    with pytest.raises(OSError):
+        store.build({source: 3}, busy)
+    store.build({source: 3}, lambda path: lambda i: np.full((2, 2, 3), i, np.uint8))
+    assert store.about(source)["bad"] == {} and store.read(source, 2).max() == 2
