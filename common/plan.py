@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -110,15 +109,23 @@ class Shapes(TorchDispatchMode):
         self.live -= size
 
 
-class CudaCasts(TorchFunctionMode):
-    """Autocast of a CPU, which the fake tensors are on, as on CUDA: there norms and softmax give fp32."""
+@contextlib.contextmanager
+def cuda_casts():
+    """Autocast of a CPU, which the fake tensors are on, as on CUDA: there norms and softmax give fp32. By exchanged
+    functions, because a torch function mode is off while a checkpointed layer is computed again."""
 
-    WIDE = (F.layer_norm, F.group_norm, F.softmax, torch.layer_norm, torch.softmax)
+    def wide(function):
+        def call(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                args = tree_map_only(torch.Tensor, lambda t: t.float(), args)
+            return function(*args, **kwargs)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.WIDE and torch.is_autocast_enabled("cpu"):
-            args = tree_map_only(torch.Tensor, lambda t: t.float(), args)
-        return func(*args, **(kwargs or {}))
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for module, name in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
+            stack.enter_context(mock.patch.object(module, name, wide(getattr(module, name))))
+        yield
 
 
 def convert(module, fn, recurse=True):
@@ -177,7 +184,7 @@ def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
     four_bit, fsdp = get(cfg, "use_quantization"), get(cfg, "fsdp")
     if four_bit:  # counted in 16 bits, then corrected; it implies the other
         put(cfg, dict(use_quantization=False, gradient_checkpointing=True))
-    shapes, casts = Shapes(), CudaCasts() if on_card else contextlib.nullcontext()
+    shapes, casts = Shapes(), cuda_casts() if on_card else contextlib.nullcontext()
     with _unfilled(), shapes.fake, shapes, casts:
         core = build(cfg, torch.bfloat16 if bf16 else torch.float32).train()
         need = _states(cfg, core, shapes.live, four_bit)

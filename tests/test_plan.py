@@ -142,6 +142,15 @@ def test_checkpointing_and_smaller_batches_need_less(recipe_of, tmp_path, monkey
     assert plan.measure(cfg, build, batches[2], on_card=True).activations < 0.5 * four
 
 
+def test_layers_that_are_computed_again_have_the_numbers_of_a_card(recipe_of, tmp_path, monkeypatch):
+    """OpenVLA's towers have layer norms, which give fp32 on CUDA: in the first pass and in the second."""
+    cfg, dataset, collate, build = planned(recipe_of("openvla"), tmp_path, monkeypatch)
+    batch = collate([dataset[(i, 0)] for i in range(2)])
+    whole = plan.measure(cfg, build, batch, on_card=True).activations
+    cfg.gradient_checkpointing = True
+    assert plan.measure(cfg, build, batch, on_card=True).activations < whole
+
+
 def test_the_plan_of_another_card_is_a_check(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("sys.argv", ["train_toy.py", "--batch_size", "4", "--plan", "24"])
