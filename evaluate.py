@@ -60,9 +60,7 @@ class Config:
     closed_loop: str | None = None  # module:Class of an environment to drive through, instead of recordings
     scenes: int = 50  # seeds 0, 1, ... of the environment
     execute: int = 0  # rows of a chunk that are sent before the next prediction; 0: half of it
-    ensemble: float | None = (
-        None  # temporal ensembling of overlapping chunks, weights exp(-this * age rank); 0.01 is ACT's
-    )
+    ensemble: float | None = None  # average overlapping chunks, weights exp(-this x order), oldest first; ACT: 0.01
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------
