@@ -38,7 +38,7 @@ from common.sessions import CHANNELS
 from common.two_rate import TwoRateLoop  # noqa: F401  what runs a policy on a robot
 from common.vl_cache import command
 
-FORMAT = 3  # of the checkpoints
+FORMAT = 4  # of the checkpoints
 NAME, PROJECT = "qwen_vla_async", "QwenVLA-Async"
 LATEST, BEST, FINAL = f"{NAME}.pt", f"{NAME}_best.pt", f"{NAME}_final.pt"
 SAVED = (BEST, FINAL, LATEST)  # of a folder, load_policy opens the first that is there
@@ -175,8 +175,9 @@ def sinusoid(t, width):
 
 
 class Condition(nn.Module):
-    """VL feature and sensor -> one condition token (B, D). The force has an encoder of its own: it drowns as one of
-    1,026 channels. A sample without sensor data gets a learned embedding instead."""
+    """VL feature, age of its images and sensor -> one condition token (B, D). Without its age a feature is taken to be
+    as old as in training on the mean: a policy that chases what moves is then ahead or behind. The force has an encoder
+    of its own: it drowns as one of 1,026 channels. A sample without sensor data gets a learned embedding instead."""
 
     def __init__(self, vl_shape, sensor_dim, width, heads, dropout, stats):
         super().__init__()
@@ -190,11 +191,11 @@ class Condition(nn.Module):
         force = SensorEncoder(1, width // 4, sensor_dim // 4, heads, dropout) if felt else None
         self.sensor = nn.ModuleDict(dict(ascan=ascan, force=force)) if felt else None
         self.no_sensor = nn.Parameter(torch.zeros(felt)) if felt else None
-        self.fuse = nn.Linear(tokens * vl_width + felt, width)
+        self.fuse = nn.Linear(tokens * vl_width + 1 + felt, width)
 
     def forward(self, batch):
         # z-scored: a few of the VLM's dimensions are a hundred times larger than the others and hardly vary
-        parts = [((batch["vl_features"] - self.vl_mean) / self.vl_std).flatten(1)]
+        parts = [((batch["vl_features"] - self.vl_mean) / self.vl_std).flatten(1), 10 * batch["age"][:, None]]
         if self.sensor is not None:  # run for every row, so that all ranks have the same gradients to average
             length, rows = batch["sensor_length"], (batch["sensor"] - self.sensor_mean) / self.sensor_std
             felt = [self.sensor["ascan"](rows[..., 1:], length), self.sensor["force"](rows[..., :1], length)]

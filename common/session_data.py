@@ -129,7 +129,8 @@ class SessionDataset(Dataset):
     vl_features (N, V) float32, or without a cache images {view: (h, w, 3) uint8} and instruction |
     sensor (n <= W, 1026) raw rows as on the disk, newest last, or None | previous (7,) the action before, or zeros |
     actions (H, 7) float32 in mm and degrees, action_mask (H,) bool: False past the end of the segment |
-    weight float32, in the loss | reuse_step, steps since the feature's images: 0..R-1 without latency | name"""
+    weight float32, in the loss | reuse_step, steps since the feature's tick: 0..R-1 without latency |
+    age float, seconds since the feature's images were taken | name"""
 
     def __init__(self, part, features, cfg):
         self.sessions, self.features, self.cfg = list(part), features, cfg
@@ -167,6 +168,7 @@ class SessionDataset(Dataset):
         first = k == 0 or s.segment[k - 1] != s.segment[k]
         sensor = s.sensor_window(k, cfg.sensor_window_size) if cfg.sensor_enabled else None
         item = dict(sensor=sensor, actions=actions, action_mask=mask, reuse_step=k - int(ticks.start[tick]))
+        item["age"] = s.starts[k] - ticks.captured[tick]
         item["previous"] = np.zeros_like(s.action[0]) if first else s.action[k - 1]
         item["weight"] = np.float32(cfg.sensor_loss_weight if sensor is not None else 1)
         return self.features.read(s, tick) | item | dict(name=(s.name, k))
@@ -182,9 +184,10 @@ class Collate:
         self.dtype = np.finfo(stats["sensor"]["dtype"] if stats["sensor"] else "float32")
 
     def inputs(self, observations):
-        """vl_features (B, N, V) float32 | sensor (B, W, 1026) raw, zeros on the left where rows are missing |
-        sensor_length (B,), 0 without sensor."""
+        """vl_features (B, N, V) float32 | age (B,) float32, seconds since their images | sensor (B, W, 1026) raw, zeros
+        on the left where rows are missing | sensor_length (B,), 0 without sensor."""
         batch = dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
+        batch["age"] = torch.tensor([float(o.get("age", 0.0)) for o in observations])
         if self.sensor_enabled:
             sensor = np.zeros((len(observations), self.window, ss.CHANNELS), self.dtype.dtype)
             lengths = []
@@ -199,7 +202,7 @@ class Collate:
     def __call__(self, items):
         """List of dataset items -> inputs() plus actions (B, H, 7) normalised, has_sensor (B,), names, and every other
         number or array of the items, stacked: action_mask (B, H), weight, reuse_step (B,), ..."""
-        ours = ("sensor", "vl_features", "images", "instruction", "actions", "previous", "name")
+        ours = ("sensor", "vl_features", "age", "images", "instruction", "actions", "previous", "name")
         rest = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key not in ours}
         rest["actions"] = torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items])))
         rest["has_sensor"] = torch.tensor([item["sensor"] is not None for item in items])
@@ -268,8 +271,9 @@ class SessionPolicy:
         return self.encoder.encode(pictures)
 
     def inputs(self, observations):
-        """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; sensor: (n, 1026) raw
-        rows (force, A-scan) up to now, newest last, or None} -> Collate.inputs' batch on the device."""
+        """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; age: seconds since these
+        images were taken, 0 if it is not said; sensor: (n, 1026) raw rows (force, A-scan) up to now, newest last, or
+        None} -> Collate.inputs' batch on the device."""
         observations = list(observations)
         for o in observations:
             shape, right = np.shape(o.get("sensor")), f"expected (n, {ss.CHANNELS}): force, then the A-scan"

@@ -219,6 +219,7 @@ class Ticks:
     start: np.ndarray  # (n,) int32, step at which the tick is
     tick_time: np.ndarray  # (n,) float64, seconds, = starts[start]
     frame_index: dict  # {view: (n,) int32}, newest image of that time or earlier; -1: none that is fresh enough
+    captured: np.ndarray  # (n,) float64, seconds, when the images were taken: the mean over views
 
     def __len__(self):
         return len(self.start)
@@ -295,13 +296,14 @@ class Session:
         """-> Ticks of the VLM for `views`; an image may be up to `max_image_age` seconds old."""
         segments = zip(self._first, self._last, strict=True)
         start = np.concatenate([np.arange(a, b, stride) for a, b in segments]).astype(np.int32)
-        time, frames = self.starts[start], {}
+        time, frames, captured = self.starts[start], {}, np.zeros(len(start))
         for view in views:
             stamps = self.view(view)[1]
             newest = np.searchsorted(stamps, time, side="right") - 1
             fresh = (newest >= 0) & (time - stamps[np.maximum(newest, 0)] <= max_image_age + 1e-6)
             frames[view] = np.where(fresh, newest, -1).astype(np.int32)
-        return Ticks(stride, start, time, frames)
+            captured += stamps[newest] / len(views)
+        return Ticks(stride, start, time, frames, captured)
 
     def tick_of_step(self, k, stride, reuse, latency_s=0.0):
         """Step(s) k -> index into ticks(stride) of the feature that is in use there.

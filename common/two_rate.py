@@ -74,15 +74,16 @@ class TwoRateLoop:
     def warm_up(self, images, captured):
         """One look and one action that is not sent: loads the VLM and compiles what must be, before a run counts."""
         self.see(images, captured)
-        self.policy.predict([self._observation(self.newest[0], self.clock.monotonic())])
+        self.policy.predict([self._observation(*self.newest, self.clock.monotonic())])
         self.reset()
 
-    def _observation(self, feature, now):
+    def _observation(self, feature, captured, now):
         with self.lock:
             stamps, rows = np.array([s for s, _ in self.sensor]), [row for _, row in self.sensor]
         # as in training: a sensor that has stopped is absent
         begin, end = ss.sensor_rows(stamps, now, self.sensor.maxlen, self.policy.sensor_hz)
-        return dict(vl_features=feature, sensor=np.stack(rows[begin:end]) if end > begin else None)
+        felt = np.stack(rows[begin:end]) if end > begin else None
+        return dict(vl_features=feature, age=now - captured, sensor=felt)
 
     def act(self):
         """-> (7,) the next action, or None: hold."""
@@ -99,7 +100,7 @@ class TwoRateLoop:
                 print(f"warning: a feature is {1000 * age:.0f} ms old, at most {most}")
             self.older += 1
         self.ages[int(age * ss.ACTION_HZ + 1e-6)] += 1
-        return self.policy.predict([self._observation(newest[0], now)])[0, 0]
+        return self.policy.predict([self._observation(*newest, now)])[0, 0]
 
     def _look(self, camera, stopped):
         try:

@@ -43,6 +43,7 @@ def small_batch(B=3, W=20):
     g = torch.Generator().manual_seed(0)
     return dict(
         vl_features=torch.randn(B, 1, 12, generator=g),
+        age=torch.tensor([0.0, 0.2, 0.4][:B]),
         sensor=torch.randn(B, W, 1026, generator=g),
         sensor_length=torch.tensor([W, 7, 0][:B]),
         actions=torch.rand(B, 8, 7, generator=g) * 2 - 1,
@@ -98,6 +99,7 @@ def test_the_force_is_heard_beside_the_a_scan():
     actions = torch.zeros(N + 200, 8, 7)
     actions[..., 0], actions[..., 1] = force[:, None], scan[:, None]
     data = dict(vl_features=torch.zeros(N + 200, 1, 4), sensor=sensor, sensor_length=torch.full((N + 200,), 8))
+    data["age"] = torch.zeros(N + 200)
     data |= dict(actions=actions, action_mask=torch.ones(N + 200, 8, dtype=torch.bool), weight=torch.ones(N + 200))
     stats = dict(action=dict(constant=[False] * 2 + [True] * 5))
     model = train_async.AsyncVLA((1, 4), 32, 32, 1, 2, 0.0, 8, stats)
@@ -294,6 +296,9 @@ def test_a_sample_by_hand(sessions_root, qwen_dir):
     features = dataset.features.files[s.name].features
     for k, tick in ((0, 0), (2, 0), (3, 1), (10, 3), (11, 4), (14, 5)):
         assert torch.equal(items[k]["vl_features"], features[tick].float())
+        frames = dataset.features.ticks[s.name].frame_index
+        taken = [s.view(view)[1][numbers[tick]] for view, numbers in frames.items()]
+        assert items[k]["age"] == pytest.approx(s.starts[k] - np.mean(taken), abs=1e-6) and items[k]["age"] > 0
     rows = np.load(s.path / "sensor_stream.npy")
     newest = np.flatnonzero(s.sensor_stamps <= s.starts[10])[-65:]
     assert last["sensor"].shape == (65, 1026) and np.array_equal(last["sensor"], rows[newest]) and last["weight"] == 3
@@ -301,6 +306,7 @@ def test_a_sample_by_hand(sessions_root, qwen_dir):
     assert without["sensor"] is None and without["weight"] == 1
     batch = session_data.Collate(cfg, data.about["stats"])([last, without])
     assert batch["sensor"].shape == (2, 65, 1026) and batch["sensor_length"].tolist() == [65, 0]
+    assert batch["age"].tolist() == pytest.approx([last["age"], without["age"]])
     assert batch["has_sensor"].tolist() == [True, False] and batch["actions"].abs().max() <= 1
 
 
@@ -563,7 +569,7 @@ def test_predict_from_images_equals_predict_from_the_cache(finished, sessions_ro
     s, item, ticks = dataset.sessions[2], dataset[(0, i)], dataset.features.ticks
     index = {v: int(frames[dataset.ticks[i]]) for v, frames in ticks[s.name].frame_index.items()}
     images = {v: np.asarray(Image.open(s.frame_path(v, n))) for v, n in index.items()}
-    raw = dict(images=images, instruction=s.instruction, sensor=item["sensor"])
+    raw = dict(images=images, instruction=s.instruction, sensor=item["sensor"], age=item["age"])
     np.testing.assert_allclose(policy.predict([raw]), policy.predict([item]), atol=1e-5)
     assert np.abs(policy.predict([raw | dict(instruction="Something else")]) - policy.predict([raw])).max() > 1e-6
     older = np.concatenate([np.full((50, 1026), 3.0, np.float32), item["sensor"]])  # rows before the window
@@ -586,7 +592,10 @@ def test_the_loop_runs_a_real_policy(finished):
         loop.push_sensor(part)
         clock.now += 0.02
     raw = dict(images=images, instruction="Touch the red point")
-    felt, unfelt = (policy.predict([raw | dict(sensor=x)])[0, 0] for x in (rows[-65:], None))
+    felt = policy.predict([raw | dict(sensor=rows[-65:], age=0.16)])[0, 0]
+    unfelt = policy.predict([raw | dict(sensor=None, age=0.46)])[0, 0]
+    fresh, again = (policy.predict([raw | dict(sensor=None) | age])[0, 0] for age in ({}, dict(age=0.0)))
+    assert np.array_equal(fresh, again) and np.abs(fresh - unfelt).max() > 1e-4  # how old the pictures are matters
     np.testing.assert_allclose(loop.act(), felt, atol=1e-6)
     clock.now += 0.3  # after the last row: in training, too, such a step has no sensor
     np.testing.assert_allclose(loop.act(), unfelt, atol=1e-6)

@@ -40,7 +40,7 @@ class SimulatedClock:
 
 class SlowPolicy:
     """Stands for a Policy: encoding takes `latency` seconds of the clock, predicting 20 ms; an action is (feature,
-    number of rows, newest row)."""
+    number of rows, newest row). Its features are the times of their pictures, which the loop must know."""
 
     def __init__(self, clock, latency, reuse=3, window=65, fail_at=None, trained_ms=0.0):
         self.clock, self.latency, self.fail_at, self.looks, self.resets = clock, latency, fail_at, 0, 0
@@ -58,6 +58,8 @@ class SlowPolicy:
         return torch.tensor([[[pictures[0][0]["View1"]]]])
 
     def predict(self, observations):
+        age = self.clock.now - observations[0]["vl_features"][0, 0].item()
+        assert observations[0]["age"] == pytest.approx(age, abs=1e-4)
         self.clock.sleep(0.02)
         feature, rows = float(observations[0]["vl_features"][0, 0]), observations[0]["sensor"]
         return np.array([[[feature, *((0, 0) if rows is None else (len(rows), rows[-1, 0]))]]])
@@ -175,7 +177,7 @@ def test_a_second_run_begins_anew():
 def test_warming_up_looks_without_counting():
     drive = Drive(0.25)
     drive.clock.running = 1
-    drive.loop.warm_up({"View1": 1.0}, 50.0)
+    drive.loop.warm_up({"View1": 50.0}, 50.0)
     assert drive.policy.looks == 1 and drive.loop.newest is None and not drive.loop.ages
 
 
@@ -194,12 +196,12 @@ def test_sensor_rows_by_time():
     loop = Drive(0.1).loop
     loop.push_sensor(np.ones((65, 1026)))
     loop.clock.now += 1.0
-    assert loop._observation(None, loop.clock.now)["sensor"] is None
+    assert loop._observation(None, 0.0, loop.clock.now)["sensor"] is None
     loop.push_sensor(np.full(1026, 2.0))
-    np.testing.assert_array_equal(loop._observation(None, loop.clock.now)["sensor"], np.full((1, 1026), 2.0))
+    np.testing.assert_array_equal(loop._observation(None, 0.0, loop.clock.now)["sensor"], np.full((1, 1026), 2.0))
     loop.clock.now += 0.05
     loop.push_sensor(np.full((2, 1026), 3.0), [loop.clock.now - 0.03, loop.clock.now - 0.01])
-    assert loop._observation(None, loop.clock.now)["sensor"][-1, 0] == 3.0
+    assert loop._observation(None, 0.0, loop.clock.now)["sensor"][-1, 0] == 3.0
     for rows in (np.ones((3, 1025)), np.ones((1, 1, 1026))):
         with pytest.raises(UserError, match="expected"):
             loop.push_sensor(rows)
@@ -217,7 +219,7 @@ def test_sensor_rows_last_as_long_as_in_training(hz):
     assert begin - loop.sensor[0][0] == pytest.approx(64 / hz)
     for age, there in ((0.09 + 65 / hz, True), (0.11 + 65 / hz, False)):
         loop.clock.now = begin + age
-        assert (loop._observation(None, loop.clock.now)["sensor"] is not None) == there
+        assert (loop._observation(None, 0.0, loop.clock.now)["sensor"] is not None) == there
 
 
 def test_an_instruction_must_be_chosen_where_there_are_several():
