@@ -6,7 +6,8 @@
 
 For every frame the policy predicts its chunk of actions from what it would have seen, and the chunk is compared with
 what was recorded. Errors are in the data's own physical units, per dimension, per step of the horizon and per phase,
-beside two baselines: "hold still" and "mean action" (of the training statistics). Metres and radians are never averaged
+beside two baselines, "hold still" and "mean action" (of the training statistics), and beside the "floor": what is lost
+when the recorded chunk itself goes through the policy's tokenizer or clipping. Metres and radians are never averaged
 into one number: "relative" divides each dimension by its better baseline first. Steps beyond an episode's end do not
 count. Writes report.json, summary.png, one plot per episode, and predictions.npz, which --replay compares with what
 the policy predicts on another machine. Driving through an environment: common/closed_loop.py.
@@ -16,6 +17,7 @@ The checkpoint names its script; that script provides
     policy.predict(list of observations) -> (B, H, A)    policy.reset()    policy.describe()
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target, hold (M, A), phase (M,) or None}
     policy.action_names() -> [(name, unit)] * A          policy.stats["action"]: {mean, std}
+    policy.nearest(chunks (n, H, A)) -> (n, H, A), the closest that it could answer     policy.opposites (both optional)
 """
 
 import base64
@@ -42,7 +44,8 @@ from common.run import launch
 ROOT = Path(__file__).resolve().parent
 CLEAR = 0.7  # another reading of the same numbers is the right one if its error is less than this share
 SHIFTS = range(-2, 3)  # rows by which a chunk is moved against the recording, to find one that is off by some
-WHO = {"policy": "tab:orange", "hold still": "tab:blue", "mean action": "tab:green"}
+BASELINES = ("hold still", "mean action")
+COLORS = {"policy": "tab:orange", "hold still": "tab:blue", "mean action": "tab:green", "floor": "tab:gray"}
 
 
 @dataclass
@@ -100,9 +103,9 @@ def read_about(checkpoint):
 
 
 def evaluate(policy, root, names=None, stride=1, batch_size=16):
-    """-> records, one per predicted frame: {episode, t, phase or -1, recorded (H, A), error {who: (H, A) guess minus
-    recorded}, opposite: what it does when told the opposite minus what it does, or None, valid (H,): False past the
-    episode's end}."""
+    """-> records, one per predicted frame: {episode, t, phase or -1, predicted and recorded (H, A), error {who: (H, A)
+    guess minus recorded}, around (H + 4, A): what was recorded, with two rows more on both sides, opposite: what it
+    does when told the opposite minus what it does, or None, valid (H,), there (H + 4,): False outside the episode}."""
     mean, records = np.asarray(policy.stats["action"]["mean"], np.float32), []
     opposites = getattr(policy, "opposites", {})  # {instruction: one that must lead elsewhere}
     for episode in policy.open_episodes(root, names):
@@ -119,13 +122,25 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
             index = np.arange(t + SHIFTS[0], t + len(chunk) + SHIFTS[-1])
             around, there = target[np.clip(index, 0, len(target) - 1)], (index >= 0) & (index < len(target))
             recorded, valid = (rows[-SHIFTS[0] :][: len(chunk)] for rows in (around, there))
-            guesses = (chunk, hold[t], mean)  # holding still is known at t: it looks at no later frame
-            error = {who: guess - recorded for who, guess in zip(WHO, guesses, strict=True)}
-            record = dict(episode=episode["name"], t=t, recorded=recorded, error=error, valid=valid)
-            record |= dict(around=around, there=there, phase=-1 if phase is None else int(phase[t]), predicted=chunk)
+            error = {"policy": chunk - recorded, "mean action": mean - recorded}
+            error["hold still"] = hold[t] - recorded  # it is known at t: it looks at no later frame
+            if hasattr(policy, "nearest"):
+                error["floor"] = policy.nearest(recorded[None])[0] - recorded
+            record = dict(episode=episode["name"], t=t, phase=-1 if phase is None else int(phase[t]), predicted=chunk)
+            record |= dict(recorded=recorded, error=error, valid=valid, around=around, there=there)
             records.append(record | dict(opposite=None if other is None else other - chunk))
     require(records, f"no frame to evaluate under '{root}'")
     return records
+
+
+def stack(records, key):
+    return np.stack([record[key] for record in records])
+
+
+def baseline(report):
+    """(A,) error of the better baseline, and which dimensions move: the others have nothing to be predicted."""
+    scale = np.minimum(*(list(report[who]["per_dim"].values()) for who in BASELINES))
+    return scale, scale > 1e-6
 
 
 def summarise(records, names):
@@ -134,36 +149,32 @@ def summarise(records, names):
     dimensions of error / error of the better baseline, 1 is no better than a baseline. Of a policy that knows opposite
     instructions also opposite_change, how far it moves away when told the opposite, and opposite_flips, the share of
     the larger motions (above the mean size) whose sign then turns."""
-    valid = np.stack([r["valid"] for r in records])[..., None]  # (n, H, 1)
-    phases = np.array([r["phase"] for r in records])
-    errors = {who: np.stack([r["error"][who] for r in records]) for who in WHO}  # (n, H, A)
+    valid, phases = stack(records, "valid")[..., None], stack(records, "phase")  # (n, H, 1), (n,)
 
     def average(error, mask):
         return (error * mask).sum((0, 1)) / np.maximum(mask.sum((0, 1)), 1)  # (A,)
 
-    per_dim = {who: average(np.abs(e), valid) for who, e in errors.items()}
-    scale = np.minimum(per_dim["hold still"], per_dim["mean action"])
-    moving, report = scale > 1e-6, {}  # a dimension that never moves has nothing to be predicted
-    units = {unit: [d for d, (_, u) in enumerate(names) if u == unit and moving[d]] for _, unit in names}
-
     def named(values):
         return {name: float(v) for (name, _), v in zip(names, values, strict=True)}
 
+    errors = {who: np.stack([r["error"][who] for r in records]) for who in COLORS if who in records[0]["error"]}
+    report = {who: dict(per_dim=named(average(np.abs(signed), valid))) for who, signed in errors.items()}
+    scale, moving = baseline(report)
+    units = {unit: [d for d, (_, u) in enumerate(names) if u == unit and moving[d]] for _, unit in names}
     for who, signed in errors.items():
         size = np.abs(signed)
-        report[who] = dict(
-            per_dim=named(per_dim[who]),
+        per_dim = average(size, valid)
+        report[who] |= dict(
             bias=named(average(signed, valid)),
-            per_unit={unit: float(per_dim[who][dims].mean()) for unit, dims in units.items() if dims},
+            per_unit={unit: float(per_dim[dims].mean()) for unit, dims in units.items() if dims},
             per_step=[average(size[:, [h]], valid[:, [h]]).tolist() for h in range(size.shape[1])],
             per_phase={str(p): average(size[phases == p], valid[phases == p]).tolist() for p in set(phases) - {-1}},
-            relative=float(np.mean(per_dim[who][moving] / scale[moving])) if moving.any() else 0.0,
+            relative=float(np.mean(per_dim[moving] / scale[moving])) if moving.any() else 0.0,
         )
     told = [r for r in records if r["opposite"] is not None]
     if told:
-        change, recorded = (np.stack([r[key] for r in told]) for key in ("opposite", "recorded"))
-        answer = recorded + np.stack([r["error"]["policy"] for r in told])
-        real = np.stack([r["valid"] for r in told])[..., None]
+        change, recorded, real = stack(told, "opposite"), stack(told, "recorded"), stack(told, "valid")[..., None]
+        answer = stack(told, "predicted")
         large = real & (np.abs(recorded) > average(np.abs(recorded), real))
         report["policy"]["opposite_change"] = named(average(np.abs(change), real))
         report["policy"]["opposite_flips"] = named(average(np.sign(answer + change) == -np.sign(answer), large))
@@ -243,15 +254,14 @@ def find_uses(policy, root, names, records, report, count, batch_size):
     seen = sample_again(policy, root, names, chosen)
     changes = {("own", ""): seen}
     changes |= changed_inputs(seen, [seen[k] for k in other], getattr(policy, "opposites", {}))
-    scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
-    valid, recorded = (np.stack([r[key] for r in chosen]) for key in ("valid", "recorded"))
-    valid, found = valid[..., None], {}
+    (scale, moving), found = baseline(report), {}
+    valid, recorded = stack(chosen, "valid")[..., None], stack(chosen, "recorded")
     for (name, how), observations in changes.items():
         policy.reset()  # the same noise, if any
         batches = [observations[i : i + batch_size] for i in range(0, len(seen), batch_size)]
         error = np.abs(np.concatenate([policy.predict(batch) for batch in batches]) - recorded)
         per_dim = (error * valid).sum((0, 1)) / valid.sum()
-        found.setdefault(name, {})[how] = float(np.mean(per_dim[scale > 1e-6] / scale[scale > 1e-6]))
+        found.setdefault(name, {})[how] = float(np.mean(per_dim[moving] / scale[moving]))
     return found
 
 
@@ -272,8 +282,8 @@ def print_uses(uses, count):
 def find_faults(records, names, report, uses, std):
     """-> sentences on what looks like a mistake in data, checkpoint or pictures, not like too little training: see
     docs/faults.md. `std`: of the training's actions."""
-    valid = np.stack([r["valid"] for r in records])
-    said, recorded = (np.stack([r[key] for r in records])[valid].astype(float) for key in ("predicted", "recorded"))
+    valid = stack(records, "valid")
+    said, recorded = (stack(records, key)[valid].astype(float) for key in ("predicted", "recorded"))
     p, r, found = said - said.mean(0), recorded - recorded.mean(0), []
     ratio, moving = p.std(0) / np.maximum(r.std(0), 1e-12), np.flatnonzero(r.std(0) > 1e-6)
 
@@ -306,14 +316,13 @@ def find_faults(records, names, report, uses, std):
 
 def find_shift(records, report):
     """-> [] or [a sentence], where the chunk's first half fits the recording better some rows earlier or later."""
-    around, there = (np.stack([r[key] for r in records]) for key in ("around", "there"))
-    scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
-    moving, count = scale > 1e-6, (len(records[0]["valid"]) + 1) // 2
+    (scale, moving), count = baseline(report), (len(records[0]["valid"]) + 1) // 2
+    around, there, recorded = (stack(records, key) for key in ("around", "there", "recorded"))
 
     def error_at(who, shift):
         rows = slice(shift - SHIFTS[0], shift - SHIFTS[0] + count)
         both = there[:, -SHIFTS[0] :][:, :count] & there[:, rows]
-        guess = np.stack([r["recorded"] + r["error"][who] for r in records])[:, :count]
+        guess = (recorded + np.stack([r["error"][who] for r in records]))[:, :count]
         return (np.abs(guess - around[:, rows])[both].mean(0)[moving] / scale[moving]).mean() if both.any() else np.inf
 
     errors = {shift: error_at("policy", shift) for shift in SHIFTS}
@@ -362,9 +371,9 @@ def draw_episode(records, names, path):
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for i, (axis, (name, unit)) in enumerate(zip(axes.ravel(), names, strict=False)):
         axis.plot(times, recorded[:, i], color="black", lw=1.6, label="recorded")
-        for (who, color), style in zip(WHO.items(), ("-", "--", ":"), strict=True):
+        for who, style in zip(records[0]["error"], ("-", ":", "--", "-."), strict=False):
             guess = recorded + np.stack([r["error"][who][0] for r in records])
-            axis.plot(times, guess[:, i], style, color=color, lw=1, label=who)
+            axis.plot(times, guess[:, i], style, color=COLORS[who], lw=1, label=who)
         axis.set_title(f"{name} ({unit})" if unit else name, fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes.ravel()[len(names) :]:
@@ -381,9 +390,7 @@ def small(image, height=120):
 
 def draw_worst(policy, root, names, records, report, columns, path, count=4):
     """The windows with the largest relative error, one per episode: what was seen, recorded and predicted."""
-    scale = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
-    moving = scale > 1e-6
-    worst = {}
+    (scale, moving), worst = baseline(report), {}
     for r in records:
         size = np.abs(r["error"]["policy"])[r["valid"]][:, moving] / scale[moving]
         score = float(size.mean()) if size.size else 0.0
@@ -404,7 +411,7 @@ def draw_worst(policy, root, names, records, report, columns, path, count=4):
         for d, (axis, (name, unit)) in enumerate(zip(row[1:], columns, strict=True)):
             steps = np.arange(len(r["recorded"]))[r["valid"]]
             axis.plot(steps, r["recorded"][r["valid"], d], color="black", lw=1.4)
-            axis.plot(steps, r["predicted"][r["valid"], d], ".-", color=WHO["policy"], lw=1)
+            axis.plot(steps, r["predicted"][r["valid"], d], ".-", color=COLORS["policy"], lw=1)
             axis.set_title(f"{name} ({unit})" if unit else name, fontsize=7)
             axis.tick_params(labelsize=6)
     figure.suptitle("worst windows: recorded (black) and predicted chunk, error over the better baseline's", fontsize=9)
@@ -425,13 +432,12 @@ def draw_summary(report, names, path):
     """Errors over the better baseline: per dimension, and over the steps of the chunk."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    base = np.minimum(*(np.array(list(report[who]["per_dim"].values())) for who in ("hold still", "mean action")))
-    moving = base > 1e-6
+    scale, moving = baseline(report)
     for k, (who, r) in enumerate(report.items()):
-        relative = np.divide(list(r["per_dim"].values()), base, out=np.zeros(len(base)), where=moving)
-        left.bar(np.arange(len(names)) + (k - 1) * 0.27, relative, 0.25, color=WHO[who], label=who)
-        steps = (np.array(r["per_step"])[:, moving] / base[moving]).mean(1)
-        right.plot(np.arange(1, len(steps) + 1), steps, "o-", ms=3, color=WHO[who], label=who)
+        relative = np.divide(list(r["per_dim"].values()), scale, out=np.zeros(len(scale)), where=moving)
+        left.bar(np.arange(len(names)) + (k - 1) * 0.22, relative, 0.2, color=COLORS[who], label=who)
+        steps = (np.array(r["per_step"])[:, moving] / scale[moving]).mean(1)
+        right.plot(np.arange(1, len(steps) + 1), steps, "o-", ms=3, color=COLORS[who], label=who)
     left.set_xticks(range(len(names)), [name for name, _ in names])
     left.set(ylabel="error / better baseline", title="per dimension (below 1 is better than both baselines)")
     right.set(xlabel="step of the chunk", title="per step of the horizon, mean over dimensions")
@@ -453,9 +459,8 @@ def save_predictions(path, records, episodes, cfg):
 def replay(policy, root, path):
     """Predict again what predictions.npz holds -> how many frames; UserError at the first that differs in any bit. A
     robot predicts one observation at a time: how much that changes is printed for the first frames."""
-    require(
-        Path(path).is_file(), f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report"
-    )
+    missing = f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report"
+    require(Path(path).is_file(), missing)
     with np.load(path) as saved:
         saved = dict(saved)
     names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
@@ -478,20 +483,9 @@ def replay(policy, root, path):
 
 
 def output_folder(cfg, given):
-    own = given / "evaluation" if given.is_dir() else Path(f"{given.with_suffix('')}_evaluation")
     if not cfg.output:
-        return own
-    return (
-        Path(cfg.output) / given.as_posix().strip("/").replace("/", "__")
-        if len(cfg.checkpoint) > 1
-        else Path(cfg.output)
-    )
-
-
-def drive(cfg, policy, folder, about):
-    """Through an environment, see common/closed_loop.py -> what it says of the policy."""
-    how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
-    return closed_loop.run(policy, cfg.closed_loop, folder, about=about, **how)["policy"]
+        return given / "evaluation" if given.is_dir() else Path(f"{given.with_suffix('')}_evaluation")
+    return Path(cfg.output) / (given.as_posix().strip("/").replace("/", "__") if len(cfg.checkpoint) > 1 else "")
 
 
 def report_on(cfg, policy, folder, about, names):
@@ -530,7 +524,7 @@ def report_on(cfg, policy, folder, about, names):
         pictures.append(folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png")
         draw_episode([r for r in records if r["episode"] == name], columns, pictures[-1])
     write_html(folder / "report.html", about["checkpoint"], text.getvalue(), pictures)
-    relative, best = report["policy"]["relative"], min(report[who]["relative"] for who in ("hold still", "mean action"))
+    relative, best = report["policy"]["relative"], min(report[who]["relative"] for who in BASELINES)
     verdict = "" if relative < best else ": no better than doing nothing, train longer or check the data"
     print(f"\nthe policy's error is {relative:.2f} x that of the better baseline per dimension{verdict}")
     print(f"report: {folder / 'report.html'}\npicture: {folder / 'summary.png'}")
@@ -546,15 +540,13 @@ def run_one(cfg, given):
     which = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
     through = f"environment: {cfg.closed_loop}" if cfg.closed_loop else f"episodes: {', '.join(cfg.episodes) or which}"
     print(f"checkpoint: {checkpoint}, of {about['script']}.py\n{through}")
-    policy, folder = (
-        importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device),
-        output_folder(cfg, given),
-    )
+    policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
+    known, folder = dict(checkpoint=str(checkpoint), script=about["script"]), output_folder(cfg, given)
     folder.mkdir(parents=True, exist_ok=True)
-    known = dict(checkpoint=str(checkpoint), script=about["script"])
-    if cfg.closed_loop:
-        return drive(cfg, policy, folder, known)
-    return report_on(cfg, policy, folder, known, names)
+    if not cfg.closed_loop:
+        return report_on(cfg, policy, folder, known, names)
+    how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
+    return closed_loop.run(policy, cfg.closed_loop, folder, about=known, **how)["policy"]
 
 
 def print_comparison(reports, closed):

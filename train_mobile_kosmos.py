@@ -317,7 +317,7 @@ def contract_of(cfg, train, action):
     about = dict(images=dict(camera=sizes.pop() if len(sizes) == 1 else None), actions=ACTIONS, instructions=texts)
     about |= dict(horizon=cfg.fwd_pred_next_n, rate_hz=RATE_HZ, first_row=FIRST_ROW[cfg.label_offset], kind="velocity")
     about |= dict(action_low=action["min"], action_high=action["max"], needs=dict(backbone=cfg.model))
-    return dataclasses.asdict(Contract(SCRIPT, **about))
+    return dataclasses.asdict(Contract(SCRIPT, **about, skip=1 - cfg.label_offset, must_be_told=True))
 
 
 def action_normalizer(cfg):
@@ -572,7 +572,8 @@ class Policy:
         """`about`: stats, opposites and contract, as load_data gives them and a checkpoint keeps them."""
         self.model, self.prompt, self.cfg, self.image_size, self.bf16 = model, prompt, cfg, image_size, bf16
         self.stats, self.opposites, self.contract = about["stats"], about["opposites"], Contract(**about["contract"])
-        self.normalizer = action_normalizer(cfg)
+        self.normalizer = n = action_normalizer(cfg)
+        self.nearest = lambda actions: n.unnormalize(n.normalize(actions))  # the closest that can be answered
         self.reset()
 
     def reset(self):
@@ -625,10 +626,9 @@ class Policy:
         return self.velocities([states[max(0, t - W + 1) : t + 1] for t in range(len(states))])
 
     def open_episodes(self, root, names=None):
-        """For evaluate.py: yields per episode {name, sample: callable(t) -> observation, target (M, 2) m/s, hold
-        (M, 2): standing still, phase: None}."""
+        """For evaluate.py, target (M, 2) in m/s. Files that cannot be read are listed and left out."""
         W, offset = self.cfg.window_size, self.cfg.label_offset
-        d = dataclasses.replace(self.cfg.dataset, data_dir=str(root), episode_pattern="*")
+        d = dataclasses.replace(self.cfg.dataset, data_dir=str(root), episode_pattern="*", skip_bad_episodes=True)
         for e in load_episodes(d, names):
             read = picture_reader(e.path, d.colour_order)
             try:
@@ -738,7 +738,7 @@ def load_policy(path, device=None, model=None):
     core = build_model(cfg, backbone, prompt, device, torch.bfloat16 if bf16 else torch.float32)
     frozen = tuple(name for name, p in core.named_parameters() if not p.requires_grad)
     load_weights(core, saved["trained"].items(), path, missing_ok=frozen)
-    core.requires_grad_(False).eval()
+    core.eval()  # its weights could be trained on: without, an LSTM on a CPU rounds otherwise
     return Policy(core, prompt, cfg, backbone.image_size, saved, bf16)
 
 

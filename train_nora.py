@@ -217,12 +217,12 @@ def load_data(cfg, run=None, stats=None, then=None):
 
 def make_contract(d, train, cameras, state_keys, definition, stats):
     """What a robot must send, and what the answer means, as common/policy.py has it."""
-    e, reader, first = train[0], ep.ImageReader(), "was recorded with the frame that is seen"
+    e, first = train[0], "was recorded with the frame that is seen"
     actions, states = ep.name_columns(train, definition, state_keys)
     if definition.source == "ee_pose_delta":
         first = "is the motion to the next frame, to be added to the last target"
     about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz)
-    about |= dict(images={c: list(reader.read(e, name, 0).shape[:2]) for c, name in cameras.items()}, recorded=cameras)
+    about |= dict(images={c: ep.picture_size(train, name) for c, name in cameras.items()}, recorded=cameras)
     about |= dict(kind="absolute" if definition.still(e).any() else "delta")
     about |= dict(first_row=f"row 0 {first}. Send row k k frames after the picture was taken")
     about |= dict(instructions=sorted({e.instruction or d.task_instruction for e in train}))
@@ -451,6 +451,12 @@ class Policy:
         answers, malformed = self.model(batch, self.fast, horizon * dim)
         chunks = np.stack([self.fast.decode(row, horizon, dim)[0] for row in answers])
         return self.spec.normalizer.unnormalize(chunks), malformed.cpu().numpy()
+
+    def nearest(self, chunks):
+        """(n, H, A) in data units -> the closest that can be answered: clipped, and through the tokens and back."""
+        unit = self.spec.normalizer.normalize(chunks)
+        coded = [self.fast.decode(self.fast.encode(chunk), *chunk.shape)[0] for chunk in unit]
+        return self.spec.normalizer.unnormalize(np.stack(coded))
 
     def open_episodes(self, root, names=None):
         """For evaluate.py, see common.episodes.play."""

@@ -323,7 +323,7 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     *_, table, gone = split_or_keep(train.marks, lambda: (train.marks, []), then if cfg.skip_bad_episodes else None)
     digest = hashlib.sha256(json.dumps([spec, trained_in(table)]).encode()).hexdigest()[:16]
     said = sorted(train.table["instruction"][np.unique(train.of)].unique())
-    spec |= dict(skip_bad_episodes=cfg.skip_bad_episodes, instructions=said if len(said) <= 20 else [])
+    spec["instructions"] = said if len(said) <= 20 else []
     spec |= dict(picture_size=picture_size(train) if store else None)
     return Data(train, validation, excluded + gone, spec, stats | dict(unit=spec["unit"]), names, digest, table)
 
@@ -514,11 +514,13 @@ class Policy:
     def __init__(self, vla, processor, stats, spec, needs=None):
         self.vla, self.processor, self.stats, self.spec = vla, processor, stats, spec
         self.collate, action = Collate(processor, vla.config, stats), stats["action"]
+        to_unit, c = self.collate.normalizer.normalize, vla.config  # nearest: the closest that can be answered
+        self.nearest = lambda a: vla.unnormalize(c.decode_actions(c.encode_actions(to_unit(a))), action)
         about = dict(script=Path(__file__).stem, images={"camera1": spec["picture_size"]}, actions=self.action_names())
         about |= dict(horizon=1, rate_hz=spec["trajectory_hz"], kind="velocity", instructions=spec["instructions"])
         about |= dict(action_low=action["q01"], action_high=action["q99"])  # what lies beyond is never answered
         first_row = "row 0: the motion from the picture's moment to the next step of the path; send it at once"
-        self.contract = Contract(**about, first_row=first_row, needs=needs or {})
+        self.contract = Contract(**about, first_row=first_row, needs=needs or {}, must_be_told=True)
 
     def reset(self):
         """Each answer depends on its own observation alone: there is nothing to forget."""
@@ -550,13 +552,12 @@ class Policy:
 
     def open_episodes(self, root, names=None):
         """For evaluate.py: an episode is one parquet file (validation files by default), a frame is one of its rows,
-        the target (M, 2) the first step of its path. Yields {name, sample: callable(t) -> observation, target, hold:
-        standing still, phase None}."""
+        the target (M, 2) the first step of its path. Rows and files that cannot be read are listed and left out."""
         train, validation = find_files(root)
         known = {p.relative_to(root).as_posix(): p for p in train + validation}
         unknown = sorted(set(names or []) - set(known))
         require(not unknown, f"'{root}' has no file '{''.join(unknown[:1])}'; it has {', '.join(list(known)[:5])}, ...")
-        cfg = Config(samples="first", **{key: self.spec[key] for key in ("trajectory_hz", "skip_bad_episodes")})
+        cfg = Config(samples="first", trajectory_hz=self.spec["trajectory_hz"], skip_bad_episodes=True)
         for name in names or [p.relative_to(root).as_posix() for p in validation or train]:
             rows, bad = read_rows([known[name]], cfg)
             if bad:
@@ -576,7 +577,6 @@ class Policy:
                     sample(i)
                     good.append(i)
                 except UserError as error:
-                    require(cfg.skip_bad_episodes, str(error))
                     print(f"left out  {error}")
             rows.of, target = rows.of[good], rows.actions[good]
             yield dict(name=name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)

@@ -289,12 +289,12 @@ def load_data(cfg, run=None, saved=None):
     state_dim, has = ep.robot_state(first, state_keys).shape[1], len(stats["observation.state"]["mean"])
     wrong = f"the statistics have {has} dims for 'observation.state', the data has {state_dim}"
     require(has == state_dim, f"{wrong}. Make them with: {stats_command(cfg)}")
-    p, reader, how = cfg.policy, ep.ImageReader(), "raise it (a pretrained policy does not fit then), or choose fewer"
+    p, how = cfg.policy, "raise it (a pretrained policy does not fit then), or choose fewer"
     for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
         require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
     names, state_names = ep.name_columns(found, definition, state_keys)
     texts = sorted({e.instruction or d.task_instruction for e in trained})
-    about = dict(cameras=cameras, image_shapes=[list(reader.read(first, c, 0).shape[:2]) for c in cameras])
+    about = dict(cameras=cameras, image_shapes=[ep.picture_size(found, c) for c in cameras])
     about |= dict(state_keys=state_keys, state_names=state_names, action_definition=plain, action_names=names)
     about |= dict(absolute=bool(definition.still(first).any()), instructions=texts, stats=stats)
     about["rate_hz"] = float(np.median([e.rate_hz for e in found if e.rate_hz] or [0]))

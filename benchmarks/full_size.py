@@ -176,7 +176,7 @@ def captured(script, cfg, folder):
 def filled(build, cfg):
     """-> the module on the device with random weights: built without values, so that no CPU draws 7 billion numbers."""
     shapes, bf16 = plan.Shapes(), CUDA and plan.bf16_wanted(cfg)
-    with plan._unfilled(), shapes.fake, shapes:
+    with plan.without_weights(), shapes.fake, shapes:
         core = build(cfg, torch.bfloat16 if bf16 else torch.float32).train()
 
     def fill(t):
@@ -278,7 +278,7 @@ def part(name, args):
         script, cfg, kinds = settings(name, Path(folder), args.small)
         dataset, collate, build = captured(script, cfg, Path(folder))
         for label, change in kinds.items():
-            new = plan._new_run(cfg, change)
+            new = plan.new_run(cfg, change)
             if not args.small and new.__class__ is train_openvla_vamos.Config and new.use_quantization:
                 yield f"{name:<10} {label:<26} not run: needs real weights and bitsandbytes"
                 continue
@@ -298,7 +298,7 @@ def table(name, args):
         size, accumulation = plan.get(cfg, plan.BATCH), plan.get(cfg, plan.ACCUMULATION)
         for label, change in kinds.items():
             batch = collate([dataset[(i, i % len(dataset))] for i in range(size)])
-            need = plan.measure(plan._new_run(cfg, change), build, batch, on_card=True)
+            need = plan.measure(plan.new_run(cfg, change), build, batch, on_card=True)
             keys = ("weights", "gradients", "moments", "activations", "validation")
             parts = ", ".join(f"{key} {plan.gb(getattr(need, key))}" for key in keys)
             fits = " ".join(f"{card}: {'yes' if need.peak <= card * 1e9 else 'no'}" for card in (24, 80, 141))
@@ -353,7 +353,7 @@ def cached(args):
             if not args.small:
                 enlarge(cfg.model, QWEN_TEXT, QWEN_VISION)
             height, width = (56, 56) if args.small else (360, 640)
-            with plan._unfilled():
+            with plan.without_weights():
                 encoder = VLEncoder(cfg.model, ["View1"], height, width, device=DEVICE)
             filled(lambda _cfg, _dtype, encoder=encoder: encoder.vlm, cfg).eval()
             items = [dataset[(i, i % len(dataset))] for i in range(cfg.batch_size)]

@@ -11,6 +11,7 @@ person, hz, verb ("inserted"), and looking: set to False while nobody needs pict
 
 import functools
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -105,29 +106,27 @@ def compare(policy, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
     check_units([column["unit"] for column in about["actions"]], getattr(scenes[0], "units", None))
 
     def ask(_, seen):
-        seen = [rename(observation, about.get("recorded", {})) for observation in seen]
+        seen = [rename(observation, about["recorded"]) for observation in seen]
         parts = [policy.predict(seen[i : i + batch_size]) for i in range(0, len(seen), batch_size)]
-        return np.concatenate(parts)
+        return np.concatenate(parts)[:, about["skip"] :]
 
-    def replay(live, _):
-        return np.stack([tapes[k] for k in live])
-
-    def each(method):
-        return lambda live, _: np.stack([getattr(scenes[k], method)() for k in live])[:, None]
+    def each(action):  # of the scene k
+        return lambda live, _: np.stack([action(k) for k in live])[:, None]
 
     policy.reset()
     found = {"policy": drive(ask, scenes, seeds, delta, execute, ensemble)}
     blind = functools.partial(drive, scenes=scenes, seeds=seeds, delta=delta, looking=False)
     if hasattr(scenes[0], "expert"):
-        found["expert"] = blind(each("expert"))
+        found["expert"] = blind(each(lambda k: scenes[k].expert()))
     if hasattr(scenes[0], "hold"):
-        found["hold still"] = blind(each("hold"))
+        found["hold still"] = blind(each(lambda k: scenes[k].hold()))
     elif moves:
-        found["hold still"] = blind(lambda live, _: np.zeros((len(live), 1, len(about["actions"]))))
+        found["hold still"] = blind(each(lambda k: np.zeros(len(about["actions"]))))
     if len(seeds) > 1:
         recorded = [run["actions"] for run in found.get("expert", found["policy"])]
-        tapes = [lengthen(rows, moves) for rows in recorded[1:] + recorded[:1]]
-        found["replay"] = blind(replay, execute=LONGEST)
+        last = [np.zeros_like(rows[0]) if moves else rows[-1] for rows in recorded]  # then it stands still
+        tapes = [itertools.chain(rows, itertools.repeat(end)) for rows, end in zip(recorded, last, strict=True)]
+        found["replay"] = blind(each(lambda k: next(tapes[(k + 1) % len(tapes)])))
     return found, about
 
 
@@ -139,16 +138,10 @@ def rename(observation, recorded):
 
 
 def check_units(ours, wanted):
-    differ = wanted is not None and len(ours) != len(wanted)
-    differ = differ or any(a != b and a and b for a, b in zip(ours, wanted or ours, strict=False))
+    wanted = wanted or ours
+    same = len(ours) == len(wanted) and all(a == b or not a or not b for a, b in zip(ours, wanted, strict=True))
     wrong = f"the policy's actions are in {ours}, the environment takes {wanted}"
-    require(not differ, f"{wrong}: another environment, or another unit")
-
-
-def lengthen(rows, moves):
-    """A recording goes on with no motion, or with its last target."""
-    last = np.zeros_like(rows[:1]) if moves else rows[-1:]
-    return np.concatenate([rows, np.repeat(last, LONGEST - len(rows), axis=0)])
+    require(same, f"{wrong}: another environment, or another unit")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -248,8 +241,8 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     "module:Class", looked for where the program was started, too; `execute` 0: half of a chunk."""
     require(scenes >= 1 and execute >= 0, f"--scenes {scenes} must be 1 or more, --execute {execute} 0 or more")
     make_scene = open_environment(environment)
-    horizon = policy.describe()["horizon"]
-    execute = execute or max(1, horizon // 2)
+    about_policy = policy.describe()
+    execute = execute or max(1, (about_policy["horizon"] - about_policy["skip"]) // 2)
     found, contract = compare(policy, make_scene, list(range(scenes)), execute, ensemble, batch_size)
     reports = {who: summarise(runs) for who, runs in found.items()}
     print_table(reports, execute, ensemble, contract["latency_ms"])

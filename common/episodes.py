@@ -457,6 +457,19 @@ def detect_position_unit(episodes):
     return next(iter(units), None)
 
 
+def picture_size(episodes, camera):
+    """[height, width] of a camera's pictures, from up to 32 episodes; BadEpisode where their aspects differ, because a
+    policy takes one only."""
+    first, reader = episodes[0], ImageReader()
+    size = reader.read(first, camera, 0).shape[:2]
+    for i in np.unique(np.linspace(0, len(episodes) - 1, 32).astype(int)):
+        other = reader.read(episodes[i], camera, 0).shape[:2]
+        wrong = f"{episodes[i].path}: {camera} is {other} pixels, in {first.path} {size}: another aspect ratio"
+        same = abs(other[1] / other[0] * size[0] / size[1] - 1) < 0.02
+        require(same, f"{wrong}. Train on one kind of recording at a time: move one away", BadEpisode)
+    return list(size)
+
+
 def name_columns(found, definition, keys):
     """-> ([[name, unit]] per action dim, the same per state dim). An action is a joint target if qpos tells more about
     it than its own mean does."""

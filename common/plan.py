@@ -8,11 +8,12 @@ the peak of a step and of a validation. By formula: moments (8 bytes per trained
 
     plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, ..., "cpu", dtype))  # (...) -> module"""
 
+import argparse
 import contextlib
 import copy
 import math
 import os
-import re
+import resource
 import shutil
 import warnings
 import weakref
@@ -28,18 +29,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from common import UserError, hub, require
 
 BATCH = ("per_device_batch_size", "batch_size")  # the scripts' names for one thing
-ACCUMULATION = (
-    "gradient_accumulation_steps",
-    "grad_accumulation_steps",
-    "grad_accum_steps",
-    "accumulate_grad_batches",
-    "accumulation",
-)
+ACCUMULATION = ("gradient_accumulation_steps", "grad_accumulation_steps", "grad_accum_steps")
+ACCUMULATION += ("accumulate_grad_batches", "accumulation")
 START = ("resume", "resume_from_checkpoint", "init_from", "load_model_weights", "pretrained_model_id")
 FP32 = dict(mixed_precision="no", use_bfloat16=False, precision="32-true")  # key: value that turns bf16 off
-CHANGES = ({}, dict(gradient_checkpointing=True), dict(gradient_checkpointing=True, adamw_8bit=True))  # in this order
-CHANGES += (dict(train="language", gradient_checkpointing=True, adamw_8bit=True), dict(train="lora"))
-CHANGES += (dict(train="lora", gradient_checkpointing=True), dict(use_quantization=True))
+AGAIN = dict(gradient_checkpointing=True)
+CHANGES = ({}, AGAIN, AGAIN | dict(adamw_8bit=True), AGAIN | dict(train="language", adamw_8bit=True))  # in this order
+CHANGES += (dict(train="lora"), AGAIN | dict(train="lora"), dict(use_quantization=True))
 USABLE = 0.93  # of a card's bytes: 24 GiB are 24 GB and CUDA's context, buffers and fragments
 NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
 ONES = 2**22  # integers up to this many are real
@@ -57,29 +53,25 @@ class Shapes(TorchDispatchMode):
         from torch._subclasses import fake_tensor as fakes  # slow to import
 
         self.fakes, self.fake = fakes, fakes.FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.peak, self.known = 0, 0, {}
+        self.live, self.peak, self.known = 0, 0, {}  # bytes, bytes, {address of a storage: its weak reference}
 
     def real(self, t):
-        return not isinstance(t, self.fakes.FakeTensor) and not t.is_floating_point() and t.dtype != torch.uint8
+        return not isinstance(t, self.fakes.FakeTensor) and is_integer(t)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if tensors and all(self.real(t) for t in tensors):
-            return self._compute(func, args, kwargs)
-        if "index" in func._opname:  # a real mask has to become places: how many would else be unknown
+        integers = all(self.real(t) for t in tensors)
+        if not integers and "index" in func._opname:  # a mask has to become places: how many would else be unknown
             args = [self._places(a) if isinstance(a, (list, tuple)) else a for a in args]
-        if "convolution" in func._opname:  # kernels copy what does not lie in order
-            self.peak = max(self.peak, self.live + sum(t.nbytes for t in tensors if not t.is_contiguous()))
-        out = func(*args, **kwargs)
-        if not tensors and isinstance(out, torch.Tensor) and self._small(out):
-            return self._compute(func, args, kwargs)
-        return tree_map_only(self.fakes.FakeTensor, self.count, out)
-
-    def _small(self, t):
-        return not t.is_floating_point() and t.dtype != torch.uint8 and t.numel() <= ONES
-
-    def _compute(self, func, args, kwargs):
+        if "convolution" in func._opname:  # its kernels bring what they read into an order of their own
+            copies = sum(t.nbytes * (1 if t.is_contiguous() else 2) for t in tensors)
+            self.peak = max(self.peak, self.live + copies)
+        if not tensors or not integers:
+            out = func(*args, **kwargs)
+            small = not tensors and isinstance(out, torch.Tensor) and is_integer(out) and out.numel() <= ONES
+            if not small:
+                return tree_map_only(self.fakes.FakeTensor, self.count, out)
         with self.fakes.unset_fake_temporarily():
             out = func(*args, **kwargs)
         return tree_map_only(torch.Tensor, self.without_values, out)
@@ -109,6 +101,11 @@ class Shapes(TorchDispatchMode):
         self.live -= size
 
 
+def is_integer(t):
+    """Of ids, positions, masks; uint8 are pictures."""
+    return not t.is_floating_point() and t.dtype != torch.uint8
+
+
 @contextlib.contextmanager
 def cuda_casts():
     """Autocast of a CPU, which the fake tensors are on, as on CUDA: there norms and softmax give fp32. By exchanged
@@ -128,32 +125,44 @@ def cuda_casts():
         yield
 
 
+@torch.no_grad()
 def convert(module, fn, recurse=True):
-    """nn.Module._apply, which cannot exchange fake tensors."""
+    """nn.Module._apply, which cannot exchange fake tensors. Tied weights stay tied."""
     for child in module.children() if recurse else ():
         child._apply(fn)
-    for group in (module._parameters, module._buffers):
-        for key, old in [(key, t) for key, t in group.items() if t is not None]:
-            with torch.no_grad():
-                new = fn(old)
-            if new is not old and new.device == old.device:
-                old.data = new  # tied weights stay tied
-            elif new is not old:
-                group[key] = torch.nn.Parameter(new, old.requires_grad) if key in module._parameters else new
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        new = fn(parameter)
+        if new.device == parameter.device:
+            parameter.data = new
+        else:
+            module._parameters[name] = torch.nn.Parameter(new, parameter.requires_grad)
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        module._buffers[name] = fn(buffer)
     return module
+
+
+@contextlib.contextmanager
+def without_weights():
+    """Models are built without reading weights; random numbers stay where they are."""
+    exchanged, same = mock.patch.object(torch.nn.Module, "_apply", convert), torch.random.fork_rng(devices=[])
+    with exchanged, same, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy of a layer
+        yield
+
+
+# ---- what a step needs -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Need:
-    """Bytes on one rank's device, and numbers (trained, whole, layer, outside)."""
+    """Bytes on one rank's device, and numbers (trained, whole, gathered)."""
 
     weights: int
     gradients: int
     moments: int
     trained: int  # numbers that are trained
     whole: int  # of all parameters
-    layer: int  # of the largest layer
-    outside: int  # of parameters in no layer: embeddings, heads
+    gathered: int  # of two of the largest layer and of what is in no layer: embeddings, heads
     activations: int = 0  # of one micro-batch, after its forward
     peak: int = 0  # of a step
     validation: int = 0
@@ -163,29 +172,20 @@ class Need:
         return self.weights + self.gradients + self.moments
 
     def sharded(self, ranks):
-        """Peak with FSDP2: a share of the states, a rank's own activations, two gathered layers and what is in none."""
-        gathered = 6 * (2 * self.layer + self.outside)  # weights in bf16, gradients in fp32
-        return int(self.states / ranks + self.activations + gathered)
-
-
-@contextlib.contextmanager
-def _unfilled():
-    """Models are built without reading weights; random numbers stay where they are."""
-    exchanged, same = mock.patch.object(torch.nn.Module, "_apply", convert), torch.random.fork_rng(devices=[])
-    with exchanged, same, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy of a layer
-        yield
+        """Peak with FSDP2: a share of the states, own activations, what is gathered: weights in bf16, gradients."""
+        return int(self.states / ranks + self.activations + 6 * self.gathered)
 
 
 def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
     """Build the model without values, run a micro-batch that others of its step went before, and one of a validation
     -> Need. Where the states alone are more than `room` nothing is run, and they are the peak."""
-    cfg, bf16 = _new_run(cfg), on_card and bf16_wanted(cfg)
+    cfg, bf16 = new_run(cfg), on_card and bf16_wanted(cfg)
     four_bit, fsdp = get(cfg, "use_quantization"), get(cfg, "fsdp")
     if four_bit:  # counted in 16 bits, then corrected; it implies the other
         put(cfg, dict(use_quantization=False, gradient_checkpointing=True))
     shapes, casts = Shapes(), cuda_casts() if on_card else contextlib.nullcontext()
-    with _unfilled(), shapes.fake, shapes, casts:
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with without_weights(), shapes.fake, shapes, casts:
         core = build(cfg, torch.bfloat16 if bf16 else torch.float32).train()
         need = _states(cfg, core, shapes.live, four_bit)
         need.peak = need.sharded(ranks) if fsdp else need.states
@@ -199,20 +199,19 @@ def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
         held, shapes.peak = shapes.live, 0
         batch = tree_map_only(torch.Tensor, shapes.without_values, batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with autocast:
             out = core(batch)
         loss = sum(v for v in out.values() if v.requires_grad)
         del out
         need.activations = shapes.live - held
         loss.backward()
-        need.peak = need.weights + need.moments + max(shapes.peak - built, need.gradients)
-        need.peak = need.sharded(ranks) if fsdp else need.peak
+        whole = need.weights + need.moments + max(shapes.peak - built, need.gradients)
+        need.peak = need.sharded(ranks) if fsdp else whole
         del loss
         core.zero_grad()
-        core.eval()
         shapes.peak = shapes.live
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            core(batch)
+        with torch.no_grad(), autocast:
+            core.eval()(batch)
         need.validation = shapes.peak - built + need.weights + need.moments
     return need
 
@@ -227,17 +226,17 @@ def _states(cfg, core, weights, four_bit):
     trained = [p for p in parameters if p.requires_grad]
     whole, count = sum(p.numel() for p in parameters), sum(p.numel() for p in trained)
     moments = count * (2 if get(cfg, "adamw_8bit") else 8) + count * (4 if get(cfg, "ema_decay") else 0)
-    linear = [m.weight for n, m in core.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
     if four_bit:
+        linear = [m.weight for n, m in core.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
         weights -= int((2 - NF4) * sum(p.numel() for p in linear if not p.requires_grad))
     lists = [m for m in core.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1]
     inside = {id(inner) for m in lists for layer in m for inner in layer.modules()}
     layers = [sum(p.numel() for p in layer.parameters()) for m in lists if id(m) not in inside for layer in m]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    return Need(weights, gradients, moments, count, whole, max(layers, default=0), whole - sum(layers))
+    gathered = 2 * max(layers, default=0) + whole - sum(layers)
+    return Need(weights, sum(p.nbytes for p in trained), moments, count, whole, gathered)
 
 
-def _new_run(cfg, changes=()):
+def new_run(cfg, changes=()):
     """A copy with other values, that starts from nothing which is on disk."""
     cfg = copy.deepcopy(cfg)
     put(cfg, dict.fromkeys(START) | dict(changes))
@@ -254,9 +253,9 @@ def places(cfg, keys):
     return [(group, prefix, key) for group, prefix in groups for key in keys if hasattr(group, key)]
 
 
-def get(cfg, keys, default=None):
-    found = places(cfg, keys)
-    return getattr(found[0][0], found[0][2]) if found else default
+def get(cfg, keys):
+    """Its value, None where there is no such key."""
+    return next((getattr(group, key) for group, _, key in places(cfg, keys)), None)
 
 
 def put(cfg, values):
@@ -275,67 +274,54 @@ def flags(cfg, values):
 
 def ways(cfg, build, batch_of, room, ranks):
     """Changes of the config that fit into `room`, tried -> [(flags, bytes)], the largest micro-batch of each kind."""
-    size, accumulation, out = get(cfg, BATCH), get(cfg, ACCUMULATION), []
-    batch_key, accumulation_key = (places(cfg, keys)[0][2] for keys in (BATCH, ACCUMULATION))
-    for change in new_ones(cfg):
-        new, smaller = _new_run(cfg, change), {}
+    size, accumulation, tried, out = get(cfg, BATCH), get(cfg, ACCUMULATION), [], []
+    for change in CHANGES:
+        new = new_run(cfg, change)
+        if new in tried or not all(places(cfg, key) for key in change):
+            continue
+        tried.append(new)
         need = measure(new, build, batch_of(size), True, ranks, room)
-        peak = need.peak
+        micro, peak = size, need.peak
         if peak > room and size > 1 and need.activations:  # which are a line over the samples
             one = measure(new, build, batch_of(1), True, ranks, room).peak
-            line = [(m, one + (peak - one) * (m - 1) // (size - 1)) for m in range(1, size) if size % m == 0]
-            micro, peak = max([pair for pair in line if pair[1] <= room], default=(1, one))
-            smaller = {batch_key: micro, accumulation_key: accumulation * size // micro}
+            slope = (peak - one) / (size - 1)
+            micro = max(m for m in range(1, size) if size % m == 0 and (m == 1 or one + slope * (m - 1) <= room))
+            peak = int(one + slope * (micro - 1))
+            change = change | {BATCH: micro, ACCUMULATION: accumulation * size // micro}
         if peak <= room:
-            out.append((flags(cfg, change | smaller), peak))
+            out.append((flags(cfg, change), peak))
     if get(cfg, "fsdp") is False and get(cfg, "train") == "full":
-        change = dict(fsdp=True, gradient_checkpointing=True)
-        need = measure(_new_run(cfg, change), build, batch_of(size), True, 8)
-        fits = [(f"{flags(cfg, change)} on {n} such cards", need.sharded(n)) for n in range(2, 9)]
-        out += [pair for pair in fits if pair[1] <= room][:1]
-    return out
-
-
-def new_ones(cfg):
-    """-> CHANGES that would change this config, which has their keys; each once."""
-    out = []
-    for change in CHANGES:
-        rest = {key: value for key, value in change.items() if get(cfg, key) != value}
-        if all(places(cfg, key) for key in change) and rest not in out and (rest or not change):
-            out.append(rest)
+        change = AGAIN | dict(fsdp=True)
+        need = measure(new_run(cfg, change), build, batch_of(size), True, 8)
+        fits = [n for n in range(2, 9) if need.sharded(n) <= room]
+        out += [(f"{flags(cfg, change)} on {n} such cards", need.sharded(n)) for n in fits[:1]]
     return out
 
 
 def advice(cfg):
     """What to change where memory ran out, with the present values."""
-    if cfg is None or not places(cfg, BATCH):
-        return ""
-    _, prefix, size = places(cfg, BATCH)[0]
-    if not places(cfg, ACCUMULATION):  # no training
-        return f"Lower {prefix}{size} (now {get(cfg, size)})"
-    _, other, micro = places(cfg, ACCUMULATION)[0]
-    text = f"Lower {prefix}{size} (now {get(cfg, size)}) and raise {other}{micro} (now {get(cfg, micro)}) by the factor"
-    others = [flags(cfg, change) for change in new_ones(cfg) if change]
-    return f"{text}{', or '.join(['', *others])}; --plan 24 tries what fits a card of 24 GB"
+    named = [places(cfg, keys)[0] for keys in (BATCH, ACCUMULATION) if cfg is not None and places(cfg, keys)]
+    text = " and raise ".join(f"{prefix}{key} (now {getattr(group, key)})" for group, prefix, key in named)
+    text += " by the factor; --plan 24 tries what fits a card of 24 GB" if len(named) == 2 else ""
+    return text and f"Lower {text}"
 
 
 def asked_card(argv):
     """Command line -> (it without --plan, the GB that --plan names)."""
-    text, rest = " ".join(argv), list(argv)
-    if found := re.search(r"(?:^| )--plan[= ](\S+)", text):
-        good = found[1].replace(".", "", 1).isdecimal()
-        require(good, f"--plan {found[1]}: expected the memory of a card in GB, as --plan 24")
-        at = next(i for i, word in enumerate(rest) if word.startswith("--plan"))
-        del rest[at : at + (1 if "=" in rest[at] else 2)]
-    return rest, float(found[1]) if found else None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", nargs="?", const="")
+    known, rest = parser.parse_known_args(argv)
+    good = known.plan is None or known.plan.replace(".", "", 1).isdecimal()
+    require(good, f"--plan {known.plan}: expected the memory of a card in GB, as --plan 24")
+    return rest, known.plan and float(known.plan)
 
 
 def check(cfg, dataset, collate, build, run=None):
     """Say the plan. `build`(config, dtype) -> the module on the CPU whose forward(batch) gives the losses. `run`: it is
     about to start, and is refused where it does not fit the card; a run on a CPU has none, and no plan."""
     there = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    room, on_card = (card * 1e9 if card else USABLE * there), bool(card or there)
-    if run and not on_card:
+    room = card * 1e9 if card else USABLE * there
+    if run and not room:
         return
     say, ranks = (run.print, run.world) if run else (print, int(os.environ.get("WORLD_SIZE", 1)))
     size = get(cfg, BATCH)
@@ -346,38 +332,37 @@ def check(cfg, dataset, collate, build, run=None):
     try:
         batch, before = batch_of(size), _bytes_read()
         batch_of(size, size)  # its files are open by now
-        read, need = _bytes_read() - before, measure(cfg, build, batch, on_card, ranks)
-        fits = need.peak <= room or not on_card
-        _say(cfg, need, batch, read, ranks, room if on_card else 0, fits, say)
+        read, need = _bytes_read() - before, measure(cfg, build, batch, bool(room), ranks)
+        _say(cfg, need, batch, read, ranks, room, say)
+        fits = need.peak <= room or not room
         found = [] if fits else ways(cfg, build, batch_of, room, ranks)
     except Exception as error:  # an operation that cannot be counted is no reason not to train
         if not run and isinstance(error, UserError):
             raise
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return say(f"plan      none, it could not be counted ({why})")
-    if fits:
-        return
     for text, peak in found:
         say(f"fits      {gb(peak):<8} {text}")
     what = f"this training needs {gb(need.peak)} of GPU memory, {gb(room)} can be used"
     how = " | ".join(text for text, _ in found) or "a larger card"
-    sure = need.peak > 1.1 * room  # within the plan's error it may still fit
-    require(not sure, f"{what}. What fits: {how}")
+    require(fits or need.peak <= 1.1 * room, f"{what}. What fits: {how}")  # within the plan's error it may still fit
 
 
-def _say(cfg, need, batch, read, ranks, room, fits, say):
+def _say(cfg, need, batch, read, ranks, room, say):
     size, accumulation, workers = (get(cfg, keys) for keys in (BATCH, ACCUMULATION, "num_workers"))
     kind, samples = "bf16" if room and bf16_wanted(cfg) else "fp32", size * accumulation * ranks
-    verdict = f"{gb(room)} of the card: {'fits' if fits else 'DOES NOT FIT'}" if room else "no card here: see --plan 24"
+    verdict = "fits" if need.peak <= room else "DOES NOT FIT"
+    verdict = f"{gb(room)} of the card: {verdict}" if room else "no card here: see --plan 24"
     say(f"plan      {gb(need.peak)} for {size} x {ranks} ranks x {accumulation} accumulation, {kind}; {verdict}")
     states = f"weights {gb(need.weights)} + gradients {gb(need.gradients)} + moments {gb(need.moments)}"
     say(f"memory    {states} + activations {gb(need.activations)}; validation {gb(need.validation)}")
-    bytes_of = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
+    bytes_of = sum(t.nbytes for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
     ahead = (workers * max(4, math.ceil(accumulation / workers)) if workers else 1) * bytes_of
     state, model = 12 * need.trained, need.whole * (2 if kind == "bf16" else 4)
-    now = f"{gb(_resident())} per rank now, {gb(ahead)} of batches ahead"
-    say(f"host      {now}; to save {gb(state)} more on rank 0, and {gb(model)} where it exports a whole model")
-    folder = Path(get(cfg, ("output_dir", "run_root_dir", "checkpoint_dir"), ".")).resolve()
+    now = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host = f"{gb(now)} per rank so far, {gb(ahead)} of batches ahead"
+    say(f"host      {host}; to save {gb(state)} more on rank 0, and {gb(model)} where it exports a whole model")
+    folder = Path(get(cfg, ("output_dir", "run_root_dir", "checkpoint_dir")) or ".").resolve()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     say(f"disk      {gb(state)} per checkpoint, {gb(model)} per whole model; {gb(free)} free in {folder}")
     say(f"reading   {gb(read * accumulation * ranks)} per step of {samples} samples; maps of files are not counted")
@@ -391,8 +376,3 @@ def _bytes_read():
     """By this process so far; maps of files do not count."""
     with open("/proc/self/io") as f:
         return int(f.readline().split()[1])
-
-
-def _resident():
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -16,6 +16,7 @@ from common import require
 
 ASPECT = 0.02  # a picture's width / height may differ by this share: recorders round
 FAR = 0.5  # of the training range: further outside is a warning, mostly another unit or another frame
+SAID = "script recorded sensor instructions kind horizon rate_hz skip first_row needs"  # by describe(), as they are
 
 
 @dataclass
@@ -29,12 +30,14 @@ class Contract:
     rate_hz: float | None  # rows per second; None: the recordings have no clock
     kind: str  # "delta": a motion per row; "absolute": a target; "velocity"
     first_row: str  # what row 0 means in time, and which row to send when
+    skip: int = 0  # rows at the chunk's begin that are over when it is there: the one to be sent first is row `skip`
     state: list = field(default_factory=list)  # [(name, unit)]; empty: the policy takes none
     low: list | None = None  # smallest state in training, one per name
     high: list | None = None
     recorded: dict = field(default_factory=dict)  # {name: the recorder's name of this camera}, where it is another
     sensor: str | None = None  # what the observation's sensor must hold
     instructions: list = field(default_factory=list)  # all of the training; empty: not known, any is taken
+    must_be_told: bool = False  # pictures come with an instruction; False: without one it is the training's
     action_low: list | None = None  # smallest action in training, one per name
     action_high: list | None = None
     needs: dict = field(default_factory=dict)  # {what is not in the policy's directory: where it was}
@@ -44,27 +47,26 @@ class Contract:
         for name in ("low", "high", "action_low", "action_high"):
             values = getattr(self, name)
             setattr(self, name, None if values is None else [float(v) for v in values])
+        self.rate_hz = self.rate_hz and float(self.rate_hz)
+        self.needs = {what: str(where) for what, where in self.needs.items()}
         self.warned = Counter()  # kind of warning -> how often
 
     def check(self, observations):
         """UserError for an observation that the policy cannot take; a warning for one that is unlike the training."""
         require(len(observations), "no observation was given: expected a list of one or more")
         for o in observations:
-            self._check_images(o)
-            self._check_state(o.get("state"))
-            text = o.get("instruction")
-            if self.instructions and text is not None and text not in self.instructions:
-                known = ", ".join(map(repr, self.instructions[:3]))
-                self._warn("instruction", f"the policy was not trained on {text!r}, but on {known}")
+            if self.state:
+                self._check_state(o.get("state"))
+            if "vl_features" not in o:  # else pictures and text were encoded before
+                self._check_images(o.get("images"))
+                self._check_text(o.get("instruction"))
 
-    def _check_images(self, observation):
-        if "vl_features" in observation:  # the pictures were encoded before
-            return
-        images = observation.get("images", {})
-        if not isinstance(images, dict):  # the newest frames of the only camera, oldest first
+    def _check_images(self, images):
+        if isinstance(images, (list, tuple)):  # the newest frames of the only camera, oldest first
             for frame in images[:-1]:
-                self._check_images(dict(images=dict.fromkeys(self.images, frame)))
-            images = {name: frame for name in self.images for frame in images[-1:]}
+                self._check_images(dict.fromkeys(self.images, frame))
+            images = dict.fromkeys(self.images, images[-1]) if images else {}
+        images = images or {}
         for name, size in self.images.items():
             there = f"the observation has images of {sorted(images)}"
             require(name in images, f"{there}, the policy needs {', '.join(self.images)}: {name} is missing")
@@ -78,16 +80,20 @@ class Contract:
                 same = abs(columns / rows * height / width - 1) <= ASPECT
                 require(same, f"{wrong}. Send the whole picture of the same camera, not cropped or squeezed")
 
+    def _check_text(self, text):
+        known = ", ".join(map(repr, self.instructions[:3]))
+        wrong = f"the observation's instruction is {text!r}, the policy needs a text, e.g. {known}"
+        require(isinstance(text, str) or (text is None and not self.must_be_told), wrong)
+        if self.instructions and text is not None and text not in self.instructions:
+            self._warn("instruction", f"the policy was not trained on {text!r}, but on {known}")
+
     def _check_state(self, state):
-        if not self.state:
-            return
         shape, names = np.shape(state), ", ".join(f"{name} ({unit})" for name, unit in self.state)
         require(shape == (len(self.state),), f"the observation's state has shape {shape}, the policy needs {names}")
         state = np.asarray(state, np.float64)
         require(np.isfinite(state).all(), f"the observation's state is not finite: {state.tolist()}")
-        if self.low is None or self.high is None:
-            return
-        for (name, unit), value, low, high in zip(self.state, state, self.low, self.high, strict=True):
+        # without a range there is nothing to compare with
+        for (name, unit), value, low, high in zip(self.state, state, self.low or [], self.high or [], strict=False):
             beyond = max(low - value, value - high)
             if beyond > FAR * (high - low) + 1e-3 * max(abs(low), abs(high)) + 1e-6:
                 seen = f"in training it was {low:.4g} to {high:.4g}: another unit or frame?"
@@ -102,11 +108,10 @@ class Contract:
         """An observation that check() takes: grey pictures, the middle of the state's range."""
         sizes = {name: size or (240, 320) for name, size in self.images.items()}
         images = {name: np.full((*map(int, size), 3), 128, np.uint8) for name, size in sizes.items()}
-        state, middle = None, np.zeros(len(self.state), np.float32)
-        if self.state:
-            known = self.low is not None and self.high is not None
-            state = np.mean([self.low, self.high], 0).astype(np.float32) if known else middle
-        return dict(images=images, state=state, instruction=self.instructions[0] if self.instructions else "")
+        known = self.low is not None and self.high is not None
+        state = np.mean([self.low, self.high], 0) if known else np.zeros(len(self.state))
+        text = self.instructions[0] if self.instructions else ""
+        return dict(images=images, state=state.astype(np.float32) if self.state else None, instruction=text)
 
     def describe(self, policy, example=None):
         """-> dict that json can write. The latency is measured here, with `example` or example(); the policy then
@@ -119,31 +124,21 @@ class Contract:
         policy.reset()
         expected = (1, self.horizon, len(self.actions))
         assert np.shape(chunk) == expected, f"predict gave {np.shape(chunk)}, the contract says {expected}"
+        about = {key: getattr(self, key) for key in SAID.split()}
         sizes = {name: size or (None, None) for name, size in self.images.items()}
-        return dict(
-            script=self.script,
-            cameras={name: dict(zip(("height", "width"), size, strict=True)) for name, size in sizes.items()},
-            recorded=dict(self.recorded),
-            pictures="uint8 (height, width, 3), RGB",
-            state=_columns(self.state, self.low, self.high),
-            sensor=self.sensor,
-            instructions=list(self.instructions),
-            actions=_columns(self.actions, self.action_low, self.action_high),
-            kind=self.kind,
-            horizon=self.horizon,
-            rate_hz=self.rate_hz and float(self.rate_hz),
-            first_row=self.first_row,
-            needs={what: str(where) for what, where in self.needs.items()},
-            latency_ms=1000 * float(np.median(seconds[1:])),  # the first call warms up
-        )
+        about["cameras"] = {name: dict(height=height, width=width) for name, (height, width) in sizes.items()}
+        about["pictures"] = "uint8 (height, width, 3), RGB"
+        about["state"] = _columns(self.state, self.low, self.high)
+        about["actions"] = _columns(self.actions, self.action_low, self.action_high)
+        about["latency_ms"] = 1000 * float(np.median(seconds[1:]))  # the first call warms up
+        return about
 
 
 def _columns(named, low, high):
     """-> [{name, unit, and the training's low and high where known}]"""
     columns = [dict(name=name, unit=unit) for name, unit in named]
-    for values, key in ((low, "low"), (high, "high")):
-        for column, value in zip(columns, values or [], strict=values is not None):
-            column[key] = value
+    for column, smallest, largest in zip(columns, low or [], high or [], strict=False):
+        column.update(low=smallest, high=largest)
     return columns
 
 
@@ -152,7 +147,6 @@ def partners(episodes, progress):
     equally near ones the next in order. `episodes` (n,): names or numbers, `progress` (n,): phase, or share of the
     episode that is over. None where there is only one episode."""
     episodes, progress = np.asarray(episodes), np.asarray(progress, np.float64)
-    assert episodes.shape == progress.shape and episodes.ndim == 1, (episodes.shape, progress.shape)
     n, found = len(episodes), []
     if len(np.unique(episodes)) < 2:
         return None

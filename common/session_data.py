@@ -237,6 +237,7 @@ class SessionPolicy:
             instructions=self.instructions,
             action_low=self.stats["action"]["min"],
             action_high=self.stats["action"]["max"],
+            must_be_told=True,
             needs=dict(vlm=vlm or self.recipe["model"]),
         )
         self.reset()
@@ -279,8 +280,9 @@ class SessionPolicy:
             shape, right = np.shape(o.get("sensor")), f"expected (n, {ss.CHANNELS}): force, then the A-scan"
             good = o.get("sensor") is None or (len(shape) == 2 and shape[1] == ss.CHANNELS)
             require(good, f"the observation's sensor is {shape}, {right}")
-        if seen := [b for b, o in enumerate(observations) if "vl_features" not in o]:
-            encoded = self.encode([(observations[b].get("images", {}), observations[b]["instruction"]) for b in seen])
+        seen = [b for b, o in enumerate(observations) if "vl_features" not in o]
+        if seen or not observations:
+            encoded = self.encode([(observations[b].get("images"), observations[b].get("instruction")) for b in seen])
             for b, feature in zip(seen, encoded, strict=True):
                 observations[b] = observations[b] | dict(vl_features=feature)
         return to_device(self.collate.inputs(observations), self.device)
@@ -310,6 +312,10 @@ class SessionPolicy:
                 name = s.name if len(parts) == 1 else f"{s.name}#{n + 1}"
                 truth = dict(target=s.action[dataset.steps[part]], hold=np.repeat(still[None], len(part), 0))
                 yield truth | dict(name=name, sample=lambda t, p=part: dataset[(int(p[t]), int(p[t]))], phase=None)
+
+    def nearest(self, chunks):
+        """(n, H, 7) mm and degrees -> the closest that can be answered: the normaliser clips."""
+        return self.collate.action.unnormalize(self.collate.action.normalize(chunks))
 
     def action_names(self):
         """[(name, unit)] per action dim, for reports."""

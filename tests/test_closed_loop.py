@@ -50,7 +50,7 @@ class Walker:
 
     def describe(self):
         actions = [dict(name="x", unit=self.unit)]
-        return dict(kind="delta", horizon=4, latency_ms=1.5, actions=actions)
+        return dict(kind="delta", horizon=4, latency_ms=1.5, actions=actions, recorded={}, skip=0)
 
     def predict(self, observations):
         self.calls.append(len(observations))
@@ -113,6 +113,23 @@ def test_the_policy_beside_its_baselines():
     assert reports["policy"]["late"] == 3 and reports["policy"]["missing"] is None
     assert set(walker.calls) == {2, 1} and walker.resets == 1
     assert closed_loop.summarise(closed_loop.compare(Walker(1.0), Line, [0], 2)[0]["policy"])["success"] == 0
+
+
+def test_rows_that_are_over_are_not_sent():
+    """The row of the motion that the newest picture shows comes first in its chunk."""
+
+    class Late(Walker):
+        def describe(self):
+            return super().describe() | dict(horizon=5, skip=1)
+
+        def predict(self, observations):
+            chunk = super().predict(observations)
+            return np.concatenate([np.full_like(chunk[:, :1], 9), chunk], axis=1)
+
+    found, _ = closed_loop.compare(Late(), Line, [0, 1, 2], execute=4)
+    assert closed_loop.summarise(found["policy"])["success"] == 3
+    with pytest.raises(UserError, match="--execute 5: a chunk has 4 rows"):
+        closed_loop.compare(Late(), Line, [0], execute=5)
 
 
 def test_another_unit_is_refused():

@@ -92,6 +92,17 @@ def test_errors_by_hand():
     assert policy["relative"] == 0 and max(policy["per_dim"].values()) == 0
 
 
+def test_what_a_tokenizer_or_clipping_loses_is_the_floor():
+    class Whole(Scripted):
+        def nearest(self, chunks):
+            return np.round(chunks).clip(None, [3, 9, 9])
+
+    policy = Whole(0.5)
+    floor = summary(policy)["floor"]
+    assert floor["per_dim"] == pytest.approx({"x": 1 / 12, "y": 0, "z": 0.2 / 12})  # a 4 in x, 0.1 twice in z
+    assert floor["bias"]["x"] == pytest.approx(-1 / 12) and "floor" not in summary(Scripted(0.5))
+
+
 def test_a_policy_that_listens_turns_when_told_the_opposite():
     """x does, z does not; only motions above the mean size count as turned."""
 

@@ -1,12 +1,19 @@
 """common/policy.py: what a policy refuses, what it warns of and counts, what it says of itself; whose pictures are
-swapped in."""
+swapped in. And of every script: its policy directory alone predicts what the training did, to the bit."""
 
 import dataclasses
 import json
+import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from recipes import RECIPES, newest
 
+import evaluate
 from common import UserError
 from common.policy import Contract, partners
 
@@ -48,6 +55,9 @@ WRONG = [
     (with_image(np.zeros((48, 64), np.uint8)), r"camera2 is uint8 \(48, 64\)"),
     (with_image(np.zeros((3, 48, 64), np.uint8)), r"camera2 is uint8 \(3, 48, 64\)"),
     (with_image(np.zeros((64, 64, 3), np.uint8)), "camera2 is 64x64, in training it was 64x48: another aspect"),
+    (observation(images=None), "images of ...*camera1 is missing"),
+    (observation(images=[]), "camera1 is missing"),
+    (observation(instruction=7), "instruction is 7, the policy needs a text, e.g. 'insert'"),
     (observation(state=[0.0, 0.0, 0.0]), r"state has shape \(3,\), the policy needs x \(mm\), y \(mm\)"),
     (observation(state=None), r"state has shape \(\), the policy needs"),
     (observation(state=[0.0, np.nan]), "state is not finite"),
@@ -63,6 +73,14 @@ def test_an_observation_that_does_not_match_is_refused(wrong, message):
     with pytest.raises(UserError, match="no observation"):
         c.check([])
     assert not c.warned
+
+
+def test_an_instruction_may_be_missing_where_the_policy_has_its_own():
+    without = {key: value for key, value in observation().items() if key != "instruction"}
+    contract().check([without, observation(instruction=None)])
+    for o in (without, observation(instruction=None)):
+        with pytest.raises(UserError, match="instruction is None, the policy needs a text, e.g. 'insert'"):
+            contract(must_be_told=True).check([o])
 
 
 def test_a_policy_takes_what_it_does_not_need_or_know():
@@ -119,3 +137,88 @@ def test_partners_by_hand():
     assert partners([0, 1, 2], [1, 1, 1]).tolist() == [1, 2, 0]
     assert partners([0, 0, 1, 1], [1, 2, 2, 1]).tolist() == [3, 2, 1, 0]
     assert partners([0, 0], [0, 1]) is None
+
+
+# ---- every script: a policy directory in a fresh process -------------------------------------------------------------
+
+# the method that validation predicts with, what makes the last step validate all frames, and the policy's directory
+LAST = {
+    "async": ("decode", dict(epochs=1, steps=None), lambda out: out / "qwen_vla_async_best.pt"),
+    "diffusion": ("decode", dict(epochs=1, steps=None, predict_draws=2), lambda out: out / "diffusion_stage1_best.pt"),
+    "nora": (
+        "decode",
+        dict(val_samples=99, val_decode_samples=99, learning_rate=1e-2, steps=20, val_frequency=20),
+        lambda out: newest("steps_*")(out) / "model",
+    ),
+    "smolvla": ("decode", {}, lambda out: out / "checkpoints/final_hf"),
+    "openvla": ("answer", dict(samples="first", val_samples=99), lambda out: next(out.glob("*/meta.json")).parent),
+    "mobile": (
+        "rollout",
+        dict(trainer__max_epochs=1, steps=0, label_offset=0),
+        lambda out: out / "checkpoints/last.ckpt",
+    ),
+}
+FRESH = """
+import importlib, pickle, sys, torch
+script, policy, jobs, answers = sys.argv[1:]
+policy = importlib.import_module(script).load_policy(policy, "cpu")
+found = []
+for observations, noise in pickle.load(open(jobs, "rb")):
+    own = noise is None  # else predict draws its own, of which a validation is independent
+    found.append(policy.predict(observations) if own else policy.decode(policy.inputs(observations), noise))
+pickle.dump(found, open(answers, "wb"))
+"""
+
+
+def watched(recipe, method, monkeypatch):
+    """-> [policy of the last validation, what it predicted then (rows as bytes), the noises of its batches]"""
+    seen, script, real = (
+        [None, set(), []],
+        recipe.script,
+        (recipe.script.validate, getattr(recipe.script.Policy, method)),
+    )
+
+    def predict(policy, *args):
+        out = real[1](policy, *args)
+        chunks = out[0] if isinstance(out, tuple) else out
+        chunks = policy.normalizer.unnormalize(chunks) if method == "rollout" else chunks
+        seen[1].update(chunk.tobytes() for chunk in chunks)
+        if recipe.name == "train_diffusion" and not any(args[1] is noise for noise in seen[2]):
+            seen[2].append(args[1])
+        return out
+
+    def validate(*args):
+        seen[:] = next(arg for arg in args if isinstance(arg, script.Policy)), set(), []
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(script.Policy, method, predict)
+            return real[0](*args)
+
+    monkeypatch.setattr(script, "validate", validate)
+    return seen
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_policy_directory_alone_predicts_what_the_validation_did(name, tmp_path, tmp_path_factory, monkeypatch):
+    """Moved, in a fresh process, from the pictures as they were recorded, in the batches of the validation."""
+    recipe, (method, last, where) = RECIPES[name], LAST[name]
+    recipe.written = recipe.written or recipe.write(tmp_path_factory.mktemp(name))
+    every = {key: 4 for key in ("val_frequency", "validation__val_freq", "val_steps") if key in recipe.values}
+    predicted = watched(recipe, method, monkeypatch)
+    recipe.script.main(recipe.config(tmp_path / "run", **dict(steps=4) | every | last))
+    policy, rows, noises = predicted
+    names = evaluate.read_about(where(tmp_path / "run"))["validation"]
+    jobs = [[e["sample"](t) for t in range(len(e["target"]))] for e in policy.open_episodes(recipe.data(), names)]
+    if method != "rollout":  # which is of an episode at once
+        frames = sum(jobs, [])
+        jobs = [frames[i : i + 2] for i in range(0, len(frames), 2)]
+    noises = noises or [None] * len(jobs)
+    (tmp_path / "jobs").write_bytes(pickle.dumps(list(zip(jobs, noises, strict=True))))
+    moved = (tmp_path / "elsewhere").mkdir() or tmp_path / "elsewhere" / where(tmp_path / "run").name
+    where(tmp_path / "run").rename(moved)
+    command = [sys.executable, "-c", FRESH, recipe.name, moved, tmp_path / "jobs", tmp_path / "answers"]
+    here = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = np.concatenate(pickle.loads((tmp_path / "answers").read_bytes()))
+    assert len({chunk.tobytes() for chunk in answers}) > (name != "nora")  # which learns one answer in 20 steps
+    assert [chunk.tobytes() in rows for chunk in answers] == [True] * len(answers)
