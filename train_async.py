@@ -404,7 +404,7 @@ def main(cfg):
             values = validate(core, policy, held_out, run)
             if step.validated(values, values["val/loss_epoch"], ChunkErrors.text(values)):
                 run.save_best(folder / BEST, save_model, size // 3, partial(collect, None))
-        if step.should_save(cfg.save_steps, epoch_end):
+        if epoch_end or step.every(cfg.save_steps):
             run.save()
 
     if run.step == run.total:

@@ -948,7 +948,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=fused)
     about = dict(epoch=0, val_loss=math.nan)  # of the last validation
     if saved:
-        ckpt.restore_training_state(core, optimizer, saved)
+        ckpt.restore_training_state(core, optimizer, saved["trained"], saved["moments"])
         about = {key: saved[key] for key in about}
         saved = None  # the file's memory
     meta = dict(script=SCRIPT, validation=[e.name for e in data.validation])
@@ -988,7 +988,7 @@ def main(cfg):
             step.validated(values, values["val_loss"], f"epoch {epoch} | {validation_text(values)}")
             about |= dict(epoch=epoch, val_loss=values["val_loss"])
             keep_best(run, folder, about, t.save_top_k, lambda path: save_model(path, collect()), size)
-        if step.should_save(0, epoch_end):
+        if epoch_end:
             run.save()
 
     best = next(iter(run.once(best_files, folder)), folder / "last.ckpt")

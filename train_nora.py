@@ -721,7 +721,7 @@ def validate(policy, data, collate, cfg, run):
     counts, errors, steps = np.zeros(5), np.zeros(spec.normalizer.dim), 0  # loss, correct, tokens, malformed, decoded
     swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors of few: own, each camera swapped
     model.eval()
-    with run.gathered(model):
+    with fsdp.gathered(model):
         for first in range(run.rank * size, len(pick), run.world * size):
             mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, place in swaps)
             items = [dataset[(0, pick[i])] for i in mine]
@@ -871,7 +871,7 @@ def main(cfg):
             v = validate(policy, data, collate, cfg, run)
             if step.validated(v, v["val_loss"], tell(v, run.log.print)):
                 run.save_best(out / "best", saver.write, export, partial(saver.collect, resume=False))
-        if step.should_save(cfg.checkpoint_save_frequency):
+        if step.every(cfg.checkpoint_save_frequency):
             run.save()
 
     finish(run, cfg)

@@ -47,7 +47,7 @@ from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
 from common.frames import FrameStore, write_json
-from common.hub import load_weights, local_folder, read_tensors, stored_source  # before transformers
+from common.hub import load_weights, local_folder, read_tensors, stored_source, unfilled  # before transformers
 from common.log import WandbConfig
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
@@ -428,12 +428,8 @@ def load_vla(folder, device, dtype):
     from modeling_openvla import OpenVLAForActionPrediction
 
     config, _ = read_folder(folder)
-    with torch.device("meta"):
-        vla = OpenVLAForActionPrediction(config)
-    vla = vla.to(dtype).to_empty(device=device).requires_grad_(False)
-    load_weights(vla, read_tensors(folder), folder)
-    llama = vla.language_model.model
-    llama.rotary_emb = type(llama.rotary_emb)(config=config.text_config).to(device)  # computed, in no file
+    vla = unfilled(OpenVLAForActionPrediction._from_config, config, dtype=dtype).requires_grad_(False)
+    load_weights(vla, read_tensors(folder), folder, device=device)
     return vla.eval()
 
 
@@ -592,11 +588,12 @@ class Policy:
 COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
-def save_adapter(folder, peft_model, meta, stats):
-    """Write what load_policy and peft need: adapter, meta.json, statistics."""
-    peft_model.save_pretrained(folder, save_embedding_layers=False)  # else the whole embedding, as lm_head is adapted
+def save_adapter(folder, content, peft_model, stats):
+    """Write what load_policy and peft need: adapter (content["trained"]), meta.json (content["meta"]), statistics."""
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in content["trained"].items()}
+    peft_model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)  # else the whole embedding
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    write_json(folder / "meta.json", meta)
+    write_json(folder / "meta.json", content["meta"])
     write_json(folder / "dataset_statistics.json", {KEY: stats})
 
 
@@ -841,27 +838,28 @@ def main(cfg):
     trained = [p for p in vla.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)
     if path:  # mapped from the files, which would keep their room when they are deleted: no name holds them
-        state = ckpt.load_state(path / "state.pt") | dict(trained=read_adapter(path))
-        ckpt.restore_training_state(vla, optimizer, state)
-        del state
+        ckpt.restore_training_state(vla, optimizer, read_adapter(path), ckpt.load_state(path / "state.pt")["moments"])
     held_out = VamosDataset(data.validation, store.read)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), policy.collate, cfg.num_workers)
     size = 12 * sum(p.numel() for p in trained)  # fp32 adapter and two moments
     run.describe(vla, len(dataset), size, adapter_dir, f" (LoRA r {cfg.lora_rank} on {len(trained) // 2} layers)")
     about = dict(format_version=FORMAT, script=Path(__file__).stem, spec=data.spec, validation=data.validation_files)
+    about |= dict(fingerprint=data.fingerprint, files=data.table)
     run.write("validation_episodes.txt", "".join(f"{n}\n" for n in data.validation_files))
 
-    def write_best(folder):
-        which = dict(fingerprint=data.fingerprint, files=data.table)
-        save_adapter(folder, peft_model, about | run.progress() | which, data.stats)
+    def collect():
+        trained, moments = ckpt.training_state(vla, optimizer)
+        return dict(trained=trained, moments=moments, meta=about | run.progress())
 
-    def write(folder):
-        write_best(folder)
-        ckpt.save_state(folder / "state.pt", dict(moments=ckpt.training_state(vla, optimizer)[1]))
+    write_best = functools.partial(save_adapter, peft_model=peft_model, stats=data.stats)
+
+    def write(folder, content):
+        write_best(folder, content)
+        ckpt.save_state(folder / "state.pt", dict(moments=content["moments"]))
         for file in ("adapter_config.json", "adapter_model.safetensors"):  # the newest adapter under the guide's path
             ckpt.link(folder / file, adapter_dir / file)
 
-    run.checkpoints(adapter_dir, "steps_{step}", write, size, keep=cfg.keep_checkpoints)
+    run.checkpoints(adapter_dir, "steps_{step}", write, size, collect, cfg.keep_checkpoints)
 
     # ---- loop
     wandb = WandbConfig(cfg.wandb_mode if cfg.wandb_project else "disabled", cfg.wandb_entity, f"ft+{name}")
@@ -884,10 +882,12 @@ def main(cfg):
             text = f"loss {v['val_loss']:.4f} | acc {v['val_action_accuracy']:.3f} | l1 {v['val_l1_loss']:.4f}"
             text += f" | error v_x {v['val_mae_vx']:.4g}, v_y {v['val_mae_vy']:.4g} {data.spec['unit']}"
             if step.validated(v, v["val_loss"], f"{text} (mean action: {v['val_mae_mean_action']:.4g})"):
-                run.save_best(adapter_dir / "best", write_best, size / 3)
-        if step.should_save(cfg.save_steps) and run.save() and not step.stopping and step.number < run.total:
-            apart = run_dir.parent / f"{name}--{step.number}_chkpt"
-            merge(run, run.saved, run_dir if cfg.save_latest_checkpoint_only else apart)
+                run.save_best(adapter_dir / "best", write_best, size / 3, collect)
+        if step.every(cfg.save_steps):
+            run.save()
+            if run.join() and not step.stopping and step.number < run.total:
+                apart = run_dir.parent / f"{name}--{step.number}_chkpt"
+                merge(run, run.saved, run_dir if cfg.save_latest_checkpoint_only else apart)
 
     # ---- end
     if run.step == run.total:

@@ -1184,7 +1184,7 @@ def main(cfg):
             line = validation_line(step, values, policy.action_names())
             if step.validated(values, values["val/loss"], line=line):
                 run.save_best(folder / "best_hf", lambda path: export(path, weights()), whole)
-        if step.should_save(t.save_freq):
+        if step.every(t.save_freq):
             run.save()
 
     if run.step == t.steps:

@@ -136,28 +136,34 @@ def _remove(path):
 
 
 def save_state(path, state):
-    """torch.save of tensors and plain types; refuses, before writing, what weights_only could not load back."""
-    _check_plain(state, "state")
+    """torch.save of on_host(state)."""
     torch.save(on_host(state), path)
 
 
-def on_host(value, copy=False, known=None):
-    """Nested dicts and lists with every tensor on the CPU; `copy`: as its own, which no training changes any more. A
-    tensor that is there twice stays one. What FSDP2 has sharded is gathered, one tensor at a time, for rank 0."""
+def on_host(value, copy=False, known=None, where="state"):
+    """Nested dicts and lists with every tensor on the CPU; what weights_only could not load back is refused. `copy`: as
+    its own, which no training changes any more. A tensor that is there twice stays one. What FSDP2 has sharded is
+    gathered, one tensor at a time, for rank 0."""
     known = {} if known is None else known
-    if isinstance(value, dict):
-        return {k: on_host(v, copy, known) for k, v in value.items()}
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "full_tensor"):  # a collective call
+            value = value.detach().full_tensor()
+            return value.cpu() if dist.get_rank() == 0 else None
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
+        if key not in known:
+            known[key] = value.detach().to("cpu", copy=copy)
+        return known[key]
+    if type(value) in (dict, OrderedDict):
+        wrong = [
+            f"{where} has a key {key!r} of type {type(key).__name__}" for key in value if type(key) not in (str, int)
+        ]
+        require(not wrong, f"{''.join(wrong[:1])}; only str and int are stored", TypeError)
+        return {k: on_host(v, copy, known, f"{where}.{k}") for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(on_host(v, copy, known) for v in value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    if hasattr(value, "full_tensor"):  # a collective call
-        value = value.detach().full_tensor()
-        return value.cpu() if dist.get_rank() == 0 else None
-    key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
-    if key not in known:
-        known[key] = value.detach().to("cpu", copy=copy)
-    return known[key]
+        return type(value)(on_host(v, copy, known, f"{where}[{i}]") for i, v in enumerate(value))
+    told = f"{where} is a {type(value).__name__}; only tensors and plain values are stored"
+    require(type(value) in (int, float, bool, str, type(None)), told, TypeError)
+    return value
 
 
 def load_state(path):
@@ -193,19 +199,6 @@ def read_checkpoint(path, script, format_version, names=(), resume=False):
     weights_only = f"--resume {path} holds weights only, no optimizer: go on from the newest checkpoint beside it"
     require(not resume or "optimizer_state_dict" in state, weights_only)
     return state
-
-
-def _check_plain(value, where):
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            if type(key) not in (str, int):
-                raise TypeError(f"{where} has a key {key!r} of type {type(key).__name__}; only str and int are stored")
-            _check_plain(item, f"{where}.{key}")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
-    elif type(value) not in (torch.Tensor, int, float, bool, str, type(None)):  # weights_only reads no subclass
-        raise TypeError(f"{where} is a {type(value).__name__}; only tensors and plain values are stored")
 
 
 # ---- one timeline per run --------------------------------------------------------------------------------------------
@@ -316,12 +309,11 @@ def check_trained(model, shapes):
 
 
 @torch.no_grad()
-def restore_training_state(model, optimizer, state):
-    """Put state["trained"] and state["moments"] (of training_state) back."""
-    saved = state["trained"]
-    for name, p in check_trained(model, {n: t.shape for n, t in saved.items()}).items():
-        p.copy_(laid_out(saved[name], p))
-    restore_moments(model, optimizer, state["moments"])
+def restore_training_state(model, optimizer, trained, moments):
+    """Put back what training_state gave."""
+    for name, p in check_trained(model, {n: t.shape for n, t in trained.items()}).items():
+        p.copy_(laid_out(trained[name], p))
+    restore_moments(model, optimizer, moments)
 
 
 def restore_moments(model, optimizer, saved):

@@ -6,6 +6,7 @@ import json
 import warnings
 
 import torch
+import torch.distributed as dist
 
 from common import checkpoint as ckpt
 
@@ -58,6 +59,27 @@ def state_of(model, optimizer):
     return parts
 
 
+@contextlib.contextmanager
+def atomic_folder(final, group):
+    """ckpt.atomic_path of all ranks of `group` together: each gets rank 0's temporary folder, to make and to write its
+    part in; it is renamed when all have. What one of them raises becomes an OSError of all."""
+    with ckpt.atomic_path(final) if dist.get_rank(group) == 0 else contextlib.nullcontext() as folder:
+        folder, said = _exchange(folder, group)[0], None
+        try:
+            yield folder
+        except Exception as error:  # safetensors and torch have their own for a full disk, and the others wait
+            said = str(error) or repr(error)
+        said = [text for text in _exchange(said, group) if text]
+        if said:
+            raise OSError(said[0])
+
+
+def _exchange(value, group):
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def write_state(folder, state, rank=0):
     """Write what state_of() gave: state.pt, or each rank its own file of shards/, in the format of
     torch.distributed.checkpoint's HuggingFaceStorageReader."""
@@ -76,7 +98,7 @@ def write_state(folder, state, rank=0):
 def restore_state(model, optimizer, folder, group=None):
     """Put back what write_state wrote, on any number of ranks, with FSDP2 or without. A collective call of `group`."""
     if not (folder / "shards").is_dir():
-        return ckpt.restore_training_state(model, optimizer, ckpt.load_state(folder / "state.pt"))
+        return ckpt.restore_training_state(model, optimizer, **ckpt.load_state(folder / "state.pt"))
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     names, reader = dict(model.named_parameters()), HuggingFaceStorageReader(folder / "shards")

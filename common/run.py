@@ -3,7 +3,7 @@
 A script's loop says what is its own: the loss and its divisor, the learning rate, when to log, validate and save.
 
     run = Run(cfg, out, cfg.batch_size, cfg.accumulation)
-    run.checkpoints(out, "steps_{step}", write, size, collect)  # how: by cadence, a stop signal, an error
+    run.checkpoints(out, "steps_{step}", write, size, collect)  # how; the last step is saved whatever made it the last
     for step in run.steps(loader):  # one optimizer step, the same on every rank
         count = run.sum(sum(len(b["targets"]) for b in step.batches))  # of all micro-batches and ranks
         for batch in step.micro_batches(model):  # on the device; dropout belongs to the position
@@ -12,7 +12,7 @@ A script's loop says what is its own: the loss and its divisor, the learning rat
         step.update(optimizer, lr_at(step.index, cfg), cfg.grad_clip)
         if step.every(cfg.log_steps):
             step.log(dict(loss=step.mean()["loss"]), f"loss {step.mean()['loss']:.4f}")
-        if step.should_save(cfg.save_steps):
+        if step.every(cfg.save_steps):
             run.save()
     run.finish()
 
@@ -52,7 +52,6 @@ from common.log import RunLog, memory_gb, plot_loss
 from common.sampler import RankBatches, torch_seed_at
 
 PROGRESS = ("step", "position", "best_val_loss", "best_step", "skipped", "skipped_in_row", "window")
-RECORDED = ("saved", "saved_step", "best_val_loss", "best_step")  # of a save; undone where its write fails
 PATIENCE = datetime.timedelta(hours=2)  # for a rank that saves 50 GB or merges a model
 NON_FINITE = 10  # steps in a row that end a training
 
@@ -81,12 +80,14 @@ class Run:
         self.cfg, self.script, self.out = cfg, Path(inspect.getfile(type(cfg))), Path(out)
         self.batch_size, self.accumulation = batch_size, accumulation
         self.global_batch = batch_size * accumulation * self.world
-        self.step, self.position, self.total, self.window = 0, 0, None, []  # window: sums since the last log line
+        self.step, self.position, self.total = 0, 0, None
         self.best_val_loss, self.best_step, self.skipped, self.skipped_in_row = None, None, 0, 0
-        self.saved, self.saved_step, self.sound, self.paused = None, 0, True, False
-        self.log, self.error, self._write, self.names = None, None, None, None
-        self.time, self.wait, self.stall, self.logged = 0.0, 0.0, 0.0, 0  # stall: seconds that saving held it up
-        self._thread, self._writing, self._written, self.sharded = ThreadPoolExecutor(1), None, True, False
+        self.window, self.logged = [], 0  # updates since the last log line, and its step
+        self.time, self.wait, self.stall = 0.0, 0.0, 0.0  # seconds since then: in all, for data, for saving
+        self.log, self.error, self.paused, self.sound = None, None, False, True  # sound: no update is half made
+        self.saved, self.saved_step, self._how, self._keep = None, 0, None, 0
+        self._thread, self._writing, self._record = ThreadPoolExecutor(1), None, {}
+        self.sharded, self._writers = False, None
         Run.current = self
 
     # ---- ranks
@@ -98,11 +99,11 @@ class Run:
             dist.all_reduce(total, group=self.group)
         return total.tolist() if len(numbers) > 1 else total.item()
 
-    def gather(self, value, group=None):
+    def gather(self, value):
         """A plain value of every rank -> list."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value, group=group or self.group)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def once(self, function, *args):
@@ -123,14 +124,15 @@ class Run:
     def prepare(self, model, shards=()):
         """-> the model as the loop calls it: autocast in its forward, gradients averaged over the ranks; with `shards`,
         its layers, split over them by FSDP2. The optimizer is made afterwards."""
-        self.sharded = bool(shards)
-        if not shards:
-            if self.world > 1:
-                self._share_frozen(model)
-            with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers, accelerate has not
-                warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-                return self.accelerator.prepare_model(model, device_placement=False)
-        return fsdp.shard_layers(model, shards, self.bf16, self.autocast())
+        if shards:
+            self.sharded = True
+            self._writers = dist.new_group(backend="gloo", timeout=PATIENCE)  # of the threads, beside the loop's
+            return fsdp.shard_layers(model, shards, self.bf16, self.autocast())
+        if self.world > 1:
+            self._share_frozen(model)
+        with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers, accelerate has not
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+            return self.accelerator.prepare_model(model, device_placement=False)
 
     def _share_frozen(self, model):
         """Every rank has read the frozen weights from the same files: DDP need not send gigabytes around."""
@@ -140,10 +142,6 @@ class Run:
         totals = self.gather(total)
         same = max(totals) - min(totals) <= 1e-9 * max(map(abs, totals))  # a GPU of another kind rounds otherwise
         require(same, "the processes have read other frozen weights: every machine needs the same backbone files")
-
-    def gathered(self, model):
-        """A context in which every rank has all of FSDP's weights: a forward then needs no other rank."""
-        return fsdp.gathered(model) if self.sharded else contextlib.nullcontext()
 
     # ---- where the run stands
 
@@ -163,7 +161,8 @@ class Run:
 
     def progress(self):
         """What a checkpoint must hold beside tensors so that a run can go on from it; plain values."""
-        return {key: getattr(self, key) for key in PROGRESS} | dict(config=dataclasses.asdict(self.cfg))
+        stands = vars(self) | self._record  # with what will be true when the file that holds it is there
+        return {key: stands[key] for key in PROGRESS} | dict(config=dataclasses.asdict(self.cfg))
 
     def restore(self, path, saved, fingerprint, fixed=()):
         """Go on where `saved` (progress() and the data's fingerprint) stands, unless that would be another run. What
@@ -201,126 +200,88 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
-    # ---- saving
+    # ---- saving: copied to the host, then written by a thread beside the loop, at most one at a time
 
-    def checkpoints(self, folder, name, write, size, collect=None, keep=0):
-        """How this run is saved: as a file or folder `name` ("steps_{step}") of about `size` bytes, see save_as(); the
-        newest `keep` stay (0: all). With FSDP all ranks write their files into the one folder."""
-        self._folder, self._name, self._write, self._size = Path(folder), name, write, size
-        self._collect, self._keep = collect, keep
-        # threads that write talk to each other beside the loop
-        self._writers = dist.new_group(backend="gloo", timeout=PATIENCE) if self.sharded else None
+    def checkpoints(self, folder, name, write, size, collect, keep=0):
+        """How this run is saved: as file or folder `name` ("steps_{step}") in `folder`, about `size` bytes; the newest
+        `keep` stay (0: all).
+
+        collect() -> nested dicts of tensors and plain values, on every rank. write(path, content) gets them on the host
+        and must not look at the model, which is trained on meanwhile; rank 0 calls it, with FSDP every rank."""
+        self._folder, self._name, self._keep = Path(folder), name, keep
+        self._how = write, size, collect
 
     def save(self):
-        """Save as said to checkpoints() -> False if that failed; it may still be under way."""
-        numbered = "{step}" in self._name
-        rotate = partial(ckpt.rotate, self._folder, self._name, self._keep) if numbered else None
-        record = dict(saved=self._folder / self._name.format(step=self.step), saved_step=self.step)
-        how = dict(record=record, after=rotate, together=self.sharded)
-        return self.save_as(record["saved"], self._write, self._size, self._collect, **how)
+        """Save as said to checkpoints(). The last step, also before a stop, is saved without it."""
+        path = self._folder / self._name.format(step=self.step)
+        self._start(path, *self._how, dict(saved=path, saved_step=self.step))
 
-    def save_best(self, path, write, size, collect=None):
-        """Save what step.validated() found to be the best so far; recorded only if that succeeds."""
-        record = dict(zip(("best_val_loss", "best_step"), self._candidate, strict=True))
-        return self.save_as(path, write, size, collect, record)
+    def save_best(self, path, write, size, collect):
+        """Save what step.validated() found to be the best so far."""
+        self._start(path, write, size, collect, self._candidate)
 
-    def save_as(self, path, write, size, collect=None, record=None, after=None, together=False):
-        """Write a file or folder on rank 0 under a temporary name, then rename it -> False if that failed: this costs
-        no old file. A collective call.
+    def save_as(self, path, write, size):
+        """write(path) something else, while the training waits -> is it there?"""
+        self._start(path, lambda temporary, _: write(temporary), size, dict, {})
+        return self.join()
 
-        collect() -> nested dicts of tensors and plain values: the training waits until they are copied to the host;
-        write(path, content) then runs beside it and must not look at the model. The next save, join() and the end
-        wait for it. Without `collect` write(path) reads the model, and the training waits. `record`: attributes of
-        this run from now on, unless it fails; after(): once it is in place; `together`: all ranks write."""
-        self.join()  # at most one is under way
-        begin, self.paused = time.perf_counter(), True
-        before = {key: getattr(self, key) for key in RECORDED}
-        self._writing = before, partial(bool, False)  # what raises from here on has saved nothing
-        vars(self).update(record or {})
-        make, content, result = self._save_together if together else self._save_here, (), partial(bool, True)
-        if collect and (self.main or self.sharded):
-            content = (ckpt.on_host(collect(), copy=True),)
-        if self.main or together:
-            make = partial(make, self.step, Path(path), write, size, after, *content)
-            result = self._thread.submit(make).result if collect else partial(bool, make())
-        self._writing = before, result
+    def _start(self, path, write, size, collect, record):
+        """`record`: attributes of this run, true as soon as the file is there."""
+        self.join()
+        begin, self.paused, self._record = time.perf_counter(), True, record
+        work = partial(bool, True)
+        if self.main or self.sharded:
+            content = ckpt.on_host(collect(), copy=True)
+            work = partial(self._write, self.step, Path(path), write, size, content)
+        self._writing = self._thread.submit(work)
         self.stall += time.perf_counter() - begin
-        return True if collect else self.join()
 
-    def join(self, alone=False):
-        """Wait for what is being written -> was the last write made? A collective call, unless the other ranks may be
-        gone (`alone`)."""
-        if self._writing is not None:
-            (before, result), self._writing = self._writing, None
-            begin, self._written = time.perf_counter(), False
-            try:
-                self._written = result() if alone else self.sum(result()) == self.world
-            finally:
-                self.stall += time.perf_counter() - begin
-                if not self._written:
-                    vars(self).update(before)
-        return self._written
-
-    def _save_here(self, step, path, write, size, after, *content):
-        """-> is it there? No room, or no disk, is told and costs nothing else."""
+    def _write(self, step, path, write, size, content):
+        """In the thread -> was it made? No room, or no disk, is told and costs nothing else."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ckpt.require_space(path.parent, int(1.1 * size))
-            with ckpt.atomic_path(path) as temporary:
-                write(temporary, *content)
+            with fsdp.atomic_folder(path, self._writers) if self.sharded else ckpt.atomic_path(path) as temporary:
+                ckpt.require_space(path.parent, int(1.1 * size))
+                write(temporary, content)
         except OSError as error:
-            (self.log or self).print(f"NOT SAVED at step {step}: {path}: {error}")
+            if self.main:
+                (self.log or self).print(f"NOT SAVED at step {step}: {path}: {error}")
             return False
-        if after:
-            after()
+        if self.main and self._keep:
+            ckpt.rotate(self._folder, self._name, self._keep)
         return True
 
-    def _save_together(self, step, path, write, size, after, content):
-        """_save_here of all ranks: each writes into the folder that rank 0 makes, and renames once all are done."""
-        told = []
-
-        def mine(folder):
-            said = None
-            try:
-                write(folder, content)
-            except Exception as error:  # safetensors and torch have their own for a full disk, and the others wait
-                said = str(error) or repr(error)
-            said = [text for text in self.gather(said, self._writers) if text]
-            if said:
-                raise OSError(said[0])
-
-        def whole(folder):
-            folder.mkdir()
-            told.extend(self.gather(str(folder), self._writers))
-            mine(folder)
-
-        if self.main:
-            made = self._save_here(step, path, whole, size, after)
-            return made if told else bool(self.gather(None, self._writers)[0])
-        folder = self.gather(None, self._writers)[0]
-        if folder:
-            with contextlib.suppress(OSError):  # rank 0 says so
-                mine(Path(folder))
-        return True
+    def join(self):
+        """Wait for what is being written; only then it is recorded -> False if it failed. A collective call."""
+        made = True
+        if self._writing:
+            begin, writing, self._writing = time.perf_counter(), self._writing, None
+            made = self.sum(writing.result()) == self.world
+            if made:
+                vars(self).update(self._record)
+            self.stall += time.perf_counter() - begin
+        self._record = {}
+        return made
 
     def save_after_error(self):
-        """The last complete step, where rank 0 can still write it: other ranks may be gone or wait for each other."""
-        if not (self._write and self.log):
+        """The last complete step, where this process can still write it."""
+        if not (self._how and self.log):
             return
         self.log.close()
-        path = self._folder / self._name.format(step=self.step)
+        self.world = 1  # no collective call any more: other ranks may be gone, or wait for each other
         try:
-            self.join(alone=True)
+            self.join()
             if not self.main or self.step == self.saved_step:
                 return
             if not self.sound or self.sharded:
                 print(f"NOT SAVED: no process has the whole weights; the newest checkpoint: {self.saved}", flush=True)
                 return
-            content = (self._collect(),) if self._collect else ()
-            if self._save_here(self.step, path, self._write, self._size, None, *content):
-                print(f"saved {path} after the error. Continue with the same command and --resume auto", flush=True)
+            self.save()
+            if self.join():
+                print(
+                    f"saved {self.saved} after the error. Continue with the same command and --resume auto", flush=True
+                )
         except Exception as error:  # the first error is the one to be told
-            print(f"NOT SAVED after the error: {path}: {error}", flush=True)
+            print(f"NOT SAVED after the error: {error}", flush=True)
 
     # ---- loop
 
@@ -394,10 +355,8 @@ class Run:
         self.join()
         if self.saved_step != self.step:
             self.save()
-            self.join()
-        if self.saved_step != self.step:
             newest = f"the newest, {self.saved}, is of step {self.saved_step}. Free space and use --resume auto"
-            raise ckpt.DiskFull(28, f"the last checkpoint could not be written; {newest}")
+            require(self.join(), f"the last checkpoint could not be written; {newest}", ckpt.DiskFull)
         if not last:
             data = any(self.gather(self.error is not None))
             how = f"saved {self.saved}. Continue with the same command and --resume auto"
@@ -506,10 +465,6 @@ class Step:
         crossed = self.run.position // samples > self.first // samples
         return crossed or self.number == self.run.total
 
-    def should_save(self, n=0, also=False):
-        """Every `n` steps, at the end, when it is `also` time, and when this step is the last one for now."""
-        return also or self.every(n) or self.number == self.run.total or self.stopping
-
     def mean(self):
         """{loss, grad_norm, added sums: mean over the updates since the last log line}; NaN if there were none."""
         window = self.run.window
@@ -541,7 +496,7 @@ class Step:
         """Log a validation; -> is `loss` the lowest so far? Then save it with run.save_best. `line`: the whole line."""
         run = self.run
         run.join()  # else the best so far may be one whose write fails
-        run.paused, run._candidate = True, (loss, self.number)
+        run.paused, run._candidate = True, dict(best_val_loss=loss, best_step=self.number)
         run.log.log(self.number, values, line or f"validation {self.number} | {text}")
         return math.isfinite(loss) and (run.best_val_loss is None or loss < run.best_val_loss)
 

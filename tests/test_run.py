@@ -222,7 +222,7 @@ def test_the_loops_own_mistakes_are_named(tmp_path):
     run.find(None, tmp_path, ["steps_*"])
     run.plan(3, "--steps")
     model = torch.nn.Linear(4, 1)
-    run.checkpoints(tmp_path, "steps_{step}", lambda folder: folder.mkdir(), 0)
+    run.checkpoints(tmp_path, "steps_{step}", lambda folder, _: folder.mkdir(), 0, dict)
     for step in run.steps(run.loader(toy.Data(cfg), toy.GlobalOrder(20, 1), toy.collate, 0)):
         batches = iter(step.micro_batches(model))
         batch = next(batches)
@@ -304,11 +304,11 @@ def test_a_save_that_found_no_memory_is_made_after_the_error(monkeypatch, capsys
     """Its step does not count as saved."""
     on_host, failed = ckpt.on_host, []
 
-    def full(value, copy=False, known=None):
-        if copy and known is None and value["meta"]["step"] == 4 and not failed:
+    def full(value, *args, **options):
+        if options and value["meta"]["step"] == 4 and not failed:
             failed.append(4)
             raise MemoryError("cannot allocate")
-        return on_host(value, copy, known)
+        return on_host(value, *args, **options)
 
     monkeypatch.setattr(ckpt, "on_host", full)
     code, out, _ = command(monkeypatch, capsys, toy.main, "--output_dir", tmp_path)

@@ -121,12 +121,12 @@ def main(cfg):
             mean = step.mean()
             step.log(dict(loss=mean["loss"], grad_norm=mean["grad_norm"]), f"loss {mean['loss']:.4f}")
         if step.every(cfg.val_steps):
-            with torch.no_grad(), run.gathered(core):
+            with torch.no_grad(), fsdp.gathered(core):
                 value = core.eval()(torch.ones(1, 4)).square().item()
             core.train()
             if step.validated(dict(val_loss=value), value, f"loss {value:.4f}"):
                 run.save_best(out / "best", write, 1000, collect)
-        if step.should_save(cfg.save_steps):
+        if step.every(cfg.save_steps):
             run.save()
     run.finish(f"model: {run.saved}")
     return run
