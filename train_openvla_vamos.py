@@ -885,7 +885,7 @@ def main(cfg):
                 run.save_best(adapter_dir / "best", write_best, size / 3, collect)
         if step.every(cfg.save_steps):
             run.save()
-            if run.join() and not step.stopping and step.number < run.total:
+            if run.join() and step.number < run.total and not run.stopping():
                 apart = run_dir.parent / f"{name}--{step.number}_chkpt"
                 merge(run, run.saved, run_dir if cfg.save_latest_checkpoint_only else apart)
 

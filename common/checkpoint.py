@@ -61,7 +61,7 @@ def atomic_path(final):
         _remove(temporary)
         if full:
             untouched = "what was there before is untouched. Free space, resume"
-            raise DiskFull(errno.ENOSPC, f"no room left while writing {final} ({error}); {untouched}") from error
+            raise DiskFull(f"no room left while writing {final} ({error}); {untouched}") from error
         raise
     _remove(aside)
 
@@ -86,9 +86,8 @@ def _disk_is_full(error, folder):
 def require_space(folder, needed_bytes):
     """Raise DiskFull unless the disk of `folder` has `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        room = f"needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; what is there is untouched"
-        raise DiskFull(errno.ENOSPC, f"a checkpoint in {folder} {room}. Free space and resume")
+    room = f"needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; what is there is untouched"
+    require(free >= needed_bytes, f"a checkpoint in {folder} {room}. Free space and resume", DiskFull)
 
 
 def remove_temporaries(folder):
@@ -226,24 +225,20 @@ def find_checkpoint(wanted, folder, patterns, beside=()):
     """`wanted`: None (a new run, refused beside an existing one), a path, or "auto" for the newest -> path to go on
     from, or None. `patterns`: what can be resumed in `folder`; `beside`: exports, which cannot, but belong to a run."""
     there, exports = checkpoints_in(folder, patterns), checkpoints_in(folder, beside)
-    own = f"{folder} has {', '.join(path.name for path in there) or 'none'}"
-    if wanted and wanted != "auto":
-        path = Path(wanted)
-        if not path.exists():
-            raise MissingFile(f"--resume {wanted}: no such checkpoint; {own}")
-        fits = any(path.match(pattern) for pattern in patterns)
-        require(fits, f"--resume {wanted} is no checkpoint that can be resumed ({', '.join(patterns)}); {own}")
-        mine = path.resolve().parent == Path(folder).resolve()
-        require(
-            mine or not there, f"--resume {wanted} is of another run than {folder}, which has checkpoints of its own"
-        )
-        return path
     if wanted == "auto" and there:
         return there[-1]
-    if found := there or exports:
+    if wanted in (None, "auto"):
         how = "Go on with --resume auto, or choose" if there else "It holds weights without an optimizer: choose"
-        raise UserError(f"{found[-1]} already exists. {how} another folder for this run")
-    return None
+        newest = (there or exports or [None])[-1]
+        require(newest is None, f"{newest} already exists. {how} another folder for this run")
+        return None
+    path, own = Path(wanted), f"{folder} has {', '.join(path.name for path in there) or 'none'}"
+    require(path.exists(), f"--resume {wanted}: no such checkpoint; {own}", MissingFile)
+    fits = any(path.match(pattern) for pattern in patterns)
+    require(fits, f"--resume {wanted} is no checkpoint that can be resumed ({', '.join(patterns)}); {own}")
+    mine = path.resolve().parent == Path(folder).resolve()
+    require(mine or not there, f"--resume {wanted} is of another run than {folder}, which has checkpoints of its own")
+    return path
 
 
 def set_aside(folder, patterns, step):
@@ -270,11 +265,9 @@ def rotate(folder, name, keep):
 
 def check_same_run(path, saved, fingerprint, config, fixed):
     """Refuse a resume that would silently be another run -> list of "key then -> now" of the changed keys."""
-    put_back = "Put them back, or start a new run in another folder"
     changed = "the training data or its settings changed since then (added, removed, made again, another split)"
-    require(
-        saved["fingerprint"] == fingerprint, f"--resume {path}: {changed}, this would not be the same run. {put_back}"
-    )
+    put_back = "this would not be the same run. Put them back, or start a new run in another folder"
+    require(saved["fingerprint"] == fingerprint, f"--resume {path}: {changed}, {put_back}")
     then, now = _flat(saved["config"]), _flat(config)
     differ = {k: f"{k} {then[k]} -> {v}" for k, v in now.items() if k in then and then[k] != v}
     wrong = "; ".join(text for key, text in differ.items() if key in fixed)

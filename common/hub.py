@@ -24,11 +24,18 @@ NO_VALUES = False  # True while common/plan.py builds models that get none: no w
 TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
-def local_folder(source, weights=True, why=""):
+def local_folder(source, weights=True, why="", **how):
     """Directory or hub id -> local directory with config and tokenizer files, and with `weights` the weight files.
     `why`: said where there is none, e.g. that a checkpoint named it."""
-    whole = weights and not NO_VALUES
-    return _folder(source, [*TEXTS, "*.safetensors", "pytorch_model*.bin"] if whole else list(TEXTS), why)
+    weights = ["*.safetensors", "pytorch_model*.bin"] if weights and not NO_VALUES else []
+    return _folder(source, [*TEXTS, *weights], why, **how)
+
+
+def folder_here(source):
+    """local_folder without a download: None where the model is not, or not whole, on this machine."""
+    with contextlib.suppress(MissingFile):
+        folder = local_folder(source, local_files_only=True)
+        return folder if folder == Path(source) or weight_files(folder) else None  # a download may have been cut
 
 
 def hub_file(source, name):
@@ -141,23 +148,17 @@ def _where(tensor):
 
 
 def weight_digest(folder):
-    """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. The hub names its files by their
-    sha256; those of other files are kept beside them, and a file is read again only where its size or time moved."""
-    kept, known, facts, digests = Path(folder) / ".sha256.json", {}, {}, []
+    """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. Each sha256 is kept beside
+    them, and a file is read again only where its size or time moved."""
+    kept, known = Path(folder) / ".sha256.json", {}
     with contextlib.suppress(OSError, ValueError):  # none yet, or one that only its owner may read
         known = json.loads(kept.read_text())
-    for path in weight_files(folder):
-        target = path.resolve()
-        if target.parent.name == "blobs" and len(target.name) == 64:
-            digests.append(target.name)
-        else:
-            facts[path.name] = content_facts(path, known.get(path.name))
-            digests.append(facts[path.name][2])
-    if any(known.get(name) != fact for name, fact in facts.items()):
+    facts = {path.name: content_facts(path, known.get(path.name)) for path in weight_files(folder)}
+    if facts != known:
         # where they cannot be kept, in a folder of others, the files are read every time
         with contextlib.suppress(OSError), atomic_path(kept) as temporary:
             temporary.write_text(json.dumps(facts))
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([digest for _, _, digest in facts.values()]).encode()).hexdigest()
 
 
 def content_facts(path, known=None):
@@ -169,19 +170,7 @@ def content_facts(path, known=None):
 
 def sha256_of(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
             digest.update(block)
     return digest.hexdigest()
-
-
-def folder_here(source):
-    """local_folder without a download: None where the model is not, or not whole, on this machine."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        folder = _folder(source, None, local_files_only=True)
-        weight_files(folder)  # an interrupted download lacks some
-    except MissingFile:
-        return None
-    return folder

@@ -54,9 +54,8 @@ class RunLog:
         import wandb  # optional at run time, and slow to import
 
         mode = cfg.mode
-        if mode == "online" and not self._logged_in(wandb):
-            later = f"upload later with: wandb sync {self.folder / 'wandb'}"
-            self.print(f"W&B: not logged in, recording offline; {later}")
+        if mode == "online" and not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):
+            self.print(f"W&B: not logged in, recording offline; upload later with: wandb sync {self.folder / 'wandb'}")
             mode = "offline"
         known = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
         run_id = known.read_text().strip() if self.start and known.exists() else secrets.token_hex(4)
@@ -65,13 +64,6 @@ class RunLog:
         about = dict(project=project, entity=cfg.entity, name=name, tags=cfg.tags, notes=notes, config=config)
         resume = "allow" if self.start else None
         self._wandb = wandb.init(mode=mode, dir=str(self.folder), id=run_id, resume=resume, **about)
-
-    @staticmethod
-    def _logged_in(wandb):
-        try:
-            return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
-        except TypeError:  # an older wandb: its login has no `prompt` and would wait for a key
-            return bool(wandb.api.api_key)
 
     def _wandb_call(self, call):
         try:

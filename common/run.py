@@ -84,7 +84,7 @@ class Run:
         self.best_val_loss, self.best_step, self.skipped, self.skipped_in_row = None, None, 0, 0
         self.window, self.logged = [], 0  # updates since the last log line, and its step
         self.time, self.wait, self.stall = 0.0, 0.0, 0.0  # seconds since then: in all, for data, for saving
-        self.log, self.error, self.paused, self.sound = None, None, False, True  # sound: no update is half made
+        self.log, self.error, self.sound = None, None, True  # sound: no update is half made
         self.saved, self.saved_step, self._how, self._keep = None, 0, None, 0
         self._thread, self._writing, self._record = ThreadPoolExecutor(1), None, {}
         self.sharded, self._writers = False, None
@@ -216,19 +216,22 @@ class Run:
         path = self._folder / self._name.format(step=self.step)
         self._start(path, *self._how, dict(saved=path, saved_step=self.step))
 
-    def save_best(self, path, write, size, collect):
-        """Save what step.validated() found to be the best so far."""
-        self._start(path, write, size, collect, self._candidate)
+    def save_best(self, path, write, size, collect=None):
+        """Save what step.validated() found to be the best so far, like save(); without `collect` like save_as()."""
+        if collect:
+            self._start(path, write, size, collect, self._candidate)
+        else:
+            self.save_as(path, write, size, self._candidate)
 
-    def save_as(self, path, write, size):
-        """write(path) something else, while the training waits -> is it there?"""
-        self._start(path, lambda temporary, _: write(temporary), size, dict, {})
+    def save_as(self, path, write, size, record=None):
+        """write(path), while the training waits -> is it there?"""
+        self._start(path, lambda temporary, _: write(temporary), size, dict, record or {})
         return self.join()
 
     def _start(self, path, write, size, collect, record):
         """`record`: attributes of this run, true as soon as the file is there."""
         self.join()
-        begin, self.paused, self._record = time.perf_counter(), True, record
+        begin, self._record = time.perf_counter(), record
         work = partial(bool, True)
         if self.main or self.sharded:
             content = ckpt.on_host(collect(), copy=True)
@@ -270,18 +273,13 @@ class Run:
         self.world = 1  # no collective call any more: other ranks may be gone, or wait for each other
         try:
             self.join()
-            if not self.main or self.step == self.saved_step:
-                return
-            if not self.sound or self.sharded:
-                print(f"NOT SAVED: no process has the whole weights; the newest checkpoint: {self.saved}", flush=True)
-                return
-            self.save()
-            if self.join():
-                print(
-                    f"saved {self.saved} after the error. Continue with the same command and --resume auto", flush=True
-                )
+            if self.main and self.sound and not self.sharded and self.step > self.saved_step:
+                self.save()
+                self.join()
         except Exception as error:  # the first error is the one to be told
             print(f"NOT SAVED after the error: {error}", flush=True)
+        if self.main and self.saved:
+            print(f"saved: {self.saved}. Continue after the error with the same command and --resume auto", flush=True)
 
     # ---- loop
 
@@ -309,12 +307,12 @@ class Run:
             self._raise_data_error()
             self.wait = 0.0  # of the start, before there was anything to do meanwhile
             while self.step < self.total:
-                self.began, self.paused = time.perf_counter(), False
+                self.began = time.perf_counter()
                 step = Step(self, [self.queue.popleft() for _ in range(self.accumulation)])
                 yield step
                 assert self.step == step.number, "the loop's body must call step.update once"
                 self.log.advance(self.step, step.shown)
-                if self._is_over(step):
+                if self._is_over():
                     break
         self.iterator = None  # workers end with it; found later by the garbage collector, they would not
         self.log.close()
@@ -342,15 +340,16 @@ class Run:
         texts = [text for text in self.gather(self.error and (str(self.error) or repr(self.error))) if text]
         if self.error is not None:
             raise self.error
-        if texts:
-            raise UserError(f"another process could not read its data: {texts[0]}")
+        require(not texts, f"another process could not read its data: {''.join(texts[:1])}")
 
-    def _is_over(self, step):
+    def stopping(self):
+        """Is this step the last one for now, by a signal or unreadable data on any rank? A collective call."""
+        return self.sum(self.signal.received is not None or self.error is not None) > 0
+
+    def _is_over(self):
         """After a step: was it the last one, for now? Then it is saved."""
-        stopping, last = step.stopping, self.step == self.total
-        if self.paused and not last:  # a signal during validation or a save: no further step for it
-            stopping = self.sum(self.signal.received is not None) > 0 or stopping
-        if not stopping and not last:
+        last = self.step == self.total
+        if not last and not self.stopping():
             return False
         self.join()
         if self.saved_step != self.step:
@@ -358,20 +357,19 @@ class Run:
             newest = f"the newest, {self.saved}, is of step {self.saved_step}. Free space and use --resume auto"
             require(self.join(), f"the last checkpoint could not be written; {newest}", ckpt.DiskFull)
         if not last:
-            data = any(self.gather(self.error is not None))
+            what = "an error" if self.sum(self.error is not None) else "signal"
             how = f"saved {self.saved}. Continue with the same command and --resume auto"
-            self.log.print(f"stopped by {'an error' if data else 'signal'} after step {self.step}; {how}")
+            self.log.print(f"stopped by {what} after step {self.step}; {how}")
             self._raise_data_error()
         return True
 
     def report_nonfinite(self, step, batches, sample_losses):
         """Name the samples behind a skipped step; UserError after ten in a row. A collective call."""
-        bad, everything = [], [name for batch in batches for name in batch["names"]]
-        for batch, losses in zip(batches, sample_losses, strict=True):
-            bad += [n for n, v in zip(batch["names"], losses.tolist(), strict=True) if not math.isfinite(v)]
-        gathered = self.gather((bad, everything))
-        bad = [list(name) for theirs, _ in gathered for name in theirs]
-        shown = bad or [list(name) for _, theirs in gathered for name in theirs]
+        names = sum((batch["names"] for batch in batches), [])
+        losses = zip(names, torch.cat(sample_losses).tolist(), strict=True)
+        gathered = self.gather(([name for name, loss in losses if not math.isfinite(loss)], names))
+        bad, names = (sum(lists, []) for lists in zip(*gathered, strict=True))
+        shown = [list(name) for name in bad or names]
         listed = ", ".join(f"{name[-2]} frame {name[-1]}" for name in shown[:8])
         listed += f" and {len(shown) - 8} more" if len(shown) > 8 else ""
         what = f"loss of {listed}" if bad else f"gradient (every loss is finite); the batch was {listed}"
@@ -389,7 +387,7 @@ class Run:
 
 class Step:
     """index: updates before it, number: with it | batches: this rank's micro-batches, on the CPU | known after update,
-    the same on every rank: lr, loss, grad_norm, finite (was it made?), stopping (is it the last one for now?)."""
+    the same on every rank: lr, loss, grad_norm, finite (was it made?)."""
 
     def __init__(self, run, batches):
         self.run, self.batches, self.index, self.number = run, batches, run.step, run.step + 1
@@ -429,18 +427,17 @@ class Step:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
-        stop = dict(stop=run.signal.received is not None, error=run.error is not None, grad_norm=norm / run.world)
-        names = ["grad_norm", "stop", "error", *sorted(self._sums)]  # in one order on every rank
+        self.add(grad_norm=norm / run.world)
+        names = sorted(self._sums)  # in one order on every rank
         if run.metrics is None:
             assert len(set(map(tuple, run.gather(names)))) == 1, "step.add must get the same names on every rank"
             run.metrics = names
         assert names == run.metrics, f"step.add must get the same names in every step: {run.metrics}, now {names}"
-        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in (stop | self._sums).items()}
-        total = torch.stack([sums[name].to(run.device, non_blocking=True) for name in names])
+        sums = [torch.as_tensor(self._sums[name], dtype=torch.float64) for name in names]
+        total = torch.stack([value.to(run.device, non_blocking=True) for value in sums])
         if run.world > 1:
             dist.all_reduce(total)
         values = dict(zip(names, total.tolist(), strict=True))  # the one wait for the GPU in a step
-        self.stopping = values.pop("stop") + values.pop("error") > 0
         self.lr, self.loss, self.grad_norm = lr, values["loss"], values["grad_norm"]
         self.finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
         if self.finite:
@@ -467,9 +464,8 @@ class Step:
 
     def mean(self):
         """{loss, grad_norm, added sums: mean over the updates since the last log line}; NaN if there were none."""
-        window = self.run.window
-        names = [name for name in self.run.metrics if name not in ("stop", "error")]
-        return {k: sum(w.get(k, math.nan) for w in window) / len(window) if window else math.nan for k in names}
+        run, window = self.run, self.run.window
+        return {k: sum(w.get(k, math.nan) for w in window) / len(window) if window else math.nan for k in run.metrics}
 
     def speed(self):
         """-> (samples per second, share of the time that waited for data, memory in GB) since the last log line."""
@@ -496,7 +492,7 @@ class Step:
         """Log a validation; -> is `loss` the lowest so far? Then save it with run.save_best. `line`: the whole line."""
         run = self.run
         run.join()  # else the best so far may be one whose write fails
-        run.paused, run._candidate = True, dict(best_val_loss=loss, best_step=self.number)
+        run._candidate = dict(best_val_loss=loss, best_step=self.number)
         run.log.log(self.number, values, line or f"validation {self.number} | {text}")
         return math.isfinite(loss) and (run.best_val_loss is None or loss < run.best_val_loss)
 

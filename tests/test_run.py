@@ -297,7 +297,7 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(monkeypatch, ca
     slow_disk.clear()
     argv = ("--output_dir", tmp_path / "b", "--error_step", 6, "--error", "boom", "--full_step", 4)
     code, out, _ = command(monkeypatch, capsys, toy.main, *argv)
-    assert "NOT SAVED at step 4" in out and f"saved {tmp_path}/b/steps_5 after the error" in out
+    assert "NOT SAVED at step 4" in out and f"saved: {tmp_path}/b/steps_5. Continue after the error" in out
 
 
 def test_a_save_that_found_no_memory_is_made_after_the_error(monkeypatch, capsys, tmp_path):
@@ -312,7 +312,7 @@ def test_a_save_that_found_no_memory_is_made_after_the_error(monkeypatch, capsys
 
     monkeypatch.setattr(ckpt, "on_host", full)
     code, out, _ = command(monkeypatch, capsys, toy.main, "--output_dir", tmp_path)
-    assert code == 2 and f"saved {tmp_path}/steps_4 after the error" in out
+    assert code == 2 and f"saved: {tmp_path}/steps_4. Continue after the error" in out
     assert meta(tmp_path / "steps_4")["step"] == 4
 
 
@@ -444,7 +444,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
 def test_a_defect_keeps_its_traceback_and_saves_first(monkeypatch, capsys, tmp_path):
     argv = ("--output_dir", tmp_path, "--error_step", 4, "--error", "boom", "--save_steps", 0)
     code, out, _ = command(monkeypatch, capsys, toy.main, *argv)
-    assert str(code) == "boom" and f"saved {tmp_path}/steps_3 after the error" in out
+    assert str(code) == "boom" and f"saved: {tmp_path}/steps_3. Continue after the error" in out
     train(tmp_path, resume="auto", save_steps=0)
     train(tmp_path / "whole")
     assert same(weights(tmp_path, 6), weights(tmp_path / "whole", 6))
@@ -454,7 +454,11 @@ def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
     argv = ("--output_dir", tmp_path, "--error_step", 4, "--error", "memory")
     code, out, err = command(monkeypatch, capsys, toy.main, *argv)
     said = "CUDA out of memory (tried). Lower batch_size (now 2) and raise accumulation (now 2) by the factor"
-    assert code == 2 and err.startswith(f"train_toy.py: {said}; --plan 24 tries") and "steps_3 after the error" in out
+    assert (
+        code == 2
+        and err.startswith(f"train_toy.py: {said}; --plan 24 tries")
+        and "steps_3. Continue after the error" in out
+    )
     assert _explain(MemoryError("tried"), toy.Config()).startswith("The host is out of memory (tried). Lower")
     assert "config.yaml" in _explain(OSError(28, "No space left on device", "config.yaml"), None)
 
@@ -479,7 +483,11 @@ def test_an_error_with_live_loader_workers_ends_the_program(tmp_path):
     argv = ["--output_dir", tmp_path, "--num_workers", 2, "--error_step", 2, "--error", "boom"]
     command = [sys.executable, ROOT / "tests" / "toy.py", *argv]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env=env)
-    assert done.returncode == 1 and "RuntimeError: boom" in done.stderr and "steps_1 after the error" in done.stdout
+    assert (
+        done.returncode == 1
+        and "RuntimeError: boom" in done.stderr
+        and "steps_1. Continue after the error" in done.stdout
+    )
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
@@ -503,7 +511,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(tmp_path):
 def test_an_error_of_one_process_saves_first(tmp_path, rank):
     done = processes(tmp_path, "--error_step", 4, "--error", "boom", "--error_rank", rank, "--save_steps", 0)
     assert done.returncode == 1 and "RuntimeError: boom" in done.stderr
-    assert f"saved {tmp_path}/steps_3 after the error" in done.stdout
+    assert f"saved: {tmp_path}/steps_3. Continue after the error" in done.stdout
 
 
 def test_data_that_one_process_cannot_read_stops_all(tmp_path):
