@@ -65,73 +65,51 @@ def test_nothing_given_is_the_dataclass():
     assert parse() == Config()
 
 
-@pytest.mark.parametrize("text", ["--data.horizon 10", "--data.horizon=10", "--horizon 10", "--horizon 1e1"])
-def test_dotted_and_unique_leaf_flags(text):
-    assert parse(*text.split()) == Config(data=Data(horizon=10))
+FLAGS = [  # (ways to write it, what they mean)
+    ("--data.horizon 10 | --data.horizon=10 | --horizon 10 | --horizon 1e1", dict(data=Data(horizon=10))),
+    ("--model.seed 3", dict(model=Model(seed=3))),
+    ("--learning-rate 3e-4 | --learning_rate=3e-4 | --lr 3e-4 | --lr=3e-4", dict(learning_rate=3e-4)),
+    ("--augment | --augment True | --augment=true | --data.augment TRUE", dict(data=Data(augment=True))),
+    ("--no-pin | --no_pin | --pin false | --pin=False", dict(pin=False)),
+    ("--cameras a b | --data.cameras a b", dict(data=Data(cameras=["a", "b"]))),
+    ("--cameras", dict(data=Data(cameras=[]))),
+    ("--name=--foo", dict(model=Model("--foo"))),
+    ("--name=-1x | --name -1x", dict(model=Model("-1x"))),
+    ("--clip -1", dict(clip=-1.0)),
+    ("--clip null", dict(clip=None)),
+]
 
 
-@pytest.mark.parametrize("flag", ["--learning-rate", "--learning_rate", "--lr"])
-def test_minus_is_underscore_and_aliases(flag):
-    assert parse(flag, "3e-4", aliases={"lr": "learning_rate"}).learning_rate == 3e-4
-    assert parse(f"{flag}=3e-4", aliases={"lr": "learning_rate"}).learning_rate == 3e-4
+@pytest.mark.parametrize("ways, meaning", FLAGS)
+def test_ways_to_write_a_flag(ways, meaning):
+    for text in ways.split(" | "):
+        assert parse(*text.split(), aliases={"lr": "learning_rate"}) == Config(**meaning), text
 
 
-def test_a_leaf_of_two_groups_must_be_written_whole():
-    with pytest.raises(UserError, match=r"--seed could be --data.seed or --model.seed"):
-        parse("--seed", "3")
-    assert parse("--model.seed", "3").model.seed == 3
+FILES = [
+    ("", {}),
+    ("data:\nclip: 3", dict(clip=3.0)),
+    ("learning_rate: 5e-3", dict(learning_rate=0.005)),
+    ("learning_rate: '5e-3'", dict(learning_rate=0.005)),
+    ("data: {horizon: 1e3, seed: 9007199254740993}", dict(data=Data(1000, seed=2**53 + 1))),
+    ("data: {horizon: 100.0}", dict(data=Data(horizon=100))),
+    ("data: {cameras: [a, b], size: [112, 56]}", dict(data=Data(cameras=["a", "b"], size=[112, 56]))),
+    ("data: {weights: {sim: 1, real: 2.5}}", dict(data=Data(weights={"sim": 1.0, "real": 2.5}))),
+    ("model: {name: --clip}", dict(model=Model("--clip"))),
+    ("clip: null\nresume:\n", dict(clip=None)),
+    ("mixed_precision: no", dict(mixed_precision="no")),  # YAML 1.1 reads a bare `no` as false
+    ("model: {name: yes}", dict(model=Model("yes"))),
+]
 
 
-@pytest.mark.parametrize("text", ["--augment", "--augment True", "--augment=true", "--data.augment TRUE"])
-def test_true(text):
-    assert parse(*text.split()).data.augment is True
-
-
-@pytest.mark.parametrize("text", ["--no-pin", "--no_pin", "--pin false", "--pin=False"])
-def test_false(text):
-    assert parse(*text.split()).pin is False
-
-
-@pytest.mark.parametrize("text", ["5e-5", "'5e-5'", "0.00005", "5.0e-5"])
-def test_exponent_without_dot_is_a_number(tmp_path, text):
-    assert from_yaml(tmp_path, f"learning_rate: {text}\n").learning_rate == 5e-5
-
-
-def test_whole_floats_are_ints_and_large_ints_stay_exact(tmp_path):
-    assert from_yaml(tmp_path, "data: {horizon: 1e3, seed: 9007199254740993}").data == Data(1000, seed=2**53 + 1)
-    assert from_yaml(tmp_path, "data: {horizon: 100.0}").data.horizon == 100
-
-
-@pytest.mark.parametrize("text", ["--cameras a b", "--data.cameras a b"])
-def test_lists_and_dicts(tmp_path, text):
-    assert parse(*text.split()).data.cameras == ["a", "b"]
-    cfg = from_yaml(tmp_path, "data: {cameras: [a, b], size: [112, 56], weights: {sim: 1, real: 2.5}}")
-    assert cfg.data == Data(cameras=["a", "b"], size=[112, 56], weights={"sim": 1.0, "real": 2.5})
-    assert parse("--cameras").data.cameras == []
-
-
-def test_text_may_begin_with_a_dash(tmp_path):
-    for text in ("--name=--foo", "--name=-1x", "--name -foo"):
-        assert parse(*text.split()).model.name == text[7:]
-    assert from_yaml(tmp_path, "model: {name: --clip}").model.name == "--clip"
-
-
-def test_negative_numbers_and_null(tmp_path):
-    assert parse("--clip", "-1").clip == -1.0
-    assert parse("--clip", "null").clip is None and from_yaml(tmp_path, "clip: null\nresume:\n").clip is None
-
-
-def test_the_choice_no_needs_no_quotes_in_yaml(tmp_path):
-    """YAML 1.1 reads a bare `no` as false; who writes `mixed_precision: no` means the choice."""
-    assert from_yaml(tmp_path, "mixed_precision: no").mixed_precision == "no"
-    assert from_yaml(tmp_path, "model: {name: yes}").model.name == "yes"
+@pytest.mark.parametrize("text, meaning", FILES)
+def test_ways_to_write_a_file(tmp_path, text, meaning):
+    assert from_yaml(tmp_path, text) == Config(**meaning)
 
 
 def test_flags_win_over_yaml_wherever_they_stand(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {horizon: 5}\nclip: 3\n")
     assert parse("--horizon", "7", "--config", str(tmp_path / "c.yaml")) == Config(data=Data(horizon=7), clip=3.0)
-    assert from_yaml(tmp_path, "data:\nclip: 3") == Config(clip=3.0), "an empty group is no error"
-    assert from_yaml(tmp_path, "") == Config(), "nor is an empty file"
 
 
 def test_partial_reads_what_it_knows_of_another_programs_yaml(tmp_path):
@@ -159,6 +137,7 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("--learning_rat 1", "unknown flag --learning_rat; the nearest is --learning_rate"),
         ("--horizn 1", "the nearest is --data.horizon"),
         ("--dataset.horizon 1", "the nearest is --data.horizon"),
+        ("--seed 3", "--seed could be --data.seed or --model.seed"),
         ("--horizon 2.5", "data.horizon"),
         ("--horizon ten", "data.horizon"),
         ("--horizon 1 2", "2"),
