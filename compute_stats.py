@@ -49,9 +49,8 @@ def main(cfg):
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes)
     for message in excluded:
         print(f"excluded  {message}")
-    train, validation = ep.hold_out_last(found, d.num_val_episodes)
-    if drawn:
-        train, validation = ([found[i] for i in part] for part in ep.hold_out_random(found, drawn, cfg.seed))
+    parts = ep.hold_out(len(found), drawn, cfg.seed) if drawn else ep.hold_out(len(found), d.num_val_episodes)
+    train, validation = ([found[i] for i in part] for part in parts)
     wanted = [key for key in ("qpos", "ee_pose") if getattr(d, f"use_{key}")]
     keys = [key for key in wanted if getattr(found[0], key) is not None] or ["no_state"]
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
@@ -59,7 +58,7 @@ def main(cfg):
     save_stats(cfg.output, stats)
     about = f"action: {definition.source}, rotation in {definition.rotation_unit}"
     print(f"{len(train)} episodes, {stats['num_frames']} frames, {len(validation)} held out; {about}")
-    for key in [key for key in ("action", "observation.state") if key in stats]:
+    for key in ("action", "observation.state"):
         print(key)
         for name in LISTS:
             print(f"  {name:<5}" + " ".join(f"{v:11.4g}" for v in stats[key][name]))

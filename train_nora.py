@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.data import default_collate
 
 from common import UserError, fsdp, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
 from common.fast import ActionsOnly, FastTokenizer
-from common.frames import stack
 from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
 from common.log import WandbConfig
 from common.policy import Contract, partners
@@ -191,7 +191,7 @@ def load_data(cfg, run=None, stats=None, then=None):
     d = cfg.dataset
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     n, frames = len(found), {e.name: e.num_frames for e in found}
-    split = partial(ep.hold_out_last, range(n), d.num_val_episodes)
+    split = partial(ep.hold_out, n, d.num_val_episodes)
     *parts, table, gone = ep.split_or_keep(frames, split, then if d.skip_bad_episodes else None)
     train, validation = ([found[i] for i in part] for part in parts)
     known = list(found[0].cameras)
@@ -221,7 +221,7 @@ def make_contract(d, train, cameras, state_keys, definition, stats):
     actions, states = ep.name_columns(train, definition, state_keys)
     if definition.source == "ee_pose_delta":
         first = "is the motion to the next frame, to be added to the last target"
-    about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz)
+    about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz or None)
     about |= dict(images={c: ep.picture_size(train, name) for c, name in cameras.items()}, recorded=cameras)
     about |= dict(kind="absolute" if definition.still(e).any() else "delta")
     about |= dict(first_row=f"row 0 {first}. Send row k k frames after the picture was taken")
@@ -359,7 +359,7 @@ class Collate:
         batch |= dict(target_sample=np.repeat(np.arange(len(items)), [len(a) for a in answers]))
         names = [(item["episode"], item["frame"]) for item in items]
         batch = {k: torch.from_numpy(v) for k, v in batch.items()}
-        return batch | dict(images=stack([item["images"] for item in items]), names=names)
+        return batch | dict(images=default_collate([item["images"] for item in items]), names=names)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

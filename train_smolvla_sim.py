@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -30,19 +29,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
+from torch.utils.data import default_collate
 
 from common import MissingFile, frozen, hub, lerobot, log, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
 from common.ema import Ema
-from common.frames import stack
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
@@ -267,7 +266,7 @@ def load_data(cfg, run=None, saved=None):
     d, n = cfg.dataset, cfg.normalization
     found, notes = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     count = cfg.validation.num_episodes if cfg.validation.enable else 0
-    draw, then = functools.partial(ep.hold_out_random, found, count, cfg.seed), saved and saved["episodes"]
+    draw, then = functools.partial(ep.hold_out, len(found), count, cfg.seed), saved and saved["episodes"]
     frames = {e.name: e.num_frames for e in found}
     train, validation, table, gone = ep.split_or_keep(frames, draw, then if d.skip_bad_episodes else None)
     trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
@@ -338,7 +337,7 @@ def augment_image(image, cfg, rng):
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-class SmolVLADataset(Dataset):
+class SmolVLADataset(ep.Chunks):
     """One item per frame that has a target. Item (position, i), where `position` seeds noise, flow time, augmentation:
 
     images list of K (h, w, 3) uint8 | state (state_dim,), action (S, action_dim) float32 in data units | is_pad (S,)
@@ -348,23 +347,16 @@ class SmolVLADataset(Dataset):
 
     def __init__(self, data, which, cfg, training=False, reader=None):
         self.spec, self.cfg, self.training = data.spec, cfg, training
-        self.which, self.episodes = list(which), [data.episodes[i] for i in which]
-        self.targets = [data.spec.definition.targets(e) for e in self.episodes]
+        self.which, self.reader = list(which), reader or ep.ImageReader()
+        super().__init__(data.part(which), data.spec.definition, cfg.policy.chunk_size)
         self.states = [ep.robot_state(e, data.spec.state_keys) for e in self.episodes]
-        self.hold = "zero" if data.spec.definition.source == "ee_pose_delta" else "repeat"
-        self.reader, self.samples = reader or ep.ImageReader(), []  # (episode number within this part, frame)
-        for e, target in enumerate(self.targets):
-            self.samples += [(e, t) for t in range(len(target))]
-
-    def __len__(self):
-        return len(self.samples)
 
     def __getitem__(self, key):
         position, i = key
-        e, t = self.samples[i]
+        e, t = self.locate(i)
         episode, p, d = self.episodes[e], self.cfg.policy, self.cfg.dataset
         rng = generator_at(self.cfg.seed, position, "noise")
-        action, is_pad = ep.action_chunk(self.targets[e], t, p.chunk_size, self.hold)
+        action, is_pad = self.chunk(i)
         item = dict(
             state=self.disturb(self.states[e][t], position) if self.training else self.states[e][t],
             action=action,
@@ -408,7 +400,7 @@ class Collate:
         images = list(itertools.chain(*(o["images"] for o in observations)))
         together = len({(image.shape, image.dtype) for image in images}) == 1
         return dict(
-            images=[stack(images)] if together else [stack([image]) for image in images],
+            images=[default_collate(part) for part in ([images] if together else [[image] for image in images])],
             tokens=tokens["input_ids"],
             token_mask=tokens["attention_mask"].bool(),
             state=F.pad(torch.from_numpy(state), (0, self.policy.max_state_dim - state.shape[-1])),
@@ -984,7 +976,7 @@ def log_line(step, run):
     """-> what Step.log takes, by the guide's names. Loss = Action + Temporal."""
     mean, (speed, wait, memory) = step.mean(), step.speed()
     vram = memory if run.device.type == "cuda" else 0.0
-    ram = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - ep.free_memory()) / 1e9
+    ram = psutil.virtual_memory().used / 1e9
     values = {f"train/{k}": mean[k] for k in ("loss", "action_loss", "temporal_loss", "action_loss_real", "grad_norm")}
     values |= {"train/learning_rate": step.lr, "train/steps_per_sec": speed / run.global_batch}
     values |= {"system/ram_gb": ram, "system/vram_allocated_gb": vram}
@@ -1000,8 +992,7 @@ def validate(core, policy, dataset, cfg, run):
     dims of a unit, val/mae_<dim>, val/swap_ratio_<camera>}. Noise and time belong to the frame, so that two validations
     differ by the weights alone."""
     size, names = cfg.training.batch_size, policy.action_names()
-    chosen = np.linspace(0, len(dataset) - 1, min(cfg.validation.num_samples, len(dataset))).astype(int)
-    chosen = np.unique(chosen).tolist()
+    chosen = dataset.spread(cfg.validation.num_samples).tolist()
     sums, errors = np.zeros(5), np.zeros(len(names))  # flow, real, temporal, steps, pairs | error per dim
     core.eval()
     mine = chosen[run.rank :: run.world]
@@ -1029,7 +1020,7 @@ def validate(core, policy, dataset, cfg, run):
 def swap_cameras(policy, dataset, chosen, size, run):
     """-> {val/swap_ratio_<camera>: error with the pictures of another episode at the same progress, in this camera
     alone, over the error with its own}; 1 is a policy that does not look there. Normalised units. {} of one episode."""
-    spec, places = policy.spec, [dataset.samples[k] for k in chosen]
+    spec, places = policy.spec, [dataset.locate(k) for k in chosen]
     progress = [t / dataset.episodes[e].num_frames for e, t in places]
     others = partners([e for e, _ in places], progress)
     mine, sums = range(len(chosen))[run.rank :: run.world], np.zeros(len(spec.cameras) + 1)
@@ -1119,7 +1110,7 @@ def main(cfg):
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
-    spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved["spikes"] if saved else dict(history=[], rows=[]))
+    spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved and saved["spikes"])
     stood_on = saved and saved["frozen"]
     model, saved, whole = run.prepare(core), None, None  # the mapped files may be rotated away
 
@@ -1134,7 +1125,10 @@ def main(cfg):
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
     run.once(save_stats, out / "dataset_stats.yaml", data.spec.stats)
-    run.once(ep.write_validation_list, out / "validation_episodes.txt", data.episodes, data.validation)
+    listed = [f"Validation episodes\n{'=' * 80}\nTotal episodes: {len(data.episodes)}"]
+    listed += [f"Validation episodes: {len(data.validation)}", f"Validation episode indices: {data.validation}\n"]
+    listed += ["Validation episode paths:", *(f"  [{i}] {data.episodes[i].path}" for i in data.validation)]
+    run.write("validation_episodes.txt", "\n".join(listed) + "\n")
 
     def weights():
         """The model as LeRobot names it, averaged where EMA is on, on the CPU."""
@@ -1144,7 +1138,7 @@ def main(cfg):
     def collect():
         about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table, frozen=kept)
         about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
-        about["spikes"] = dict(history=spikes.history, rows=spikes.rows)
+        about["spikes"] = spikes.state
         about["ema_state_dict"] = ema.average
         about["model_state_dict"], about["optimizer_state_dict"] = ckpt.training_state(core, optimizer)
         return run.progress() | about
@@ -1173,8 +1167,8 @@ def main(cfg):
         step.update(optimizer, lr_at(step.index - begin, t.steps - begin, cfg), o.grad_clip_norm)
         if step.finite:
             ema.update(step.index)
-            if average := spikes.check(step.loss):
-                run.log.log(step.number, *spikes.record(run.window[-1], average, samples))
+            if spike := spikes.check(run.window[-1], samples):
+                run.log.log(step.number, *spike)
 
         if step.every(t.log_freq):
             step.log(**log_line(step, run))

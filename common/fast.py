@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from common import UserError, require
 from common.hub import hub_file
@@ -20,23 +20,23 @@ NUM_IDS = 2048  # action tokens of the published models; coefficients are charac
 
 class FastTokenizer:
     """(H, A) chunk <-> list of ids. Every id stands for fixed bytes of UTF-8 text, one character per DCT coefficient,
-    ordered (frequency, dim); `allowed` uses this to keep an answer on exactly H*A coefficients."""
+    ordered (frequency, dim); ActionsOnly uses this to keep an answer on exactly H*A coefficients."""
 
     def __init__(self, bpe, scale, min_token):
         self.bpe, self.scale, self.min_token, self.vocab_size = bpe, float(scale), int(min_token), bpe.get_vocab_size()
         self.clipped = 0  # coefficients that had no symbol, since construction
         self.bytes = _token_bytes(bpe)
-        shape = np.array([_utf8_shape(b) for b in self.bytes])  # (V, 4)
-        self.lead, self.starts, self.tail, usable = shape.T
-        closes = (self.lead == 1) & (self.starts == 0) & (self.tail == 0) & (usable == 1)
-        self.valid = (usable == 1) & ((self.tail == 0) | closes.any())  # some token must close an open character
+        self.lead, self.starts, self.tail, self.valid = np.array([_utf8_shape(b) for b in self.bytes]).T  # (V,) each
+        closes = (self.valid == 1) & (self.lead == 1) & (self.starts == 0)
+        self.valid = (self.valid == 1) & ((self.tail == 0) | closes.any())  # some token must close an open character
         # a coefficient can be coded only if its character survives the round trip: probe, as the file does not say
-        codable = [v for v in range(NUM_IDS) if bpe.decode(bpe.encode(chr(v)).ids, skip_special_tokens=False) == chr(v)]
-        require(codable, "the FAST tokenizer.json cannot code a single coefficient; expected a byte-level BPE")
-        wanted, codable = np.arange(NUM_IDS), np.array(codable)
-        above = np.searchsorted(codable, wanted).clip(max=len(codable) - 1)
-        lower, upper = codable[(above - 1).clip(min=0)], codable[above]
-        self.nearest = np.where(np.abs(lower - wanted) <= np.abs(upper - wanted), lower, upper)
+        codable = np.array([v for v in range(NUM_IDS) if self.text(bpe.encode(chr(v)).ids) == chr(v)])
+        require(len(codable), "the FAST tokenizer.json cannot code a single coefficient; expected a byte-level BPE")
+        self.nearest = codable[np.abs(codable[:, None] - np.arange(NUM_IDS)).argmin(0)]
+
+    def text(self, ids):
+        """One character per coefficient; bytes that are no UTF-8 become U+FFFD."""
+        return self.bpe.decode(ids, skip_special_tokens=False)
 
     @classmethod
     def load(cls, source):
@@ -75,17 +75,9 @@ class FastTokenizer:
         low = min(low, -math.ceil(scale * math.sqrt(max(len(c) for c in chunks))))
         spans = f"DCT coefficients span {low}..{high}: actions must be normalised to [-1, 1] before FAST"
         require(high - low < NUM_IDS, spans)
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            max_token_length=10000,
-            show_progress=False,
-        )
-        bpe.train_from_iterator(["".join(map(chr, q - low)) for q in quantised], trainer)
-        return cls(bpe, scale, low)
+        bpe, texts = ByteLevelBPETokenizer(), ["".join(map(chr, q - low)) for q in quantised]
+        bpe.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+        return cls(Tokenizer.from_str(bpe.to_str()), scale, low)
 
     def encode(self, chunk):
         """(H, A) -> ids. A coefficient without a symbol becomes the nearest one that has, counted in `clipped`."""
@@ -99,11 +91,9 @@ class FastTokenizer:
 
         Short is filled with zero coefficients, long is cut, bytes that are no UTF-8 become zero coefficients
         ("invalid"); a coefficient is bounded by what |x| <= 1 allows, so a wrong token cannot become a huge motion."""
-        text = b"".join(self.bytes[i] for i in ids).decode("utf-8", errors="replace")
-        count, q = horizon * dim, np.array([ord(c) for c in text], np.int64) + self.min_token
-        broken = np.array([c == "\ufffd" for c in text], bool)
-        status = ["short", "ok", "long"][int(np.sign(len(q) - count)) + 1]
-        q[broken] = 0
+        count, characters = horizon * dim, np.array([ord(c) for c in self.text(ids)], np.int64)
+        status, broken = ["short", "ok", "long"][int(np.sign(len(characters) - count)) + 1], characters == 0xFFFD
+        q = np.where(broken, 0, characters + self.min_token)
         q = np.pad(q[:count], (0, max(0, count - len(q))))
         bound = math.ceil(self.scale * math.sqrt(horizon))
         c = np.clip(q, -bound, bound).reshape(horizon, dim) / self.scale
@@ -112,6 +102,8 @@ class FastTokenizer:
     def describe(self, chunks, normalizer, names, show):
         """Print what coding costs: per dimension the error that clipping and coding leave to a perfect policy, beside
         that of holding still. `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
+        import pandas as pd
+
         errors, lengths, before = [], [], self.clipped
         for chunk, is_pad, still in chunks:
             unit = normalizer.normalize(chunk)
@@ -121,13 +113,10 @@ class FastTokenizer:
             lengths.append(len(ids))
         errors, clipped = np.concatenate(errors, axis=1).mean(1, dtype=np.float64), self.clipped - before  # (3, A)
         symbols = f"{clipped} coefficients without a symbol" + (" (--fast fit has them)" if clipped else "")
-        show(
-            f"FAST      {self.vocab_size} ids; {np.mean(lengths):.1f} tokens per chunk (max {max(lengths)}), {symbols}"
-        )
-        names = [f"{name} {unit}".strip() for name, unit in names]
-        show(f"error     {f'of {len(lengths)} chunks':<13} " + " ".join(f"{name:>11}" for name in names))
-        for what, values in zip(("holding still", "q01..q99 clip", "clip and FAST"), errors, strict=True):
-            show(f"          {what:<13} " + " ".join(f"{v:11.4g}" for v in values))
+        size = f"{self.vocab_size} ids; {np.mean(lengths):.1f} tokens per chunk (max {max(lengths)})"
+        show(f"FAST      {size}, {symbols}; the error of {len(lengths)} chunks:")
+        names, rows = [f"{name} {unit}".strip() for name, unit in names], ["holding still", "clipping", "clip and FAST"]
+        show(pd.DataFrame(errors, rows, names).to_string(float_format="{:.4g}".format, line_width=120))
         worst = []
         for name, still, limited, coded in zip(names, *errors, strict=True):
             if coded > 0.5 * still > 0:
@@ -161,20 +150,14 @@ def _token_bytes(bpe):
 def _utf8_shape(b):
     """bytes -> (continuation bytes at the start, characters begun, continuation bytes missing at the end, 1 if usable).
 
-    Usable: one- and two-byte characters only (coefficients 0..2047), at most one continuation byte at the start."""
-    lead = 0
-    while lead < len(b) and 0x80 <= b[lead] < 0xC0:
-        lead += 1
-    begun, i = 0, lead
-    while i < len(b):
-        begun += 1
-        if b[i] < 0x80:
-            i += 1
-        elif 0xC2 <= b[i] < 0xE0 and (i + 1 == len(b) or 0x80 <= b[i + 1] < 0xC0):
-            i += 2
-        else:
-            return lead, begun, 0, 0
-    return lead, begun, i - len(b), int(len(b) > 0 and lead <= 1)
+    Usable: whole once completed, of one- and two-byte characters only (coefficients 0..2047)."""
+    begun, lead = sum(not 0x80 <= x < 0xC0 for x in b), len(b) - len(b.lstrip(bytes(range(0x80, 0xC0))))
+    tail = int(b[-1:] >= b"\xc0")
+    try:
+        text = (b"\xc3" * lead + b + b"\x80" * tail).decode("utf-8")
+        return lead, begun, tail, int(text > "" and max(map(ord, text)) < NUM_IDS)
+    except UnicodeDecodeError:
+        return lead, begun, tail, 0
 
 
 class ActionsOnly:

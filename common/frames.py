@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-import torch
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from common import checkpoint as ckpt
@@ -34,26 +32,26 @@ class FrameStore:
         self.recipe = json.dumps([VERSION, PIL.__version__, self.shape, recipe], sort_keys=True)
         self._keys, self._maps = {}, {}
 
-    def key(self, path):
-        """Hash of content and recipe. The content's is kept by the file's size and time: a file is read once for it."""
+    def files(self, path):
+        """-> (KEY.u8, KEY.json) of a source file, which is read once: its digest is kept by its size and time."""
         path = Path(path).resolve()
         if path not in self._keys:
-            note = self.folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.digest"
+            note = self.folder / f"{_hash(str(path))}.digest"
             known = json.loads(note.read_text()) if note.is_file() else None
             facts = content_facts(path, known)
             if facts != known:
                 write_json(note, facts)
-            self._keys[path] = hashlib.sha256((facts[2] + self.recipe).encode()).hexdigest()[:32]
-        return self._keys[path]
+            self._keys[path] = _hash(facts[2] + self.recipe)
+        return self.folder / f"{self._keys[path]}.u8", self.folder / f"{self._keys[path]}.json"
 
     def about(self, path):
         """-> {count, bad {index: why}} of a source file, or None where its frames are missing."""
-        file, note = (self.folder / f"{self.key(path)}{suffix}" for suffix in (".u8", ".json"))
+        file, note = self.files(path)
         if not note.is_file() or not file.is_file():
             return None
         about = json.loads(note.read_text())
-        whole = file.stat().st_size == about["count"] * self.bytes_per_frame
-        return about | dict(bad={int(i): why for i, why in about["bad"].items()}) if whole else None
+        about["bad"] = {int(i): why for i, why in about["bad"].items()}
+        return about if file.stat().st_size == about["count"] * self.bytes_per_frame else None
 
     def build(self, sources, open_source, first=0, threads=8, quiet=False):
         """Make what is missing of `sources` {path: pictures in it}, after saying how large it will be.
@@ -69,9 +67,8 @@ class FrameStore:
         room = f"{needed:.2f} GB of decoded pictures do not fit into {self.folder}, {free:.2f} GB are free"
         require(needed < free, f"{room}. Choose a folder on another local disk")
         if not quiet:
-            print(
-                f"frames    {needed:.2f} GB of decoded pictures, {len(missing)} files, go to {self.folder}", flush=True
-            )
+            about = f"{needed:.2f} GB of decoded pictures, {len(missing)} files, go to {self.folder}"
+            print(f"frames    {about}", flush=True)
         begin = int(first * len(missing))
         bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=quiet or None)
         for path in bar:
@@ -91,22 +88,22 @@ class FrameStore:
                 bad[i] = str(error) or type(error).__name__
                 return blank  # holds the place, is never read
 
-        file = self.folder / f"{self.key(path)}.u8"
+        file, note = self.files(path)
         with ckpt.atomic_path(file) as temporary, ThreadPoolExecutor(threads) as pool, open(temporary, "wb") as out:
             for start in range(0, count, 256):
                 for pixels in pool.map(frame, range(start, min(start + 256, count))):
                     one_size = f"{path} has a picture of {pixels.shape}, a frame store holds one size: {self.shape}"
                     require(pixels.shape == self.shape and pixels.dtype == np.uint8, f"{one_size}. Train without it")
                     out.write(np.ascontiguousarray(pixels).data)
-        write_json(file.with_suffix(".json"), dict(source=str(path), recipe=self.recipe, count=count, bad=bad))
+        write_json(note, dict(source=str(path), recipe=self.recipe, count=count, bad=bad))
 
     def read(self, path, index):
-        """-> (h, w, 3) uint8, read-only"""
+        """-> (h, w, 3) uint8"""
         if path not in self._maps:
             # a map keeps its file open, and Linux allows a process 65530 maps
             if len(self._maps) >= min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 2**14):
                 del self._maps[next(iter(self._maps))]
-            frames = np.memmap(self.folder / f"{self.key(path)}.u8", np.uint8, "r")
+            frames = np.memmap(self.files(path)[0], np.uint8, "c")
             self._maps[path] = frames.view(np.ndarray).reshape(-1, *self.shape)  # a memmap is slow to index
         return self._maps[path][index]
 
@@ -114,19 +111,10 @@ class FrameStore:
         return self.__dict__ | {"_maps": {}}  # a mapped file would travel to a worker as a copy
 
 
+def _hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def write_json(path, value):
     with ckpt.atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2))
-
-
-def stack(pictures):
-    """Pictures of one shape and dtype -> tensor (n, h, w, 3); in a loader worker straight into the memory that crosses
-    to the main process."""
-    first, shared = np.asarray(pictures[0]), get_worker_info() is not None
-    kind = torch.from_numpy(np.empty(0, first.dtype)).dtype
-    size = len(pictures) * first.nbytes
-    storage = torch.UntypedStorage._new_shared(size) if shared else torch.UntypedStorage(size)
-    out = torch.empty(0, dtype=kind).set_(storage, 0, (len(pictures), *first.shape))
-    for target, picture in zip(out.numpy(), pictures, strict=True):
-        target[...] = picture
-    return out

@@ -13,12 +13,9 @@ from common.stats import LISTS, MODES
 
 NORMALIZER = "policy_preprocessor_step_5_normalizer_processor.safetensors"
 UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
-# of LeRobot's config: an unknown field is an error there, a missing one takes its default
-DEFAULTS = dict(type="smolvla", use_amp=False, push_to_hub=False, repo_id=None, private=None, tags=None, license=None)
-DEFAULTS |= dict(pretrained_path=None, empty_cameras=0, adapt_to_pi_aloha=False, use_delta_joint_actions_aloha=False)
-DEFAULTS |= dict(n_obs_steps=1, train_state_proj=True, use_cache=True, add_image_special_tokens=False)
-# as smolvla_base: LeRobot then makes the VLM in bf16; from the config alone, in fp32, 0.4.4 misplaces its patches
-DEFAULTS |= dict(prefix_length=-1, pad_language_to="max_length", load_vlm_weights=True)
+# of LeRobot's config where its default is another; an unknown field is an error there, a missing one takes its default.
+# As smolvla_base: LeRobot then makes the VLM in bf16; from the config alone, in fp32, 0.4.4 misplaces its patches
+SETTINGS = dict(type="smolvla", push_to_hub=False, pad_language_to="max_length", load_vlm_weights=True)
 
 
 def write(folder, network, cameras, state, action, stats, mode, device):
@@ -38,7 +35,7 @@ def write(folder, network, cameras, state, action, stats, mode, device):
     output = dict(action=dict(type="ACTION", shape=[action.dim]))
     modes = dict(VISUAL="IDENTITY", STATE=mode, ACTION=mode)
     features = dict(input_features=inputs, output_features=output, normalization_mapping=modes)
-    write_json("config.json", DEFAULTS | features | network | dict(device=device))
+    write_json("config.json", SETTINGS | features | network | dict(device=device))
     length, tokenizer = network["tokenizer_max_length"], network["vlm_model_name"]
     text = dict(task_key="task", padding_side="right", padding="max_length", truncation=True)
     scaling = dict(eps=1e-8, norm_map=modes)

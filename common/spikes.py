@@ -4,44 +4,39 @@ import pandas as pd
 
 
 class Spikes:
-    """Loss spikes: loss_spikes.txt to read, loss_spikes.csv to filter. The samples of a step are listed worst first."""
+    """Steps with a loss above `threshold` times the mean of the last 100: loss_spikes.txt to read, loss_spikes.csv to
+    filter. `state` is for the checkpoint: the newest losses, and a row per spike."""
 
-    COLUMNS = ("step", "loss", "action_loss", "temporal_loss", "moving_avg", "ratio", "episode_indices")
-    COLUMNS += ("frame_indices", "episode_paths", "sample_losses")
-
-    def __init__(self, run, threshold, episodes, saved):
+    def __init__(self, run, threshold, episodes, saved=None):
         self.run, self.threshold, self.episodes = run, threshold, episodes
-        self.history, self.rows = list(saved["history"]), list(saved["rows"])  # the newest losses; the spikes
+        self.state = saved or dict(history=[], rows=[])
         self.write()
 
-    def check(self, loss):
-        """Take the loss of a step -> moving average if it is a spike, else None."""
-        self.history = (self.history + [loss])[-100:]
-        average = sum(self.history) / len(self.history)
-        return average if len(self.history) >= 50 and loss > self.threshold * average else None
-
-    def record(self, losses, average, samples):
-        """Write the newest step down -> (metrics, line). `losses` of the step by name; samples: this rank's [(losses,
-        names)]. A collective call."""
-        step, loss, own = self.run.step, losses["loss"], []
+    def check(self, losses, samples):
+        """Take the newest `losses`, by name, and this rank's samples [(loss of each, names)] -> None, or of a spike
+        (metrics, line). The samples of all ranks are listed, worst first: a collective call."""
+        loss, step, history = losses["loss"], self.run.step, [*self.state["history"], losses["loss"]][-100:]
+        average, self.state["history"] = sum(history) / len(history), history
+        if len(history) < 50 or loss <= self.threshold * average:
+            return None
+        own = []
         for values, names in samples:
             own += zip(values.tolist(), names, strict=True)
         worst = sorted(sum(self.run.gather(own), []), key=lambda sample: -sample[0])
-        episodes = list(dict.fromkeys(name[0] for _, name in worst))
-        row = {k: f"{losses[k]:.6f}" for k in ("loss", "action_loss", "temporal_loss")}
-        row |= dict(step=step, moving_avg=f"{average:.6f}", ratio=f"{loss / average:.2f}")
-        row |= dict(episode_indices=[name[0] for _, name in worst], frame_indices=[name[2] for _, name in worst])
+        episodes, ratio = list(dict.fromkeys(name[0] for _, name in worst)), loss / average
+        row = dict(step=step) | {k: f"{losses[k]:.6f}" for k in ("loss", "action_loss", "temporal_loss")}
+        row |= dict(moving_avg=f"{average:.6f}", ratio=f"{ratio:.2f}", episode_indices=[name[0] for _, name in worst])
+        row["frame_indices"] = [name[2] for _, name in worst]
         row["episode_paths"] = "; ".join(f"[{i}] {self.episodes[i].path}" for i in episodes)
-        self.rows.append(row | dict(sample_losses=[round(value, 6) for value, _ in worst]))
+        self.state["rows"].append(row | dict(sample_losses=[round(value, 6) for value, _ in worst]))
         self.write()
-        values = {"spike/loss": loss, "spike/moving_avg": average, "spike/ratio": loss / average, "spike/step": step}
-        ratio = f"(avg: {average:.4f}, {loss / average:.1f}x)"
-        return values, f"⚠️  LOSS SPIKE at step {step}: {loss:.4f} {ratio} | Episodes: {episodes}"
+        values = {"spike/loss": loss, "spike/moving_avg": average, "spike/ratio": ratio, "spike/step": step}
+        line = f"⚠️  LOSS SPIKE at step {step}: {loss:.4f} (avg: {average:.4f}, {ratio:.1f}x) | Episodes: {episodes}"
+        return values, line
 
     def write(self):
-        self.run.write("loss_spikes.csv", pd.DataFrame(self.rows, columns=self.COLUMNS).to_csv(index=False))
+        self.run.write("loss_spikes.csv", pd.DataFrame(self.state["rows"]).to_csv(index=False))
         text = f"Loss spikes\n{'=' * 80}\nThreshold: {self.threshold}x moving average\n"
-        for row in self.rows:
-            text += f"\nLOSS SPIKE at Step {row['step']} (samples: worst first)\n"
-            text += "".join(f"  {key.replace('_', ' ').title()}: {row[key]}\n" for key in self.COLUMNS[1:])
+        for row in self.state["rows"]:
+            text += "\nLOSS SPIKE (samples: worst first)\n" + "".join(f"  {key}: {row[key]}\n" for key in row)
         self.run.write("loss_spikes.txt", text)

@@ -54,30 +54,25 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
         raise UserError(f"{path} is not a statistics file ({' '.join(str(error).split())}). {again}") from error
     check(isinstance(stats, dict), f"is not a statistics file (it holds a {type(stats).__name__})")
     for key in keys:
-        entry = stats.get(key)
-        complete = isinstance(entry, dict) and all(name in entry for name in LISTS)
-        check(complete, f"has no complete '{key}' ({', '.join(LISTS)}); it has {sorted(stats)}")
-        check(
-            _is_table(entry), f"'{key}' must have lists of the same length, of finite numbers: {', '.join(LISTS)}, mask"
-        )
+        wanted = f"{', '.join(LISTS)}: lists of the same length, of finite numbers"
+        check(_is_table(stats.get(key)), f"has no complete '{key}' ({wanted}); it has {sorted(stats)}")
     version, made_for = stats.get("format_version"), stats.get("action_definition")
     check(version == FORMAT_VERSION, f"has format_version {version}, this code reads {FORMAT_VERSION}")
     check(definition in (None, made_for), f"was computed for actions {made_for}, this run trains on {definition}")
-    inside, outside = stats.get("episodes"), set(stats.get("excluded_episodes") or ())
-    known = inside is None or not trained or set(trained) & set(inside)
-    check(known, f"was computed over other data: {len(inside or ())} episodes, none of this run's")
-    seen = sorted(set(held_out) - outside if inside is None else set(held_out) & set(inside))
+    inside = set(stats.get("episodes", ()))
+    known = not trained or set(trained) & inside
+    check(known, f"was computed over other data: {len(inside)} episodes, none of this run's")
+    seen = sorted(set(held_out) & inside)
     check(not seen, f"was computed over {len(seen)} episode(s) that this run validates on, e.g. {''.join(seen[:1])}")
     return stats
 
 
 def _is_table(entry):
     try:
-        values = np.array([entry[name] for name in LISTS], np.float64)
-        mask = np.array(entry.get("mask", entry["mean"]))
-    except (TypeError, ValueError):  # a list is shorter than the others, or holds something else
+        values = np.array([*(entry[name] for name in LISTS), entry.get("mask", entry["mean"])], np.float64)
+    except (KeyError, TypeError, ValueError):  # one is missing or shorter than the others, or holds something else
         return False
-    return values.ndim == 2 and bool(np.isfinite(values).all()) and mask.shape == values[0].shape
+    return values.ndim == 2 and bool(np.isfinite(values).all())
 
 
 class Normalizer:

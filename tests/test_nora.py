@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import compute_stats
 import make_demo
 import train_nora as nora
 from common import UserError, qwen_vl
@@ -25,7 +26,6 @@ from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import parse_config
 from common.log import read_metrics
-from common.sampler import GlobalOrder, RankBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -122,21 +122,10 @@ def observation(parts, item, **more):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_target_is_the_motion_that_follows_and_every_frame_is_seen(parts):
-    """Tail chunks are completed by standing still and masked."""
-    e = parts.data.train[0]
-    np.testing.assert_allclose(parts.dataset[(0, 2)]["action"], np.diff(e.ee_pose[2:6], axis=0), atol=1e-6)
-    assert len(parts.dataset) == sum(x.num_frames - 1 for x in parts.data.train)
-    last = parts.dataset[(0, e.num_frames - 2)]
-    assert last["is_pad"].tolist() == [False, True, True] and np.all(last["action"][1:] == 0)
-    assert last["frame"] == e.num_frames - 2
-
-
 def test_a_frame_store_gives_the_same_training(tmp_path, base):
     plain = run(base, "--output_dir", tmp_path / "a", "--max_steps", 2)
     flags = [*base, "--frame_store", tmp_path / "frames", "--output_dir", tmp_path / "b"]
-    assert losses(run(flags, "--max_steps", 2)) == losses(plain)
-    assert sum(p.stat().st_size for p in (tmp_path / "frames").glob("**/*.u8")) >= 2 * 3 * 56 * 56 * 3
+    assert losses(run(flags, "--max_steps", 2)) == losses(plain) and any((tmp_path / "frames").glob("**/*.u8"))
 
 
 def test_augmentation_and_dropout_are_functions_of_seed_and_position(base, parts):
@@ -155,18 +144,6 @@ def test_augmentation_and_dropout_are_functions_of_seed_and_position(base, parts
     np.testing.assert_array_equal(parts.dataset[(0, 3)]["images"], parts.dataset[(1, 3)]["images"])
 
 
-def test_augmentation_off_is_the_identity_and_each_knob_acts():
-    image = np.random.default_rng(0).integers(60, 180, (28, 28, 3), dtype=np.uint8)
-    knobs = dict(brightness=0.3, contrast=0.5, saturation=0.5, hue=0.3, noise=0.1)
-    off = nora.DatasetConfig(**{f"augment_{k}": 0 for k in knobs})
-    quiet = nora.augment_image(image, off, np.random.default_rng(0)).astype(int)
-    assert np.abs(quiet - image).mean() < 1.5, "only the HSV round trip remains"
-    for knob, value in knobs.items():
-        cfg = dataclasses.replace(off, **{f"augment_{knob}": value})
-        loud = [nora.augment_image(image, cfg, np.random.default_rng(seed)).astype(int) for seed in range(4)]
-        assert np.abs(np.stack(loud) - quiet).mean() > 2, knob
-
-
 # ---- prompt, images and model against transformers -------------------------------------------------------------------
 
 
@@ -175,16 +152,6 @@ def official_processor(folder):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil.from_pretrained(folder)
-
-
-def test_patches_equal_the_image_processor(qwen_dir):
-    processor = official_processor(qwen_dir)
-    images = np.random.default_rng(0).integers(0, 256, (3, 84, 56, 3), dtype=np.uint8)
-    theirs = processor(images=[Image.fromarray(i) for i in images], return_tensors="pt")
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (processor.image_mean, processor.image_std))
-    ours = qwen_vl.image_patches(torch.from_numpy(images), mean, std)
-    torch.testing.assert_close(ours, theirs["pixel_values"], atol=1e-5, rtol=1e-5)
-    assert theirs["image_grid_thw"].tolist() == [[1, 6, 4]] * 3
 
 
 def official_inputs(parts, item, answer):
@@ -319,41 +286,7 @@ def test_loss_covers_action_tokens_and_the_end_only(parts):
         assert behind == labels, "each place predicts the token behind it"
 
 
-def test_padding_and_batch_composition_change_no_loss_and_no_prediction(parts):
-    items = items_of(parts, [0, 20, 30])
-    items[2]["instruction"] = "a much longer instruction that makes the other rows pad " * 3
-    with torch.no_grad():
-        together = parts.core.compute_loss(parts.collate(items))["sample_loss"]
-        alone = torch.cat([parts.core.compute_loss(parts.collate([i]))["sample_loss"] for i in items])
-        other = [items[0] | dict(instruction="retract"), items[0] | dict(images=items[1]["images"])]
-        heard = [parts.core.compute_loss(parts.collate([i]))["loss_sum"] for i in other]
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    assert len({x.item() for x in [alone[0], *heard]}) == 3, "it listens to the text and looks at the picture"
-    chunks = parts.policy.predict([observation(parts, i) for i in items])
-    assert chunks.shape == (3, 3, 6) and chunks.dtype == np.float32
-    for row, item in zip(chunks, items, strict=True):
-        np.testing.assert_array_equal(parts.policy.predict([observation(parts, item)])[0], row)
-
-
-def test_the_policy_sees_what_the_training_saw(tmp_path, base):
-    """Pictures more than twice the model's size: what predict makes of the camera's picture is what was trained on."""
-    make_demo.write_insertion(tmp_path, episodes=2, size=(180, 240), max_frames=6)
-    data = nora.load_data(config(base, "--dataset.root_dir", tmp_path))
-    item, episode = nora.NoraDataset(data.train, data.spec)[(0, 4)], data.train[0]
-    with h5py.File(episode.path) as f:
-        for k, camera in enumerate(("side_camera", "top_camera")):
-            picture = Image.open(__import__("io").BytesIO(f[f"observations/images/{camera}"][4].tobytes()))
-            np.testing.assert_array_equal(nora.resize_image(picture.convert("RGB"), [56, 56]), item["images"][k])
-
-
-def test_open_episodes_gives_what_evaluate_needs(insertion_root, parts, tmp_path, capsys):
-    episode = next(iter(parts.policy.open_episodes(insertion_root)))
-    item = parts.dataset[(0, 4)]
-    np.testing.assert_array_equal(episode["target"][4:7], item["action"])
-    seen = episode["sample"](4)["images"]
-    np.testing.assert_array_equal(nora.resize_image(seen["camera3"], [56, 56]), item["images"][1])
-    with pytest.raises(UserError, match="has images of.*camera1"):
-        parts.policy.predict([dict(images={"camera3": item["images"][0]})])
+def test_a_report_leaves_out_what_cannot_be_read_and_knows_its_episodes(insertion_root, parts, tmp_path, capsys):
     with pytest.raises(UserError, match="no episode 'x.h5'.*--episodes"):
         list(parts.policy.open_episodes(insertion_root, ["x.h5"]))
     folder = shutil.copytree(insertion_root, tmp_path / "data")
@@ -398,36 +331,15 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert nora.lr_at(8, cfg) == pytest.approx(0.5) and nora.lr_at(12, cfg) == 0 and nora.lr_at(500, cfg) == 0
 
 
-def test_one_batch_can_be_learned(tmp_path, base):
+def test_one_batch_can_be_learned_and_every_form_of_the_policy_predicts_the_same(tmp_path, base, parts):
     more = "--max_steps 60 --num_val_episodes 3 --lr 3e-3 --logging_frequency 10 --batch_size 13 --val_frequency 30"
     rows = run(base, "--output_dir", tmp_path, *more.split())
     assert losses(rows)[-1][1] < 0.35 * losses(rows)[0][1]
-    best = min((r for r in rows if "val_loss" in r), key=lambda r: r["val_loss"])
-    assert json.loads((tmp_path / "best/meta.json").read_text())["best_step"] == best["step"]
-    assert nora.load_policy(tmp_path / "best", "cpu").spec.horizon == 3
-
-
-def test_the_checkpoint_holds_the_weights_after_the_step_and_predicts_the_same(tmp_path, base, parts, monkeypatch):
-    """steps_2 equals two optimizer steps made by hand, and load_policy predicts what the trained model predicts."""
-    kept, original = {}, nora.save_model
-    keep = lambda folder, policy, *rest: (kept.update(policy=policy), original(folder, policy, *rest))  # noqa: E731
-    monkeypatch.setattr(nora, "save_model", keep)
-    flags = [*base, "--max_steps", 2, "--gradient_clipping", "null", "--val_frequency", 2]
-    run(flags, "--output_dir", tmp_path)
-    cfg, core = config(flags), build(parts.cfg, parts.spec)
-    optimizer = torch.optim.AdamW(core.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-8)
-    for step, keys in enumerate(RankBatches(GlobalOrder(len(parts.dataset), cfg.seed), 4, steps=2)):
-        batch = parts.collate([parts.dataset[k] for k in keys])
-        optimizer.param_groups[0]["lr"] = nora.lr_at(step, cfg)
-        (core(batch)["loss_sum"] / len(batch["targets"])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, value in core.named_parameters():
-        torch.testing.assert_close(state(tmp_path / "steps_2")[name], value.detach(), rtol=1e-5, atol=1e-6)
-    seen = [observation(parts, i) for i in items_of(parts, [0, 9, 17])]
-    expected = kept["policy"].predict(seen)
-    for path in (tmp_path, tmp_path / "steps_2", tmp_path / "steps_2" / "model", tmp_path / "best"):
-        np.testing.assert_array_equal(nora.load_policy(path, "cpu").predict(seen), expected)
+    best = min((r for r in rows if "val_loss" in r), key=lambda r: r["val_loss"])["step"]
+    assert json.loads((tmp_path / "best/meta.json").read_text())["best_step"] == best
+    seen, forms = [observation(parts, i) for i in items_of(parts, [0, 9])], ["", "steps_60", "steps_60/model"]
+    answers = [nora.load_policy(tmp_path / form, "cpu").predict(seen) for form in forms + ["best"] * (best == 60)]
+    assert all(np.array_equal(answer, answers[0]) for answer in answers)
 
 
 # ---- the exported model ----------------------------------------------------------------------------------------------
@@ -467,16 +379,6 @@ def test_a_model_of_an_older_release_is_exported_in_its_files(tmp_path, base, sh
         subprocess.run([older, "-c", f"import sys, transformers as t; f = sys.argv[1]; {opened}", folder], check=True)
     rows = run(base, "--model", source, "--output_dir", tmp_path, "--max_steps", 2, "--resume", "auto")
     assert len(losses(rows)) == 2
-
-
-def test_missing_tensors_are_an_error_that_names_them(tmp_path, parts):
-    shutil.copytree(parts.cfg.model, tmp_path / "short")
-    tensors = load_file(tmp_path / "short/model.safetensors")
-    lost = sorted(k for k in tensors if "layers.1" in k)[:3]
-    kept = {k: v for k, v in tensors.items() if k not in lost}
-    save_file(kept, tmp_path / "short/model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 3 tensors: .*layers\.1"):
-        build(config([], "--model", tmp_path / "short"), parts.spec)
 
 
 def test_a_backbone_without_action_tokens_is_refused(tmp_path, parts):
@@ -580,9 +482,8 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
     for name in ("model", "merged", "../best"):
         policy = nora.load_policy(tmp_path / "second/steps_2" / name, "cpu")
         data = nora.load_data(parts.cfg)
-        fake_run = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
         collate = nora.Collate(policy.model.processor, policy.fast, policy.spec.normalizer)
-        again = nora.validate(policy, data, collate, parts.cfg, fake_run)
+        again = nora.validate(policy, data, collate, parts.cfg, ALONE)
         assert again["val_loss"] == pytest.approx(first[-1]["val_loss"], rel=1e-4), name
     assert policy.predict([observation(parts, i) for i in items]).shape == (2, 3, 6)
     monkeypatch.chdir(tmp_path)
@@ -603,69 +504,44 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
 
 def test_head_trains_the_embedding_table_only_and_gradient_checkpointing_changes_no_loss(tmp_path, base):
     flags = [*base, "--max_steps", 2, "--train", "head"]
-    a = run(flags, "--output_dir", tmp_path / "a")
-    b = run(flags, "--output_dir", tmp_path / "b", "--gradient_checkpointing")
+    a, b = (run(flags, "--output_dir", tmp_path / str(on), "--gradient_checkpointing", on) for on in (False, True))
     np.testing.assert_allclose(values(a, "train_loss"), values(b, "train_loss"), rtol=1e-6)
-    assert set(state(tmp_path / "b/steps_2")) == {"vlm.model.language_model.embed_tokens.weight"}
+    assert set(state(tmp_path / "True/steps_2")) == {"vlm.model.language_model.embed_tokens.weight"}
 
 
 def test_language_leaves_the_vision_tower_as_it_was(tmp_path, base, qwen_dir):
-    """Frozen in the backbone's bits, out of state.pt, and exported; a resume goes on."""
-    flags = [*base, "--train", "language", "--output_dir", tmp_path]
-    run(flags, "--max_steps", 1, "--mixed-precision", "bf16")
+    """Masters in fp32, frozen in the backbone's bits and out of state.pt, exported in bf16; a resume goes on."""
+    flags = [*base, "--train", "language", "--output_dir", tmp_path, "--mixed-precision", "bf16", "--val_frequency", 1]
+    run(flags, "--max_steps", 1)
     kept = state(tmp_path / "steps_1")
     assert not any("visual" in k for k in kept) and any("layers.1.mlp" in k for k in kept)
-    before, after = load_file(qwen_dir / "model.safetensors"), load_file(tmp_path / "steps_1/model/model.safetensors")
+    assert {v.dtype for v in kept.values()} == {torch.float32}
+    for folder in ("steps_1", "best"):
+        after = load_file(tmp_path / folder / "model/model.safetensors")
+        assert {v.dtype for v in after.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "best/model/config.json").read_text())["dtype"] == "bfloat16"
+    before = load_file(qwen_dir / "model.safetensors")
     moved = {name for name, value in before.items() if not torch.equal(after[name], value.bfloat16())}
     assert not any("visual" in name for name in moved)
     assert {name for name, value in before.items() if value.ndim == 2 and "visual" not in name} <= moved
-    assert len(losses(run(flags, "--max_steps", 2, "--mixed-precision", "bf16", "--resume", "auto"))) == 2
+    assert len(losses(run(flags, "--max_steps", 2, "--resume", "auto"))) == 2
 
 
 def test_moments_in_8_bits_are_bitsandbytes_own(monkeypatch, parts):
     class AdamW8bit(torch.optim.AdamW):
         pass
 
-    cfg = dataclasses.replace(parts.cfg, adamw_8bit=True)
-    monkeypatch.setattr(nora, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        nora.check_config(cfg)
-    monkeypatch.setattr(nora, "find_spec", lambda name: True)
-    nora.check_config(cfg)
-    module = types.ModuleType("bitsandbytes.optim")
-    module.AdamW8bit = AdamW8bit
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
-    optimizer = nora.build_optimizer(cfg, [torch.zeros(2, requires_grad=True)], None)
-    assert type(optimizer) is AdamW8bit and optimizer.defaults["betas"] == (0.9, 0.95)
-    layer = torch.nn.Linear(2, 1, bias=False)
+    cfg, layer = dataclasses.replace(parts.cfg, adamw_8bit=True), torch.nn.Linear(2, 1, bias=False)
+    for there in (None, True):
+        monkeypatch.setattr(nora, "find_spec", lambda name, there=there: there)
+        with contextlib.nullcontext() if there else pytest.raises(UserError, match="pip install bitsandbytes"):
+            nora.check_config(cfg)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(AdamW8bit=AdamW8bit))
     optimizer, saved = nora.build_optimizer(cfg, layer.parameters(), None), dict(step=3, state1=torch.ones(1, 2))
+    assert type(optimizer) is AdamW8bit and optimizer.defaults["betas"] == (0.9, 0.95)
     ckpt.restore_moments(layer, optimizer, dict(weight=saved))
     assert optimizer.state[layer.weight]["step"] == 3 and optimizer.state[layer.weight]["state1"].sum() == 2
-
-
-def test_bf16_trains_fp32_masters_and_exports_bf16(tmp_path, base):
-    flags = [*base, "--output_dir", tmp_path, "--mixed-precision", "bf16", "--val_frequency", 1]
-    run(flags, "--max_steps", 1)
-    assert {v.dtype for v in state(tmp_path / "steps_1").values()} == {torch.float32}
-    for folder in ("steps_1", "best"):
-        exported = load_file(tmp_path / folder / "model/model.safetensors")
-        assert {v.dtype for v in exported.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "best/model/config.json").read_text())["dtype"] == "bfloat16"
-    assert len(losses(run(flags, "--max_steps", 2, "--resume", "auto"))) == 2
-
-
-def test_the_state_in_the_prompt_reaches_the_model(tmp_path, base):
-    flags = [*base, "--state_in_prompt", "--use_qpos"]
-    run(flags, "--output_dir", tmp_path, "--max_steps", 1)
-    policy, data = nora.load_policy(tmp_path, "cpu"), nora.load_data(config(flags))
-    item = nora.NoraDataset(data.train, data.spec)[(0, 3)]
-    raw = ep.robot_state(data.train[0], ["qpos", "ee_pose"])[3]
-    text = policy.model.processor.text("go", policy.spec.state_normalizer.normalize(raw))
-    assert text.count(" State: ") == 1 and len(text.split(" State: ")[1].split("<|im_end|>")[0].split()) == 12
-    np.testing.assert_array_equal(policy.spec.state_normalizer.normalize(raw), item["state"])
-    seen = observation(types.SimpleNamespace(data=data, spec=data.spec), item, state=raw)
-    assert policy.predict([seen]).shape == (1, 3, 6)
 
 
 def test_the_state_can_be_noisy_or_missing_in_training_only(base):
@@ -686,17 +562,6 @@ def test_the_state_can_be_noisy_or_missing_in_training_only(base):
 
 
 # ---- faults and what it says -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_jpeg_is_named_and_stops(tmp_path, base, workers):
-    for path in make_demo.write_insertion(tmp_path / "data", episodes=4, size=(60, 80), max_frames=14)[:3]:
-        with h5py.File(path, "r+") as f:
-            for t in range(14):
-                f["observations/images/side_camera"][t] = np.zeros(200, np.uint8)
-    flags = [*base, "--dataset.root_dir", tmp_path / "data", "--output_dir", tmp_path / "run"]
-    with pytest.raises(UserError, match="side_camera' frame .* is not a decodable JPEG: 200 bytes"):
-        run(flags, "--max_steps", 1, "--num_workers", workers)
 
 
 @pytest.mark.parametrize(
@@ -777,20 +642,8 @@ def test_what_no_policy_can_win_is_said_before_the_training(tmp_path, base, caps
 def test_settings_without_effect_are_named(base, capsys):
     nora.main(config(base, "--check", "--camera_dropout_prob", 0.3, "--cameras", "camera1"))
     assert "camera_dropout_prob has no effect" in capsys.readouterr().out
-    nora.main(config(base, "--check", "--camera_dropout_prob", 0.3, "--use_ee_pose_delta_as_action", "false"))
-    shown = capsys.readouterr().out
-    assert "no effect" not in shown and "use_ee_pose_delta_as_action: true" in shown, "yesterday's action"
-
-
-def test_the_mean_error_has_one_unit(parts):
-    """Metres and radians are not averaged: each dim is measured by its own range."""
-    run_ = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
-    policy = types.SimpleNamespace(spec=parts.spec, model=parts.core)
-    policy.decode = lambda images, prompts: (np.zeros((len(images), 3, 6)), np.zeros(len(images)))
-    v = nora.validate(policy, parts.data, parts.collate, parts.cfg, run_)
-    moves, names = ~parts.spec.normalizer.constant, [f"val_mae_{n}" for n, _ in parts.spec.contract.actions]
-    mae = np.array([v[n] for n in names])[moves]
-    assert v["val_action_mae"] == pytest.approx((mae / parts.spec.normalizer.half[moves]).mean())
+    nora.main(config(base, "--check", "--use_ee_pose_delta_as_action", "false"))
+    assert "use_ee_pose_delta_as_action: true" in capsys.readouterr().out, "yesterday's action"
 
 
 class Swapped:
@@ -806,28 +659,35 @@ class Swapped:
         return np.stack(chunks), np.zeros(len(chunks))
 
 
+ALONE = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
+
+
 def test_a_policy_that_does_not_look_is_told_apart_per_camera(parts):
     """One answers from camera1 alone, one from nothing: camera3 changes nothing for either."""
-    run_ = types.SimpleNamespace(rank=0, world=1, device=CPU, sum=lambda *x: x, gathered=contextlib.nullcontext)
     data = dataclasses.replace(parts.data, validation=parts.data.validation + parts.data.train[:1])
     cfg = dataclasses.replace(parts.cfg, val_samples=24, val_decode_samples=24)
     for looks in (True, False):
         said = []
-        v = nora.validate(Swapped(parts, looks), data, parts.collate, cfg, run_)
+        v = nora.validate(Swapped(parts, looks), data, parts.collate, cfg, ALONE)
         line = nora.tell(v, said.append)
         assert v["val_swap_ratio_camera3"] == pytest.approx(1) and "swap_ratio_camera3 1.00" in line
         assert (v["val_swap_ratio_camera1"] > 1.5) == looks
-        assert [("camera1" in text, "camera3" in text) for text in said] == [(True, False)] * (not looks) + [
-            (False, True)
-        ]
-    alone = nora.validate(Swapped(parts, True), parts.data, parts.collate, cfg, run_)
+        assert ["camera1" in text for text in said] == [False] if looks else [True, False]
+    alone = nora.validate(Swapped(parts, True), parts.data, parts.collate, cfg, ALONE)
     assert not any("swap" in key for key in alone), "with one episode there is nothing to swap with"
+    # metres and radians are not averaged: each dim is measured by its own range
+    moves, names = ~parts.spec.normalizer.constant, [f"val_mae_{n}" for n, _ in parts.spec.contract.actions]
+    mae = np.array([alone[n] for n in names])[moves]
+    assert mae.min() > 0 and alone["val_action_mae"] == pytest.approx((mae / parts.spec.normalizer.half[moves]).mean())
 
 
 def test_the_policy_says_what_it_takes_and_gives(tmp_path, base, insertion_root):
-    """In a checkpoint of a run with the state in the prompt; what it says can be written down."""
-    flags = [*base, "--state_in_prompt", "--use_qpos"]
-    run(flags, "--output_dir", tmp_path, "--max_steps", 1)
+    """Of a run with the state in the prompt, whose folder tells how it was made."""
+    flags = [*base, "--state_in_prompt", "--use_qpos", "--output_dir", tmp_path, "--max_steps", 1]
+    run(flags)
+    expected = "config.yaml train_nora.py dataset_stats.json validation_episodes.txt metrics.jsonl steps_1"
+    assert set(expected.split()) <= {p.name for p in tmp_path.iterdir()}
+    assert parse_config(nora.Config, ["--config", str(tmp_path / "config.yaml")], nora.ALIASES) == config(flags)
     policy = nora.load_policy(tmp_path, "cpu")
     about = json.loads(json.dumps(policy.describe()))
     assert about["cameras"] == {c: dict(height=60, width=80) for c in ("camera1", "camera3")}
@@ -838,53 +698,25 @@ def test_the_policy_says_what_it_takes_and_gives(tmp_path, base, insertion_root)
     assert "the motion to the next frame" in about["first_row"] and about["latency_ms"] > 0
     assert len(about["state"]) == 12 and about["instructions"] and about["needs"] == {}
     seen = next(iter(policy.open_episodes(insertion_root)))["sample"](2)
-    expected = policy.predict([seen])
-    policy.reset()
-    np.testing.assert_array_equal(policy.predict([seen]), expected)
+    text = policy.model.processor.text("go", policy.spec.state_normalizer.normalize(seen["state"]))
+    assert len(text.split(" State: ")[1].split("<|im_end|>")[0].split()) == 12
+    assert policy.predict([seen]).shape == (1, 3, 6)
     side = np.repeat(seen["images"]["camera1"], 2, axis=1)
     for wrong, message in (
         (dict(images=seen["images"] | dict(camera1=side)), "camera1 is 160x60.*aspect ratio"),
         (dict(state=seen["state"][:6]), r"state has shape \(6,\)"),
-        (dict(images=dict(camera1=side)), "camera3 is missing|aspect ratio"),
+        (dict(images=dict(camera1=seen["images"]["camera1"])), "camera3 is missing"),
     ):
         with pytest.raises(UserError, match=message):
             policy.predict([seen | wrong])
 
 
 def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
-    import compute_stats
-
-    data = ["--dataset.root_dir", base[1], "--use_ee_pose_delta_as_action", "--num_val_episodes", "1"]
+    data = f"--dataset.root_dir {base[1]} --use_ee_pose_delta_as_action --num_val_episodes 1 --output {tmp_path}/s.yaml"
+    compute_stats.main(parse_config(compute_stats.Config, data.split()))
     own = nora.load_data(config(base)).spec.stats
-    for suffix in ("yaml", "json"):
-        path = tmp_path / f"s.{suffix}"
-        compute_stats.main(parse_config(compute_stats.Config, [str(x) for x in (*data, "--output", path)]))
-        stats = nora.load_data(config(base, "--normalization_stats_path", path)).spec.stats
-        assert stats["action"] == own["action"] and stats["excluded_episodes"] == own["excluded_episodes"]
-    with pytest.raises((UserError, ValueError), match="for actions"):
-        nora.load_data(config(base, "--use_ee_pose_delta_as_action", "false", "--normalization_stats_path", path))
-    other = shutil.copytree(base[1], tmp_path / "other")
-    for recording in [*other.glob("*.h5")]:
-        recording.rename(recording.with_name(f"other_{recording.name}"))
-    with pytest.raises(UserError, match="other data"):
-        nora.load_data(config(base, "--dataset.root_dir", other, "--normalization_stats_path", path))
-    with pytest.raises((UserError, ValueError), match="validates on"):
-        nora.load_data(config(base, "--num_val_episodes", 2, "--normalization_stats_path", path))
-
-
-def test_the_run_directory_tells_how_it_was_made(tmp_path, base):
-    run(base, "--output_dir", tmp_path, "--max_steps", 1)
-    expected = "config.yaml train_nora.py dataset_stats.json validation_episodes.txt metrics.jsonl steps_1"
-    assert set(expected.split()) <= {p.name for p in tmp_path.iterdir()}
-    again = parse_config(nora.Config, ["--config", str(tmp_path / "config.yaml")], nora.ALIASES)
-    assert again == config(base, "--output_dir", tmp_path, "--max_steps", 1)
-    meta = json.loads((tmp_path / "steps_1/meta.json").read_text())
-    assert meta["script"] == "train_nora" and (meta["step"], meta["position"], len(meta["validation"])) == (1, 4, 1)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/nora.yaml")), ids=lambda p: p.parent.name)
-def test_the_shipped_configs_parse(path):
-    assert parse_config(nora.Config, ["--config", str(path)], nora.ALIASES).dataset.horizon > 1
+    stats = nora.load_data(config(base, "--normalization_stats_path", tmp_path / "s.yaml")).spec.stats
+    assert stats["action"] == own["action"] and stats["excluded_episodes"] == own["excluded_episodes"]
 
 
 def test_it_starts_without_wandb_torchvision_and_peft(tmp_path, base):

@@ -2,8 +2,8 @@
 What all scripts keep (accumulation, ranks, stop and resume, non-finite steps) is in test_truths.py."""
 
 import csv
+import dataclasses
 import json
-import random
 import runpy
 import shlex
 import shutil
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import compute_stats
 import make_demo
@@ -199,8 +198,9 @@ def batch_of(cfg, count=4, start=0, dtype=torch.float32):
 # ---- files, resume, init_from ----------------------------------------------------------------------------------------
 
 
-def test_checkpoint_files_and_their_step(make):
-    cfg = make(training__save_freq=2, validation__val_freq=2)
+def test_checkpoint_files_their_step_and_an_export_that_is_missing(make, monkeypatch):
+    flags = dict(training__save_freq=2, validation__val_freq=2)
+    cfg = make(**flags)
     train(cfg)
     folder = Path(cfg.output_dir) / "checkpoints"
     own = {"checkpoint_latest.pt", "checkpoint_step_2.pt", "checkpoint_step_4.pt", "best_hf", "final_hf", "meta.json"}
@@ -210,19 +210,14 @@ def test_checkpoint_files_and_their_step(make):
     best = {2: two, 4: four}[json.loads((folder / "best_hf/meta.json").read_text())["step"]]
     same(load_file(folder / "best_hf/model.safetensors"), best["policy_state_dict"])
     same(load_file(folder / "final_hf/model.safetensors"), four["policy_state_dict"])
-
-
-def test_a_finished_run_writes_the_export_that_is_missing(make, monkeypatch):
-    cfg = make(steps=2)
-    state, _ = train(cfg)
-    shutil.rmtree(Path(cfg.output_dir) / "checkpoints/final_hf")
+    shutil.rmtree(folder / "final_hf")
     monkeypatch.setattr(smolvla, "build_model", lambda *_: pytest.fail("nothing is to be trained"))
-    smolvla.main(make(steps=2, resume="auto"))
-    meta = Path(cfg.output_dir) / "checkpoints/final_hf/meta.json"
-    meta.write_text(meta.read_text().replace('"step": 2', '"step": 1'))  # an export from before --steps was raised
-    smolvla.main(make(steps=2, resume="auto"))
-    assert json.loads(meta.read_text())["step"] == 2
-    same(load_file(Path(cfg.output_dir) / "checkpoints/final_hf/model.safetensors"), state["policy_state_dict"])
+    smolvla.main(make(resume="auto", **flags))
+    meta = folder / "final_hf/meta.json"
+    meta.write_text(meta.read_text().replace('"step": 4', '"step": 2'))  # an export from before --steps was raised
+    smolvla.main(make(resume="auto", **flags))
+    assert json.loads(meta.read_text())["step"] == 4
+    same(load_file(folder / "final_hf/model.safetensors"), four["policy_state_dict"])
 
 
 def test_resume_of_another_data_set_is_a_new_run_from_the_weights(make, tmp_path, capsys):
@@ -265,10 +260,19 @@ def test_a_resume_that_would_mean_something_else_is_refused(make):
 
 
 def test_init_from_starts_from_exactly_these_weights(make, tmp_path):
-    first, _ = train(make("run", training__ema_decay=0.5, train="lora"))
+    """Of a checkpoint, of an export, and of older and the guide's own programs: names of torch.compile and DDP,
+    normalisers inside the model, numpy arrays beside the weights."""
+    first = train(make("run", training__ema_decay=0.5, train="lora"))[0]["policy_state_dict"]
     for source in ("checkpoint_latest.pt", "final_hf"):
         state, _ = train(make(source, init_from=tmp_path / "run/checkpoints" / source, lr=0.0, steps=1))
-        same(state["policy_state_dict"], first["policy_state_dict"])
+        same(state["policy_state_dict"], first)
+    old = {k.replace("model.", "model._orig_mod.", 1): v for k, v in first.items()}
+    old["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(6)
+    guides = dict(step=7, action_mean=np.ones(6, np.float32), action_std=np.float64(2.0), config=dict(policy={}))
+    guides["policy_state_dict"] = {f"module.{k}": v for k, v in first.items()}
+    for content in (old, guides):
+        torch.save(content, tmp_path / "other.pt")
+        same(smolvla.read_source(tmp_path / "other.pt")[0], dict(first))
 
 
 def test_a_lerobot_policy_can_be_fine_tuned(make, lerobot, tmp_path):
@@ -284,42 +288,23 @@ def test_a_lerobot_policy_can_be_fine_tuned(make, lerobot, tmp_path):
             smolvla.main(make("wrong", policy__pretrained_model_id=lerobot[0], **(sizes | wrong)))
 
 
-def test_weights_of_older_and_of_the_guides_own_programs(make, tmp_path):
-    """Names of torch.compile and DDP, normalisers inside the model, numpy arrays beside the weights."""
-    first, _ = train(make("run", steps=1))
-    weights = first["policy_state_dict"]
-    old = {k.replace("model.", "model._orig_mod.", 1): v for k, v in weights.items()}
-    old["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(6)
-    guides = dict(step=7, action_mean=np.ones(6, np.float32), action_std=np.float64(2.0), config=dict(policy={}))
-    guides["policy_state_dict"] = {f"module.{k}": v for k, v in weights.items()}
-    for name, content in (("old.pt", old), ("guide.pt", guides)):
-        torch.save(content, tmp_path / name)
-        tensors, _ = smolvla.read_source(tmp_path / name)
-        same(tensors, dict(weights))
-
-
-def test_a_frozen_vlm_starts_from_its_own_file_and_stays(make, vlm_dir):
-    state, _ = train(make())
-    kept = {k.removeprefix(VLM): v for k, v in state["policy_state_dict"].items() if k.startswith(VLM)}
-    # without layer 2 of the text, which is not used
-    same(kept, {k: v for k, v in load_file(vlm_dir / "model.safetensors").items() if ".layers.2." not in k})
-    assert not any(k.startswith(VLM) for k in (*state["optimizer_state_dict"], *state["model_state_dict"]))
-
-
-def test_a_checkpoint_stands_on_one_file_of_what_is_frozen(make, tmp_path):
-    """It holds what is trained; without that file, or with another one, it says so; an export is whole."""
+def test_a_checkpoint_stands_on_one_file_of_what_is_frozen(make, tmp_path, vlm_dir):
+    """It holds what is trained; the rest is as it was read. Without that file, or with another one, it says so; an
+    export is whole."""
     state, _ = train(make(steps=2))
     folder = tmp_path / "run/checkpoints"
     kept = load_file(folder / "frozen.safetensors")
-    assert not set(kept) & set(state["model_state_dict"]) and set(kept) == {k for k in kept if k.startswith(VLM)}
+    read = load_file(vlm_dir / "model.safetensors").items()  # without layer 2 of the text, which is not used
+    same({k.removeprefix(VLM): v for k, v in kept.items()}, {k: v for k, v in read if ".layers.2." not in k})
+    assert not any(k.startswith(VLM) for k in (*state["optimizer_state_dict"], *state["model_state_dict"]))
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     expected = smolvla.load_policy(folder / "checkpoint_step_2.pt", "cpu").model.state_dict()
     (folder / "frozen.safetensors").rename(tmp_path / "away")
     for act in (lambda: smolvla.load_policy(folder), lambda: smolvla.main(make(steps=4, resume="auto"))):
         with pytest.raises(UserError, match=f"the other weights are in {folder}/frozen.safetensors, which is gone"):
             act()
-    same(smolvla.load_policy(moved / "checkpoint_step_2.pt", "cpu").model.state_dict(), expected)
-    same(smolvla.load_policy(folder / "final_hf", "cpu").model.state_dict(), expected)
+    for whole in (moved / "checkpoint_step_2.pt", folder / "final_hf"):
+        same(smolvla.load_policy(whole, "cpu").model.state_dict(), expected)
     save_file({k: v + 1 for k, v in kept.items()}, folder / "frozen.safetensors")
     with pytest.raises(UserError, match="frozen.safetensors is another file. Put it beside the checkpoint"):
         smolvla.load_policy(folder / "checkpoint_step_2.pt")
@@ -335,15 +320,12 @@ def test_a_checkpoint_stands_on_one_file_of_what_is_frozen(make, tmp_path):
 def test_padding_changes_no_loss(make):
     core, _, batch = batch_of(make(), count=2, start=9)  # frames 9 and 10 of 12: chunks of 4 run past the end
     assert batch["is_pad"].any() and not batch["is_pad"].all(1).any()
-    before = core(batch)
+    before, pad = core(batch), torch.nn.functional.pad
+    longer = batch | dict(tokens=pad(batch["tokens"], (0, 5), value=3), token_mask=pad(batch["token_mask"], (0, 5)))
     batch["action"][batch["is_pad"]] += 100
-    after = core(batch)
-    for key in ("flow_sum", "real_sum", "temporal_sum"):  # what follows a padded step is padded; the expert is causal
-        assert after[key].item() == pytest.approx(before[key].item(), rel=1e-6)
-    tokens, mask = batch["tokens"], batch["token_mask"]
-    longer = batch | dict(tokens=torch.nn.functional.pad(tokens, (0, 5), value=3))
-    longer["token_mask"] = torch.nn.functional.pad(mask, (0, 5))
-    assert core(longer)["flow_sum"].item() == pytest.approx(before["flow_sum"].item(), rel=1e-5)
+    for after in (core(batch), core(longer)):
+        for key in ("flow_sum", "real_sum", "temporal_sum"):  # what follows a padded step is padded
+            assert after[key].item() == pytest.approx(before[key].item(), rel=1e-5)
 
 
 def test_temporal_loss_by_hand_and_its_gradient(make):
@@ -359,15 +341,14 @@ def test_temporal_loss_by_hand_and_its_gradient(make):
 
 
 def test_the_loss_is_the_sum_of_its_parts_and_lambda_zero_is_plain_smolvla(make, capsys):
-    plain, rows = train(make("plain", training__lambda_temporal=0, steps=2))
-    smooth, other = train(make("smooth", training__lambda_temporal=0.5, steps=2, validation__val_freq=1))
+    _, rows = train(make("plain", training__lambda_temporal=0, steps=2))
+    _, other = train(make("smooth", training__lambda_temporal=0.5, steps=2, validation__val_freq=1))
     for prefix, runs in (("train", rows + other), ("val", other)):
         for r in [r for r in runs if f"{prefix}/loss" in r]:
             parts = r[f"{prefix}/action_loss"] + r[f"{prefix}/temporal_loss"]
             assert r[f"{prefix}/loss"] == pytest.approx(parts, rel=1e-6)
-    assert [r["train/temporal_loss"] for r in rows if "train/loss" in r] == [0, 0]
-    assert all(r["train/temporal_loss"] > 0 for r in other if "train/loss" in r)
-    assert not torch.equal(*(s["policy_state_dict"]["model.action_out_proj.weight"] for s in (plain, smooth)))
+    for lambda_zero, runs in ((True, rows), (False, other)):
+        assert [r["train/temporal_loss"] == 0 for r in runs if "train/loss" in r] == [lambda_zero] * 2
     assert "[100.0%] Step 2/2 | Loss: " in (said := capsys.readouterr().out) and "[VAL] Step 2 | Loss: " in said
     names = {"train/grad_norm", "train/learning_rate", "train/steps_per_sec", "train/action_loss_real"}
     assert names | {"system/vram_allocated_gb", "system/ram_gb", "train/data_wait"} <= set(rows[0])
@@ -427,22 +408,14 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(make):
             torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-class Counter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls.append(str(function))
-        return function(*args, **kwargs or {})
-
-
-def test_rotary_tables_are_made_once_whatever_the_depth(make):
+def test_rotary_tables_are_made_once_whatever_the_depth(make, monkeypatch):
+    made, rotary = [], smolvla.rotary
+    monkeypatch.setattr(smolvla, "rotary", lambda *args: made.append(1) or rotary(*args))
     for layers in (2, 3):
         core, _, batch = batch_of(make(policy__num_vlm_layers=layers))
-        with Counter() as counter:
-            core(batch)
-        assert counter.calls.count("aten.cos.default") == 5  # images and text, state, two kinds of layer; the flow time
+        made.clear()
+        core(batch)
+        assert len(made) == 4  # images and text, state, two kinds of layer
 
 
 # ---- spikes, EMA, LoRA, schedule -------------------------------------------------------------------------------------
@@ -452,17 +425,18 @@ def test_a_poisoned_episode_is_named_first(make, tmp_path, sim_root, capsys):
     """One frame's action x 100 in one of five episodes; the statistics are those of the clean recordings."""
     shutil.copytree(sim_root, tmp_path / "data")
     flags = dict(dataset__root_dir=tmp_path / "data", training__loss_spike_threshold=3, training__batch_size=3)
+    flags |= dict(steps=75, scheduler__num_decay_steps=75, training__log_freq=25, training__save_freq=60)
     clean = smolvla.load_data(make(**flags))
     save_stats(tmp_path / "stats.yaml", clean.spec.stats)
     victim = clean.train[2]
     with h5py.File(clean.episodes[victim].path, "r+") as f:
         f["action"][6] *= 100
-    flags |= dict(normalization__stats_file=tmp_path / "stats.yaml", training__log_freq=25, training__save_freq=60)
-    cfg = make(steps=75, scheduler__num_decay_steps=75, **flags)
+    cfg = make(normalization__stats_file=tmp_path / "stats.yaml", **flags)
     smolvla.main(cfg)
-    table = Path(cfg.output_dir) / "loss_spikes.csv"
+    table, text = (Path(cfg.output_dir) / f"loss_spikes.{kind}" for kind in ("csv", "txt"))
     rows = list(csv.DictReader(table.open(newline="")))
-    assert rows
+    assert rows and "Threshold: 3.0x moving average" in text.read_text()
+    assert text.read_text().count("LOSS SPIKE (") == len(rows)
     for row in rows:
         assert json.loads(row["episode_indices"])[0] == victim
         assert json.loads(row["frame_indices"])[0] in (3, 4, 5, 6)  # chunks of 4 that contain frame 6
@@ -470,26 +444,26 @@ def test_a_poisoned_episode_is_named_first(make, tmp_path, sim_root, capsys):
         losses = json.loads(row["sample_losses"])
         assert len(losses) == 3 and losses[0] == max(losses) > 10 * min(losses)
         assert float(row["loss"]) / float(row["moving_avg"]) == pytest.approx(float(row["ratio"]), abs=0.01)
-        parts = float(row["action_loss"]) + float(row["temporal_loss"])
-        assert float(row["loss"]) == pytest.approx(parts, rel=1e-6) and float(row["ratio"]) > 3
-    text = (Path(cfg.output_dir) / "loss_spikes.txt").read_text()
-    assert "Threshold: 3.0x moving average" in text and text.count("LOSS SPIKE at Step") == len(rows)
+        assert float(row["ratio"]) > 3
     said = capsys.readouterr().out
     assert f"⚠️  LOSS SPIKE at step {rows[0]['step']}: " in said and f"| Episodes: [{victim}" in said
     logged = [r for r in read_metrics(cfg.output_dir) if "spike/loss" in r]
     assert [str(r["step"]) for r in logged] == [r["step"] for r in rows]
-    assert logged[0]["spike/ratio"] == pytest.approx(float(rows[0]["ratio"]), abs=0.01)
     before, step_60 = table.read_text(), Path(cfg.output_dir) / "checkpoints/checkpoint_step_60.pt"
-    smolvla.main(make(steps=75, scheduler__num_decay_steps=75, resume=step_60, **flags))
+    smolvla.main(dataclasses.replace(cfg, resume=str(step_60)))
     assert table.read_text() == before  # history and rows are part of the checkpoint
 
 
 def test_spikes_begin_after_50_steps_and_compare_with_the_last_100(tmp_path, make):
-    spikes = smolvla.Spikes(Run(make(), tmp_path, 1), 2.0, [], dict(history=[], rows=[]))
-    assert all(spikes.check(v) is None for v in [1.0] * 48 + [50.0])  # 49 losses: too early
-    spikes.history = [1.0] * 99
-    assert spikes.check(3.0) == pytest.approx(1.02) and len(spikes.history) == 100
-    assert spikes.check(2.0) is None  # the mean is now 1.03
+    spikes = smolvla.Spikes(Run(make(), tmp_path, 1), 2.0, [])
+
+    def check(loss):
+        return spikes.check(dict(loss=loss, action_loss=loss, temporal_loss=0.0), [])
+
+    assert all(check(loss) is None for loss in [1.0] * 48 + [50.0])  # 49 losses: too early
+    spikes.state["history"] = [1.0] * 99
+    assert check(3.0)[0]["spike/moving_avg"] == pytest.approx(1.02) and len(spikes.state["history"]) == 100
+    assert check(2.0) is None  # the mean is now 1.03
 
 
 def test_ema_is_what_is_validated_and_exported_and_it_is_resumed(make, tmp_path):
@@ -557,7 +531,10 @@ def test_final_hf_has_lerobots_layout(trained, lerobot):
     added = {"meta.json", "vlm", "example.safetensors", "check_in_lerobot.py"}
     assert {p.name for p in theirs.iterdir()} | added == {p.name for p in ours.iterdir()}
     a, b = (json.loads((folder / "config.json").read_text()) for folder in (ours, theirs))
-    assert set(a) == set(b) - {"use_peft", "rtc_config", "compile_model", "compile_mode"}
+    # what is left out of these versions' fields takes its default there
+    absent = {k: b[k] for k in set(b) - set(a)}
+    assert set(a) < set(b) and (absent.pop("n_obs_steps"), absent.pop("prefix_length")) == (1, -1)
+    assert {k for k, v in absent.items() if v} == {"use_cache", "train_state_proj", "compile_mode"}
     assert a["input_features"].keys() == b["input_features"].keys() and a["output_features"] == b["output_features"]
     assert a["load_vlm_weights"] is True  # without it LeRobot 0.4.4 misplaces the patches of a picture
     assert a["input_features"]["observation.images.camera1"] == {"type": "VISUAL", "shape": [3, 60, 80]}
@@ -630,34 +607,20 @@ def test_an_export_can_be_checked_where_lerobot_is(trained, tmp_path, monkeypatc
         runpy.run_path(str(folder / "check_in_lerobot.py"))
 
 
-def test_predict_depends_on_images_and_state_and_refuses_what_is_missing(trained, sim_root):
-    policy = smolvla.load_policy(trained[0], "cpu")
-    observation = next(iter(policy.open_episodes(sim_root)))["sample"](3)
-    base, images = policy.predict([observation]), observation["images"]
-    for changed in (dict(state=observation["state"] + 1), dict(images=images | dict(camera2=255 - images["camera2"]))):
-        assert np.abs(policy.predict([observation | changed]) - base).max() > 1e-6
-    with pytest.raises(UserError, match="camera2 is missing"):
-        policy.predict([observation | dict(images={k: v for k, v in images.items() if k != "camera2"})])
-    with pytest.raises(UserError, match="camera1 is 60x60, in training it was 80x60"):
-        policy.predict([observation | dict(images=images | dict(camera1=images["camera1"][:, :60]))])
-    with pytest.raises(UserError, match=r"shape \(3,\), the policy needs x \(m\), y \(m\)"):
-        policy.predict([observation | dict(state=observation["state"][:3])])
-
-
-def test_the_policy_says_what_it_takes_and_gives(trained):
+def test_the_policy_says_what_it_takes_and_gives(trained, sim_root):
     for form in ("checkpoints/checkpoint_latest.pt", "checkpoints/final_hf"):
         policy = smolvla.load_policy(trained[0] / form, "cpu")
         told = json.loads(json.dumps(policy.describe()))
         assert told["cameras"] == {f"camera{k}": dict(height=60, width=80) for k in (1, 2, 3)}
-        assert [(c["name"], c["unit"]) for c in told["state"]] == [
-            *(("x", "m"), ("y", "m"), ("z", "m")),
-            *(("roll", "rad"), ("pitch", "rad"), ("yaw", "rad")),
-        ]
+        units = dict(x="m", y="m", z="m", roll="rad", pitch="rad", yaw="rad")
+        assert {c["name"]: c["unit"] for c in told["state"]} == units
         assert [c["name"] for c in told["actions"]] == [f"q{i}" for i in range(1, 7)] and told["kind"] == "absolute"
         assert all(c["low"] < c["high"] for c in told["actions"]) and told["horizon"] == 4 and told["rate_hz"] > 0
         assert told["instructions"] == [trained[1].dataset.task_instruction] and told["latency_ms"] > 0
-        assert ("weights that were not trained" in told["needs"]) == form.endswith(".pt")
-        assert form.endswith(".pt") or told["needs"] == {}
+        assert set(told["needs"]) >= {"weights that were not trained"} if form.endswith(".pt") else told["needs"] == {}
+    observation = next(iter(policy.open_episodes(sim_root)))["sample"](3)
+    with pytest.raises(UserError, match=r"shape \(3,\), the policy needs x \(m\), y \(m\)"):
+        policy.predict([observation | dict(state=observation["state"][:3])])
 
 
 def test_a_prediction_can_be_the_mean_of_several_draws(trained, sim_root):
@@ -674,18 +637,6 @@ def test_a_prediction_can_be_the_mean_of_several_draws(trained, sim_root):
     policy.model.model.vlm.vision_model.register_forward_hook(lambda *_: seen.append(1))
     several = policy.predict(observations)
     assert several.shape == one.shape and np.abs(several - one).max() > 1e-5 and len(seen) == 1
-
-
-def test_evaluate_reports_on_the_held_out_episodes(trained, sim_root, tmp_path):
-    import evaluate
-
-    words = ["--checkpoint", trained[0] / "checkpoints", "--data", sim_root, "--output", tmp_path, "--stride", 4]
-    evaluate.main([str(word) for word in words])
-    data, written = smolvla.load_data(trained[1]), json.loads((tmp_path / "report.json").read_text())
-    assert written["episodes"] == [data.episodes[i].name for i in data.validation]
-    assert data.validation == sorted(random.Random(1000).sample(range(5), 2))
-    assert f"Validation episode indices: {data.validation}" in (trained[0] / "validation_episodes.txt").read_text()
-    assert written["units"] == {f"q{i}": "rad" for i in range(1, 7)}
 
 
 def test_validation_loss_on_the_whole_part_by_hand(trained):
@@ -728,10 +679,10 @@ def test_a_camera_that_is_not_looked_at_is_named(make, weights):
     dataset = smolvla.SmolVLADataset(data, data.validation, cfg)
 
     class Bright:
-        spec, episodes, samples = data.spec, dataset.episodes, dataset.samples
+        spec, episodes, locate = data.spec, dataset.episodes, dataset.locate
 
         def __getitem__(self, key):
-            item, shade = dataset[key], np.uint8(40 * self.samples[key[1]][0] + 10)
+            item, shade = dataset[key], np.uint8(40 * self.locate(key[1])[0] + 10)
             images = [np.full_like(image, shade) for image in item["images"]]
             return item | dict(images=images, truth=sum(w * shade for w in weights))
 
@@ -749,27 +700,6 @@ def test_a_camera_that_is_not_looked_at_is_named(make, weights):
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunks", [None, (5,)])
-def test_a_picture_of_one_byte_is_found_before_the_training(make, tmp_path, sim_root, capsys, chunks):
-    """Recorders write it where the encoder failed; also in a dataset that is stored in chunks."""
-    shutil.copytree(sim_root, tmp_path / "data")
-    victim = sorted((tmp_path / "data").iterdir())[1]
-    with h5py.File(victim, "r+") as f:
-        pictures = f["observations/images/tool_camera"][:]
-        pictures[7] = np.zeros(1, np.uint8)
-        del f["observations/images/tool_camera"]
-        kind = h5py.vlen_dtype(np.uint8)
-        dataset = f["observations/images"].create_dataset("tool_camera", (12,), dtype=kind, chunks=chunks)
-        for i, picture in enumerate(pictures):
-            dataset[i] = picture
-    cfg = make(check=True, dataset__root_dir=tmp_path / "data")
-    with pytest.raises(UserError, match=f"{victim.name}.*tool_camera' frame 7 is no picture: 1 bytes .1 such frames"):
-        smolvla.main(cfg)
-    cfg.dataset.skip_bad_episodes = True
-    smolvla.main(cfg)
-    assert f"excluded  {victim}" in capsys.readouterr().out
 
 
 def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
@@ -800,24 +730,14 @@ def test_cameras_come_in_the_order_of_the_config(make):
     assert np.array_equal(a[0], b[2]) and np.array_equal(a[1], b[0]) and len(a) == 2
 
 
-def test_augmentation_is_drawn_by_position_and_only_in_training(make):
-    cfg = make(dataset__augment=True)
-    data = smolvla.load_data(cfg)
-    on, off = smolvla.SmolVLADataset(data, data.train, cfg, True), smolvla.SmolVLADataset(data, data.train, cfg)
-    a, again, other, plain = (part[(p, 3)]["images"][0] for part, p in ((on, 0), (on, 0), (on, 1), (off, 0)))
-    assert np.array_equal(a, again) and a.dtype == np.uint8 and a.shape == plain.shape
-    assert not np.array_equal(a, other) and not np.array_equal(a, plain)
-
-
 def test_state_noise_and_dropout_by_position_and_only_in_training(make):
     quiet, loud = make(), make(dataset__state_noise=0.5, dataset__state_dropout=0.5)
     data = smolvla.load_data(quiet)
     plain, off = smolvla.SmolVLADataset(data, data.train, quiet, True), smolvla.SmolVLADataset(data, data.train, loud)
     on, stats = smolvla.SmolVLADataset(data, data.train, loud, True), data.spec.stats["observation.state"]
     clean = plain[(0, 3)]["state"]
-    assert np.array_equal(off[(0, 3)]["state"], clean) and np.array_equal(
-        data.episodes[data.train[0]].ee_pose[3], clean
-    )
+    for same_state in (off[(0, 3)]["state"], data.episodes[data.train[0]].ee_pose[3]):
+        np.testing.assert_array_equal(same_state, clean)
     states = np.stack([on[(p, 3)]["state"] for p in range(300)])
     assert states.dtype == np.float32 and np.array_equal(on[(7, 3)]["state"], states[7])
     dropped = (states == np.float32(stats["mean"])).all(1)
@@ -825,7 +745,6 @@ def test_state_noise_and_dropout_by_position_and_only_in_training(make):
     moves = np.asarray(stats["std"]) > 1e-6
     share = (states[~dropped] - clean)[:, moves].std(0) / np.asarray(stats["std"])[moves]
     np.testing.assert_allclose(share, 0.5, rtol=0.3)
-    assert np.array_equal(on[(0, 3)]["noise"], plain[(0, 3)]["noise"])  # its stream is its own
 
 
 def test_a_policy_without_any_state(make, sim_root, tmp_path, capsys):
@@ -887,32 +806,3 @@ WRONG = [
 def test_wrong_values_are_named(make, flags, message):
     with pytest.raises(UserError, match=message):
         smolvla.main(make(**flags))
-
-
-# ---- the guide -------------------------------------------------------------------------------------------------------
-
-GUIDE = """
-dataset: {root_dir: ROOT, horizon: 50, task_instruction: "Insert needle into eye trocar in simulation", augment: false}
-policy: {n_obs_steps: 1, train_state_proj: true, pretrained_model_id: null, resize_imgs_with_padding: [512, 512]}
-training: {steps: 30000, batch_size: 16, gradient_accumulation_steps: 1, use_amp: false, pin_memory: true}
-validation: {enable: true, num_episodes: 20, val_freq: 2000}
-optimizer: {lr: 0.0001, betas: [0.9, 0.95]}
-scheduler: {num_warmup_steps: 1000, num_decay_steps: 30000}
-wandb: {enable: false, project: "smolvla-meca500-insertion-sim"}
-"""
-
-
-def read(path, *flags):
-    return parse_config(smolvla.Config, ["--config", str(path), *flags], smolvla.ALIASES, accepted=smolvla.ACCEPTED)
-
-
-def test_the_guides_yaml_is_the_shipped_one(tmp_path):
-    (tmp_path / "guide.yaml").write_text(GUIDE)
-    guide, shipped = read(tmp_path / "guide.yaml"), read(Path(smolvla.__file__).parent / "configs/smolvla_sim.yaml")
-    for group in ("training", "validation", "optimizer", "scheduler"):
-        assert getattr(shipped, group) == getattr(guide, group)
-    assert guide.wandb.project == shipped.wandb.project and shipped.normalization.stats_file == "dataset_stats_sim.yaml"
-    assert shipped.output_dir == "outputs/train/smolvla_needle_insertion_sim"
-    (tmp_path / "fp16.yaml").write_text("training: {use_amp: true}")
-    with pytest.raises(UserError, match="training.use_amp is 'true', this program does false only"):
-        read(tmp_path / "fp16.yaml")

@@ -39,38 +39,28 @@ def test_known_answers():
     np.testing.assert_allclose([s[k] for k in LISTS], expected, atol=1e-12)
 
 
-def test_the_split_into_parts_and_keys_changes_nothing():
-    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    both = compute_stats({"action": [x[:7], x[7:8], x[8:]], "observation.state": [x[:, :1]]})
-    assert both["action"] == compute_stats({"action": [x]})["action"]
-    assert both["observation.state"]["mean"] == both["action"]["mean"][:1]
-
-
 def test_sums_are_taken_in_double_precision():
-    """100,000 float32 values near 1e4: a float32 sum would lose the third digit of the spread."""
+    """100,000 float32 values near 1e4, in parts: a float32 sum would lose the third digit of the spread."""
     x = (1e4 + np.random.default_rng(0).uniform(-1, 1, (100_000, 1))).astype(np.float32)
-    assert compute_stats({"action": [x]})["action"]["std"] == pytest.approx([x.astype(np.float64).std()], rel=1e-9)
+    stats = compute_stats({"action": [x[:7], x[7:]], "observation.state": [x]})
+    assert stats["action"]["std"] == pytest.approx([x.astype(np.float64).std()], rel=1e-9)
+    assert stats["action"] == stats["observation.state"]
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".yaml", ".json"])
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=6, max_size=6))
-def test_round_trip_is_exact(tmp_path_factory, suffix, values):
-    path = tmp_path_factory.mktemp("stats") / ("s" + suffix)
+def test_round_trip_is_exact_and_plain_in_both_forms(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("stats")
     action = dict(zip(LISTS, ([v, 1e-5] for v in values), strict=True)) | dict(mask=[True, False], count=3)
-    save_stats(path, file_of(action=action))
-    assert load_stats(path, definition=DEFINITION, held_out=["c.h5"], trained=["a.h5"]) == file_of(action=action)
-
-
-def test_computed_statistics_are_plain_and_survive_both_forms(tmp_path):
-    stats = file_of(action=entry(*np.random.default_rng(1).normal(size=(2, 9)).astype(np.float32)))
-    for name in ("a.yaml", "a.json"):
-        save_stats(tmp_path / name, stats)
-    assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == json.loads((tmp_path / "a.json").read_text()) == stats
+    for stats in (file_of(action=action), file_of(action=entry([0.1, 7], np.float32([1, 3])))):
+        for name in ("s.yaml", "s.json"):
+            save_stats(folder / name, stats)
+            assert load_stats(folder / name, (), DEFINITION, ["c.h5"], ["a.h5"]) == stats
+        assert yaml.safe_load((folder / "s.yaml").read_text()) == json.loads((folder / "s.json").read_text()) == stats
     with pytest.raises(UserError, match="s.txt.*must be .yaml, .yml or .json"):
-        save_stats(tmp_path / "s.txt", stats)
+        save_stats(folder / "s.txt", stats)
 
 
 def without(name):
@@ -86,7 +76,6 @@ REFUSED = {
     "unit": ({}, dict(definition=DEFINITION | dict(rotation_unit="deg")), "'rad'.* this run trains on .*'deg'"),
     "validation inside": ({}, dict(held_out=["c.h5", "b.h5"]), r"1 episode\(s\) that this run validates on, e.g. b.h5"),
     "other data": ({}, dict(trained=["x.h5"], held_out=["y.h5"]), "other data: 2 episodes, none of this run's"),
-    "older file": (dict(episodes=None), dict(held_out=["c.h5", "d.h5"]), "validates on, e.g. d.h5"),
 }
 WRONG = dict(mean=[0.0], q99=[1.0, float("nan")], max=[1.0, float("inf")], min=[None, 0.0], std=0.5, mask=[True])
 for key, value in WRONG.items():
@@ -165,7 +154,7 @@ def test_round_trip(mode, dims, seed, magnitude):
 
 
 @pytest.mark.parametrize("mode", ["q01_q99", "min_max", "mean_std"])
-@pytest.mark.parametrize("value", [0.0, 1e-9, -3.7, 0.1, 12345.678])
+@pytest.mark.parametrize("value", [0.0, 1e-9, -3.7, 12345.678])
 def test_constant_dims_survive(mode, value):
     """0 in training units whatever comes in, the constant on the way back; float32 noise is no motion."""
     noisy = np.full(1000, value, np.float32).astype(float)
@@ -177,16 +166,14 @@ def test_constant_dims_survive(mode, value):
     np.testing.assert_allclose(back[:, 1:], value, rtol=2e-7)
 
 
-@pytest.mark.parametrize("jump", [1.0, -1.0])
-def test_a_rare_jump_survives(jump):
+def test_a_rare_jump_survives():
     """A gripper that closes in 0.5 % of the frames: q01 = q99 = 0, yet open and closed must stay apart."""
-    x = np.where(np.arange(1000) < 5, jump, 0.0)
-    s = entry(x, np.linspace(-1, 1, 1000))
-    assert s["q01"][0] == s["q99"][0] == 0
-    n = Normalizer(s)
-    y = n.normalize(np.array([[0.0, 0.0], [jump, 0.0]]))
-    assert abs(y[0, 0] - y[1, 0]) == 2
-    np.testing.assert_allclose(n.unnormalize(y)[:, 0], [0, jump], atol=1e-7)
+    for jump in (1.0, -1.0):
+        s = entry(np.where(np.arange(1000) < 5, jump, 0.0), np.linspace(-1, 1, 1000))
+        assert s["q01"][0] == s["q99"][0] == 0
+        y = Normalizer(s).normalize(np.array([[0.0, 0.0], [jump, 0.0]]))
+        assert abs(y[0, 0] - y[1, 0]) == 2
+        np.testing.assert_allclose(Normalizer(s).unnormalize(y)[:, 0], [0, jump], atol=1e-7)
 
 
 def test_masked_dims_pass_unchanged_and_so_do_the_inputs():
