@@ -116,6 +116,13 @@ def test_the_force_is_heard_beside_the_a_scan():
     assert error[0] < 0.6 and error[1] < 0.6
 
 
+@BOTH
+def test_the_age_of_the_pictures_is_told(script):
+    condition, batch = script.Condition((1, 12), 24, 32, 4, 0.0, STATS).eval(), small_batch()
+    older = condition(batch | dict(age=batch["age"] + torch.tensor([0.1, 0.0, 0.0])))
+    assert (older - condition(batch)).abs().amax(1).gt(1e-3).tolist() == [True, False, False]
+
+
 def test_without_sensor_rows_a_learned_embedding_takes_their_place():
     model, batch = small_model(), small_batch()
     with torch.no_grad():
