@@ -211,7 +211,7 @@ def changed_inputs(seen, others, opposites):
         changed["pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
         changed["pictures", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
         changed["colours", "reversed"] = [o | dict(images=[bgr(image) for image in o["images"]]) for o in seen]
-    for name in ("vl_features", "state", "sensor"):
+    for name in ("vl_features", "age", "state", "sensor"):
         if any(o.get(name) is not None for o in seen):
             changed[name, "swapped"] = [o | {name: p.get(name)} for o, p in pairs]
     if ("sensor", "swapped") in changed:
