@@ -29,17 +29,22 @@ def ours(folder, batch):
     cfg = script.Config()
     cfg.policy = policy.collate.policy
     script.choose_trained(policy.model, cfg)
-    for p in policy.model.parameters():
-        if not p.requires_grad:
-            p.data = p.data.bfloat16().float()  # as LeRobot reads them
     inputs = batch | dict(images=[batch["images"].flatten(0, 1)], is_pad=torch.zeros(batch["action"].shape[:2]).bool())
     return policy.model.train(), lambda: policy.model(inputs)["flow_sum"] / batch["action"].numel()
 
 
 def lerobots(folder, batch):
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+    from safetensors.torch import load_file
 
     policy = SmolVLAPolicy.from_pretrained(folder).float().train()
+    policy.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)  # it has rounded them to bf16
+    embeddings = policy.model.vlm_with_expert.get_vlm_model().vision_model.embeddings
+
+    def embed(pixel_values, **_):
+        return embeddings.patch_embedding(pixel_values).flatten(2).mT + embeddings.position_embedding.weight
+
+    embeddings.forward = embed  # transformers 4.57 misplaces patches in fp32, not in LeRobot's bf16
     state, action = (policy.config.input_features["observation.state"], policy.config.output_features["action"])
     inputs = {
         "observation.language.tokens": batch["tokens"],
