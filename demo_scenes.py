@@ -1,8 +1,6 @@
 """The scenes of make_demo.py as environments that a policy can drive: does it do the task?
 
-An environment is any object with reset(seed) -> observation, step(action) -> (observation, done) and success() -> dict
-with a truth value "success". The rest is optional: expert() -> the right action now, hold() -> the action that stands
-still, picture() -> what a person should see, units of the action, looking (set to False by whoever needs no pictures).
+Each class is an environment as common/closed_loop.py describes it.
 
     python evaluate.py --checkpoint outputs/demo_nora --closed-loop demo_scenes:Insertion --scenes 50 --execute 4
     python demo_scenes.py --scene InsertionSim --episodes 200 --noise 1 --out demo/corrections    # to be trained on

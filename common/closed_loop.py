@@ -188,23 +188,18 @@ def print_table(reports, execute, ensemble, latency_ms):
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def picture_of(scene, observation):
-    """(h, w, 3) uint8: what a person should see, else what the policy sees."""
-    if hasattr(scene, "picture"):
-        return scene.picture()
-    images = observation["images"]
-    return np.concatenate(list(images.values()) if isinstance(images, dict) else [images[-1]], axis=1)
-
-
 def film(make_scene, run, count):
-    """The drive again, from its actions -> ([(step, picture)] at `count` moments, did it end as before?)"""
+    """The drive again, from its actions -> ([(step, picture)] at `count` moments, did it end as before?). The picture
+    is the scene's own, else what the policy sees."""
     scene, steps = make_scene(), len(run["actions"])
     moments, pictures = set(np.linspace(0, steps, count).round().astype(int).tolist()), []
     scene.looking = not hasattr(scene, "picture")
     seen = scene.reset(run["seed"])
     for step in range(steps + 1):
         if step in moments:
-            pictures.append((step, picture_of(scene, seen)))
+            images = seen["images"] if scene.looking else [scene.picture()]
+            views = list(images.values()) if isinstance(images, dict) else images[-1:]
+            pictures.append((step, np.concatenate(views, axis=1)))
         if step < steps:
             seen, _ = scene.step(run["actions"][step])
     return pictures, bool(scene.success()["success"]) == bool(run["success"])

@@ -22,7 +22,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -106,23 +105,11 @@ def is_integer(t):
     return not t.is_floating_point() and t.dtype != torch.uint8
 
 
-@contextlib.contextmanager
-def cuda_casts():
-    """Autocast of a CPU, which the fake tensors are on, as on CUDA: there norms and softmax give fp32. By exchanged
-    functions, because a torch function mode is off while a checkpointed layer is computed again."""
-
-    def wide(function):
-        def call(*args, **kwargs):
-            if torch.is_autocast_enabled("cpu"):
-                args = tree_map_only(torch.Tensor, lambda t: t.float(), args)
-            return function(*args, **kwargs)
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for module, name in ((F, "layer_norm"), (F, "group_norm"), (F, "softmax"), (torch, "softmax")):
-            stack.enter_context(mock.patch.object(module, name, wide(getattr(module, name))))
-        yield
+def norms_in_fp32(core):
+    """As autocast has them on CUDA; that of a CPU, which the fake tensors are on, leaves them in bf16."""
+    for module in core.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
+            module.register_forward_pre_hook(lambda _, args: tuple(t.float() for t in args))
 
 
 @torch.no_grad()
@@ -183,9 +170,8 @@ def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
     four_bit, fsdp = get(cfg, "use_quantization"), get(cfg, "fsdp")
     if four_bit:  # counted in 16 bits, then corrected; it implies the other
         put(cfg, dict(use_quantization=False, gradient_checkpointing=True))
-    shapes, casts = Shapes(), cuda_casts() if on_card else contextlib.nullcontext()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with without_weights(), shapes.fake, shapes, casts:
+    shapes, autocast = Shapes(), torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with without_weights(), shapes.fake, shapes:
         core = build(cfg, torch.bfloat16 if bf16 else torch.float32).train()
         need = _states(cfg, core, shapes.live, four_bit)
         need.peak = need.sharded(ranks) if fsdp else need.states
@@ -193,6 +179,8 @@ def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
             return need
         if fsdp and bf16:  # gathered in bf16, so no copies of autocast's
             core.bfloat16()
+        if bf16:
+            norms_in_fp32(core)
         built = shapes.live
         if get(cfg, ACCUMULATION) > 1 or ranks > 1:  # DDP's buckets are there from the start, too
             for p in core.parameters():

@@ -688,7 +688,7 @@ def test_evaluate_opens_a_run(make, tmp_path, mobile_root, kosmos_dir, monkeypat
     report = evaluate.main(["--checkpoint", str(tmp_path / "run"), *argv])
     assert set(report["policy"]["per_dim"]) == {"linear_x", "linear_y"}
     assert json.loads((tmp_path / "report/report.json").read_text())["episodes"] == sorted(state["meta"]["validation"])
-    assert report["policy"]["opposite_change"]["linear_y"] > 0
+    assert report["policy"]["opposite_change"]["linear_y"] > 0 and report["floor"]["relative"] < 1e-3
     policy = mobile.load_policy(tmp_path / "run", "cpu")
     episode = next(policy.open_episodes(mobile_root, state["meta"]["validation"][:1]))
     moved = np.abs(episode["target"]).max()
