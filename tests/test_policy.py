@@ -14,7 +14,9 @@ from conftest import ROOT
 from recipes import RECIPES, newest
 
 import evaluate
+import make_demo
 from common import UserError
+from common import episodes as ep
 from common.policy import Contract, partners
 
 
@@ -128,6 +130,16 @@ def test_a_contract_survives_saving():
     assert again.describe(Doubling(again)).keys() == c.describe(Doubling(c)).keys()
     with pytest.raises(ValueError, match="'positions'"):
         contract(kind="positions")
+
+
+def test_recordings_of_two_aspect_ratios_are_refused_by_the_training(tmp_path):
+    """The policy would refuse one of them; another size of the same aspect is fine."""
+    for name, size in (("a", (60, 80)), ("b", (30, 40))):
+        make_demo.write_insertion(tmp_path / name, episodes=2, size=size, max_frames=5)
+    assert ep.picture_size(ep.load_episodes(str(tmp_path))[0], "side_camera") == [60, 80]
+    make_demo.write_insertion(tmp_path / "c", episodes=1, size=(60, 60), max_frames=5)
+    with pytest.raises(UserError, match=r"c/\S+: side_camera is \(60, 60\) pixels, in \S+ \(60, 80\): another aspect"):
+        ep.picture_size(ep.load_episodes(str(tmp_path))[0], "side_camera")
 
 
 def test_partners_by_hand():
