@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import checkpoint as ckpt
 from common import require, vl_cache
-from common.run import StopSignal, launch
+from common.program import StopSignal, launch
 from common.sessions import common_views, find_sessions
 
 ALIASES = dict(dataset_dir="dataset_dirs", resize_height="image_resize_height", resize_width="image_resize_width")

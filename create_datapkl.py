@@ -48,7 +48,7 @@ from tqdm import tqdm
 from common import MissingFile, UserError, require
 from common import sessions as ss
 from common.checkpoint import atomic_path, require_space
-from common.run import launch
+from common.program import launch
 from common.sessions import CHANNELS, SENSOR_HZ, BadSession
 
 ALIASES = dict(dataset_dir="dataset_dirs")

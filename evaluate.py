@@ -39,7 +39,7 @@ from common import UserError, closed_loop, require
 from common.checkpoint import checkpoints_in, load_state
 from common.config import parse_config
 from common.policy import partners
-from common.run import launch
+from common.program import launch
 
 ROOT = Path(__file__).resolve().parent
 CLEAR = 0.7  # another reading of the same numbers is the right one if its error is less than this share

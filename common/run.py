@@ -18,17 +18,13 @@ A script's loop says what is its own: the loss and its divisor, the learning rat
 
 A batch is a dict whose "names" hold one (..., episode, frame) per sample."""
 
-import atexit
 import contextlib
 import dataclasses
 import datetime
-import gc
 import inspect
 import math
-import multiprocessing.util  # whose own exit handler must be there before ours: the last one runs first
 import os
 import signal
-import sys
 import time
 import warnings
 from collections import deque
@@ -45,10 +41,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from common import UserError, fsdp, plan, require
+from common import UserError, fsdp, program, require
 from common import checkpoint as ckpt
-from common.config import parse_config
 from common.log import RunLog, memory_gb, plot_loss
+from common.program import StopSignal, ignore_stop_signals, launch  # noqa: F401  scripts take launch from here
 from common.sampler import RankBatches, torch_seed_at
 
 PROGRESS = ("step", "position", "best_val_loss", "best_step", "skipped", "skipped_in_row", "window")
@@ -63,8 +59,6 @@ def to_device(batch, device):
 class Run:
     """rank, world, main (is this rank 0?), device, bf16 | global_batch: samples of an optimizer step | step: updates
     made, position: samples consumed, total: updates when done | best_val_loss, best_step. cfg has a seed."""
-
-    current = None  # the run of this process, for launch
 
     def __init__(self, cfg, out, batch_size, accumulation=1, bf16=False):
         cuda = torch.cuda.is_available()
@@ -88,7 +82,7 @@ class Run:
         self.saved, self.saved_step, self._how, self._keep = None, 0, None, 0
         self._thread, self._writing, self._record = ThreadPoolExecutor(1), None, {}
         self.sharded, self._writers = False, None
-        Run.current = self
+        program.run = self
 
     # ---- ranks
 
@@ -495,83 +489,3 @@ class Step:
         run._candidate = dict(best_val_loss=loss, best_step=self.number)
         run.log.log(self.number, values, line or f"validation {self.number} | {text}")
         return math.isfinite(loss) and (run.best_val_loss is None or loss < run.best_val_loss)
-
-
-class StopSignal:
-    """Within it SIGTERM and SIGINT only set `received`, which the loop reads after a step. Launchers and batch systems
-    send them twice, so after the first they stay harmless to the end; a second Ctrl-C, two seconds later, acts."""
-
-    def __enter__(self):
-        self.received, self.at = None, 0.0
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items() if self.received is None else ():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if number == signal.SIGINT and self.received == "SIGINT" and time.monotonic() - self.at > 2:
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received, self.at = signal.Signals(number).name, time.monotonic()
-
-
-def ignore_stop_signals(worker):
-    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step that is
-    being finished needs its data."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers():
-    """Python would wait forever for loader workers at exit: they ignore the SIGTERM with which it ends its daemons."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-atexit.register(end_workers)
-
-
-def launch(main, config, aliases=None, accepted=None):
-    """Run main(config of the command line). A user's mistake ends it with one line and exit code 2, a defect of ours
-    with a traceback; where a training was under way, its last complete step is saved first. `accepted`: see
-    parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
-    rank, cfg = int(os.environ.get("RANK", 0)), None
-    try:
-        argv, plan.card = plan.asked_card(sys.argv[1:])
-        cfg = parse_config(config, argv, aliases=aliases, accepted=accepted)
-        if plan.card is not None:
-            cfg.check = True
-        main(cfg)
-    except Exception as error:
-        if Run.current is not None:
-            Run.current.save_after_error()
-        text = _explain(error, cfg)
-        if text is None:
-            raise
-        end_workers()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5 if rank else 0)  # by then rank 0 has said the same, and torchrun has ended this one
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)  # no thread, worker or process group may change the exit code or hold it up
-    if dist.is_initialized():
-        Run.current.sum(0)  # rank 0 may be merging: NCCL's own barrier would give up after 10 minutes
-    Run.current = None
-    if dist.is_initialized():
-        gc.collect()  # a DDP reducer that outlives the process group would join gloo's threads with Python's lock held
-        dist.destroy_process_group()
-
-
-def _explain(error, cfg):
-    """One line for what a user can change; None for a defect."""
-    text = str(error).strip()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
-        where = "The host is" if isinstance(error, MemoryError) else "CUDA"
-        return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
-    if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
-        return "another process of this training ended first: its message says why"
-    return text if isinstance(error, UserError) or "No space left" in text else None

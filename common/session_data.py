@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from common import plan, require, vl_cache
 from common import sessions as ss
 from common.policy import Contract, partners
-from common.run import ignore_stop_signals, to_device
+from common.program import ignore_stop_signals
+from common.run import to_device
 from common.sampler import GlobalOrder, generator_at
 from common.stats import Normalizer
 

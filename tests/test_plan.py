@@ -10,7 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from common import UserError, plan
-from common.run import launch
+from common.program import launch
 
 
 class Planned(Exception):

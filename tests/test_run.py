@@ -17,10 +17,11 @@ import torch
 from accelerate.state import AcceleratorState
 
 import toy
-from common import UserError, fsdp
+from common import UserError, fsdp, program
 from common import checkpoint as ckpt
 from common.log import RunLog, read_metrics
-from common.run import Run, Step, StopSignal, _explain, launch
+from common.program import StopSignal, _explain, launch
+from common.run import Run, Step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,7 +176,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, capsys, n
             UserError, match="10 steps in a row were not finite, the last one 10: loss of episode frame"
         ):
             train(tmp_path, nan_samples=nan, steps=12, save_steps=9)
-        Run.current.join()  # what launch does before it ends
+        program.run.join()  # what launch does before it ends
         assert meta(tmp_path / "steps_9")["skipped_in_row"] == 9, "a resume does not forget them"
         with pytest.raises(UserError, match="10 steps in a row"):
             train(tmp_path, nan_samples=nan, steps=12, resume="auto")
