@@ -703,6 +703,15 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(trained, base_dir, tmp_p
     assert torch.equal(dict(openvla.read_tensors(tmp_path / "merged"))[f"{name}.weight"], (weight + b @ a).bfloat16())
 
 
+def test_an_adapter_is_written_from_its_copy_not_from_the_model(base_dir, tmp_path):
+    """Which is trained on meanwhile."""
+    model = openvla.build_model(config(vla_path=base_dir), base_dir, torch.device("cpu"), torch.float32)
+    names = [n for n, p in model.get_base_model().named_parameters() if p.requires_grad]
+    trained = {n: torch.full_like(model.get_base_model().get_parameter(n), k) for k, n in enumerate(names)}
+    openvla.save_adapter(tmp_path, dict(trained=trained, meta={}), model, {})
+    close(openvla.read_adapter(tmp_path), {n: t.detach() for n, t in trained.items()})
+
+
 def test_best_is_the_adapter_of_the_lowest_validation_loss(trained, make):
     cfg, run, adapter = trained
     losses = {r["step"]: r["val_loss"] for r in read_metrics(run / "log") if "val_loss" in r}

@@ -56,14 +56,13 @@ def processes(folder, *argv, count=2, **popen):
     env = os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [*torchrun, ROOT / "tests" / "toy.py", "--output_dir", folder, *argv]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=600)
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("workers, step", [(0, 1), (2, 5)])
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, capsys, workers, step):
     train(tmp_path / "a", num_workers=workers)
     train(tmp_path / "b", num_workers=workers, signal_step=step)
@@ -72,14 +71,6 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path, c
     assert same(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
     losses = [[(r["step"], r.get("loss"), r.get("val_loss")) for r in read_metrics(tmp_path / f)] for f in "ab"]
     assert losses[0] == losses[1]
-
-
-def test_accumulation_is_one_big_batch_but_for_dropout(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
-    train(tmp_path / "a", batch_size=4, accumulation=1)
-    train(tmp_path / "b", batch_size=1, accumulation=4)
-    for a, b in zip(weights(tmp_path / "a", 6).values(), weights(tmp_path / "b", 6).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_the_checkpoints_of_a_run(tmp_path):
@@ -169,23 +160,17 @@ def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, capsys):
         train(tmp_path / "b", full_step=6)
 
 
-@pytest.mark.parametrize("nan", [[7], list(range(20))])
-def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path, capsys, nan):
-    if len(nan) == 20:
-        with pytest.raises(
-            UserError, match="10 steps in a row were not finite, the last one 10: loss of episode frame"
-        ):
-            train(tmp_path, nan_samples=nan, steps=12, save_steps=9)
-        program.run.join()  # what launch does before it ends
-        assert meta(tmp_path / "steps_9")["skipped_in_row"] == 9, "a resume does not forget them"
-        with pytest.raises(UserError, match="10 steps in a row"):
-            train(tmp_path, nan_samples=nan, steps=12, resume="auto")
-    else:
-        train(tmp_path, nan_samples=nan)
-        said = [line for line in capsys.readouterr().out.splitlines() if "NON-FINITE" in line]
-        assert said and all("skipped, weights unchanged: loss of episode frame 7" in line for line in said)
-        assert read_metrics(tmp_path)[-2]["skipped_steps"] == len(said) == meta(tmp_path / "steps_6")["skipped"]
-        assert all(torch.isfinite(v).all() for v in weights(tmp_path, 6).values())
+def test_steps_that_are_not_finite_are_counted_over_a_resume(tmp_path):
+    """skipped, named and counted: see test_truths.py."""
+    flags = dict(nan_samples=list(range(20)), steps=12, save_steps=9)
+    with pytest.raises(UserError, match="10 steps in a row were not finite, the last one 10: loss of episode frame"):
+        train(tmp_path, **flags)
+    program.run.join()  # what launch does before it ends
+    about = meta(tmp_path / "steps_9")
+    assert about["skipped_in_row"] == about["skipped"] == 9
+    assert [r["skipped_steps"] for r in read_metrics(tmp_path) if "skipped_steps" in r] == list(range(1, 10))
+    with pytest.raises(UserError, match="10 steps in a row"):
+        train(tmp_path, **flags, resume="auto")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -483,7 +468,7 @@ def test_an_error_with_live_loader_workers_ends_the_program(tmp_path):
     env = os.environ | dict(PYTHONPATH=str(ROOT))
     argv = ["--output_dir", tmp_path, "--num_workers", 2, "--error_step", 2, "--error", "boom"]
     command = [sys.executable, ROOT / "tests" / "toy.py", *argv]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=env)
     assert (
         done.returncode == 1
         and "RuntimeError: boom" in done.stderr
@@ -492,20 +477,6 @@ def test_an_error_with_live_loader_workers_ends_the_program(tmp_path):
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    done = processes(tmp_path / "two", "--batch_size", 1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    train(tmp_path / "one", batch_size=2)
-    for a, b in zip(weights(tmp_path / "one", 6).values(), weights(tmp_path / "two", 6).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)  # but for dropout, whose keys are per micro-batch
-
-
-def test_a_signal_to_one_process_stops_and_saves_all(tmp_path):
-    done = processes(tmp_path, "--signal_step", 3, "--signal_rank", 1)
-    assert done.returncode == 0 and "stopped by signal after step 3" in done.stdout, done.stderr[-3000:]
-    assert meta(tmp_path / "steps_3")["position"] == 3 * 8
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -532,7 +503,7 @@ def test_launch_sh_ends_a_torchrun_that_has_no_processes_yet(tmp_path):
         time.sleep(0.05)
     time.sleep(0.5)  # touch is no child any more
     running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=20) == 128 + signal.SIGTERM
+    assert running.wait(timeout=600) == 128 + signal.SIGTERM
 
 
 def test_launch_sh_passes_a_signal_on(tmp_path):
@@ -546,12 +517,11 @@ def test_launch_sh_passes_a_signal_on(tmp_path):
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(list(map(str, argv)), cwd=tmp_path, env=env, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 90
-            while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            while not (tmp_path / "out" / "metrics.jsonl").exists() and running.poll() is None:
                 time.sleep(0.2)
             time.sleep(0.5)
             running.send_signal(signal.SIGTERM)
-            code = running.wait(timeout=60)
+            code = running.wait(timeout=600)
         finally:
             running.kill()
     said = (tmp_path / "log").read_text()
