@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.trainers import BpeTrainer
 
 from common import UserError
-from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, dct_matrix
+from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, _utf8_shape, dct_matrix
 
 ROOT2 = math.sqrt(2)
 
@@ -274,3 +274,4 @@ def test_the_tables_by_hand(fast):
         i = byte(fast, value)
         assert (fast.lead[i], fast.starts[i], fast.tail[i], fast.valid[i]) == (*row, True)
     assert not fast.valid[[byte(fast, v) for v in (0xC0, 0xC1, 0xE0, 0xEF, 0xF0, 0xFF)]].any()
+    assert _utf8_shape("\u07ff".encode())[3] == 1 and _utf8_shape("\u0800".encode())[3] == 0, "no coefficient"
