@@ -1,6 +1,8 @@
 """The smallest training script there can be: what the tests of common/run.py train."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,18 +56,14 @@ class Data(torch.utils.data.Dataset):
         if i == self.cfg.bad_sample:
             raise UserError(f"sample {i}: cannot be read")
         if i == self.cfg.kill_sample:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGKILL)
         x = torch.linspace(0, 1, 4) * i
         return dict(x=x, y=x.sum() * (torch.nan if i in self.cfg.nan_samples else 1), name=("episode", i))
 
 
 def collate(items):
-    return dict(
-        x=torch.stack([i["x"] for i in items]), y=torch.stack([i["y"] for i in items]), names=[i["name"] for i in items]
-    )
+    x, y = (torch.stack([item[key] for item in items]) for key in "xy")
+    return dict(x=x, y=y, names=[item["name"] for item in items])
 
 
 def main(cfg):
@@ -112,9 +110,6 @@ def main(cfg):
             step.backward(loss.sum() / count, loss)
             step.add(samples=len(batch["y"]))
         if step.number == cfg.signal_step and run.rank == cfg.signal_rank:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
         step.update(optimizer, 0.01, 1.0)
         if step.every(cfg.log_steps):
