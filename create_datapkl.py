@@ -165,53 +165,28 @@ def make_actions(stamps, rows, stretches, period):
 FP16_ERROR = 0.01  # of a channel's standard deviation, root mean square
 
 
-def npy_rows(archive, name, block=1 << 20):
-    """Yield blocks (<= block, ...) of the first axis of one array in an open .npz, without reading all of it."""
-    with archive.open(name + ".npy") as f:
-        version = np.lib.format.read_magic(f)
-        one = version == (1, 0)
-        read_header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(f)
-        if dtype.hasobject or not shape or (fortran and len(shape) > 1):
-            raise ValueError(f"{name} is {dtype} {shape}, expected rows of numbers in C order")
-        size = int(np.prod(shape[1:])) * dtype.itemsize
-        for at in range(0, shape[0], block):
-            n = min(block, shape[0] - at)
-            yield np.frombuffer(f.read(n * size), dtype).reshape(n, *shape[1:])
+def read_stream(arrays):
+    """Old form -> (stamps (n,), rows (n, 1026)) by stamp, for datagrams overtake each other."""
+    stamps, forces, alines = (arrays[key] for key in ("timestamps", "forces", "alines"))
+    if not len(stamps) == len(forces) == len(alines):
+        raise ValueError(f"{len(alines)} alines for {len(stamps)} timestamps and {len(forces)} forces")
+    order = np.argsort(stamps, kind="stable")
+    return stamps[order], np.hstack([forces.reshape(-1, 1), alines], dtype=np.float32)[order]
 
 
-def read_whole(archive, name):
-    return np.concatenate([np.zeros(0), *npy_rows(archive, name)])
-
-
-def read_stream(path):
-    """Old form -> blocks of (stamps (n,), rows (n, 1026)), by stamp."""
-    with zipfile.ZipFile(path) as archive:
-        stamps, forces = read_whole(archive, "timestamps"), read_whole(archive, "forces").reshape(-1, 1)
-        order, at, alines = np.argsort(stamps, kind="stable"), 0, npy_rows(archive, "alines", 6500)
-        if np.any(np.diff(order) < 0):  # datagrams that overtook each other: all at once, to sort them
-            alines = [np.concatenate([*alines])[order]]
-        for block in alines:
-            chosen = order[at : at + len(block)]
-            at += len(block)
-            yield stamps[chosen], np.hstack([forces[chosen], block], dtype=np.float32)
-        if not at == len(stamps) == len(forces):
-            raise ValueError(f"{at} alines for {len(stamps)} timestamps and {len(forces)} forces")
-
-
-def read_windows(path):
-    """New form: overlapping windows of the newest 650 rows -> blocks of (the window's stamp n times, its n new
-    rows). The saver runs on a wall clock, so how many are new varies; it is found where the window repeats the one
-    before. Nothing in common: a gap, all are new."""
-    with zipfile.ZipFile(path) as archive:
-        before, before_end, ends = None, -np.inf, iter(read_whole(archive, "timestamps"))
-        for block in npy_rows(archive, "data", 16):
-            for window, end in zip(block, ends, strict=False):
-                if not end > before_end:  # the same window again, an older one, or one without a time
-                    continue
-                n = len(window) if before is None else new_rows(before, window, (end - before_end) * SENSOR_HZ)
-                yield np.full(n, end), window[len(window) - n :].astype(np.float32)
-                before, before_end = window, end
+def read_windows(arrays):
+    """New form: overlapping windows of the newest 650 rows -> (stamps (n,) of the windows, their new rows (n, 1026)).
+    The saver runs on a wall clock, so how many are new varies; it is found where the window repeats the one before.
+    Nothing in common: a gap, all are new."""
+    before, before_end, stamps, rows = None, -np.inf, [np.zeros(0)], [np.zeros((0, CHANNELS), np.float32)]
+    for window, end in zip(arrays["data"], arrays["timestamps"], strict=False):
+        if not end > before_end:  # the same window again, an older one, or one without a time
+            continue
+        n = len(window) if before is None else new_rows(before, window, (end - before_end) * SENSOR_HZ)
+        stamps.append(np.full(n, end))
+        rows.append(window[len(window) - n :])
+        before, before_end = window, end
+    return np.concatenate(stamps), np.concatenate(rows, dtype=np.float32)
 
 
 def new_rows(before, window, expected):
@@ -243,74 +218,55 @@ def spread(stamps, windows=False):
     return stamps + (np.arange(len(stamps)) - np.repeat(first, counts)) * np.repeat(each, counts), rate
 
 
+FORMS = {read_windows: {"timestamps", "data"}, read_stream: {"timestamps", "forces", "alines"}}  # keys of the npz
+
+
 class NoSensor(BadSession):
     """The sensor's rows cannot be put in an order of time; the recording is good without."""
 
 
-def open_sensor(paths):
-    """npz files of one recording -> (paths by time, function that yields a file's blocks, first stamp, last stamp);
-    BadSession where they cannot be read or put in order."""
-    spans, kinds = [], set()
-    for path in paths:
-        with reading(path), zipfile.ZipFile(path) as archive:
-            keys = {name.removesuffix(".npy") for name in archive.namelist()}
-            windows = {"timestamps", "data"} <= keys
-            if not windows and not {"timestamps", "forces", "alines"} <= keys:
+def read_sensor(paths):
+    """npz files of one recording -> (stamps (n,) that rise, rows (n, 1026) float32, rows per second, names of the rows
+    left out because a value is not finite); BadSession where they cannot be read or put in order."""
+    parts, kinds, spoiled = [], set(), []
+    for path in sorted(paths):
+        with reading(path), np.load(path) as arrays:
+            kind = next((kind for kind, keys in FORMS.items() if keys <= set(arrays)), None)
+            if kind is None:
                 expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
-                raise ValueError(f"it has {', '.join(sorted(keys))}; {expected}")
-            stamps = read_whole(archive, "timestamps")
-            stamps = stamps[np.isfinite(stamps)]
-        if len(back := np.flatnonzero(np.diff(stamps) < -0.1)):
-            step = stamps[back[0]] - stamps[back[0] + 1]
-            raise NoSensor(f"{path.name}: the clock steps back by {step:.3f} s after stamp {back[0] + 1}")
-        if len(stamps):
-            kinds.add(read_windows if windows else read_stream)
-            spans.append((stamps.min() - (649 / SENSOR_HZ if windows else 0), stamps.max(), path))
+                raise ValueError(f"it has {', '.join(sorted(arrays))}; {expected}")
+            known = arrays["timestamps"][np.isfinite(arrays["timestamps"])]
+            if len(back := np.flatnonzero(np.diff(known) < -0.1)):
+                step = known[back[0]] - known[back[0] + 1]
+                raise NoSensor(f"{path.name}: the clock steps back by {step:.3f} s after stamp {back[0] + 1}")
+            t, rows = kind(arrays)
+            if rows.shape[1:] != (CHANNELS,):
+                raise ValueError(f"rows are {rows.shape[1:]}, expected {CHANNELS} numbers: force, A-scan")
+        good = np.isfinite(rows).all(1) & np.isfinite(t)
+        spoiled += [f"{path.name} row {i}" for i in np.flatnonzero(~good)]
+        if good.any():
+            kinds.add(kind)
+            parts.append((t[good], rows[good]))
     if len(kinds) != 1:
         found = "both streams and windows" if kinds else "no rows"
         raise NoSensor(f"{', '.join(path.name for path in paths)} hold {found}")
-    spans.sort()
-    return [path for *_, path in spans], kinds.pop(), spans[0][0], max(span[1] for span in spans)
+    parts.sort(key=lambda part: part[0][0])
+    stamps, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+    newest = np.maximum.accumulate(stamps)
+    kept = stamps >= newest  # the others are of a file that overlaps the one before
+    stamps, rate = spread(stamps[kept], read_windows in kinds)
+    return stamps, rows[kept], rate, spoiled
 
 
-def copy_sensor(paths, read, target, dtype="float16"):
-    """npz files by time -> the .npy file `target`, as fp16 where that rounds no channel by more than FP16_ERROR of its
-    standard deviation (A-scans are integers: exact up to 2,048), else as fp32 -> ({timestamps (n,), rate_hz, dtype,
-    mean, std (1026,) of the rows as they were measured}, names of the rows left out because a value of theirs is not
-    finite)."""
-    stamps, spoiled, newest, sums = [np.zeros(0)], [], -np.inf, np.zeros((3, CHANNELS))
-    with open(target, "wb") as f, np.errstate(over="ignore", invalid="ignore"):
-        write_npy_header(f, 0, dtype)
-        for path in paths:
-            row = 0
-            with reading(path):
-                for t, block in read(path):
-                    if block.ndim != 2 or block.shape[1] != CHANNELS:
-                        raise ValueError(f"rows are {block.shape[1:]}, expected {CHANNELS} numbers: force, A-scan")
-                    good = np.isfinite(block).all(1) & np.isfinite(t)
-                    spoiled += [f"{path.name} row {row + i}" for i in np.flatnonzero(~good)]
-                    good &= t >= newest  # of a file that overlaps the one before
-                    rows, kept = block[good].astype(np.float64), block[good].astype(dtype)
-                    f.write(kept.tobytes())
-                    sums += rows.sum(0), (rows**2).sum(0), ((kept - rows) ** 2).sum(0)
-                    stamps.append(t[good])
-                    row += len(t)
-            newest = max((part[-1] for part in stamps if len(part)), default=-np.inf)
-        stamps = np.concatenate(stamps)
-        f.seek(0)
-        write_npy_header(f, len(stamps), dtype)
-    mean, squares, rounded = sums / max(1, len(stamps))
-    std = np.sqrt(np.maximum(squares - mean**2, 0))
-    if dtype == "float16" and not (np.sqrt(rounded) <= FP16_ERROR * ss.sensor_std(std)).all():
-        return copy_sensor(paths, read, target, "float32")
-    stamps, rate = spread(stamps, read is read_windows)
-    return dict(timestamps=stamps, rate_hz=rate, dtype=dtype, mean=mean, std=std), spoiled
-
-
-def write_npy_header(f, rows, dtype):
-    """NumPy pads the header, so that the first axis can grow in place."""
-    about = dict(shape=(rows, CHANNELS), fortran_order=False, descr=np.dtype(dtype).str)
-    np.lib.format.write_array_header_1_0(f, about)
+def compress(rows):
+    """(n, 1026) float32 -> (the rows as fp16 where that rounds no channel by more than FP16_ERROR of its standard
+    deviation (A-scans are integers: exact up to 2,048), else as they are; their mean, std (1026,) float64)."""
+    mean, std = rows.mean(0, np.float64), rows.std(0, np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = rows.astype(np.float16)
+        rounded = np.sqrt(np.square(half - rows).mean(0, np.float64))
+    exact = (rounded <= FP16_ERROR * ss.sensor_std(std)).all()
+    return half if exact else rows, mean, std
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -548,34 +504,32 @@ def read_motion(log, stamps, rows, cfg, warnings):
 def make_sensor(folder, files, offset, begin, end, cfg, warnings):
     """npz files -> (sensor_data of data.pkl or None, share of the robot log covered). Writes sensor_stream.npy."""
     try:
-        paths, read, first, last = open_sensor(files)
+        stamps, rows, rate, spoiled = read_sensor(files)
     except NoSensor as error:
         warnings.append(f"warning: {error}: no sensor")
         return None, None
-    first, last = first + offset, last + offset
-    overlap = max(0.0, min(last, end) - max(first, begin)) / (end - begin)
+    stamps = stamps + offset
+    overlap = max(0.0, min(stamps[-1], end) - max(stamps[0], begin)) / (end - begin)
     if overlap < cfg.min_sensor_overlap:
-        when = f"{first - begin:+.2f} s to {last - begin:+.2f} s of {end - begin:.2f} s"
+        when = f"{stamps[0] - begin:+.2f} s to {stamps[-1] - begin:+.2f} s of {end - begin:.2f} s"
         right = f"right as it is: --min-sensor-overlap {np.floor(overlap * 20) / 20:g}"
         covers = f"the sensor covers {overlap:.0%} of the robot log ({when}), less than {cfg.min_sensor_overlap:.0%}"
         warnings.append(f"warning: {covers}: left out. {OTHER_CLOCK}; {right}")
         return None, overlap
-    place = contextlib.nullcontext(os.devnull)
+    rows, mean, std = compress(rows)
     if not cfg.dry_run:
-        require_space(folder, int((last - first) * SENSOR_HZ * CHANNELS * 4))
+        require_space(folder, rows.nbytes)
         (folder / ss.DATA_PKL).unlink(missing_ok=True)  # a kill from here on must not leave it beside another stream
-        place = atomic_path(folder / ss.SENSOR_FILE)
-    with place as target:
-        sensor, spoiled = copy_sensor(paths, read, target)
+        with atomic_path(folder / ss.SENSOR_FILE) as target, open(target, "wb") as f:
+            np.save(f, rows)
     if spoiled:
         shown = ", ".join(spoiled[:20]) + (f" and {len(spoiled) - 20} more" if len(spoiled) > 20 else "")
         warnings.append(f"warning: {len(spoiled)} sensor rows with values that are not finite are left out: {shown}")
-    rate = sensor["rate_hz"]
     if abs(rate / SENSOR_HZ - 1) > 0.05:
         longer = "a window lasts as much longer"
         warnings.append(f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: {longer}")
-    sensor["timestamps"] = sensor["timestamps"] + offset
-    return sensor | dict(file=ss.SENSOR_FILE, channels=CHANNELS), overlap
+    about = dict(timestamps=stamps, rate_hz=rate, dtype=rows.dtype.name, mean=mean, std=std)
+    return about | dict(file=ss.SENSOR_FILE, channels=CHANNELS), overlap
 
 
 # ---- clock offsets ---------------------------------------------------------------------------------------------------
@@ -623,20 +577,11 @@ def image_changes(folder, shots):
 
 def force_changes(files):
     """npz files -> (middles of bins of 50 ms (m,), change of the mean force from bin to bin (m - 1,))."""
-    paths, read, *_ = open_sensor(files)
-    stamps, force = [np.zeros(0)], [np.zeros(0)]
-    for path in paths:
-        with reading(path):
-            for t, block in read(path):
-                good = np.isfinite(block[:, 0]) & np.isfinite(t)
-                stamps.append(t[good])
-                force.append(block[good, 0].astype(np.float64))
-    stamps, force = np.concatenate(stamps), np.cumsum(np.concatenate(force))
-    if not len(stamps) or stamps[-1] - stamps[0] < 1:
-        raise NoSensor(f"{paths[0].name} has less than a second of the sensor")
-    stamps, _ = spread(stamps, read is read_windows)
+    stamps, rows, *_ = read_sensor(files)
+    if stamps[-1] - stamps[0] < 1:
+        raise NoSensor(f"{files[0].name} has less than a second of the sensor")
     edges = np.arange(stamps[0], stamps[-1], 0.05)
-    mean = np.diff(np.interp(edges, stamps, force))
+    mean = np.diff(np.interp(edges, stamps, np.cumsum(rows[:, 0], dtype=np.float64)))
     return edges[:-1] + 0.025, np.abs(np.diff(mean))
 
 

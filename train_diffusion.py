@@ -73,7 +73,7 @@ class Config:
     views: list[str] = field(default_factory=list)  # camera views; empty: the cache's, or all in common
     image_resize_height: int = 360  # pixels, of the images that the VLM sees
     image_resize_width: int = 640  # pixels
-    vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; a multiple of the cache's stride
+    vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; the cache's, or a multiple
     vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
     check_pictures: bool = True  # compare the cache with the images; false: a machine that has cache and data.pkl only
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used

@@ -7,10 +7,11 @@ Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor r
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,48 +33,44 @@ class Data:
     train: list  # common.sessions.Session, sorted by name
     validation: list
     features: object  # Features
-    about: (
-        dict  # what a checkpoint tells about them: stats, recipe, vl_shape, sensor_hz, image_sizes, instructions, ...
-    )
+    about: dict  # what a checkpoint tells of them: stats, recipe, vl_shape, sensor_hz, image_sizes, instructions, ...
 
 
 class Features:
-    """The cached VL features of the sessions, read without opening an image.
+    """The VL features of the sessions, read from the cache without opening an image.
 
     `expected`: keys of the features' recipe that must be so; None: those of the config. `optional`: errors of the cache
     after which images are read instead, for a VLM that runs now; `missing` then says why. `pictures`: see
     vl_cache.read_features."""
 
     def __init__(self, cfg, part, expected=None, optional=(), pictures=True):
-        self.cfg, self.files, self.missing, self.shape = cfg, None, None, None
-        self.stride, self.ticks, self.root = cfg.vlm_reuse_count, {}, cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
+        self.cfg, self.files, self.missing, self.shape, self.ticks = cfg, None, None, (), {}
+        self.root = cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
         size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
         expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
+        how = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures)
         try:
-            how = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures)
             self.files, self.recipe = vl_cache.read_features(self.root, part, expected, *how)
-            first = next(iter(self.files.values()))
-            self.stride, self.shape = first.meta["stride"], first.shape[1:]
+            self.shape = next(iter(self.files.values())).shape[1:]
         except optional as error:
-            common, lacking = ss.common_views(part)
-            self.missing, self.recipe = str(error), expected | dict(views=expected["views"] or common)
-            some = "choose some with --views, or leave sessions out"
-            require(self.recipe["views"], f"no view is in all of the {len(part)} sessions: {some}; missing: {lacking}")
+            self.missing, views = str(error), expected["views"] or ss.common_views(part)[0]
+            self.recipe = expected | dict(views=views)
 
     def usable(self, session):
         """-> (m,) steps whose tick has a fresh image of every view, (m,) their tick, the newest there can be."""
-        c, views = self.cfg, self.recipe["views"]
-        self.ticks[session.name] = session.ticks(self.stride, views, c.max_image_age)
-        latency = min(c.vlm_latency_ms) / 1000
-        return session.usable_steps(self.stride, c.vlm_reuse_count, views, c.max_image_age, latency)
+        c = self.cfg
+        self.ticks[session.name] = ticks = session.ticks(c.vlm_reuse_count, self.recipe["views"], c.max_image_age)
+        at = session.tick_of_step(np.arange(len(session)), c.vlm_reuse_count, min(c.vlm_latency_ms) / 1000)
+        steps = np.flatnonzero([ticks.looks[tick] is not None for tick in at])
+        return steps, at[steps]
 
     def read(self, session, tick):
         """-> dict(vl_features (N, V) float32), or dict(images {view: (h, w, 3) uint8}, instruction)."""
+        look = self.ticks[session.name].looks[tick]
         if self.files:
-            return dict(vl_features=self.files[session.name].features[tick].float())
-        index = self.ticks[session.name].frame_index
-        images = vl_cache.in_threads(vl_cache.read_image, [session.frame_path(v, i[tick]) for v, i in index.items()])
-        return dict(images=dict(zip(index, images, strict=True)), instruction=session.instruction)
+            return dict(vl_features=self.files[session.name][look].float())
+        images = vl_cache.in_threads(vl_cache.read_image, [session.path / name for name in look])
+        return dict(images=dict(zip(self.recipe["views"], images, strict=True)), instruction=session.instruction)
 
 
 def load_data(cfg, run=None, saved=None, optional=()):
@@ -84,30 +81,34 @@ def load_data(cfg, run=None, saved=None, optional=()):
         require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
     train, validation = ss.split_sessions(found, cfg.val_split)
     features = Features(cfg, found, optional=optional, pictures=run is None or run.main)
-    none = f"no step of the {len(train)} training sessions has an image of {', '.join(features.recipe['views'])}"
-    how = f"at most {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
-    require(any(len(features.usable(s)[0]) for s in train), f"{none} that is {how}")
-    facts = []
+    views, facts = features.recipe["views"], []
+    none = f"no step of the {len(train)} training sessions has an image of {', '.join(views)} that is at most"
+    how = f"{none} {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
+    require(any(len(features.usable(s)[0]) for s in train), how)
     for s in train:
         stamps = s.sensor_stamps.tobytes() if s.has_sensor else b""
         content = hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + stamps).hexdigest()
-        facts.append([s.name, content, features.files[s.name].path.stem[-24:] if features.files else None])
+        facts.append([s.name, content, features.files and features.files[s.name].content])
+    fingerprint = vl_cache.digest_of(facts)
+    first = run.once(str, fingerprint) if run else fingerprint  # which compared the pictures
+    require(fingerprint == first, "the processes see other sessions or features: start again when they are all built")
     if saved:
-        differs = "; ".join(vl_cache.different(saved["recipe"], features.recipe))
+        differs = vl_cache.different(saved["recipe"], vl_cache.shaping(features.recipe))
         require(not differs, f"the checkpoint was trained on other features than those of {features.root}: {differs}")
         stats = saved["stats"]
     else:
         stats = run.once(all_stats, train, features, cfg) if run else all_stats(train, features, cfg)
     require(not all(stats["action"]["constant"]), "no action dimension moves in the training sessions")
-    about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape or ()))
-    rates = [s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ]
-    about |= dict(sensor_hz=float(np.median(rates)), instructions=sorted({s.instruction for s in train}))
-    sizes = {view: {s.image_size(view) for s in train} for view in features.recipe["views"]}
-    about["image_sizes"] = {view: list(*found) if len(found) == 1 else None for view, found in sizes.items()}
-    about["fingerprint"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    first = run.once(str, about["fingerprint"]) if run else about["fingerprint"]  # which compared the pictures
-    others = "the processes see other sessions or features: start again when they are all built"
-    require(about["fingerprint"] == first, others)
+    sizes = {view: {s.image_size(view) for s in train} for view in views}
+    about = dict(
+        stats=stats,
+        recipe=features.recipe,
+        vl_shape=list(features.shape),
+        sensor_hz=float(np.median([s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ])),
+        instructions=sorted({s.instruction for s in train}),
+        image_sizes={view: list(*known) if len(known) == 1 else None for view, known in sizes.items()},
+        fingerprint=fingerprint,
+    )
     return Data(train, validation, features, about)
 
 
@@ -116,8 +117,7 @@ def all_stats(train, features, cfg, samples=512):
     stats, dataset = ss.session_stats(train), SessionDataset(train, features, cfg)
     if features.files:
         chosen = np.unique(np.linspace(0, len(dataset) - 1, samples).astype(int))
-        ticks = [(train[dataset.owner[i]], dataset.ticks[i]) for i in chosen]
-        x = torch.cat([features.read(*tick)["vl_features"] for tick in ticks]).double()  # (n, V)
+        x = torch.cat([dataset.look(i)["vl_features"] for i in chosen]).double()  # (n, V)
         mean, std = x.mean(0), x.std(0, correction=0)
         std = std.clamp(min=1e-3 * (1 + mean.abs()))  # not below the rounding of fp16
         stats["vl"] = dict(mean=mean.tolist(), std=std.tolist())
@@ -163,14 +163,13 @@ class SessionDataset(Dataset):
         ticks, (low, high) = self.features.ticks[s.name], (min(cfg.vlm_latency_ms), max(cfg.vlm_latency_ms))
         if high > low:
             latency = generator_at(cfg.seed, position, "latency").uniform(low, high) / 1000
-            older = int(s.tick_of_step(k, self.features.stride, cfg.vlm_reuse_count, latency))
-            tick = older if ticks.complete[older] else tick
+            older = int(s.tick_of_step(k, cfg.vlm_reuse_count, latency))
+            tick = tick if ticks.looks[older] is None else older
         actions, mask = s.targets(k, cfg.horizon)
-        first = k == 0 or s.segment[k - 1] != s.segment[k]
         sensor = s.sensor_window(k, cfg.sensor_window_size) if cfg.sensor_enabled else None
         item = dict(sensor=sensor, actions=actions, action_mask=mask, reuse_step=k - int(ticks.start[tick]))
         item["age"] = s.starts[k] - ticks.captured[tick]
-        item["previous"] = np.zeros_like(s.action[0]) if first else s.action[k - 1]
+        item["previous"] = np.zeros_like(s.action[0]) if k == s.first[k] else s.action[k - 1]
         item["weight"] = np.float32(cfg.sensor_loss_weight if sensor is not None else 1)
         return self.features.read(s, tick) | item | dict(name=(s.name, k))
 
@@ -201,12 +200,13 @@ class Collate:
         return batch
 
     def __call__(self, items):
-        """List of dataset items -> inputs() plus actions (B, H, 7) normalised, has_sensor (B,), names, and every other
-        number or array of the items, stacked: action_mask (B, H), weight, reuse_step (B,), ..."""
-        ours = ("sensor", "vl_features", "age", "images", "instruction", "actions", "previous", "name")
-        rest = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key not in ours}
-        rest["actions"] = torch.from_numpy(self.action.normalize(np.stack([item["actions"] for item in items])))
-        rest["has_sensor"] = torch.tensor([item["sensor"] is not None for item in items])
+        """List of dataset items -> inputs() plus target (B, H, 7) in mm and degrees, actions, the same normalised,
+        has_sensor (B,), names, and every other number or array of the items, stacked: action_mask (B, H), ..."""
+        ours = ("sensor", "vl_features", "age", "images", "instruction", "name")
+        rest = {key: np.stack([item[key] for item in items]) for key in items[0] if key not in ours}
+        rest |= dict(target=rest["actions"], actions=self.action.normalize(rest["actions"]))
+        rest["has_sensor"] = np.array([item["sensor"] is not None for item in items])
+        rest = {key: torch.from_numpy(values) for key, values in rest.items()}
         return self.inputs(items) | rest | dict(names=[item["name"] for item in items])
 
 
@@ -276,16 +276,14 @@ class SessionPolicy:
         """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; age: seconds since these
         images were taken, 0 if it is not said; sensor: (n, 1026) raw rows (force, A-scan) up to now, newest last, or
         None} -> Collate.inputs' batch on the device."""
-        observations = list(observations)
         for o in observations:
-            shape, right = np.shape(o.get("sensor")), f"expected (n, {ss.CHANNELS}): force, then the A-scan"
-            good = o.get("sensor") is None or (len(shape) == 2 and shape[1] == ss.CHANNELS)
-            require(good, f"the observation's sensor is {shape}, {right}")
-        seen = [b for b, o in enumerate(observations) if "vl_features" not in o]
-        if seen or not observations:
-            encoded = self.encode([(observations[b].get("images"), observations[b].get("instruction")) for b in seen])
-            for b, feature in zip(seen, encoded, strict=True):
-                observations[b] = observations[b] | dict(vl_features=feature)
+            rows, right = o.get("sensor"), f"expected (n, {ss.CHANNELS}): force, then the A-scan"
+            good = rows is None or (np.ndim(rows) == 2 and np.shape(rows)[1] == ss.CHANNELS)
+            require(good, f"the observation's sensor is {np.shape(rows)}, {right}")
+        unseen = [o for o in observations if "vl_features" not in o]
+        if unseen or not observations:
+            features = iter(self.encode([(o.get("images"), o.get("instruction")) for o in unseen]))
+            observations = [o if "vl_features" in o else o | dict(vl_features=next(features)) for o in observations]
         return to_device(self.collate.inputs(observations), self.device)
 
     def open_episodes(self, root, names=None):
@@ -307,11 +305,11 @@ class SessionPolicy:
         for e, s in enumerate(chosen):
             items = np.flatnonzero(dataset.owner == e)
             steps = dataset.steps[items]
-            breaks = np.flatnonzero((np.diff(steps) != 1) | (np.diff(s.segment[steps]) != 0)) + 1
+            breaks = np.flatnonzero((np.diff(steps) != 1) | (np.diff(s.first[steps]) != 0)) + 1
             parts = [part for part in np.split(items, breaks) if len(part)]
             for n, part in enumerate(parts):
                 name = s.name if len(parts) == 1 else f"{s.name}#{n + 1}"
-                truth = dict(target=s.action[dataset.steps[part]], hold=np.repeat(still[None], len(part), 0))
+                truth = dict(target=s.action[dataset.steps[part]], hold=np.tile(still, (len(part), 1)))
                 yield truth | dict(name=name, sample=lambda t, p=part: dataset[(int(p[t]), int(p[t]))], phase=None)
 
     def nearest(self, chunks):
@@ -325,14 +323,15 @@ class SessionPolicy:
 
 # ---- validation ------------------------------------------------------------------------------------------------------
 
+SWAPPED = dict(feature="policy", sensor="felt", force="felt", ascan="felt")  # input: the error to compare with
+
 
 class HeldOut(Dataset):
-    """Batches of held-out steps, as Collate makes them, with target (B, H, 7), previous (B, 7) and felt (B,) as they
-    are, and other_*: the inputs of other samples, the feature of another session's at the same phase, the sensor of one
+    """Item k: sample k, and the inputs of others: the feature of another session's at the same phase, the sensor of one
     far away (one with sensor data for those that have some)."""
 
-    def __init__(self, dataset, collate, batches):
-        self.dataset, self.collate, self.batches, self.far = dataset, collate, batches, np.arange(len(dataset))
+    def __init__(self, dataset):
+        self.dataset, self.far = dataset, np.arange(len(dataset))
         lengths = np.array([len(s) for s in dataset.sessions])[dataset.owner]
         felt = np.array([s.has_sensor for s in dataset.sessions], bool)[dataset.owner]
         for group in (np.flatnonzero(felt), np.flatnonzero(~felt)):
@@ -341,26 +340,24 @@ class HeldOut(Dataset):
         self.phase = self.far if there is None else there
 
     def __len__(self):
-        return len(self.batches)
+        return len(self.dataset)
 
-    def __getitem__(self, b):
-        data, items, others = self.dataset, [], []
-        for k in self.batches[b].tolist():
-            items.append(data[(k, k)])
-            others.append(data[(k, int(self.far[k]))] | data.look(self.phase[k]))
-        batch = self.collate(items) | {f"other_{k}": v for k, v in self.collate.inputs(others).items()}
-        for key, name in (("target", "actions"), ("previous", "previous")):
-            batch[key] = np.stack([item[name] for item in items])
-        return batch | dict(felt=np.array([item["sensor"] is not None for item in items]))
+    def __getitem__(self, k):
+        return self.dataset[(k, k)], self.dataset[(k, int(self.far[k]))] | self.dataset.look(self.phase[k])
+
+
+def collate_pairs(collate, pairs):
+    """HeldOut's items -> Collate's batch, and other_*: its inputs of the others."""
+    items, others = zip(*pairs, strict=True)
+    return collate(items) | {f"other_{key}": value for key, value in collate.inputs(others).items()}
 
 
 def held_out_batches(dataset, policy, run):
-    """This rank's share of the held-out steps, each once -> (HeldOut's batch on the device, {input: the batch with this
-    input of other samples})."""
-    mine, size, cuda = np.arange(run.rank, len(dataset), run.world), policy.cfg.batch_size, policy.device.type == "cuda"
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    how = dict(num_workers=policy.cfg.num_workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda)
-    for batch in DataLoader(HeldOut(dataset, policy.collate, batches), batch_size=None, collate_fn=dict, **how):
+    """This rank's share of the held-out steps, each once -> (collate_pairs' batch on the device, {input: the batch with
+    this input of other samples})."""
+    share, how = range(run.rank, len(dataset), run.world), dict(collate_fn=partial(collate_pairs, policy.collate))
+    how |= dict(worker_init_fn=ignore_stop_signals, pin_memory=policy.device.type == "cuda", sampler=share)
+    for batch in DataLoader(HeldOut(dataset), policy.cfg.batch_size, num_workers=policy.cfg.num_workers, **how):
         batch = to_device(batch, policy.device)
         swapped = dict(feature=batch | dict(vl_features=batch["other_vl_features"]))
         if "sensor" in batch:
@@ -378,16 +375,17 @@ class ChunkErrors:
 
     def __init__(self, active):
         self.active, self.counts = active.cpu().numpy(), np.zeros(3)  # loss, samples, steps
-        names = ("policy", "zero", "last", "bias", "felt", "feature", "sensor", "force", "ascan")
-        self.sums = {name: np.zeros(len(ACTIONS)) for name in names}  # felt: the policy's where there is a sensor
+        names = ("policy", "zero", "last", "bias", "felt", *SWAPPED)  # felt: the policy's where there is a sensor
+        self.sums = {name: np.zeros(len(ACTIONS)) for name in names}
 
     def add(self, batch, sample_loss, predicted, swapped):
-        """A batch of HeldOut, predicted (B, H, 7), swapped {input: (B, H, 7)}"""
-        target, real, last = batch["target"], batch["action_mask"].cpu().numpy(), batch["previous"][:, None]
-        felt = real & batch["felt"][:, None]
-        guesses = dict(policy=predicted, zero=np.where(self.active, 0.0, target), last=last, felt=predicted) | swapped
+        """A batch of held_out_batches, predicted (B, H, 7), swapped {input: (B, H, 7)}"""
+        arrays = (batch[key].cpu().numpy() for key in ("target", "action_mask", "has_sensor", "previous"))
+        target, real, felt, previous = arrays
+        real_felt, zero = real & felt[:, None], np.where(self.active, 0.0, target)
+        guesses = dict(policy=predicted, zero=zero, last=previous[:, None], felt=predicted) | swapped
         for name, guess in guesses.items():
-            where = felt if name in ("felt", "sensor", "force", "ascan") else real
+            where = real_felt if "felt" in (name, SWAPPED.get(name)) else real
             self.sums[name] += np.abs(guess - target)[where].sum(0)
         self.sums["bias"] += (predicted - target)[real].sum(0)
         self.counts += [float(sample_loss.sum()), len(target), real.sum()]
@@ -406,7 +404,7 @@ class ChunkErrors:
         for d in np.flatnonzero(self.active):
             name = ACTIONS[d][0]
             values |= {f"val/mae_{name}": float(rows["policy"][d]), f"val/bias_{name}": float(rows["bias"][d])}
-        for name, own in (("feature", "policy"), ("sensor", "felt"), ("force", "felt"), ("ascan", "felt")):
+        for name, own in SWAPPED.items():
             if rows[name].any():  # without a sensor there is nothing to swap
                 values[f"val/swap_{name}"] = float((rows[name][self.active] / rows[own][self.active]).max())
         return values
@@ -428,35 +426,34 @@ class ChunkErrors:
 def describe(cfg, data, dataset, held_out, weights, print0):
     """Say what was found: sessions, steps and shares per data set, features, sensor, actions, ranges and what clipping
     to them removes. `weights`: of the samples of `dataset`."""
-    held, where = f"{len(data.validation)} validation sessions, {len(held_out)} steps", ", ".join(cfg.dataset_dir)
     usable = f"{len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image)"
-    print0(f"data      {len(data.train)} training sessions, {usable}; {held}; {where}")
+    held = f"{len(data.validation)} validation sessions, {len(held_out)} steps"
+    print0(f"data      {len(data.train)} training sessions, {usable}; {held}; {', '.join(cfg.dataset_dir)}")
     for name in sorted({s.dataset for s in data.train}):
         mine, felt = dataset.datasets == name, [s.has_sensor for s in data.train if s.dataset == name]
-        share = f"{mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}"
-        sensor = f"sensor in {sum(felt)} of {len(felt)} sessions"
-        print0(f"          {name:<30} weight {weights[mine].mean():g}, {share}, {sensor}")
-    rate, reuse, recipe = ss.ACTION_HZ, cfg.vlm_reuse_count, data.features.recipe
-    views = f"views {', '.join(recipe['views'])} at {recipe['height']}x{recipe['width']}"
-    hz = f"{reuse} steps share one: a VLM at {rate / reuse:.2f} Hz"
-    print0(f"features  {recipe['model']}, {views}, every {data.features.stride} steps, {data.features.root}; {hz}")
-    if (enough := math.ceil(max(cfg.vlm_latency_ms) * rate / 1000)) > reuse:
-        slow = f"a VLM that takes {max(cfg.vlm_latency_ms):g} ms cannot look every {reuse} steps"
-        print0(f"warning   {slow}. Use --vlm-reuse-count {enough}, fewer views, or smaller images")
-    window, hz = cfg.sensor_window_size, data.about["sensor_hz"]
-    rows = f"the newest {window} rows, {window / hz:.2f} s at {hz:.0f} Hz; loss weight {cfg.sensor_loss_weight:g}"
-    print0(f"sensor    {f'{rows} with sensor, 1 without' if cfg.sensor_enabled else 'not used'}")
+        share = (
+            f"weight {weights[mine].mean():g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}"
+        )
+        print0(f"          {name:<30} {share}, sensor in {sum(felt)} of {len(felt)} sessions")
+    rate, reuse, recipe, slowest = ss.ACTION_HZ, cfg.vlm_reuse_count, data.features.recipe, max(cfg.vlm_latency_ms)
+    views = f"views {', '.join(recipe['views'])} at {recipe['height']}x{recipe['width']}, {data.features.root}"
+    print0(f"features  {recipe['model']}, {views}; {reuse} steps share one: a VLM at {rate / reuse:.2f} Hz")
+    if (enough := math.ceil(slowest * rate / 1000)) > reuse:
+        advice = f"Use --vlm-reuse-count {enough}, fewer views, or smaller images"
+        print0(f"warning   a VLM that takes {slowest:g} ms cannot look every {reuse} steps. {advice}")
+    window, hz, text = cfg.sensor_window_size, data.about["sensor_hz"], "not used"
+    if cfg.sensor_enabled:
+        text = f"the newest {window} rows, {window / hz:.2f} s at {hz:.0f} Hz; loss weight {cfg.sensor_loss_weight:g}"
+    print0(f"sensor    {text}")
     stats, action = data.about["stats"]["action"], np.concatenate([s.action for s in data.train])
     normalizer, size = Normalizer(stats), np.maximum(np.abs(action).sum(0), 1e-9)
     lost = np.abs(action - normalizer.unnormalize(normalizer.normalize(action)))
     table = {name: stats[name] for name in ("q01", "q99", "mean", "std")}
     table |= {"clipping removes at most": lost.max(0), "clipping removes, percent": 100 * lost.sum(0) / size}
-    names = "".join(f"{f'{n} {u}':>11}" for n, u in ACTIONS)
-    print0(f"action    {f'{cfg.horizon} steps of {1000 // rate} ms; per step:':<30}{names}")
-    for name, values in table.items():
-        print0(f"          {name:<30}" + "".join(f"{v:11.4g}" for v in values))
-    texts = data.about["instructions"]
-    print0(f"text      {len(texts)} instruction(s), e.g. {texts[0]!r}")
+    table = pd.DataFrame(table, [f"{name} {unit}" for name, unit in ACTIONS]).T
+    print0(f"action    {cfg.horizon} steps of {1000 // rate} ms; per step:")
+    print0(table.to_string(float_format="{:.4g}".format))
+    print0(f"text      {len(data.about['instructions'])} instruction(s), e.g. {data.about['instructions'][0]!r}")
 
 
 def check_data(cfg, dataset_class, table, build_model):
@@ -466,17 +463,17 @@ def check_data(cfg, dataset_class, table, build_model):
     dataset, held_out = (dataset_class(part, data.features, cfg) for part in (data.train, data.validation))
     weights = dataset.sample_weights(table, cfg.dataset_weight)
     describe(cfg, data, dataset, held_out, weights, print)
-    order = GlobalOrder(len(dataset), cfg.seed, weights)
+    order, missing = GlobalOrder(len(dataset), cfg.seed, weights), data.features.missing
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]
     print(f"samples   {len(dataset)}; batch of {len(items)}, first: {' step '.join(map(str, items[0]['name']))}")
-    if data.features.missing:
-        print(f"note      the features are not there yet: {data.features.missing}")
+    if missing:
+        print(f"note      the features are not there yet: {missing}")
         items = [item | dict(images=0, vl_features=torch.zeros(0)) for item in items]
     collate = Collate(cfg, data.about["stats"])
     for key, value in collate(items).items():
         if isinstance(value, torch.Tensor) and value.numel():
             dtype, low, high = str(value.dtype).removeprefix("torch."), value.min().item(), value.max().item()
             print(f"          {key:<14} {str(tuple(value.shape)):<18} {dtype:<8} {low:.4g} .. {high:.4g}")
-    if not data.features.missing:
+    if not missing:
         plan.check(cfg, dataset, collate, lambda c, _: build_model(c, data.about, "cpu"))
     print("check passed")

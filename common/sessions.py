@@ -5,7 +5,6 @@ later. Where the robot log has a gap a new segment begins; nothing reaches acros
 images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
 """
 
-import dataclasses
 import functools
 import hashlib
 import io
@@ -16,6 +15,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -199,35 +199,27 @@ def find_sessions(roots):
 
 
 def common_views(sessions):
-    """Views of View1..View5 (the left camera of a stereo pair) that every session has -> (sorted names, {view: names of
-    the sessions that lack it})."""
+    """-> (views of View1..View5, the left camera of a stereo pair, that every session has; those that only some have),
+    both sorted."""
     have = [{v.removesuffix("_left") for v in s.view_names if not v.endswith("_right")} for s in sessions]
-    lacking = {}
-    for view in sorted(set().union(*have)):
-        lacking[view] = [s.name for s, views in zip(sessions, have, strict=True) if view not in views]
-    return [v for v, names in lacking.items() if not names], {v: names for v, names in lacking.items() if names}
+    views, others = set.intersection(*have), sorted(set.union(*have) - set.intersection(*have))
+    lack = f"no view is in all of the {len(sessions)} sessions, only in some {', '.join(others)}"
+    require(views, f"{lack}: choose with --views, or leave sessions out", BadSession)
+    return sorted(views), others
 
 
 # ---- one session -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Ticks:
-    """When the VLM looks: every `stride` steps, from each segment's first."""
+class Ticks(NamedTuple):
+    """When the VLM looks: every so many steps, from each segment's first. A look is the images that it sees at once."""
 
-    stride: int
-    start: np.ndarray  # (n,) int32, step at which the tick is
-    tick_time: np.ndarray  # (n,) float64, seconds, = starts[start]
-    frame_index: dict  # {view: (n,) int32}, newest image of that time or earlier; -1: none that is fresh enough
-    captured: np.ndarray  # (n,) float64, seconds, when the images were taken: the mean over views
+    start: np.ndarray  # (n,) step at which the tick is
+    looks: list  # per tick the newest image of every view then, paths in the session; None: one is not fresh
+    captured: np.ndarray  # (n,) float64, seconds, when these were taken: the mean over views
 
-    def __len__(self):
-        return len(self.start)
-
-    @property
-    def complete(self):
-        """(n,) bool: every view has a frame."""
-        return np.all([np.ones(len(self), bool), *(i >= 0 for i in self.frame_index.values())], axis=0)
+    def unique(self):
+        return sorted({look for look in self.looks if look})
 
 
 class Session:
@@ -256,10 +248,10 @@ class Session:
             fewer = f"{path} is missing or has fewer rows than {DATA_PKL} says. Make it again"
             whole = path.is_file() and path.stat().st_size >= wanted
             require(whole, f"{fewer}: {REMAKE.format(self.path)}", BadSession)
-        # first step of each segment, and that of every step's own
-        self._first = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
-        self._last = np.r_[self._first[1:], len(self.segment)]  # one past the segment's last
-        self._row = np.repeat(np.arange(len(self._first)), self._last - self._first)
+        begin = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
+        end = np.r_[begin[1:], len(self.segment)]
+        # of every step's own segment: the first step, and one past the last
+        self.first, self.last = np.repeat(begin, end - begin), np.repeat(end, end - begin)
 
     def __len__(self):
         return len(self.action)
@@ -276,10 +268,6 @@ class Session:
         """-> (height, width) of the view's pictures as recorded."""
         return tuple(self._sizes[view if view in self._sizes else f"{view}_left"])
 
-    def frame_path(self, view, index):
-        """Absolute path of image number `index` of a view."""
-        return self.path / self.view(view)[0][index]
-
     def stale(self):
         """Did the content of a file that data.pkl was made from change since, or what session.yaml says? Deleted files
         do not count: nothing here needs them."""
@@ -292,46 +280,28 @@ class Session:
 
     # ---- time
 
-    def ticks(self, stride, views, max_image_age=1.5):
-        """-> Ticks of the VLM for `views`; an image may be up to `max_image_age` seconds old."""
-        segments = zip(self._first, self._last, strict=True)
-        start = np.concatenate([np.arange(a, b, stride) for a, b in segments]).astype(np.int32)
-        time, frames, captured = self.starts[start], {}, np.zeros(len(start))
+    def tick_starts(self, reuse):
+        """-> (n,) steps at which the VLM looks."""
+        return np.flatnonzero((np.arange(len(self)) - self.first) % reuse == 0)
+
+    def ticks(self, reuse, views, max_image_age=1.5):
+        """-> Ticks of a VLM that looks every `reuse` steps; an image may be up to `max_image_age` seconds old."""
+        start, frames = self.tick_starts(reuse), []
+        time, captured = self.starts[start], np.zeros(len(start))
         for view in views:
-            stamps = self.view(view)[1]
+            names, stamps = self.view(view)
             newest = np.searchsorted(stamps, time, side="right") - 1
             fresh = (newest >= 0) & (time - stamps[np.maximum(newest, 0)] <= max_image_age + 1e-6)
-            frames[view] = np.where(fresh, newest, -1).astype(np.int32)
+            frames.append([names[i] if ok else None for i, ok in zip(newest, fresh, strict=True)])
             captured += stamps[newest] / len(views)
-        return Ticks(stride, start, time, frames, captured)
+        return Ticks(start, [look if all(look) else None for look in zip(*frames, strict=True)], captured)
 
-    def tick_of_step(self, k, stride, reuse, latency_s=0.0):
-        """Step(s) k -> index into ticks(stride) of the feature that is in use there.
-
-        A VLM that looks every `reuse` steps of its segment and whose feature is ready `latency_s` after the tick: the
-        newest with tick time + latency <= starts[k]; before any is ready the segment's first, for the robot waits for
-        it. `reuse` must be a multiple of `stride`.
-        """
-        require(reuse % stride == 0, f"vlm_reuse_count is {reuse}: expected a multiple of the ticks' stride {stride}")
-        k = np.asarray(k)
-        row = self._row[k]
-        first = self._first[row]
-        offset = np.r_[0, np.cumsum(-(-(self._last - self._first) // stride))][row]  # index of the segment's first tick
-        j = (k - first) // reuse
-        while latency_s > 0:
-            late = (j > 0) & (self.starts[first + j * reuse] + latency_s > self.starts[k] + 1e-5)
-            if not late.any():
-                break
-            j = j - late
-        return offset + j * (reuse // stride)
-
-    def usable_steps(self, stride, reuse, views, max_image_age=1.5, latency_s=0.0):
-        """-> (steps, ticks), (m,) int each: the steps whose tick has a fresh image of every view, and that tick's index
-        in ticks(stride)."""
-        steps = np.arange(len(self))
-        ticks = self.tick_of_step(steps, stride, reuse, latency_s)
-        keep = self.ticks(stride, views, max_image_age).complete[ticks]
-        return steps[keep], ticks[keep]
+    def tick_of_step(self, k, reuse, latency_s=0.0):
+        """Step(s) k -> index into ticks(reuse) of the feature that is in use there: the newest one that is ready,
+        `latency_s` after its tick; before any is the segment's first, for the robot waits for it."""
+        late = math.ceil(latency_s * ACTION_HZ - 1e-3)  # steps; those of a segment are exactly 1 / ACTION_HZ apart
+        ready = np.maximum(np.asarray(k) - late, self.first[k])
+        return np.searchsorted(self.tick_starts(reuse), ready, side="right") - 1
 
     def sensor_window(self, k, window):
         """-> (n <= window, 1026), the newest sensor rows up to starts[k], as they are on the disk, or None where there
@@ -345,8 +315,7 @@ class Session:
     def targets(self, k, horizon):
         """-> ((horizon, 7) float32, (horizon,) bool): actions k, k+1, ... of the segment; past its end the last one
         again, masked False."""
-        last = self._last[self._row[k]]
-        at = np.arange(k, k + horizon)
+        at, last = np.arange(k, k + horizon), self.last[k]
         return self.action[np.minimum(at, last - 1)], at < last
 
 

@@ -52,19 +52,19 @@ class TwoRateLoop:
         require(rows.ndim == 2 and rows.shape[1] == ss.CHANNELS, wrong)
         if stamps is None:
             stamps = self.clock.monotonic() - np.arange(len(rows))[::-1] / self.policy.sensor_hz
-        self._same_clock(np.max(stamps, initial=-math.inf), "a sensor row")
+        for stamp in np.atleast_1d(stamps)[-1:]:
+            self._same_clock(stamp, "a sensor row")
         with self.lock:
             self.sensor.extend(zip(np.broadcast_to(stamps, len(rows)).tolist(), rows.copy(), strict=True))
 
     def _same_clock(self, stamp, what):
-        ahead = stamp - self.clock.monotonic()
-        require(ahead < 0.05, f"{what} is stamped {ahead:.1f} s in the future: not the loop's clock, time.monotonic()")
+        age = self.clock.monotonic() - stamp
+        where = f"{abs(age):.1f} s in the {'past' if age > 0 else 'future'}"
+        require(-0.05 < age < 600, f"{what} is stamped {where}: not the loop's clock, time.monotonic()")
 
     def see(self, images, captured):
         """Encode {view: (h, w, 3)} taken at `captured` (the clock's time) and publish the feature; the slow part."""
         self._same_clock(captured, "an image")
-        far = f"an image is stamped {self.clock.monotonic() - captured:.0f} s in the past: not the loop's clock"
-        require(self.clock.monotonic() - captured < 600, far)
         # on the default stream the next action would queue up behind the VLM
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             feature = self.policy.encode([(images, self.instruction)])[0]
@@ -94,10 +94,8 @@ class TwoRateLoop:
             return None
         if age > self.trained_age_s:
             if not self.older:
-                most = (
-                    f"{1000 * self.trained_age_s:.0f} ms in training: see --vlm-latency-ms, or max_age_s=None to hold"
-                )
-                print(f"warning: a feature is {1000 * age:.0f} ms old, at most {most}")
+                most = f"at most {1000 * self.trained_age_s:.0f} ms in training: see --vlm-latency-ms"
+                print(f"warning: a feature is {1000 * age:.0f} ms old, {most}, or max_age_s=None to hold")
             self.older += 1
         self.ages[int(age * ss.ACTION_HZ + 1e-6)] += 1
         return self.policy.predict([self._observation(*newest, now)])[0, 0]
@@ -136,7 +134,9 @@ class TwoRateLoop:
 
     def report(self):
         """-> lines that say how old the features were."""
-        total, old = sum(self.ages.values()), f"{self.older} on features older than in training"
-        lines = [f"{total} actions ({old}), {self.holds} holds, {self.late} late ticks; age of the feature:"]
-        ages = [f"  {100 * b:4d}-{100 * (b + 1):4d} ms {n:5d} {n / total:6.1%}" for b, n in sorted(self.ages.items())]
-        return lines + ages
+        total = sum(self.ages.values())
+        counts = f"{total} actions ({self.older} on features older than in training), {self.holds} holds"
+        lines = [f"{counts}, {self.late} late ticks; age of the feature:"]
+        for age, n in sorted(self.ages.items()):
+            lines.append(f"  {100 * age:4d}-{100 * (age + 1):4d} ms {n:5d} {n / total:6.1%}")
+        return lines

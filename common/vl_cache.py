@@ -1,13 +1,11 @@
-"""Features of a frozen Qwen2.5-VL: computed by one class, stored one file per session, refused when anything that
-shapes them differs.
+"""Features of a frozen Qwen2.5-VL: computed by one class, stored in one file per session, found by what made them.
 
-File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<fingerprint>.pt:
-    features (n_ticks, 1, D) float16, NaN at ticks without a complete set of images
-    meta {recipe, session, instruction, stride, tick_times [s], frame_index {view: [image number, -1: none]},
-          frames {view: [[path in the session, bytes, mtime_ns, sha256] of the images used]}}
+File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<digest of the recipe>.pt:
+    features (n, 1, D) float16, one row per look: what the VLM sees at once, an image of every view
+    meta {recipe, keys: n digests of instruction and images' contents, pictures {path: [bytes, mtime_ns, sha256]}}
     checksum of both
-The fingerprint is a hash of meta without places and times. A reader needs neither the VLM nor an image: it compares
-meta with its settings and with the images' sizes and times; where these moved, the image's content decides.
+A feature of another image, instruction or setting has another name, so nothing stale can be served. A reader needs
+neither the VLM nor an image: an image whose size and time are those in `pictures` is not read.
 """
 
 import functools
@@ -22,14 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from common import MissingFile, UserError, hub, qwen_vl, require
 from common import checkpoint as ckpt
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "qwen_vl_features"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-SHAPE_NOTHING = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures", "use_cache")
+SHAPING = (  # files of a model beside its weights
+    *("config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+)
 MAX_IMAGE_AGE = 1.5  # seconds
 
 
@@ -57,47 +59,49 @@ class VLEncoder:
         text, vision, self.image_token_id = config.text_config, config.vision_config, config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.width, self.patch, self.merge = text.hidden_size, vision.patch_size, vision.spatial_merge_size
-        depth, side, self._rows = text.num_hidden_layers, self.patch * self.merge, {}
+        depth, side = text.num_hidden_layers, self.patch * self.merge
         require(-1 <= layer <= depth, f"layer is {layer}: expected -1 (the last, normed) or 0 to {depth}")
         asked = f"image_resize_height x image_resize_width is {height} x {width}"
         require(min(height, width) >= side, f"{asked}: expected at least {side} x {side} pixels")
         self.grid = (height // side, width // side)  # (rows, columns) of tokens per image
         self.size = (self.grid[0] * side, self.grid[1] * side)  # (height, width) in pixels
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        compute_dtype = auto if compute_dtype == "auto" else compute_dtype
+        if compute_dtype == "auto":
+            compute_dtype = "bf16" if self.device.type == "cuda" else "fp32"
         self.compute_dtype = DTYPES[compute_dtype]
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1).to(self.device) * 255 for values in moments)
-        self._recipe = dict(format_version=FORMAT, model=hub.stored_source(model), weights=model_digest(self.folder))
-        self._recipe |= dict(views=self.views, height=height, width=width, layer=layer, dtype=dtype)
-        self._recipe |= dict(compute_dtype=compute_dtype, pixels=list(self.size), mean_and_std=moments)
-        self._recipe |= dict(prompt=self.text("{instruction}"))
+        # everything but the images and the instruction that changes a feature, and where the model was
+        self.recipe = dict(
+            format_version=FORMAT,
+            model=hub.stored_source(model),
+            weights=model_digest(self.folder),
+            views=self.views,
+            height=height,
+            width=width,
+            layer=layer,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+            pixels=list(self.size),
+            mean_and_std=moments,
+            prompt=self.text("{instruction}"),
+        )
 
     @functools.cached_property
     def vlm(self):
         """The backbone: vision tower and language model, in which every weight was found. Tensor by tensor to the
         device: the host never holds it whole."""
-        kind = (self.compute_dtype, qwen_vl.pick_attention("auto", self.device), ["lm_head.weight"], self.device)
-        vlm = qwen_vl.load_backbone(self.folder, *kind)
-        vlm = vlm.model
+        attention = qwen_vl.pick_attention("auto", self.device)
+        vlm = qwen_vl.load_backbone(self.folder, self.compute_dtype, attention, ["lm_head.weight"], self.device).model
         if self.layer >= 0:
             vlm.language_model.layers = vlm.language_model.layers[: self.layer]
             vlm.language_model.norm = torch.nn.Identity()
         return vlm.requires_grad_(False).eval()
-
-    def warm_up(self):
-        """Load the backbone now, instead of at the first encode."""
-        return self.vlm
-
-    def recipe(self):
-        """Everything but the images and the instruction that changes a feature, as plain values."""
-        return dict(self._recipe)
 
     @classmethod
     def from_recipe(cls, recipe, device="cpu", model=None):
         """The encoder that made features of this recipe; `model`: where the backbone is now. Another is refused."""
         same = {key: recipe[key] for key in ("views", "height", "width", "layer", "dtype", "compute_dtype")}
         encoder = cls(model or recipe["model"], device=device, **same)
-        differs = "; ".join(different(recipe, encoder.recipe()))
+        differs = different(recipe, shaping(encoder.recipe))
         another = f"model '{encoder.folder}' is not the one the features were made with: {differs}"
         require(not differs, f"{another}. Give the right one with --model", CacheMismatch)
         return encoder
@@ -106,14 +110,11 @@ class VLEncoder:
         """The prompt, with one image token per view."""
         return qwen_vl.chat_text(self.tokenizer, self.image_token, len(self.views), instruction)
 
-    def _row(self, instruction):
-        """-> (ids (L,), rope positions (3, L)) of the prompt, every image place expanded to its tokens."""
-        if instruction not in self._rows:
-            expanded = self.image_token * (self.grid[0] * self.grid[1])
-            text = self.text(instruction).replace(self.image_token, expanded)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._rows[instruction] = np.array(ids), qwen_vl.rope_positions(ids, self.image_token_id, self.grid)
-        return self._rows[instruction]
+    def row(self, instruction):
+        """-> (ids (L,), rope positions (L, 3)) of the prompt, every image place expanded to its tokens."""
+        places = self.grid[0] * self.grid[1]
+        ids = qwen_vl.prompt_ids(self.tokenizer, self.text(instruction), self.image_token, places)
+        return torch.tensor(ids), torch.from_numpy(qwen_vl.rope_positions(ids, self.image_token_id, self.grid).T)
 
     def load(self, image):
         """Path or (h, w, 3) uint8 RGB -> (height, width, 3) uint8, the size the model sees. The one image preprocessing
@@ -133,13 +134,10 @@ class VLEncoder:
         for images, _ in observations:
             pictures += [images[view] for view in self.views]
         pictures = torch.from_numpy(np.stack(in_threads(self.load, pictures))).to(self.device)
-        rows = [self._row(instruction) for _, instruction in observations]
-        length = max(len(ids) for ids, _ in rows)
-        ids = np.full((len(rows), length), self.tokenizer.pad_token_id or 0)
-        positions = np.zeros((3, len(rows), length), np.int64)
-        for b, (row, position) in enumerate(rows):  # padded on the right: causal attention never looks there
-            ids[b, : len(row)], positions[:, b, : len(row)] = row, position
-        ids, positions = torch.from_numpy(ids).to(self.device), torch.from_numpy(positions).to(self.device)
+        rows, positions = zip(*(self.row(instruction) for _, instruction in observations), strict=True)
+        # padded on the right: causal attention never looks there
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0).to(self.device)
+        positions = pad_sequence(positions).permute(2, 1, 0).to(self.device)  # (3, B, L)
         grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]])  # on the CPU
         patches = qwen_vl.image_patches(pictures, self.mean, self.std, self.patch, self.merge)
         seen = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
@@ -147,7 +145,7 @@ class VLEncoder:
         embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], seen.to(embeds.dtype))
         inputs = dict(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)
         hidden = self.vlm.language_model(**inputs).last_hidden_state.float()  # (B, L, D)
-        pooled = torch.stack([hidden[b, : len(row)].mean(0, keepdim=True) for b, (row, _) in enumerate(rows)])
+        pooled = torch.stack([hidden[b, : len(row)].mean(0, keepdim=True) for b, row in enumerate(rows)])
         return pooled.to(self.dtype).float().cpu()
 
 
@@ -171,63 +169,48 @@ def read_image(path):
 
 
 def model_digest(model):
-    """24 hex digits of what shapes a model's features: its weights, and the fields of its configuration, tokenizer,
-    chat template, image mean and std. None for a hub model that is not on this machine."""
+    """24 hex digits of the files that shape a model's features; None for a hub model that is not on this machine."""
     if (folder := hub.folder_here(model)) is None:
         return None
-    texts = [folder / name for name in ("vocab.json", "merges.txt", "chat_template.jinja")]
-    words, chat = _read_json(folder, "tokenizer.json"), ("tokenizer_config.json", "chat_template.json")
-    images = _read_json(folder, "preprocessor_config.json") or _read_json(folder, "processor_config.json")
-    images = images.get("image_processor", images)
-    facts = dict(
-        weights=hub.weight_digest(folder),
-        config=_read_json(folder, "config.json", SHAPE_NOTHING),
-        words=[words.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")],
-        texts=[path.read_text(encoding="utf-8") for path in texts if path.is_file()],
-        chat=[_read_json(folder, name).get("chat_template") for name in chat],
-        images=[images.get("image_mean"), images.get("image_std")],
-    )
-    return digest_of(facts)
-
-
-def _read_json(folder, name, without=()):
-    """Content of a JSON file, its nested objects too without some fields; {} where there is none."""
-    path = Path(folder) / name
-    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-    return json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k not in without})
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in SHAPING if (folder / name).is_file()}
+    return digest_of([hub.weight_digest(folder), texts])
 
 
 def digest_of(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def image_facts(session, view, indices, known=None):
-    """[[path in the session, bytes, mtime_ns, sha256]] of these images. `known` {path: such a row}: an image whose size
-    and time are still those is not read again."""
-    names, rows = session.view(view)[0], []
-    for name in (str(names[i]) for i in indices):
-        path = f"{session.path}/{name}"
-        try:
-            rows.append([name, *hub.content_facts(path, (known or {}).get(name, [])[1:])])
-        except FileNotFoundError:
-            how = f"Copy it back, or run create_datapkl.py --dataset-dirs {session.path} --force"
-            only = "Where cache and data.pkl are all there is, train with --no-check-pictures"
-            raise MissingFile(f"{path} is in data.pkl but not on the disk. {how}. {only}") from None
-    return rows
+def shaping(recipe):
+    """A recipe without the model's place: its files identify it."""
+    return {key: value for key, value in recipe.items() if key != "model"}
 
 
 def different(then, now):
-    """Two dicts -> ["key was ..., now ..."]; a model's weights identify it, its path does not."""
-    keys = sorted({*then, *now} - {"model"})
-    return [f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in keys if then.get(k) != now.get(k)]
+    """Two dicts -> "key was ..., now ..." for every key of the second; "" where they agree."""
+    keys = [key for key in sorted(now) if then.get(key) != now[key]]
+    return "; ".join(f"{key} was {then.get(key)!r}, now {now[key]!r}" for key in keys)
+
+
+def picture_facts(session, looks, known):
+    """-> {path in the session: [bytes, mtime_ns, sha256]} of the looks' images; one whose size and time are those in
+    `known`, such a dict, is not read again."""
+    facts = {}
+    for name in sorted(set().union(*looks)):
+        try:
+            facts[name] = hub.content_facts(f"{session.path}/{name}", known.get(name))
+        except FileNotFoundError:
+            how = "copy it back, run create_datapkl.py again, or train with --no-check-pictures"
+            raise MissingFile(f"{session.path}/{name} is in data.pkl but not on the disk: {how}") from None
+    return facts
+
+
+def keys_of(session, looks, pictures):
+    """-> {look: the name of its feature in a file}. `pictures`: see picture_facts."""
+    contents = {look: [pictures.get(name, [None])[-1] for name in look] for look in looks}
+    return {look: digest_of([session.instruction, content]) for look, content in contents.items()}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def stem_of(session):
-    """How the names of a session's feature files begin: <stem>__<24 digits>.pt."""
-    return session.name.replace("/", "__")
 
 
 def checksum(features, meta):
@@ -237,14 +220,15 @@ def checksum(features, meta):
 
 
 class FeatureFile:
-    """Features of one session: `features` (n_ticks, 1, D) in the stored dtype, mapped from the file by the process
-    that reads them, `shape`, `meta`. Opening compares the checksum; a file that is not what was written is refused."""
+    """Features of one session, mapped from the file by the process that reads them: after fit(), file[look] is (1, D)
+    in the stored dtype. Opening compares the checksum; a file that is not what was written is refused."""
 
     def __init__(self, path):
         self.path = Path(path)
         try:
             content = ckpt.load_state(path)
-            self.shape, self.meta = tuple(content["features"].shape), content["meta"]
+            self.meta, self.shape = content["meta"], tuple(content["features"].shape)
+            self.rows = {key: row for row, key in enumerate(self.meta["keys"])}
             whole = content["checksum"] == checksum(content["features"], self.meta)
         except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
             whole = False
@@ -257,11 +241,31 @@ class FeatureFile:
     def __getstate__(self):  # another process maps the file again
         return {k: v for k, v in self.__dict__.items() if k != "features"}
 
+    def __getitem__(self, look):
+        return self.features[self.rows[self.keys[look]]]
+
+    def fit(self, session, wanted, looks, check):
+        """Find the features of these looks; CacheMismatch says why the file cannot serve. `wanted`: of its recipe;
+        `check`: look at the images. Sets `content`, which changes with whatever shaped them."""
+        recipe, pictures = self.meta["recipe"], self.meta["pictures"]
+        differs = different(recipe | dict(model=Path(recipe["model"]).name), wanted)
+        require(not differs, differs, CacheMismatch)
+        self.keys = keys_of(session, looks, picture_facts(session, looks, pictures) if check else pictures)
+        lacks = [look for look, key in self.keys.items() if key not in self.rows]
+        said = f"no feature of {len(lacks)} of {len(looks)} looks, e.g. at {', '.join([*lacks, ()][0])}"
+        require(not lacks, f"{said}: another image, instruction or rate than when they were built", CacheMismatch)
+        self.content = digest_of([self.path.stem[-24:], sorted(self.keys.values())])
+
 
 def files_of(cache_root, session):
     """Paths of a session's feature files, the newest first."""
-    pattern = f"{glob.escape(stem_of(session))}__{'[0-9a-f]' * 24}.pt"
+    pattern = f"{glob.escape(session.name.replace('/', '__'))}__{'[0-9a-f]' * 24}.pt"
     return sorted((Path(cache_root) / FOLDER).glob(pattern), key=os.path.getmtime, reverse=True)
+
+
+def file_of(cache_root, session, recipe):
+    """Path of a session's features of this recipe."""
+    return Path(cache_root) / FOLDER / f"{session.name.replace('/', '__')}__{digest_of(shaping(recipe))}.pt"
 
 
 def command(program, **flags):
@@ -274,73 +278,43 @@ def command(program, **flags):
 
 
 def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE_AGE, pictures=True):
-    """Open the features of all `sessions` -> ({session name: FeatureFile}, recipe). Loads no VLM and decodes no image.
+    """Open the features of all `sessions`, for a VLM that looks every `reuse` steps -> ({session name: FeatureFile},
+    recipe). Loads no VLM and decodes no image.
 
     `expected`: the recipe's keys that the caller knows, e.g. {model, views, height, width}; the others may have any
-    value, the same in all sessions. `reuse`: steps per feature; the cache's stride must divide it. `pictures`: compare
-    with the images; False for a machine that has cache and data.pkl only. MissingFile lists sessions without a file; a
-    file made with other settings, instruction or images is a CacheMismatch. Both name the command to build them."""
-    wanted = {key: value for key, value in expected.items() if value is not None}
+    value, the same in all sessions. `pictures`: look at the images; False for a machine that has cache and data.pkl
+    only. MissingFile: sessions without a file; CacheMismatch: files without what is needed. Both say what differs and
+    the command that builds it."""
+    wanted = {key: value for key, value in expected.items() if value is not None} | dict(format_version=FORMAT)
     if "views" in wanted:
         wanted["views"] = sorted(set(wanted["views"]))
     build = dict(dataset_dirs="DATA", cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=max_image_age)
-    build |= {key: wanted.get(key) for key in ("model", "views", "layer", "dtype")}
-    build |= dict(image_resize_height=wanted.get("height"), image_resize_width=wanted.get("width"))
-    how = f"Build them: {command('build_vl_cache.py', **build)}"
+    flags = dict(height="image_resize_height", width="image_resize_width")
+    build |= {flags.get(key, key): wanted.get(key) for key in ("model", "views", "layer", "dtype", "height", "width")}
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
-        wanted["weights"] = digest
-    kinds, refused, missing = {}, [], []  # kinds {stride and recipe as text: {session: file}}
+        wanted = shaping(wanted) | dict(weights=digest)
+    elif "model" in wanted:  # not on this machine: its name is all there is
+        wanted["model"] = Path(wanted["model"]).name
+    kinds, reasons = {}, {}  # {digest of the recipe: {session: file}}, {session: why its newest file does not fit}
     for session in sessions:
-        paths, reasons = files_of(cache_root, session), []
-        for path in paths:
+        for path in files_of(cache_root, session):
             try:
                 file = FeatureFile(path)
-                require_fit(file, session, wanted, reuse, max_image_age, pictures)
-            except CacheMismatch as error:
-                reasons.append(str(error))
-            else:
-                kind = json.dumps([file.meta["stride"], file.meta["recipe"] | dict(model="")], sort_keys=True)
-                kinds.setdefault(kind, {}).setdefault(session.name, file)
-        if not paths:
-            missing.append(session.name)
-        elif len(reasons) == len(paths):
-            refused.append(f"{session.name}: {reasons[0]}")
-    for names, kind, what in ((refused, CacheMismatch, "that fit"), (missing, MissingFile, "at all")):
-        shown = "\n  ".join(names[:5] + [f"and {len(names) - 5} more"] * (len(names) > 5))
-        require(not names, f"no features {what} of {len(names)} of {len(sessions)} sessions:\n  {shown}\n{how}", kind)
-    whole = [json.loads(kind) for kind, files in kinds.items() if len(files) == len(sessions)]
-    shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for _, recipe in whole]
+                views = file.meta["recipe"]["views"]
+                file.fit(session, wanted, session.ticks(reuse, views, max_image_age).unique(), pictures)
+                kinds.setdefault(path.stem[-24:], {})[session.name] = file
+            except UserError as error:
+                reasons.setdefault(session.name, str(error))
+    fit = set().union(*kinds.values())
+    lacking = [f"{s.name}: {reasons.get(s.name, 'none at all')}" for s in sessions if s.name not in fit]
+    shown = "\n  ".join(lacking[:5] + [f"and {len(lacking) - 5} more"] * (len(lacking) > 5))
+    said = f"no features that fit of {len(lacking)} of {len(sessions)} sessions:\n  {shown}"
+    kind = CacheMismatch if reasons else MissingFile
+    require(not lacking, f"{said}\nBuild them: {command('build_vl_cache.py', **build)}", kind)
+    whole = [files for files in kinds.values() if len(files) == len(sessions)]
+    recipes = [next(iter(files.values())).meta["recipe"] for files in whole]
+    shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for recipe in recipes]
     several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"
     keep = "Keep one, with build_vl_cache.py --prune, or give each its own --cache-root"
-    same = whole and all(recipe == whole[0][1] for _, recipe in whole)
-    require(same, f"{several}. {keep}", CacheMismatch)
-    files = kinds[json.dumps(max(whole, key=lambda kind: kind[0]), sort_keys=True)]  # of several strides the coarsest
-    return files, next(iter(files.values())).meta["recipe"]
-
-
-def require_fit(file, session, wanted, reuse, max_image_age, pictures):
-    """CacheMismatch says why `file` cannot serve."""
-    meta, recipe = file.meta, file.meta["recipe"]
-    now = {key: value for key, value in wanted.items() if key != "model"} | dict(format_version=FORMAT)
-    differs = different({key: recipe.get(key) for key in now}, now)
-    model = wanted.get("model", recipe["model"])
-    if "weights" not in now and Path(model).name != Path(recipe["model"]).name:
-        differs.append(f"model was {recipe['model']}, now {model}")  # not on this machine: its name is all there is
-    differs += different(dict(instruction=meta["instruction"]), dict(instruction=session.instruction))
-    if reuse % meta["stride"]:
-        differs.append(f"stride was {meta['stride']}, of which vlm_reuse_count {reuse} is no multiple")
-    require(not differs, "; ".join(differs), CacheMismatch)
-    ticks = session.ticks(meta["stride"], recipe["views"], max_image_age)
-    moved = f"ticks were {len(meta['tick_times'])}, now {len(ticks)} at other times: a new data.pkl"
-    require(meta["tick_times"] == ticks.tick_time.tolist(), moved, CacheMismatch)
-    for view in recipe["views"]:
-        had, want = np.array(meta["frame_index"][view]), np.where(ticks.complete, ticks.frame_index[view], -1)
-        if len(other := np.flatnonzero((want >= 0) & (want != had))):
-            tick = other[0]
-            raise CacheMismatch(f"image of {view} at tick {tick} was number {had[tick]}, now {want[tick]}")
-        if pictures:
-            rows, used = meta["frames"][view], sorted(set(want.tolist()) - {-1})
-            facts, same = image_facts(session, view, used, {r[0]: r for r in rows}), {(r[0], r[3]) for r in rows}
-            changed = [name for name, _, _, digest in facts if (name, digest) not in same]
-            said = f"image {''.join(changed[:1])} changed, one of {len(changed)} of {view}"
-            require(not changed, said, CacheMismatch)
+    require(len(whole) == 1, f"{several}. {keep}", CacheMismatch)
+    return whole[0], recipes[0]

@@ -74,17 +74,6 @@ def small_batch(B=3, W=20):
     return async_batch(B, W) | dict(noise=noise, t=t)
 
 
-def test_real_size():
-    """Sensor encoder 47.24 M as documented (fact sheet, section 6), expert 57.88 M; ours has besides the position, the
-    force's encoder, its share of the fusion, and what stands for a missing sensor."""
-    with torch.device("meta"):
-        model = diffusion.DiffusionVLA((1, 2048), 3072, 1024, 4, 8, 0.1, 8, STATS, 100)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    ours = count(model.condition.sensor["force"]) + 768 * 1024 + 3072 + 768 + 8 * 1024
-    assert round(count(model.condition.sensor["ascan"]) / 1e6, 2) == 47.24
-    assert round((count(model) - count(model.condition.sensor["ascan"]) - ours) / 1e6, 2) == 57.88
-
-
 def test_the_expert_tells_the_steps_of_the_chunk_apart():
     """Without a position the same noisy action at every step would get the same noise estimate."""
     eps = small_model().predict_noise(torch.zeros(1, 32), torch.ones(1, 8, 7) * 0.3, torch.tensor([50]))

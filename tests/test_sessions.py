@@ -16,7 +16,6 @@ import pytest
 
 import create_datapkl
 import make_demo
-from common import UserError
 from common import sessions as ss
 from common.stats import Normalizer
 
@@ -74,46 +73,37 @@ def session(folder, rows=None, **what):
 )
 def test_staleness_by_hand(tmp_path, reuse, latency, ages):
     """Age of the feature, in steps of 0.1 s, at each of 12 steps. Before the first is ready the robot waits for it."""
-    s = session(tmp_path)
-    ticks = s.ticks(1, [])
-    assert (np.arange(12) - ticks.start[s.tick_of_step(np.arange(12), 1, reuse, latency / 1000)]).tolist() == ages
-    if reuse > 1:  # a cache of that stride, and steps one by one, say the same
-        ticks = s.ticks(reuse, [])
-        assert [k - ticks.start[s.tick_of_step(k, reuse, reuse, latency / 1000)] for k in range(12)] == ages
-    with pytest.raises(UserError, match="vlm_reuse_count is 4: expected a multiple of the ticks' stride 3"):
-        s.tick_of_step(0, 3, 4)
-
-
-segment_lengths = st.lists(st.integers(1, 11), min_size=1, max_size=5)
+    s, steps = session(tmp_path), np.arange(12)
+    assert (steps - s.tick_starts(reuse)[s.tick_of_step(steps, reuse, latency / 1000)]).tolist() == ages
+    assert [s.tick_of_step(k, reuse, latency / 1000) for k in steps] == [
+        (k - age) // reuse for k, age in enumerate(ages)
+    ]
 
 
 @hypothesis.settings(max_examples=40)
-@hypothesis.given(segment_lengths, *(st.integers(*ends) for ends in ((1, 3), (1, 4), (0, 5), (0, 5))))
-def test_a_tick_is_of_the_steps_own_segment_and_in_time(tmp_path, lengths, stride, times, latency, pause):
-    """For any segments, stride, reuse and latency: the newest tick of the segment that was ready, against all ticks."""
+@hypothesis.given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.integers(1, 8), st.integers(0, 500))
+def test_a_tick_is_of_the_steps_own_segment_and_in_time(tmp_path, lengths, reuse, latency_ms):
+    """For any segments, reuse and latency: the newest tick of the segment that was ready, against all ticks."""
     segments = np.repeat(np.arange(len(lengths)), lengths)
-    s = session(tmp_path, n=len(segments), segments=segments)
-    s.starts = s.starts + pause * segments  # gaps between the segments
-    ticks, reuse, delay = s.ticks(stride, []), stride * times, latency * 0.1
-    at = s.tick_of_step(np.arange(len(s)), stride, reuse, delay)
+    s, delay = session(tmp_path, n=len(segments), segments=segments), latency_ms / 1000
+    start, at = s.tick_starts(reuse), s.tick_of_step(np.arange(len(s)), reuse, delay)
     for k in range(len(s)):
         first, ready = int(np.flatnonzero(segments == segments[k])[0]), []
-        for i, b in enumerate(ticks.start):
+        for i, b in enumerate(start):
             in_time = b <= k and s.starts[b] + delay <= s.starts[k] + 1e-5
             if segments[b] == segments[k] and (b - first) % reuse == 0 and in_time:
                 ready.append(i)
-        assert at[k] == (ready[-1] if ready else np.flatnonzero(ticks.start == first)[0])
+        assert at[k] == (ready[-1] if ready else np.flatnonzero(start == first)[0])
 
 
 def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
     """Ticks at 0, 0.3, 0.6, 0.9 s; images at 0.1, 0.3 and 0.7 s: none before the first, one exactly at a tick counts,
     none may be older than 0.25 s."""
     s = session(tmp_path, images=[0.1, 0.3, 0.7])
-    assert s.ticks(3, ["View1"], 1.5).frame_index["View1"].tolist() == [-1, 1, 1, 2]
-    assert s.ticks(3, ["View1"], 0.25).frame_index["View1"].tolist() == [-1, 1, -1, 2]
-    steps, ticks = s.usable_steps(3, 3, ["View1"], 0.25)
-    assert steps.tolist() == [3, 4, 5, 9, 10, 11] and ticks.tolist() == [1, 1, 1, 3, 3, 3]
-    assert s.frame_path("View1", 1) == s.path / "View1/left/a_1.jpg"
+    for age, images in ((1.5, [None, 1, 1, 2]), (0.25, [None, 1, None, 2])):
+        looks = [i and (f"View1/left/a_{i}.jpg",) for i in images]
+        assert s.ticks(3, ["View1"], age).looks == looks and s.ticks(3, ["View1"], age).start.tolist() == [0, 3, 6, 9]
+    assert s.ticks(3, ["View1"]).unique() == [("View1/left/a_1.jpg",), ("View1/left/a_2.jpg",)]
     with pytest.raises(ss.BadSession, match="no view 'View2'; it has View1_left"):
         s.ticks(3, ["View2"])
     names, stamps = s.view("View1")
@@ -295,10 +285,12 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
     create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0, min_sensor_overlap=0.5))
     found = ss.find_sessions([root, root / "OCT_insertion"])
     assert [s.name for s in found] == sorted(s.name for s in found) and len(found) == 4
-    assert ss.common_views(found) == (["View1", "View5"], {})
+    assert ss.common_views(found) == (["View1", "View5"], [])
     views = dict(a=["View1_left", "View1_right", "View5"], b=["View1", "View2"])
     parts = [SimpleNamespace(name=name, view_names=names) for name, names in views.items()]
-    assert ss.common_views(parts) == (["View1"], {"View2": ["a"], "View5": ["b"]})
+    assert ss.common_views(parts) == (["View1"], ["View2", "View5"])
+    with pytest.raises(ss.BadSession, match="no view is in all of the 3 sessions"):
+        ss.common_views([*parts, SimpleNamespace(name="c", view_names=["View3"])])
     shutil.copytree(root / "OCT_insertion", tmp_path / "e/OCT_insertion")
     with pytest.raises(ss.BadSession, match="two sessions are called OCT_insertion/-/Captures4"):
         ss.find_sessions([tmp_path])
