@@ -274,6 +274,7 @@ def test_disordered_datagrams_are_sorted_and_files_join(tmp_path):
     stream(tmp_path, (50 + np.arange(100)) / 650, 50 + np.arange(100, dtype=np.float32), "sensor_data_2.npz")
     stamps, rows, *_ = cd.read_sensor([tmp_path / "sensor_data_2.npz", tmp_path / "sensor_data_1.npz"])
     assert (np.diff(stamps) > 0).all() and np.array_equal(np.unique(rows[:, 0]), np.arange(150)) and len(rows) <= 151
+    assert np.abs((stamps - EPOCH) * 650 - rows[:, 0]).max() < 1  # each with its own stamp
 
 
 @pytest.mark.parametrize("stamps, said", [([], "hold no rows: no sensor"), ([*range(9), 5], "steps back by 3.0")])
