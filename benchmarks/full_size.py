@@ -5,6 +5,7 @@ that fit in 8 minutes each; on a CPU the same code on make_demo.py's small backb
     python benchmarks/full_size.py --part nora              # smolvla, openvla, mobile, async, diffusion
     python benchmarks/full_size.py --part upstream          # a NORA step as upstream writes it, beside ours
     python benchmarks/full_size.py --part cached            # async and diffusion: a step with the VLM in it, and cached
+    python benchmarks/full_size.py --part overhead          # what a training adds to forward, backward, clip and AdamW
 
 A part prints a line per setting and adds it to benchmarks/results/full_size_<machine>.txt: samples/s of forward,
 backward, clipping and AdamW; model FLOP/s (counted by torch, recomputation included) as a share of the card's dense
@@ -24,7 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ |= dict(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ import train_nora
 import train_openvla_vamos
 import train_smolvla_sim
 from common import checkpoint as ckpt
-from common import hub, plan
+from common import hub, plan, run
 from common.run import to_device
 from common.vl_cache import VLEncoder
 from modeling_openvla import TOWERS
@@ -376,8 +377,71 @@ def cached(args):
             yield f"cached     {name}, {cfg.batch_size} samples: {text}"
 
 
+class Timed:
+    """A model whose calls are timed."""
+
+    def __init__(self, model, timed):
+        self.model, self.call = model, timed(model)
+
+    def __call__(self, *args, **how):
+        return self.call(*args, **how)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def overhead(args):
+    """CPU seconds of a training's main process per step, with log, finite check and all, and what forward, backward,
+    clipping and AdamW take of them, in the same steps; the loader's worker has a process of its own."""
+    torch.set_num_threads(1)
+    for name in PARTS:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            script, cfg, _ = settings(name, Path(folder), args.small)
+            for key in ("output_dir", "checkpoint_dir", "run_root_dir", "adapter_tmp_dir"):
+                plan.put(cfg, {key: f"{folder}/out"})
+            rare = ("val_frequency", "val_steps", "val_freq", "eval_epochs", "every_n_epochs")
+            changes = dict.fromkeys(("max_train_steps", "max_steps", "steps"), 10 + args.steps)
+            plan.put(cfg, changes | dict.fromkeys(rare, 10**9) | dict(num_workers=1, epochs=1000, max_epochs=1000))
+            whole, bare = steps_of(script, cfg)
+        share = f"forward, backward, clip and AdamW {1e3 * np.median(bare):.1f} ms of them"
+        text = f"{1e3 * np.median(whole):.1f} ms of CPU per step, {share}: {np.median(whole / bare) - 1:+.1%}"
+        yield f"overhead   {name:<10} {text}"
+
+
+def steps_of(script, cfg):
+    """-> (whole, bare), CPU seconds of each step from the sixth on."""
+    parts, seen = [], []
+
+    def timed(function):
+        def call(*args, **how):
+            begin = time.process_time()
+            result = function(*args, **how)
+            parts.append(time.process_time() - begin)
+            return result
+
+        return call
+
+    def noted(*args, update=run.Step.update):
+        update(*args)
+        seen.append((time.process_time(), sum(parts)))
+
+    def prepared(*args, prepare=run.Run.prepare, **how):
+        return Timed(prepare(*args, **how), timed)
+
+    places = [(run.Step, "update", noted), (run.Run, "prepare", prepared)]
+    places += [(torch.Tensor, "backward", timed(torch.Tensor.backward))]
+    places += [(torch.optim.AdamW, "step", timed(torch.optim.AdamW.step))]
+    places += [(torch.nn.utils, "clip_grad_norm_", timed(torch.nn.utils.clip_grad_norm_))]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        for place, key, function in places:
+            stack.enter_context(mock.patch.object(place, key, function))
+        script.main(cfg)
+    return np.diff(np.array(seen[5:]), axis=0).T
+
+
 PARTS = ("nora", "smolvla", "openvla", "mobile", "async", "diffusion")
-BESIDE = dict(upstream=upstream, cached=cached)
+BESIDE = dict(upstream=upstream, cached=cached, overhead=overhead)
 
 
 def results(args, machine):

@@ -6,12 +6,9 @@ loader   samples/s of the dataset (open files, bounds, chunking, dict) / samples
          decode, resize. 640x480, shuffled.
 start    seconds to find, read and check 1,000 episodes / seconds to read the same arrays with bare h5py calls; files
          left open.
-step     CPU seconds of main's process per training step / what forward, backward, clip and AdamW take of them, in the
-         same steps: the loader's worker has a process of its own.
 windows  CPU seconds of the vision tower with windows of one length in one attention call / with transformers' loop.
 """
 
-import contextlib
 import io
 import os
 import sys
@@ -31,7 +28,6 @@ import make_demo
 import train_nora as nora
 from common import episodes as ep
 from common.config import parse_config
-from common.run import Step
 
 torch.set_num_threads(1)
 
@@ -115,37 +111,6 @@ def start(folder):
     print(f"start    1,000 episodes, 400,000 frames: {times}; {files}", flush=True)
 
 
-def step(folder):
-    make_demo.write_insertion(folder / "train", episodes=8, size=(240, 320))
-    make_demo.write_qwen2_5_vl(folder / "qwen", text=(256, 4), vision=(128, 4))
-    words = "--fast fit --horizon 8 --use_ee_pose_delta_as_action --batch_size 8 --gradient_accumulation_steps 1"
-    flags = ["--dataset.root_dir", folder / "train", "--model", folder / "qwen", *words.split()]
-    flags += ["--resize_resolution", 112, 112, "--num_workers", 1, "--max_steps", 24, "--logging_frequency", 1]
-    parts, steps = [], []  # CPU seconds of every part, and (time, their sum) after every step
-
-    def measured(function):
-        def call(*args, **how):
-            begin = time.process_time()
-            result = function(*args, **how)
-            parts.append(time.process_time() - begin)
-            return result
-
-        return call
-
-    def noted(*args, update=Step.update):
-        update(*args)
-        steps.append((time.process_time(), sum(parts)))
-
-    nora.Nora.forward, torch.Tensor.backward = measured(nora.Nora.forward), measured(torch.Tensor.backward)
-    torch.nn.utils.clip_grad_norm_ = measured(torch.nn.utils.clip_grad_norm_)
-    torch.optim.AdamW.step, Step.update = measured(torch.optim.AdamW.step), noted
-    with contextlib.redirect_stdout(io.StringIO()):  # what a training says is not the benchmark's
-        nora.main(config(*flags, "--output_dir", folder / "run"))
-    whole, bare = np.diff(np.array(steps[4:]), axis=0).T * 1e3
-    of = f"{whole.mean():.0f} ms of CPU, forward + backward + clip + AdamW {bare.mean():.0f} ms of them"
-    print(f"step     {of}: overhead {whole.sum() / bare.sum() - 1:+.1%}, median {np.median(whole / bare) - 1:+.1%}")
-
-
 def windows():
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -179,5 +144,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         loader(Path(folder))
         start(Path(folder))
-        step(Path(folder))
         windows()
