@@ -261,10 +261,11 @@ def read_sensor(paths):
 def compress(rows):
     """(n, 1026) float32 -> (the rows as fp16 where that rounds no channel by more than FP16_ERROR of its standard
     deviation (A-scans are integers: exact up to 2,048), else as they are; their mean, std (1026,) float64)."""
-    mean, std = rows.mean(0, np.float64), rows.std(0, np.float64)
+    mean, blocks = rows.mean(0, np.float64), [slice(i, i + 10_000) for i in range(0, len(rows), 10_000)]
+    std = np.sqrt(sum(np.square(rows[block] - mean).sum(0) for block in blocks) / len(rows))
     with np.errstate(over="ignore", invalid="ignore"):
         half = rows.astype(np.float16)
-        rounded = np.sqrt(np.square(half - rows).mean(0, np.float64))
+        rounded = np.sqrt(sum(np.square(half[block] - rows[block]).sum(0, np.float64) for block in blocks) / len(rows))
     exact = (rounded <= FP16_ERROR * ss.sensor_std(std)).all()
     return half if exact else rows, mean, std
 
