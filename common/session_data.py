@@ -64,6 +64,11 @@ class Features:
         steps = np.flatnonzero([ticks.looks[tick] is not None for tick in at])
         return steps, at[steps]
 
+    def ages(self, session):
+        """-> (m,) seconds from the images' capture to each usable step, at the shortest latency."""
+        steps, ticks = self.usable(session)
+        return session.starts[steps] - self.ticks[session.name].captured[ticks]
+
     def read(self, session, tick):
         """-> dict(vl_features (N, V) float32), or dict(images {view: (h, w, 3) uint8}, instruction)."""
         look = self.ticks[session.name].looks[tick]
@@ -84,7 +89,8 @@ def load_data(cfg, run=None, saved=None, optional=()):
     views, facts = features.recipe["views"], []
     none = f"no step of the {len(train)} training sessions has an image of {', '.join(views)} that is at most"
     how = f"{none} {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
-    require(any(len(features.usable(s)[0]) for s in train), how)
+    ages = np.concatenate([features.ages(s) for s in train])
+    require(len(ages), how)
     for s in train:
         stamps = s.sensor_stamps.tobytes() if s.has_sensor else b""
         content = hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + stamps).hexdigest()
@@ -105,6 +111,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
         recipe=features.recipe,
         vl_shape=list(features.shape),
         sensor_hz=float(np.median([s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ])),
+        oldest_image_s=float(ages.max()) + (max(cfg.vlm_latency_ms) - min(cfg.vlm_latency_ms)) / 1000,
         instructions=sorted({s.instruction for s in train}),
         image_sizes={view: list(*known) if len(known) == 1 else None for view, known in sizes.items()},
         fingerprint=fingerprint,
@@ -223,6 +230,7 @@ class SessionPolicy:
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
         self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
         self.sensor_hz, self.vl_shape = about["sensor_hz"], about["vl_shape"]
+        self.oldest_image_s = about["oldest_image_s"]
         self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, Collate(cfg, self.stats)
         rows = f"(n, {ss.CHANNELS}) raw rows (force, A-scan) up to now, newest last, or None;"
         rows += f" the newest {cfg.sensor_window_size} at {self.sensor_hz:.0f} Hz are used"

@@ -28,12 +28,10 @@ class TwoRateLoop:
         self.policy, self.instruction, self.clock = policy, instruction or texts[0], clock
         if self.instruction not in texts:
             print(f"warning: the policy has not been trained on {self.instruction!r}, but on {texts[:3]}")
-        cfg = policy.cfg
-        self.trained_age_s = cfg.vlm_reuse_count / ss.ACTION_HZ + max(cfg.vlm_latency_ms) / 1000
-        self.max_age_s = self.trained_age_s if max_age_s is None else max_age_s
+        self.max_age_s = policy.oldest_image_s if max_age_s is None else max_age_s
         self.lock = threading.Lock()
         self.stream = torch.cuda.Stream() if policy.device.type == "cuda" else None
-        self.sensor = deque(maxlen=cfg.sensor_window_size)  # (stamp, row), oldest first
+        self.sensor = deque(maxlen=policy.cfg.sensor_window_size)  # (stamp, row), oldest first
         self.reset()
 
     def reset(self):
@@ -92,9 +90,9 @@ class TwoRateLoop:
         if age > self.max_age_s:
             self.holds += 1
             return None
-        if age > self.trained_age_s:
+        if age > self.policy.oldest_image_s:
             if not self.older:
-                most = f"at most {1000 * self.trained_age_s:.0f} ms in training: see --vlm-latency-ms"
+                most = f"at most {1000 * self.policy.oldest_image_s:.0f} ms in training: see --vlm-latency-ms"
                 print(f"warning: a feature is {1000 * age:.0f} ms old, {most}, or max_age_s=None to hold")
             self.older += 1
         self.ages[int(age * ss.ACTION_HZ + 1e-6)] += 1

@@ -42,9 +42,10 @@ class SlowPolicy:
     """Stands for a Policy: encoding takes `latency` seconds of the clock, predicting 20 ms; an action is (feature,
     number of rows, newest row). Its features are the times of their pictures, which the loop must know."""
 
-    def __init__(self, clock, latency, reuse=3, window=65, fail_at=None, trained_ms=0.0):
+    def __init__(self, clock, latency, reuse=3, window=65, fail_at=None, oldest_image_s=0.3):
         self.clock, self.latency, self.fail_at, self.looks, self.resets = clock, latency, fail_at, 0, 0
-        self.cfg = SimpleNamespace(sensor_window_size=window, vlm_reuse_count=reuse, vlm_latency_ms=[trained_ms])
+        self.cfg = SimpleNamespace(sensor_window_size=window, vlm_reuse_count=reuse)
+        self.oldest_image_s = oldest_image_s
         self.instructions, self.device, self.sensor_hz = ["go"], torch.device("cpu"), 650
 
     def reset(self):
@@ -175,13 +176,12 @@ def test_warming_up_looks_without_counting():
 
 
 def test_older_features_than_in_training_are_said_or_held(capsys):
-    drive = Drive(0.381).run(3.0)  # trained at no latency: 0 to 300 ms
+    drive = Drive(0.381).run(3.0)  # trained on 0 to 300 ms
     assert drive.loop.older == sum(drive.loop.ages.values()) > 20 and "older than in training" in drive.loop.report()[0]
     assert capsys.readouterr().out.count("warning") == 1
     assert not Drive(0.381, max_age_s=None).run(3.0).loop.ages
-    assert (
-        Drive(0.381, max_age_s=None, trained_ms=500.0).run(3.0).loop.ages and "warning" not in capsys.readouterr().out
-    )
+    assert Drive(0.381, max_age_s=None, oldest_image_s=0.8).run(3.0).loop.ages
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_sensor_rows_by_time():
