@@ -108,3 +108,9 @@ def test_python_in_the_pages_uses_names_that_exist(english):
             if module != "train_mine":
                 found = importlib.import_module(module)
                 assert all(hasattr(found, name) for name in names.split(", ")), code
+
+
+@pytest.mark.parametrize("page", ["docs/closed_loop.md", "docs/closed_loop.ko.md"])
+def test_the_scene_of_the_page_is_the_one_that_was_run(page):
+    shown = re.search(r"```python\n(class MyInsertion.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
+    assert shown in (ROOT / "benchmarks/mujoco_insertion.py").read_text()

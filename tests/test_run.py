@@ -253,8 +253,8 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk)
         a, b = (ckpt.load_state(tmp_path / name / f"steps_{step}" / "state.pt") for name in "ab")
         assert same(a["trained"], b["trained"])
         assert all(same(a["moments"][name], b["moments"][name]) for name in a["moments"])
-    stalls = {row["step"]: row["save_stall_s"] for row in read_metrics(tmp_path / "b") if "save_stall_s" in row}
-    assert stalls and all(seconds > 0 for seconds in stalls.values())
+    stalled = {row["step"] for row in read_metrics(tmp_path / "b") if "save_stall_s" in row}
+    assert {3, 5} <= stalled, "the seconds of a save stand in the line after it"
 
 
 def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
