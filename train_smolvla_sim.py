@@ -1065,6 +1065,14 @@ def open_run(cfg, run, folder):
     return cfg, path, saved, data
 
 
+def validation_list(data):
+    """-> the text of validation_episodes.txt, as the guide shows it"""
+    listed = [f"Validation episodes\n{'=' * 80}\nTotal episodes: {len(data.episodes)}"]
+    listed += [f"Validation episodes: {len(data.validation)}", f"Validation episode indices: {data.validation}\n"]
+    listed += ["Validation episode paths:", *(f"  [{i}] {data.episodes[i].path}" for i in data.validation)]
+    return "\n".join(listed) + "\n"
+
+
 def main(cfg):
     check_config(cfg)
     if cfg.check:
@@ -1125,10 +1133,7 @@ def main(cfg):
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
     run.once(save_stats, out / "dataset_stats.yaml", data.spec.stats)
-    listed = [f"Validation episodes\n{'=' * 80}\nTotal episodes: {len(data.episodes)}"]
-    listed += [f"Validation episodes: {len(data.validation)}", f"Validation episode indices: {data.validation}\n"]
-    listed += ["Validation episode paths:", *(f"  [{i}] {data.episodes[i].path}" for i in data.validation)]
-    run.write("validation_episodes.txt", "\n".join(listed) + "\n")
+    run.write("validation_episodes.txt", validation_list(data))
 
     def weights():
         """The model as LeRobot names it, averaged where EMA is on, on the CPU."""
