@@ -6,6 +6,7 @@ Only tensors and plain types go in, so everything loads with weights_only=True."
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from common import MissingFile, UserError, require
 
 TEMPORARY = ".tmp-"
-SET_ASIDE = "set_aside"  # folder for the checkpoints after the one that a run went on from
 OWNED = re.compile(re.escape(TEMPORARY) + r"(?P<pid>\d+)@(?P<host>.+?)~(?P<old>old~)?(?P<name>.+)")
 
 
@@ -153,10 +153,9 @@ def on_host(value, copy=False, known=None, where="state"):
             known[key] = value.detach().to("cpu", copy=copy)
         return known[key]
     if type(value) in (dict, OrderedDict):
-        wrong = [
-            f"{where} has a key {key!r} of type {type(key).__name__}" for key in value if type(key) not in (str, int)
-        ]
-        require(not wrong, f"{''.join(wrong[:1])}; only str and int are stored", TypeError)
+        for key in value:
+            told = f"{where} has a key {key!r} of type {type(key).__name__}; only str and int are stored"
+            require(type(key) in (str, int), told, TypeError)
         return {k: on_host(v, copy, known, f"{where}.{k}") for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)(on_host(v, copy, known, f"{where}[{i}]") for i, v in enumerate(value))
@@ -242,14 +241,14 @@ def find_checkpoint(wanted, folder, patterns, beside=()):
 
 
 def set_aside(folder, patterns, step):
-    """Move the checkpoints after `step` into a folder beside them: the run goes on from `step`. -> their new paths."""
+    """Move checkpoints after `step` into a folder set_aside_1, 2, ...: the run goes on from there. -> new paths."""
     later = [path for path in checkpoints_in(folder, patterns) if (step_of(path) or 0) > step]
-    taken = {path.name for path in Path(folder).glob(f"{SET_ASIDE}_*")}
-    number = next(n for n in range(1, len(taken) + 2) if f"{SET_ASIDE}_{n}" not in taken)
-    moved = [path.parent / f"{SET_ASIDE}_{number}" / path.name for path in later]
-    for path, target in zip(later, moved, strict=True):
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
+    places = (Path(folder, f"set_aside_{n}") for n in itertools.count(1))
+    target = next(place for place in places if not place.exists())
+    moved = [target / path.name for path in later]
+    for path, new in zip(later, moved, strict=True):
+        target.mkdir(exist_ok=True)
+        os.replace(path, new)
     return moved
 
 

@@ -58,17 +58,6 @@ def read_pair(folder):
 # ---- atomic replacement ----------------------------------------------------------------------------------------------
 
 
-def test_a_file_and_a_folder_are_created_and_replaced(tmp_path):
-    for number in (1, 2):
-        with atomic_path(tmp_path / "deep" / "a.pt") as temporary:
-            assert temporary.parent == tmp_path / "deep" and temporary.name.startswith(".tmp-")
-            save_state(temporary, {"number": number})
-        save_pair(tmp_path / "deep" / "d", number)
-        assert load_state(tmp_path / "deep" / "a.pt") == {"number": number}
-        assert read_pair(tmp_path / "deep" / "d") == number
-    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.pt", "d"], "nothing temporary stays"
-
-
 class Boom(Exception):
     pass
 
@@ -247,23 +236,6 @@ def test_rotate(tmp_path, keep, left):
     assert sorted(int(path.name[6:]) for path in tmp_path.glob("steps_*") if path.is_dir()) == left
 
 
-def test_a_rotation_that_is_interrupted_leaves_no_half_checkpoint(tmp_path, monkeypatch):
-    """Deleting a folder takes many calls; the name must go first."""
-    for step in (1, 2):
-        write_pair(tmp_path / f"steps_{step}", step)
-
-    def dies_half_way(path, **options):
-        (Path(path) / "state.pt").unlink()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ckpt.shutil, "rmtree", dies_half_way)
-        ckpt.rotate(tmp_path, "steps_{step}", 1)
-    assert steps(tmp_path) == [2]
-    ckpt.remove_temporaries(tmp_path)
-    assert list(tree(tmp_path)) == ["steps_2", "steps_2/model", "steps_2/model/config.json", "steps_2/state.pt"]
-
-
 def test_cleaning_puts_back_what_has_no_successor_and_spares_the_living(tmp_path):
     dead, day = f"{2**22 + 1}@{socket.gethostname()}", 86400
     write_pair(tmp_path / f".tmp-{dead}~old~best", 1)
@@ -296,13 +268,13 @@ def test_whatever_is_accepted_is_read_back_equal(tmp_path_factory, state):
     assert got == state and type(got) is type(state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
-def test_tensors_keep_dtype_and_bits(tmp_path, dtype):
-    tensor = torch.arange(12).reshape(3, 4).to(dtype).t()
-    save_state(tmp_path / "s.pt", {"t": tensor, "empty": torch.zeros(0, 3), "rng": torch.get_rng_state()})
-    got = load_state(tmp_path / "s.pt")
-    assert got["t"].dtype == dtype and torch.equal(got["t"], tensor) and got["empty"].shape == (0, 3)
-    assert torch.equal(got["rng"], torch.get_rng_state())
+def test_tensors_keep_dtype_and_bits(tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {str(kind): torch.arange(12).reshape(3, 4).to(kind).t() for kind in kinds}
+    tensors |= dict(empty=torch.zeros(0, 3), rng=torch.get_rng_state())
+    save_state(tmp_path / "s.pt", tensors)
+    for name, got in load_state(tmp_path / "s.pt").items():
+        torch.testing.assert_close(got, tensors[name], rtol=0, atol=0)
 
 
 Point = namedtuple("Point", "x y")
@@ -454,50 +426,13 @@ def test_a_copy_on_the_host_is_one_and_tied_tensors_stay_one():
 # ---- training state --------------------------------------------------------------------------------------------------
 
 
-def make_training(seed):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    model[2].requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def train_steps(model, optimizer, first, last):
-    for step in range(first, last):
-        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("stop", [0, 7])
-def test_resume_is_bitwise(tmp_path, stop):
-    """Stopped after any update, saved, loaded into a model with other weights and moments: the same to the bit."""
-    model, optimizer = make_training(0)
-    train_steps(model, optimizer, 0, stop)
-    trained, moments = ckpt.training_state(model, optimizer)
-    assert set(trained) == {"0.weight", "0.bias", "4.weight", "4.bias"}, "what is frozen is not in the checkpoint"
-    assert set(moments) == (set(trained) if stop else set())
-    save_state(tmp_path / "state.pt", dict(trained=trained, moments=moments))
-    train_steps(model, optimizer, stop, 15)
-
-    other, other_optimizer = make_training(1)
-    train_steps(other, other_optimizer, 100, 103)  # it has its own moments, which must go
-    other[2].load_state_dict(model[2].state_dict())
-    ckpt.restore_training_state(other, other_optimizer, **load_state(tmp_path / "state.pt"))
-    train_steps(other, other_optimizer, stop, 15)
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    for a, b in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
-        assert all(torch.equal(a[k], b[k]) for k in a) and float(b["step"]) == 15
-
-
 @pytest.mark.parametrize("bias", [None, torch.zeros(1)], ids=["missing", "another shape"])  # (1,) would broadcast
 def test_restoring_other_tensors_is_refused(bias):
-    model, optimizer = make_training(0)
+    model = nn.Linear(4, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
     trained, moments = ckpt.training_state(model, optimizer)
-    trained["0.bias"] = bias
+    trained["bias"] = bias
     if bias is None:
-        del trained["0.bias"]
-    with pytest.raises(UserError, match="lacks 1 trained tensors or has them in another shape, e.g. 0.bias"):
+        del trained["bias"]
+    with pytest.raises(UserError, match="lacks 1 trained tensors or has them in another shape, e.g. bias"):
         ckpt.restore_training_state(model, optimizer, trained, moments)

@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.trainers import BpeTrainer
 
 from common import UserError
-from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, _utf8_shape, dct_matrix
+from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, dct_matrix
 
 ROOT2 = math.sqrt(2)
 
@@ -266,12 +266,3 @@ def test_malformed_is_where_free_decoding_would_have_left_the_format(fast):
     scores[0, END], scores[1, FIRST + ids_of(fast, [4])[0]] = 1, 1  # the end at once; a coefficient
     only(torch.zeros(2, 5, dtype=torch.long), scores)
     assert only.malformed.tolist() == [True, False]
-
-
-def test_the_tables_by_hand(fast):
-    """Continuation bytes before the first character, characters begun, continuation bytes that must follow."""
-    for value, row in ((0x41, (0, 1, 0)), (0x80, (1, 0, 0)), (0xC3, (0, 1, 1)), (0xDF, (0, 1, 1))):
-        i = byte(fast, value)
-        assert (fast.lead[i], fast.starts[i], fast.tail[i], fast.valid[i]) == (*row, True)
-    assert not fast.valid[[byte(fast, v) for v in (0xC0, 0xC1, 0xE0, 0xEF, 0xF0, 0xFF)]].any()
-    assert _utf8_shape("\u07ff".encode())[3] == 1 and _utf8_shape("\u0800".encode())[3] == 0, "no coefficient"

@@ -122,10 +122,17 @@ def observation(parts, item, **more):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_frame_store_gives_the_same_training(tmp_path, base):
-    plain = run(base, "--output_dir", tmp_path / "a", "--max_steps", 2)
-    flags = [*base, "--frame_store", tmp_path / "frames", "--output_dir", tmp_path / "b"]
-    assert losses(run(flags, "--max_steps", 2)) == losses(plain) and any((tmp_path / "frames").glob("**/*.u8"))
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    """(flags, metrics, folder of step 2) of a run."""
+    out = tmp_path_factory.mktemp("plain")
+    flags = [*base, "--max_steps", 2, "--output_dir", out]
+    return flags, run(flags), out / "steps_2"
+
+
+def test_a_frame_store_gives_the_same_training(tmp_path, plain):
+    again = run(plain[0], "--frame_store", tmp_path / "frames", "--output_dir", tmp_path / "run")
+    assert losses(again) == losses(plain[1]) and any((tmp_path / "frames").glob("**/*.u8"))
 
 
 def test_augmentation_and_dropout_are_functions_of_seed_and_position(base, parts):
@@ -179,7 +186,8 @@ def test_loss_equals_transformers_own_loss(parts):
     with torch.no_grad():
         ours = parts.core.compute_loss(parts.collate(items))["sample_loss"]
         for item, loss in zip(items, ours, strict=True):
-            answer = parts.collate.answer(item["action"])
+            actions = parts.fast.encode(parts.spec.normalizer.normalize(item["action"]))
+            answer = [parts.processor.first_action + i for i in actions] + [parts.processor.end]
             theirs = parts.core.vlm(**official_inputs(parts, item, answer)).loss * len(answer)
             assert loss.item() == pytest.approx(theirs.item(), rel=2e-5)
 
@@ -274,18 +282,6 @@ def test_five_views_at_the_guides_size_take_few_attention_calls_and_no_wait(part
     assert not {"_local_scalar_dense", "nonzero", "_unique2", "unique_consecutive"} & set(done.names)
 
 
-def test_loss_covers_action_tokens_and_the_end_only(parts):
-    items = items_of(parts, [0, 7])
-    batch = parts.collate(items)
-    for b, item in enumerate(items):
-        mine = batch["target_sample"] == b
-        labels = batch["targets"][mine].tolist()
-        fast_ids = parts.fast.encode(parts.spec.normalizer.normalize(item["action"]))
-        assert labels == [parts.processor.first_action + i for i in fast_ids] + [parts.processor.end]
-        behind = batch["input_ids"].flatten()[batch["target_rows"][mine] + 1].tolist()
-        assert behind == labels, "each place predicts the token behind it"
-
-
 def test_a_report_leaves_out_what_cannot_be_read_and_knows_its_episodes(insertion_root, parts, tmp_path, capsys):
     with pytest.raises(UserError, match="no episode 'x.h5'.*--episodes"):
         list(parts.policy.open_episodes(insertion_root, ["x.h5"]))
@@ -345,19 +341,16 @@ def test_one_batch_can_be_learned_and_every_form_of_the_policy_predicts_the_same
 # ---- the exported model ----------------------------------------------------------------------------------------------
 
 
-def test_transformers_opens_the_exported_model(tmp_path, base):
+def test_transformers_opens_the_exported_model(plain):
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration as Model
 
-    run(base, "--output_dir", tmp_path, "--max_steps", 1)
-    folder = tmp_path / "steps_1" / "model"
+    folder = plain[2] / "model"
     vlm, info = Model.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert vlm.lm_head.weight.data_ptr() == vlm.get_input_embeddings().weight.data_ptr()
-    table = state(tmp_path / "steps_1")["vlm.model.language_model.embed_tokens.weight"]
-    assert torch.equal(vlm.lm_head.weight, table)
+    assert torch.equal(vlm.lm_head.weight, state(plain[2])["vlm.model.language_model.embed_tokens.weight"])
     assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<robot_action_2047>")
     assert official_processor(folder).patch_size == 14
-    assert {"dataset_stats.json", "policy.json", "fast"} <= {p.name for p in folder.iterdir()}
 
 
 def test_a_model_of_an_older_release_is_exported_in_its_files(tmp_path, base, shared):
@@ -435,11 +428,10 @@ def test_fsdp_equals_one_process_and_gathers_once_per_validation(tmp_path, base)
     assert resumed[:2] == losses(two)[:2] and resumed[2][1] == pytest.approx(losses(two)[2][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", ["--horizon 5", "--seed 1", "--train head"])
-def test_a_resume_that_would_mean_something_else_is_refused(tmp_path, base, flags):
-    run(base, "--output_dir", tmp_path, "--max_steps", 1)
-    with pytest.raises(UserError, match="data" if "horizon" in flags else flags.split()[0][2:]):
-        run(base, "--output_dir", tmp_path, "--max_steps", 2, "--resume", "auto", *flags.split())
+@pytest.mark.parametrize("flags, changed", [("--horizon 5", "data"), ("--seed 1", "seed"), ("--train head", "train")])
+def test_a_resume_that_would_mean_something_else_is_refused(plain, flags, changed):
+    with pytest.raises(UserError, match=changed):
+        run(plain[0], "--max_steps", 3, "--resume", "auto", *flags.split())
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------
@@ -567,17 +559,13 @@ def test_the_state_can_be_noisy_or_missing_in_training_only(base):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--dataset.root_dir /nowhere", "No HDF5 files found.*'/nowhere'"),
         ("--horizon 0", "dataset.horizon is 0"),
         ("--cameras camera9", r"dataset.cameras is \['camera9'\].*side_camera"),
         ("--min_cameras 3", "min_cameras is 3"),
         ("--resize_resolution 224 225", "multiples of 28"),
-        ("--num_val_episodes 4", "num_val_episodes is 4, but there are 4"),
         ("--model /no/model", "'/no/model' is neither"),
         ("--fast /no/fast", "FAST tokenizer '/no/fast'.*--fast fit"),
-        ("--fast_vocab_size 4096", "fast_vocab_size is 4096"),
         ("--max_steps 0", "max_train_steps is 0"),
-        ("--resume /no/checkpoint", "/no/checkpoint: no such checkpoint"),
         ("--fsdp", "fsdp needs several processes"),
         ("--fsdp --train head", "fsdp shards a full training"),
         ("--attn_implementation flash_attention_2", "Flash Attention not supported"),
@@ -701,14 +689,8 @@ def test_the_policy_says_what_it_takes_and_gives(tmp_path, base, insertion_root)
     text = policy.model.processor.text("go", policy.spec.state_normalizer.normalize(seen["state"]))
     assert len(text.split(" State: ")[1].split("<|im_end|>")[0].split()) == 12
     assert policy.predict([seen]).shape == (1, 3, 6)
-    side = np.repeat(seen["images"]["camera1"], 2, axis=1)
-    for wrong, message in (
-        (dict(images=seen["images"] | dict(camera1=side)), "camera1 is 160x60.*aspect ratio"),
-        (dict(state=seen["state"][:6]), r"state has shape \(6,\)"),
-        (dict(images=dict(camera1=seen["images"]["camera1"])), "camera3 is missing"),
-    ):
-        with pytest.raises(UserError, match=message):
-            policy.predict([seen | wrong])
+    with pytest.raises(UserError, match=r"state has shape \(6,\)"):
+        policy.predict([seen | dict(state=seen["state"][:6])])
 
 
 def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
