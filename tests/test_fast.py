@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.trainers import BpeTrainer
 
 from common import UserError
-from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, dct_matrix
+from common.fast import NUM_IDS, ActionsOnly, FastTokenizer, _utf8_shape, dct_matrix
 
 ROOT2 = math.sqrt(2)
 
@@ -266,3 +266,7 @@ def test_malformed_is_where_free_decoding_would_have_left_the_format(fast):
     scores[0, END], scores[1, FIRST + ids_of(fast, [4])[0]] = 1, 1  # the end at once; a coefficient
     only(torch.zeros(2, 5, dtype=torch.long), scores)
     assert only.malformed.tolist() == [True, False]
+
+
+def test_a_character_beyond_the_coefficients_is_no_coefficient():
+    assert _utf8_shape("\u07ff".encode())[3] == 1 and _utf8_shape("\u0800".encode())[3] == 0
