@@ -63,8 +63,16 @@ def state_of(model, optimizer):
 def atomic_folder(final, group):
     """ckpt.atomic_path of all ranks of `group` together: each gets rank 0's temporary folder, to make and to write its
     part in; it is renamed when all have. What one of them raises becomes an OSError of all."""
-    with ckpt.atomic_path(final) if dist.get_rank(group) == 0 else contextlib.nullcontext() as folder:
-        folder, said = _exchange(folder, group)[0], None
+    with contextlib.ExitStack() as stack:
+        folder, said = None, None
+        try:
+            if dist.get_rank(group) == 0:
+                folder = stack.enter_context(ckpt.atomic_path(final))
+        except OSError as error:
+            said = str(error)
+        folder, said = _exchange((folder, said), group)[0]
+        if said:
+            raise OSError(said)
         try:
             yield folder
         except Exception as error:  # safetensors and torch have their own for a full disk, and the others wait

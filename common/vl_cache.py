@@ -236,7 +236,9 @@ class FeatureFile:
 
     @functools.cached_property
     def features(self):
-        return ckpt.load_state(self.path)["features"]
+        content = ckpt.load_state(self.path)  # it may have been built again since, in another order
+        self.rows = {key: row for row, key in enumerate(content["meta"]["keys"])}
+        return content["features"]
 
     def __getstate__(self):  # another process maps the file again
         return {k: v for k, v in self.__dict__.items() if k != "features"}

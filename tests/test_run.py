@@ -385,6 +385,19 @@ def test_a_full_disk_of_one_process_costs_all_the_new_checkpoint_only(tmp_path, 
     assert sorted(p.name for p in (tmp_path / "a").iterdir() if "steps" in p.name) == ["steps_2", "steps_6"]
 
 
+def test_a_folder_that_cannot_be_made_keeps_no_process_waiting(tmp_path, monkeypatch):
+    atomic_path = ckpt.atomic_path
+
+    def lost(final):
+        if str(final).endswith("steps_4"):
+            raise OSError(116, "Stale file handle")
+        return atomic_path(final)
+
+    monkeypatch.setattr(ckpt, "atomic_path", lost)
+    said = ranks(tmp_path / "a", fsdp=True, val_steps=0)
+    assert "NOT SAVED at step 4" in said and "Stale file handle" in said and (tmp_path / "a" / "steps_6").is_dir()
+
+
 # ---- errors at the command line --------------------------------------------------------------------------------------
 
 

@@ -235,6 +235,10 @@ def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder):
         assert torch.allclose(torch.stack([file[look] for look in looks]).float(), want, atol=2e-3)
         packed = pickle.dumps(file)
         assert len(packed) < 20000 and torch.equal(pickle.loads(packed)[looks[2]], file[looks[2]])
+        keys, order = file.meta["keys"], range(len(looks))[::-1]  # built again meanwhile
+        meta = file.meta | dict(keys=[keys[i] for i in order])
+        build_vl_cache.write_features(file.path, file.features[list(order)], meta)
+        assert torch.equal(pickle.loads(packed)[looks[0]], file[looks[0]])
 
 
 def half_zeroed(path):
