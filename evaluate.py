@@ -17,7 +17,8 @@ The checkpoint names its script; that script provides
     policy.predict(list of observations) -> (B, H, A)    policy.reset()    policy.describe()
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target, hold (M, A), phase (M,) or None}
     policy.action_names() -> [(name, unit)] * A          policy.stats["action"]: {mean, std}
-    policy.nearest(chunks (n, H, A)) -> (n, H, A), the closest that it could answer     policy.opposites (both optional)
+    policy.nearest(chunks (n, H, A)) -> (n, H, A), the closest that it could answer     policy.opposites: {instruction: one
+    that leads elsewhere} (both optional)
 """
 
 import base64
@@ -104,21 +105,17 @@ def read_about(checkpoint):
 
 def evaluate(policy, root, names=None, stride=1, batch_size=16):
     """-> records, one per predicted frame: {episode, t, phase or -1, predicted and recorded (H, A), error {who: (H, A)
-    guess minus recorded}, around (H + 4, A): what was recorded, with two rows more on both sides, opposite: what it
-    does when told the opposite minus what it does, or None, valid (H,), there (H + 4,): False outside the episode}."""
+    guess minus recorded}, around (H + 4, A): what was recorded, with two rows more on both sides, valid (H,), there
+    (H + 4,): False outside the episode}."""
     mean, records = np.asarray(policy.stats["action"]["mean"], np.float32), []
-    opposites = getattr(policy, "opposites", {})  # {instruction: one that must lead elsewhere}
     for episode in policy.open_episodes(root, names):
         target, hold, phase = episode["target"], episode["hold"], episode["phase"]
-        frames, predicted, others = list(range(0, len(target), stride)), [], []
+        frames, predicted = list(range(0, len(target), stride)), []
         if not frames:
             print(f"left out  {episode['name']}: no motion after a picture to compare with")
         for i in tqdm(range(0, len(frames), batch_size), desc=episode["name"], unit="batch", disable=None, leave=False):
-            seen = [episode["sample"](t) for t in frames[i : i + batch_size]]
-            predicted.extend(policy.predict(seen))
-            if opposites and seen[0]["instruction"] in opposites:
-                others.extend(policy.predict([o | dict(instruction=opposites[o["instruction"]]) for o in seen]))
-        for t, chunk, other in zip(frames, predicted, others or [None] * len(frames), strict=True):
+            predicted.extend(policy.predict([episode["sample"](t) for t in frames[i : i + batch_size]]))
+        for t, chunk in zip(frames, predicted, strict=True):
             index = np.arange(t + SHIFTS[0], t + len(chunk) + SHIFTS[-1])
             around, there = target[np.clip(index, 0, len(target) - 1)], (index >= 0) & (index < len(target))
             recorded, valid = (rows[-SHIFTS[0] :][: len(chunk)] for rows in (around, there))
@@ -127,8 +124,7 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
             if hasattr(policy, "nearest"):
                 error["floor"] = policy.nearest(recorded[None])[0] - recorded
             record = dict(episode=episode["name"], t=t, phase=-1 if phase is None else int(phase[t]), predicted=chunk)
-            record |= dict(recorded=recorded, error=error, valid=valid, around=around, there=there)
-            records.append(record | dict(opposite=None if other is None else other - chunk))
+            records.append(record | dict(recorded=recorded, error=error, valid=valid, around=around, there=there))
     require(records, f"no frame to evaluate under '{root}'")
     return records
 
@@ -146,9 +142,7 @@ def baseline(report):
 def summarise(records, names):
     """{who: {per_dim, bias, per_unit, per_step, per_phase, relative}}: mean absolute errors in the data's units. `bias`
     is the mean signed error; `per_unit` the mean over the moving dimensions of one unit; `relative` the mean over
-    dimensions of error / error of the better baseline, 1 is no better than a baseline. Of a policy that knows opposite
-    instructions also opposite_change, how far it moves away when told the opposite, and opposite_flips, the share of
-    the larger motions (above the mean size) whose sign then turns."""
+    dimensions of error / error of the better baseline, 1 is no better than a baseline."""
     valid, phases = stack(records, "valid")[..., None], stack(records, "phase")  # (n, H, 1), (n,)
 
     def average(error, mask):
@@ -171,13 +165,6 @@ def summarise(records, names):
             per_phase={str(p): average(size[phases == p], valid[phases == p]).tolist() for p in set(phases) - {-1}},
             relative=float(np.mean(per_dim[moving] / scale[moving])) if moving.any() else 0.0,
         )
-    told = [r for r in records if r["opposite"] is not None]
-    if told:
-        change, recorded, real = stack(told, "opposite"), stack(told, "recorded"), stack(told, "valid")[..., None]
-        answer = stack(told, "predicted")
-        large = real & (np.abs(recorded) > average(np.abs(recorded), real))
-        report["policy"]["opposite_change"] = named(average(np.abs(change), real))
-        report["policy"]["opposite_flips"] = named(average(np.sign(answer + change) == -np.sign(answer), large))
     return report
 
 
@@ -350,9 +337,6 @@ def print_table(report, names, records):
         line(who, [*r["per_dim"].values(), r["relative"]])
     policy = report["policy"]
     line("policy's bias", policy["bias"].values())
-    if "opposite_change" in policy:
-        line("told opposite", policy["opposite_change"].values())
-        line("  it flips", policy["opposite_flips"].values())
     for unit in policy["per_unit"]:
         each = ", ".join(f"{who} {r['per_unit'][unit]:.3g}" for who, r in report.items())
         print(f"mean of the dimensions in {unit or 'no unit'}: {each}")
@@ -560,10 +544,8 @@ def print_comparison(reports, closed):
 
 def run(cfg):
     """Evaluate and report -> the report; of several checkpoints {checkpoint: report}."""
-    needed = (
-        "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D; or --closed-loop MODULE:CLASS"
-    )
-    require(cfg.checkpoint and (cfg.data or cfg.closed_loop), needed)
+    needed = "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D"
+    require(cfg.checkpoint and (cfg.data or cfg.closed_loop), f"{needed}; or --closed-loop MODULE:CLASS")
     least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
     require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
     reports = {given: run_one(cfg, Path(given)) for given in cfg.checkpoint}

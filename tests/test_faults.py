@@ -1,5 +1,6 @@
 """Seeded faults: two axes swapped, statistics of another set, a chunk off by one, BGR for RGB, a stale feature cache.
-Each is refused or named in the report; a good policy, a poor one and one that does nothing are accused of nothing."""
+Each is refused or named in the report; a good policy, a poor one and one that does nothing are accused of nothing.
+A stale cache: test_vl_cache.py."""
 
 import json
 import re
@@ -11,13 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import build_vl_cache
-import create_datapkl
 import evaluate
-import make_demo
-import train_async
 import train_nora
-from common import UserError, vl_cache
+from common import UserError
 from common.policy import Contract
 from common.stats import Normalizer, compute_stats, save_stats
 
@@ -215,19 +212,3 @@ def test_statistics_of_another_model_are_refused(tmp_path):
     shutil.copy(tmp_path / "other.json", tmp_path / "dataset_stats.json")
     with pytest.raises(UserError, match="dataset_stats.json is not the one of this model: policy.json has other"):
         train_nora.read_exported(tmp_path)
-
-
-def test_features_of_other_pictures_are_refused(tmp_path, qwen_dir):
-    """A picture that changed after its feature was computed, under the same name and size."""
-    root = make_demo.write_sessions(tmp_path / "s", 0, white=2, needle=0, new=0, oct=0, seconds=1.5, size=(36, 64))
-    create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0))
-    size = dict(image_resize_height=56, image_resize_width=56, model=str(qwen_dir))
-    build_vl_cache.main(build_vl_cache.Config(dataset_dirs=[str(root)], num_workers=1, **size))
-    cfg = train_async.Config(dataset_dir=[str(root)], val_split=0.5, **size)
-    assert len(train_async.load_data(cfg).features.files) == 2
-    picture = sorted(root.rglob("View5/*.jpg"))[2]
-    black = make_demo.jpeg(np.zeros((36, 64, 3), np.uint8))
-    picture.write_bytes(black + bytes(picture.stat().st_size - len(black)))
-    changed = r"no feature of 1 of \d looks, e.g. at View1/\S+, View5/\S+: another image.*\n.*build_vl_cache.py"
-    with pytest.raises(vl_cache.CacheMismatch, match=changed):
-        train_async.load_data(cfg)

@@ -54,7 +54,6 @@ class Doubling:
 WRONG = [
     (observation(images={"camera1": np.zeros((96, 128, 3), np.uint8)}), "images of .'camera1'., .*camera2 is missing"),
     (with_image(np.zeros((48, 64, 3), np.float32)), "camera2 is float32 .48, 64, 3., expected uint8"),
-    (with_image(np.zeros((48, 64), np.uint8)), r"camera2 is uint8 \(48, 64\)"),
     (with_image(np.zeros((3, 48, 64), np.uint8)), r"camera2 is uint8 \(3, 48, 64\)"),
     (with_image(np.zeros((64, 64, 3), np.uint8)), "camera2 is 64x64, in training it was 64x48: another aspect"),
     (observation(images=None), "images of ...*camera1 is missing"),
@@ -77,21 +76,19 @@ def test_an_observation_that_does_not_match_is_refused(wrong, message):
     assert not c.warned
 
 
-def test_an_instruction_may_be_missing_where_the_policy_has_its_own():
-    without = {key: value for key, value in observation().items() if key != "instruction"}
-    contract().check([without, observation(instruction=None)])
-    for o in (without, observation(instruction=None)):
-        with pytest.raises(UserError, match="instruction is None, the policy needs a text, e.g. 'insert'"):
-            contract(must_be_told=True).check([o])
-
-
 def test_a_policy_takes_what_it_does_not_need_or_know():
-    """Other cameras beside; features instead of pictures; frames of one camera; sizes that were not recorded."""
+    """Other cameras beside; features instead of pictures; frames of one camera; sizes that were not recorded; no text
+    where it has its own."""
     o = observation()
     contract().check([o | dict(images=o["images"] | dict(other=None)), dict(vl_features=0, state=[0, 0])])
     contract(images={"camera2": None}, state=[]).check([with_image(np.zeros((64, 64, 3), np.uint8))])
     frames = [np.zeros((96, 128, 3), np.uint8)] * 2
     contract(images={"camera1": (96, 128)}).check([observation(images=frames)])
+    without = {key: value for key, value in o.items() if key != "instruction"}
+    contract().check([without, observation(instruction=None)])
+    for o in (without, observation(instruction=None)):
+        with pytest.raises(UserError, match="instruction is None, the policy needs a text, e.g. 'insert'"):
+            contract(must_be_told=True).check([o])
 
 
 def test_what_is_unlike_the_training_is_said_once_and_counted(capsys):
@@ -120,14 +117,9 @@ def test_describe_is_plain_and_leaves_the_policy_as_new():
     assert about["needs"] == {"vlm": "/nas/vlm"} and about["rate_hz"] == 14.9 and about["kind"] == "delta"
     with pytest.raises(AssertionError, match="the contract says .1, 5, 2."):
         contract(horizon=5).describe(policy)
-
-
-def test_a_contract_survives_saving():
-    c = contract()
-    saved = json.loads(json.dumps(dataclasses.asdict(c)))
-    again = Contract(**saved)
+    again = Contract(**json.loads(json.dumps(dataclasses.asdict(c))))  # as a checkpoint keeps it
     again.check([observation()])
-    assert again.describe(Doubling(again)).keys() == c.describe(Doubling(c)).keys()
+    assert again.describe(Doubling(again)) | dict(latency_ms=0) == about | dict(latency_ms=0)
     with pytest.raises(ValueError, match="'positions'"):
         contract(kind="positions")
 
