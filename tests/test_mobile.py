@@ -200,9 +200,8 @@ def test_stored_bgr_becomes_rgb(tmp_path, order, stored):
     assert mobile.picture_reader(path, order, 1)(0).tolist() == [[[9, 5, 1]]]
 
 
-def episodes_of(names, side=1):
-    actions = np.full((3, 2), side, np.float32)
-    return [mobile.Episode(n, n, 3, actions, "x", "file") for n in names]
+def episodes_of(names):
+    return [mobile.Episode(n, n, 3, np.ones((3, 2), np.float32), "x", "file") for n in names]
 
 
 def test_the_guides_231_episodes_split_into_184_and_47():
@@ -519,17 +518,6 @@ def test_blind_predictors_by_hand(make):
     episodes[1].actions = np.array([[0, 0], [1, -1]], np.float32)
     table = mobile.blind_table(episodes, make(dataset__action_scale=[1, 1]))
     np.testing.assert_allclose(table, [[0, 0], [1, 0], [1, 0], [0.6, 0]], atol=1e-6)
-
-
-def test_opposite_instructions_are_of_what_was_driven():
-    texts = {"왼쪽으로": 1, "왼쪽 병으로 가": 1, "오른쪽 병으로 가": -1, "오른쪽": -1, "straight on": 0}
-    episodes = [e for text, side in texts.items() for e in episodes_of([text], side)]
-    for e in episodes:
-        e.instruction = e.name
-    opposites = mobile.opposite_instructions(episodes, episodes)
-    assert opposites["왼쪽 병으로 가"] == "오른쪽 병으로 가" and opposites["오른쪽 병으로 가"] == "왼쪽 병으로 가"
-    assert texts[opposites["왼쪽으로"]] == -1 and "straight on" not in opposites
-    assert mobile.opposite_instructions(episodes[:2], episodes[:2]) == {}, "no paraphrase of the same side"
 
 
 class Answering:
