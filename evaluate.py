@@ -17,8 +17,8 @@ The checkpoint names its script; that script provides
     policy.predict(list of observations) -> (B, H, A)    policy.reset()    policy.describe()
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target, hold (M, A), phase (M,) or None}
     policy.action_names() -> [(name, unit)] * A          policy.stats["action"]: {mean, std}
-    policy.nearest(chunks (n, H, A)) -> (n, H, A), the closest that it could answer     policy.opposites: {instruction: one
-    that leads elsewhere} (both optional)
+    policy.nearest(chunks (n, H, A)) -> (n, H, A), the closest that it could answer (optional)
+    policy.opposites: {instruction: one that leads elsewhere} (optional)
 """
 
 import base64
