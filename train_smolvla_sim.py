@@ -660,7 +660,8 @@ class Policy:
         the sampling; default: the same draws for every observation and call, so that equal observations give equal
         actions."""
         self.contract.check(observations)
-        inputs = [o | dict(images=[np.asarray(o["images"][c]) for c in self.contract.images]) for o in observations]
+        own = functools.partial(np.array, order="C")  # image[..., ::-1] is a view that PyTorch does not take
+        inputs = [o | dict(images=[own(o["images"][c]) for c in self.contract.images]) for o in observations]
         return self.decode(self.collate.inputs(inputs), noise)
 
     def decode(self, batch, noise=None):

@@ -91,6 +91,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
     how = f"{none} {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
     ages = np.concatenate([features.ages(s) for s in train])
     require(len(ages), how)
+    late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
     for s in train:
         stamps = s.sensor_stamps.tobytes() if s.has_sensor else b""
         content = hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + stamps).hexdigest()
@@ -111,7 +112,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
         recipe=features.recipe,
         vl_shape=list(features.shape),
         sensor_hz=float(np.median([s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ])),
-        oldest_image_s=float(ages.max()) + (max(cfg.vlm_latency_ms) - min(cfg.vlm_latency_ms)) / 1000,
+        oldest_image_s=float(ages.max()) + (max(late) - min(late)) / ss.ACTION_HZ,
         instructions=sorted({s.instruction for s in train}),
         image_sizes={view: list(*known) if len(known) == 1 else None for view, known in sizes.items()},
         fingerprint=fingerprint,

@@ -299,8 +299,7 @@ class Session:
     def tick_of_step(self, k, reuse, latency_s=0.0):
         """Step(s) k -> index into ticks(reuse) of the feature that is in use there: the newest one that is ready,
         `latency_s` after its tick; before any is the segment's first, for the robot waits for it."""
-        late = math.ceil(latency_s * ACTION_HZ - 1e-3)  # steps; those of a segment are exactly 1 / ACTION_HZ apart
-        ready = np.maximum(np.asarray(k) - late, self.first[k])
+        ready = np.maximum(np.asarray(k) - steps_late(latency_s), self.first[k])
         return np.searchsorted(self.tick_starts(reuse), ready, side="right") - 1
 
     def sensor_window(self, k, window):
@@ -317,6 +316,11 @@ class Session:
         again, masked False."""
         at, last = np.arange(k, k + horizon), self.last[k]
         return self.action[np.minimum(at, last - 1)], at < last
+
+
+def steps_late(latency_s):
+    """Steps until a feature is there; those of a segment are exactly 1 / ACTION_HZ apart."""
+    return math.ceil(latency_s * ACTION_HZ - 1e-3)
 
 
 def sensor_rows(stamps, time, window, hz=SENSOR_HZ):

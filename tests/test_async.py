@@ -315,6 +315,9 @@ def test_a_slow_vlm_is_trained_as_it_will_be(sessions_root, qwen_dir):
     _, _, mixed = open_data(sessions_root, qwen_dir, vlm_latency_ms=[0, 381], **more)
     i = int(np.flatnonzero(mixed.owner == [s.name for s in mixed.sessions].index(name))[13])  # step 13: tick 6 or 12
     drawn = [mixed[(p, i)]["reuse_step"] for p in range(100)]
+    _, ranged, _ = open_data(sessions_root, qwen_dir, vlm_latency_ms=[0, 150], **more)
+    _, _, slow = open_data(sessions_root, qwen_dir, vlm_latency_ms=150, **more)
+    assert ranged.about["oldest_image_s"] == pytest.approx(max(slow[(0, i)]["age"] for i in range(len(slow))), abs=1e-3)
     assert set(drawn) == {1, 7} and drawn == [mixed[(p, i)]["reuse_step"] for p in range(100)]
 
 

@@ -163,11 +163,21 @@ LAST = {
     ),
 }
 FRESH = """
-import importlib, pickle, sys, torch
+import importlib, pickle, sys, numpy as np
 script, policy, jobs, answers = sys.argv[1:]
 policy = importlib.import_module(script).load_policy(policy, "cpu")
-found = []
-for observations, noise in pickle.load(open(jobs, "rb")):
+found, views = [], {}
+def turned(image):  # the view that image[..., ::-1] makes of a BGR picture
+    own = np.ascontiguousarray(np.asarray(image)[..., ::-1])[..., ::-1]
+    return views.setdefault(id(image), (own, image))[0]
+jobs = pickle.load(open(jobs, "rb"))
+for o in (o for observations, _ in jobs for o in observations):
+    images = o.get("images") or {}
+    if isinstance(images, dict):
+        o |= dict(images={name: turned(image) for name, image in images.items()}) if images else {}
+    else:
+        o["images"] = list(map(turned, images))
+for observations, noise in jobs:
     own = noise is None  # else predict draws its own, of which a validation is independent
     found.append(policy.predict(observations) if own else policy.decode(policy.inputs(observations), noise))
 pickle.dump(found, open(answers, "wb"))
@@ -203,7 +213,8 @@ def watched(recipe, method, monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_policy_directory_alone_predicts_what_the_validation_did(name, tmp_path, tmp_path_factory, monkeypatch):
-    """Moved, in a fresh process, from the pictures as they were recorded, in the batches of the validation."""
+    """Moved, in a fresh process, from the pictures as they were recorded, in the batches of the validation. Pictures
+    may be views, as docs/inference.md makes them of BGR."""
     recipe, (method, last, where) = RECIPES[name], LAST[name]
     recipe.written = recipe.written or recipe.write(tmp_path_factory.mktemp(name))
     every = {key: 4 for key in ("val_frequency", "validation__val_freq", "val_steps") if key in recipe.values}
