@@ -99,12 +99,12 @@ def disk(folder):
     print(f"window   650 rows: .npz {npz:.0f} ms, mapped {mapped:.3f} ms: {times}", flush=True)
 
     ticks = session.ticks(3, ["View1"])
-    features = torch.randn(len(ticks), 1, 2048, dtype=torch.float16)
+    features = torch.randn(len(ticks.start), 1, 2048, dtype=torch.float16)
     for i, feature in enumerate(features):
         torch.save(feature[None].clone(), folder / f"{i}.pt")
     ckpt.save_state(folder / "all.pt", dict(features=features))
     features = ckpt.load_state(folder / "all.pt")["features"]
-    chosen = rng.integers(0, len(ticks), 2000)
+    chosen = rng.integers(0, len(features), 2000)
     alone = median_ms(lambda i: torch.load(folder / f"{i}.pt", weights_only=True).float(), chosen)
     row = median_ms(lambda i: features[int(i)].float(), chosen)
     print(
@@ -114,7 +114,7 @@ def disk(folder):
     for window in (65, 650):
 
         def item(k, window=window):
-            tick = session.tick_of_step(int(k), 3, 3)
+            tick = session.tick_of_step(int(k), 3)
             return (
                 features[int(tick)].float(),
                 session.targets(int(k), 8),
