@@ -690,9 +690,9 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         with torch.device(device):
-            vlm = AutoModel.from_config(backbone.config, dtype=dtype)
+            vlm = AutoModel.from_config(backbone.config, dtype=dtype).requires_grad_(False)
+        vlm.image_to_text_projection.x_attn.is_causal = False  # transformers 5.17 has it causal: wrong numbers
         load_weights(vlm, read_backbone(backbone), backbone.folder)
-        vlm.requires_grad_(False)
         torch.manual_seed(cfg.seed)
         if s.lora_enable:
             shape = dict(r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, bias="none")
