@@ -26,11 +26,14 @@ The actions of a segment add up to the difference of its end poses. A gap in the
 
 import contextlib
 import io
+import itertools
+import math
 import multiprocessing
 import os
 import pickle
 import re
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -38,10 +41,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
+from warnings import catch_warnings
 
 import numpy as np
 import pandas as pd
 import yaml
+from pandas.errors import ParserWarning
 from PIL import Image
 from tqdm import tqdm
 
@@ -87,6 +92,7 @@ def check_config(cfg):
 
 TIMES = ("origin_timestamp", "timestamp", "recv_timestamp")  # recv stamps come last: several rows share one
 JOINTS = [(f"joint_{i}", f"joint_angle_{i}") for i in range(1, 7)]
+SECONDS = 1e10  # stamps from here on are milli- or nanoseconds
 SLACK = 1e-5  # seconds; the stamps of our time are good to 0.3 us
 POSE = [(f"pose_{c}", f"ee_{c}") for c in "xyzabr"]
 
@@ -96,8 +102,13 @@ def reading(path):
     """What a damaged file raises -> BadSession that names it."""
     try:
         yield
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, KeyError, EOFError, ParserWarning, zipfile.BadZipFile, zlib.error) as error:
         raise BadSession(f"{path.name} cannot be read: {str(error).strip()}") from error
+
+
+def in_seconds(stamps):
+    newest = np.max(stamps, initial=0)
+    require(newest < SECONDS, f"its stamps are no seconds: {newest:.0f}", ValueError)
 
 
 def read_robot(path):
@@ -105,20 +116,22 @@ def read_robot(path):
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")
         text = text[: text.rfind("\n") + 1]  # a last row without an end: the recorder was stopped in the middle of it
-        table = pd.read_csv(io.StringIO(text), index_col=False, skip_blank_lines=False)
+        with catch_warnings(action="error", category=ParserWarning):  # rows longer than the header
+            table = pd.read_csv(io.StringIO(text), index_col=False)
         table.columns = [name.strip().lower() for name in table.columns]
         chosen = []
         for names in (TIMES, *JOINTS, *POSE):
             there = [name for name in names if name in table.columns]
-            if not there:
-                raise ValueError(f"it has no column {' or '.join(names)} among {', '.join(table.columns)}")
+            lacks = f"it has no column {' or '.join(names)} among {', '.join(table.columns)}"
+            require(there, lacks, ValueError)
             chosen.append(there[0])
         rows = table[chosen].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
         if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
-            line = text.splitlines()[bad[0] + 1]
-            raise ValueError(f"line {bad[0] + 2} is not {len(table.columns)} numbers: {line[:80]!r}")
-        if len(rows) < 2:
-            raise ValueError(f"it has {len(rows)} rows, expected one every 1 to 125 ms")
+            lines = [(i + 1, line) for i, line in enumerate(text.splitlines()) if line.strip()]
+            number, line = lines[bad[0] + 1]
+            raise ValueError(f"line {number} is not {len(table.columns)} numbers: {line[:80]!r}")
+        in_seconds(rows[:, 0])
+        require(len(rows) > 1, f"it has {len(rows)} rows, expected one every 1 to 125 ms", ValueError)
     return rows[:, 0], rows[:, 1:]
 
 
@@ -163,40 +176,50 @@ def make_actions(stamps, rows, stretches, period):
 # ---- sensor ----------------------------------------------------------------------------------------------------------
 
 FP16_ERROR = 0.01  # of a channel's standard deviation, root mean square
+BLOCK = 4096  # rows at a time: a recording's sensor rows can be more than the memory
+
+
+def read_array(arrays, name, size):
+    """An array in an open npz -> (its length, iterator over `size` rows at a time)."""
+    file = arrays.zip.open(f"{name}.npy")
+    np.lib.format.read_magic(file)
+    (length, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    counts = [min(size, length - i) for i in range(0, length, size)]
+    if fortran or dtype.hasobject:
+        return length, iter(np.split(arrays[name], np.cumsum(counts)[:-1]))
+    row = dtype.itemsize * math.prod(shape)
+    return length, (np.frombuffer(file.read(n * row), dtype).reshape(n, *shape) for n in counts)
 
 
 def read_stream(arrays):
-    """Old form -> (stamps (n,), rows (n, 1026)) by stamp, for datagrams overtake each other."""
-    stamps, forces, alines = (arrays[key] for key in ("timestamps", "forces", "alines"))
-    if not len(stamps) == len(forces) == len(alines):
-        raise ValueError(f"{len(alines)} alines for {len(stamps)} timestamps and {len(forces)} forces")
-    order = np.argsort(stamps, kind="stable")
-    return stamps[order], np.hstack([forces.reshape(-1, 1), alines], dtype=np.float32)[order]
+    """Old form: yields (stamps (n,), rows (n, 1026))."""
+    stamps, forces, (length, alines) = arrays["timestamps"], arrays["forces"], read_array(arrays, "alines", BLOCK)
+    differ = f"{length} alines for {len(stamps)} timestamps and {len(forces)} forces"
+    require(len(stamps) == len(forces) == length, differ, ValueError)
+    for i, rows in zip(range(0, length, BLOCK), alines, strict=True):
+        force = forces[i : i + BLOCK].reshape(-1, 1)
+        yield stamps[i : i + BLOCK], np.hstack([force, rows], dtype=np.float32)
 
 
 def read_windows(arrays):
-    """New form: overlapping windows of the newest 650 rows -> (stamps (n,) of the windows, their new rows (n, 1026)).
+    """New form: overlapping windows of the newest 650 rows. Yields (stamp of the window (n,), its new rows (n, 1026)).
     The saver runs on a wall clock, so how many are new varies; it is found where the window repeats the one before.
     Nothing in common: a gap, all are new."""
-    before, before_end, stamps, rows = None, -np.inf, [np.zeros(0)], [np.zeros((0, CHANNELS), np.float32)]
-    for window, end in zip(arrays["data"], arrays["timestamps"], strict=False):
-        if not end > before_end:  # the same window again, an older one, or one without a time
-            continue
-        n = len(window) if before is None else new_rows(before, window, (end - before_end) * SENSOR_HZ)
-        stamps.append(np.full(n, end))
-        rows.append(window[len(window) - n :])
-        before, before_end = window, end
-    return np.concatenate(stamps), np.concatenate(rows, dtype=np.float32)
+    before, before_end, ends, (length, windows) = None, -np.inf, arrays["timestamps"], read_array(arrays, "data", 1)
+    require(length == len(ends), f"{length} windows for {len(ends)} timestamps", ValueError)
+    for (window,), end in zip(windows, ends, strict=True):
+        if end > before_end:  # else the same window again, an older one, or one without a time
+            n = len(window) if before is None else new_rows(before, window, (end - before_end) * SENSOR_HZ)
+            yield np.full(n, end), window[len(window) - n :].astype(np.float32)
+            before, before_end = window, end
 
 
 def new_rows(before, window, expected):
     """Number of rows at the end of `window` that `before` did not have; of several that fit (a resting sensor) the one
     nearest to `expected`."""
-    size, fits = len(window), []
-    for n in range(size):
-        same = np.array_equal(window[size - n - 1], before[-1], equal_nan=True)
-        if same and np.array_equal(window[: size - n], before[n:], equal_nan=True):
-            fits.append(n)
+    size, old, new, last = len(window), before.tobytes(), window.tobytes(), before[-1].tobytes()
+    ends = [n for n in range(size) if new.startswith(last, (size - n - 1) * len(last))]
+    fits = [n for n in ends if new.startswith(old[n * len(last) :])]
     return min(fits, key=lambda n: abs(n - expected)) if fits else size
 
 
@@ -208,8 +231,6 @@ def spread(stamps, windows=False):
     if windows:
         turned, rate = spread(-stamps[::-1])
         return -turned[::-1], rate
-    if not len(stamps):
-        return stamps, float(SENSOR_HZ)
     first = np.flatnonzero(np.r_[True, np.diff(stamps) > 0])
     counts, steps = np.diff(np.r_[first, len(stamps)]), np.diff(stamps[first])
     near = steps <= max(0.1, 3 * np.median(steps)) if len(steps) else []  # the others are pauses
@@ -225,77 +246,83 @@ class NoSensor(BadSession):
     """The sensor's rows cannot be put in an order of time; the recording is good without."""
 
 
+def read_file(path, scratch):
+    """One npz, its rows appended to the file `scratch` as float32 -> (its form, stamps (n,) in order, the rows in
+    `scratch` they belong to (n,), names of the rows left out because a value is not finite)."""
+    begin, read = scratch.tell() // (4 * CHANNELS), [(np.zeros(0), np.zeros(0, bool))]
+    with reading(path), np.load(path) as arrays:
+        form = next((form for form, keys in FORMS.items() if keys <= set(arrays)), None)
+        expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
+        require(form, f"it has {', '.join(sorted(arrays))}; {expected}", ValueError)
+        known = arrays["timestamps"][np.isfinite(arrays["timestamps"])]
+        in_seconds(known)
+        if len(back := np.flatnonzero(np.diff(known) < -0.1)):
+            step = known[back[0]] - known[back[0] + 1]
+            raise NoSensor(f"{path.name}: the clock steps back by {step:.3f} s after stamp {back[0] + 1}")
+        for t, rows in form(arrays):
+            wrong = f"rows are {rows.shape[1:]}, expected {CHANNELS} numbers: force, A-scan"
+            require(rows.shape[1:] == (CHANNELS,), wrong, ValueError)
+            scratch.write(np.ascontiguousarray(rows))
+            read.append((t, np.isfinite(rows).all(1) & np.isfinite(t)))
+    t, good = map(np.concatenate, zip(*read, strict=True))
+    order = np.flatnonzero(good)[np.argsort(t[good], kind="stable")]  # datagrams overtake each other
+    return form, t[order], begin + order, [f"{path.name} row {i}" for i in np.flatnonzero(~good)]
+
+
 def read_sensor(paths):
-    """npz files of one recording -> (stamps (n,) that rise, rows (n, 1026) float32, rows per second, names of the rows
-    left out because a value is not finite); BadSession where they cannot be read or put in order."""
-    parts, kinds, spoiled = [], set(), []
-    for path in sorted(paths):
-        with reading(path), np.load(path) as arrays:
-            kind = next((kind for kind, keys in FORMS.items() if keys <= set(arrays)), None)
-            if kind is None:
-                expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
-                raise ValueError(f"it has {', '.join(sorted(arrays))}; {expected}")
-            known = arrays["timestamps"][np.isfinite(arrays["timestamps"])]
-            if len(back := np.flatnonzero(np.diff(known) < -0.1)):
-                step = known[back[0]] - known[back[0] + 1]
-                raise NoSensor(f"{path.name}: the clock steps back by {step:.3f} s after stamp {back[0] + 1}")
-            t, rows = kind(arrays)
-            if rows.shape[1:] != (CHANNELS,):
-                raise ValueError(f"rows are {rows.shape[1:]}, expected {CHANNELS} numbers: force, A-scan")
-        good = np.isfinite(rows).all(1) & np.isfinite(t)
-        spoiled += [f"{path.name} row {i}" for i in np.flatnonzero(~good)]
-        if good.any():
-            kinds.add(kind)
-            parts.append((t[good], rows[good]))
-    if len(kinds) != 1:
-        found = "both streams and windows" if kinds else "no rows"
-        raise NoSensor(f"{', '.join(path.name for path in paths)} hold {found}")
-    parts.sort(key=lambda part: part[0][0])
-    stamps, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
-    newest = np.maximum.accumulate(stamps)
-    kept = stamps >= newest  # the others are of a file that overlaps the one before
-    stamps, rate = spread(stamps[kept], read_windows in kinds)
-    return stamps, rows[kept], rate, spoiled
+    """npz files of one recording -> (stamps (n,) that rise; rows (m, 1026) float32, mapped from a temporary file that
+    goes with them; list of arrays, the numbers of the rows that the stamps belong to; rows per second; names of the
+    rows left out). BadSession where they cannot be read or put in order."""
+    with tempfile.TemporaryFile() as scratch:
+        files = [read_file(path, scratch) for path in sorted(paths)]
+        scratch.flush()
+        parts = sorted([part for part in files if len(part[1])], key=lambda part: part[1][0])
+        forms = {form for form, *_ in parts}
+        found = "both streams and windows" if forms else "no rows"
+        require(len(forms) == 1, f"{', '.join(path.name for path in paths)} hold {found}", NoSensor)
+        rows = np.memmap(scratch, np.float32, "r").reshape(-1, CHANNELS)
+    stamps, chosen = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+    kept = stamps >= np.maximum.accumulate(stamps)  # the others are of a file that overlaps the one before
+    stamps, rate = spread(stamps[kept], read_windows in forms)
+    blocks = np.split(chosen[kept], range(BLOCK, kept.sum(), BLOCK))
+    return stamps, rows, blocks, rate, sum((spoiled for *_, spoiled in files), [])
 
 
-def compress(rows):
-    """(n, 1026) float32 -> (the rows as fp16 where that rounds no channel by more than FP16_ERROR of its standard
-    deviation (A-scans are integers: exact up to 2,048), else as they are; their mean, std (1026,) float64)."""
-    mean, blocks = rows.mean(0, np.float64), [slice(i, i + 10_000) for i in range(0, len(rows), 10_000)]
-    std = np.sqrt(sum(np.square(rows[block] - mean).sum(0) for block in blocks) / len(rows))
+def compress(rows, blocks):
+    """rows (m, 1026) float32, of which the numbers in `blocks` -> (float16 where that rounds no channel by more than
+    FP16_ERROR of its standard deviation (A-scans are integers: exact up to 2,048), else float32; mean, std (1026,)
+    float64)."""
+    n = sum(map(len, blocks))
+    mean = sum(rows[block].sum(0, np.float64) for block in blocks) / n
+    std = np.sqrt(sum(np.square(rows[block] - mean).sum(0) for block in blocks) / n)
     with np.errstate(over="ignore", invalid="ignore"):
-        half = rows.astype(np.float16)
-        rounded = np.sqrt(sum(np.square(half[block] - rows[block]).sum(0, np.float64) for block in blocks) / len(rows))
-    exact = (rounded <= FP16_ERROR * ss.sensor_std(std)).all()
-    return half if exact else rows, mean, std
+        errors = (rows[block].astype(np.float16) - rows[block] for block in blocks)
+        rounded = np.sqrt(sum(np.square(error).sum(0, np.float64) for error in errors) / n)
+    return np.dtype("float16" if (rounded <= FP16_ERROR * ss.sensor_std(std)).all() else "float32"), mean, std
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
+IMAGE = re.compile(r"(?:images/)?view_?(\d+)[^/]*/(?:(left|right)/)?(?!\.)[^/]*\.(?:jpe?g|png)", re.I)
+
+
 def list_images(folder):
     """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time, broken pictures). View
     names: View1..; with _left, _right for stereo folders."""
-    views, nameless, broken, places = {}, [], [], []
-    root = next((folder / name for name in sorted(os.listdir(folder)) if name.lower() == "images"), folder)
-    for place in sorted(path for path in root.iterdir() if path.is_dir()):
-        if number := re.match(r"view_?(\d+)", place.name, re.I):
-            places.append((f"View{number[1]}", place))
-            eyes = [p for p in sorted(place.iterdir()) if p.name.lower() in ("left", "right") and p.is_dir()]
-            places += [(f"View{number[1]}_{eye.name.lower()}", eye) for eye in eyes]
-    for view, place in places:
-        for entry in os.scandir(place):
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in (".jpg", ".jpeg", ".png") or entry.name.startswith("."):
-                continue
-            path = (place / entry.name).relative_to(folder).as_posix()
-            stamp = pd.to_numeric(stem.rsplit("_", 1)[-1], errors="coerce")
-            if not np.isfinite(stamp):
-                nameless.append(path)
-            elif not is_whole(entry.path):
-                broken.append(path)
-            else:
-                views.setdefault(view, []).append((float(stamp), path))
+    views, nameless, broken = {}, [], []
+    for path in itertools.chain(*(folder.glob(pattern) for pattern in ("*/*.*", "*/*/*.*", "*/*/*/*.*"))):
+        name = path.relative_to(folder).as_posix()
+        if not (found := IMAGE.fullmatch(name)):
+            continue
+        stamp = pd.to_numeric(path.stem.rsplit("_", 1)[-1], errors="coerce")
+        if not abs(stamp) < SECONDS:
+            nameless.append(name)
+        elif not is_whole(path):
+            broken.append(name)
+        else:
+            view = f"View{found[1]}_{(found[2] or '').lower()}".removesuffix("_")
+            views.setdefault(view, []).append((float(stamp), name))
     return {view: sorted(images) for view, images in sorted(views.items())}, sorted(nameless), sorted(broken)
 
 
@@ -337,33 +364,33 @@ def describe(folder):
     """Recording folder -> (format, robot CSV, sensor files, images, warnings); BadSession without log or image."""
     names = sorted(os.listdir(folder))
     logs = [folder / n for n in names if ss.ROBOT_CSV.fullmatch(n)]
-    if len(logs) != 1:
-        found = ", ".join(p.name for p in logs) or "none"
-        expected = "robot_state_*.csv, robot_states.csv or robot_rt_*.csv"
-        raise BadSession(f"has {len(logs)} robot logs ({found}); expected one {expected}")
+    there = f"has {len(logs)} robot logs ({', '.join(p.name for p in logs) or 'none'})"
+    expected = "expected one robot_state_*.csv, robot_states.csv or robot_rt_*.csv"
+    require(len(logs) == 1, f"{there}; {expected}", BadSession)
     images, nameless, broken = list_images(folder)
     warnings = []
     if nameless:
-        warnings.append(
-            f"warning: {len(nameless)} images without a time in their name are left out, e.g. {nameless[0]}"
-        )
+        without = f"{len(nameless)} images without a time in seconds in their name"
+        warnings.append(f"warning: {without} are left out, e.g. {nameless[0]}")
     if broken:
         warnings.append(f"warning: {len(broken)} broken pictures are left out: {', '.join(broken)}")
-    if not images:
-        expected = "View1/left/*_<epoch>.jpg or images/View1/<epoch>.jpg"
-        raise BadSession(f"has no image with a time in its name ({expected}){'; '.join(['', *warnings])}")
+    lacks = "has no image with a time in seconds in its name (View1/left/*_<epoch>.jpg or images/View1/<epoch>.jpg)"
+    require(images, "; ".join([lacks, *warnings]), BadSession)
     sensor = [folder / n for n in names if re.fullmatch(r"sensor_data.*\.npz", n, re.I)]
     stem = logs[0].stem.lower()
     kind = "legacy" if stem.startswith("robot_rt") else {"robot_states": "new"}.get(stem, "old")
     return kind, logs[0], sensor, images, warnings
 
 
-def shift(images, offset):
+def shift(images, offset, warnings):
     """{view: [(stamp, path)]} and session.yaml's camera_offset_s -> {view: stamps (M,) on the robot's clock}."""
-    out = {}
+    by_view, out, used = offset if isinstance(offset, dict) else dict.fromkeys(images, offset), {}, set()
     for view, shots in images.items():
-        by_view = offset if isinstance(offset, dict) else {view: offset}
-        out[view] = np.array([t for t, _ in shots]) + by_view.get(view, by_view.get(view.partition("_")[0], 0.0))
+        key = view if view in by_view else view.partition("_")[0]
+        out[view] = np.array([t for t, _ in shots]) + by_view.get(key, 0.0)
+        used.add(key)
+    if unknown := ", ".join(map(str, set(by_view) - used)):
+        warnings.append(f"warning: camera_offset_s of {unknown} has no effect: the views are {', '.join(images)}")
     return out
 
 
@@ -395,22 +422,22 @@ def preprocess(folder, cfg):
         with reading(path):
             given["sources"].append([path.name, ss.content_of(path)])
     before = existing(folder)
-    changes = [describe_change(key, before.get(key), value) for key, value in given.items() if before]
-    changes = [change for change in changes if change]
+    changed = [key for key in given if before and before.get(key) != given[key]]
+    changes = [describe_change(key, before.get(key), given[key]) for key in changed]
     if before and not changes and not cfg.force:
         return dict(status="unchanged", lines=before["warnings"], metadata=before)
 
     stamps, rows = read_robot(log)
     motion, facts = read_motion(log, stamps, rows, cfg, warnings)
-    begin, end = float(stamps.min()), float(stamps.max())
-    image_stamps = shift(images, notes["camera_offset_s"])
+    begin, end = motion["action_timestamps"].min(), motion["action_end_timestamps"].max()
+    image_stamps = shift(images, notes["camera_offset_s"], warnings)
     for view, shots in image_stamps.items():
         if not np.any((begin - 1.5 <= shots) & (shots <= end)):
             when = f"images {shots[0] - begin:+.3f} .. {shots[-1] - begin:+.3f} s from its start"
             warnings.append(f"warning: {view}: no image is of the robot log's time ({when}): {OTHER_CLOCK}")
     sensor, overlap = None, None
     if sensor_files:
-        sensor, overlap = make_sensor(folder, sensor_files, notes["sensor_offset_s"], begin, end, cfg, warnings)
+        sensor, overlap = make_sensor(folder, sensor_files, notes["sensor_offset_s"], motion, cfg, warnings)
     metadata = facts | dict(
         episode_name=folder.name,
         action_hz=cfg.action_hz,
@@ -458,9 +485,8 @@ def existing(folder):
 
 
 def describe_change(key, old, new):
-    """-> text; "" where nothing changed."""
-    if old == new or key in ("sources", "image"):
-        return "" if old == new else {"sources": "robot log or sensor file", "image": "pictures"}[key]
+    if key in ("sources", "image"):
+        return dict(sources="robot log or sensor file", image="pictures")[key]
     if isinstance(new, dict) and isinstance(old, dict):
         names = [name for name in new if old.get(name) != new[name]]
         old, new = ({name: values.get(name) for name in names} for values in (old, new))
@@ -473,13 +499,14 @@ def read_motion(log, stamps, rows, cfg, warnings):
     stretches, back, gaps = find_stretches(stamps, period, cfg.tolerance_ms / 1000)
     steps = np.concatenate([np.diff(stamps[chosen]) for chosen in stretches])
     hz = 1 / float(steps.mean()) if len(steps) else 0.0
-    if hz < 0.78 * cfg.action_hz:
-        needed = f"actions at {cfg.action_hz:g} Hz need {0.8 * cfg.action_hz:g} or more"
-        raise BadSession(f"{log.name} has {hz:.2f} rows per second, {needed}. Lower --action-hz, or leave it out")
+    needed = f"actions at {cfg.action_hz:g} Hz need {0.8 * cfg.action_hz:g} or more. Are its stamps seconds, in order"
+    slow = f"{log.name} has {hz:.2f} rows per second, {needed}? Else lower --action-hz, or leave it out"
+    require(hz >= 0.78 * cfg.action_hz, slow, BadSession)
     spans = [float(stamps[chosen[-1]] - stamps[chosen[0]]) for chosen in stretches]
-    if max(spans) < period - SLACK:
-        whole = f"the {len(stamps)} rows have no stretch of {period:g} s without a gap"
-        raise BadSession(f"{log.name}: {whole}. Leave this recording out")
+    short = (
+        f"{log.name}: the {len(stamps)} rows have no stretch of {period:g} s without a gap. Leave this recording out"
+    )
+    require(max(spans) >= period - SLACK, short, BadSession)
     motion = make_actions(stamps, rows, stretches, period)
     seconds = float(np.maximum(np.diff(stamps[np.concatenate(stretches)]), 0).sum())
     lost = max(0.0, seconds - len(motion["action"]) * period - spans[-1] % period)  # the end is shorter than an action
@@ -502,34 +529,40 @@ def read_motion(log, stamps, rows, cfg, warnings):
     return motion, facts
 
 
-def make_sensor(folder, files, offset, begin, end, cfg, warnings):
-    """npz files -> (sensor_data of data.pkl or None, share of the robot log covered). Writes sensor_stream.npy."""
+def make_sensor(folder, files, offset, motion, cfg, warnings):
+    """npz files -> (sensor_data of data.pkl or None, share of the actions that begin at most 0.1 s after a sensor row).
+    Writes sensor_stream.npy."""
     try:
-        stamps, rows, rate, spoiled = read_sensor(files)
+        stamps, rows, blocks, rate, spoiled = read_sensor(files)
     except NoSensor as error:
         warnings.append(f"warning: {error}: no sensor")
         return None, None
     stamps = stamps + offset
-    overlap = max(0.0, min(stamps[-1], end) - max(stamps[0], begin)) / (end - begin)
+    starts = motion["action_timestamps"]
+    newest = np.searchsorted(stamps, starts, side="right") - 1
+    overlap = float(np.mean((newest >= 0) & (starts - stamps[newest] <= 0.1)))
     if overlap < cfg.min_sensor_overlap:
-        when = f"{stamps[0] - begin:+.2f} s to {stamps[-1] - begin:+.2f} s of {end - begin:.2f} s"
+        when = f"{stamps[0] - starts[0]:+.2f} s to {stamps[-1] - starts[0]:+.2f} s of {starts[-1] - starts[0]:.2f} s"
         right = f"right as it is: --min-sensor-overlap {np.floor(overlap * 20) / 20:g}"
         covers = f"the sensor covers {overlap:.0%} of the robot log ({when}), less than {cfg.min_sensor_overlap:.0%}"
         warnings.append(f"warning: {covers}: left out. {OTHER_CLOCK}; {right}")
         return None, overlap
-    rows, mean, std = compress(rows)
+    dtype, mean, std = compress(rows, blocks)
     if not cfg.dry_run:
-        require_space(folder, rows.nbytes)
+        require_space(folder, len(stamps) * CHANNELS * dtype.itemsize)
         (folder / ss.DATA_PKL).unlink(missing_ok=True)  # a kill from here on must not leave it beside another stream
         with atomic_path(folder / ss.SENSOR_FILE) as target, open(target, "wb") as f:
-            np.save(f, rows)
+            header = dict(descr=dtype.str, fortran_order=False, shape=(len(stamps), CHANNELS))
+            np.lib.format.write_array_header_1_0(f, header)
+            for block in blocks:
+                f.write(rows[block].astype(dtype))
     if spoiled:
         shown = ", ".join(spoiled[:20]) + (f" and {len(spoiled) - 20} more" if len(spoiled) > 20 else "")
         warnings.append(f"warning: {len(spoiled)} sensor rows with values that are not finite are left out: {shown}")
     if abs(rate / SENSOR_HZ - 1) > 0.05:
         longer = "a window lasts as much longer"
         warnings.append(f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: {longer}")
-    about = dict(timestamps=stamps, rate_hz=rate, dtype=rows.dtype.name, mean=mean, std=std)
+    about = dict(timestamps=stamps, rate_hz=rate, dtype=dtype.name, mean=mean, std=std)
     return about | dict(file=ss.SENSOR_FILE, channels=CHANNELS), overlap
 
 
@@ -578,11 +611,10 @@ def image_changes(folder, shots):
 
 def force_changes(files):
     """npz files -> (middles of bins of 50 ms (m,), change of the mean force from bin to bin (m - 1,))."""
-    stamps, rows, *_ = read_sensor(files)
-    if stamps[-1] - stamps[0] < 1:
-        raise NoSensor(f"{files[0].name} has less than a second of the sensor")
+    stamps, rows, blocks, *_ = read_sensor(files)
+    require(stamps[-1] - stamps[0] >= 1, f"{files[0].name} has less than a second of the sensor", NoSensor)
     edges = np.arange(stamps[0], stamps[-1], 0.05)
-    mean = np.diff(np.interp(edges, stamps, np.cumsum(rows[:, 0], dtype=np.float64)))
+    mean = np.diff(np.interp(edges, stamps, np.cumsum(rows[np.concatenate(blocks), 0], dtype=np.float64)))
     return edges[:-1] + 0.025, np.abs(np.diff(mean))
 
 
@@ -610,20 +642,10 @@ def find_offset(t, travelled, series):
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-COLUMNS = {  # of the printed table: keys of metadata
-    "format": "format",
-    "robot_hz": "rows/s",
-    "jitter_ms": "jitter ms",
-    "duration_seconds": "seconds",
-    "lost_seconds": "lost",
-    "num_actions": "actions",
-    "n_segments": "segments",
-    "n_duplicates": "repeated",
-    "num_images": "images",
-    "has_sensor": "sensor",
-    "sensor_overlap": "share",
-    "sensor_hz": "sensor/s",
-}
+# of the printed table: keys of metadata
+COLUMNS = dict(format="format", robot_hz="rows/s", jitter_ms="jitter ms", duration_seconds="seconds")
+COLUMNS |= dict(lost_seconds="lost", num_actions="actions", n_segments="segments", n_duplicates="repeated")
+COLUMNS |= dict(num_images="images", has_sensor="sensor", sensor_overlap="share", sensor_hz="sensor/s")
 
 
 def run_all(function, folders, workers):
@@ -644,9 +666,8 @@ def main(cfg):
     check_config(cfg)
     roots = [*cfg.dataset_dirs, *([cfg.new_dataset_dir] if cfg.new_dataset_dir else [])]
     folders, excluded = ss.find_recordings(roots)
-    if not folders:
-        expected = "expected folders recv_all_*, episode_*, Captures* or ZED_Captures_* with a robot CSV"
-        raise MissingFile(f"no recordings below {', '.join(roots)}: {expected}")
+    expected = "expected folders recv_all_*, episode_*, Captures* or ZED_Captures_* with a robot CSV"
+    require(folders, f"no recordings below {', '.join(roots)}: {expected}", MissingFile)
     reports = run_all(partial(process, cfg=cfg), folders, cfg.workers)
     facts = pd.DataFrame([r["metadata"] for r in reports], columns=list(COLUMNS))
     if not cfg.estimate_offsets:

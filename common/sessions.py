@@ -134,10 +134,10 @@ def read_notes(folder):
         texts = [notes["instruction"] or "", notes["dataset"] or ""]
         good = all(map(math.isfinite, offsets)) and all(isinstance(text, str) for text in texts)
         good = good and set(notes) == set(NOTES) and isinstance(notes["exclude"], bool) and "/" not in texts[1]
+        require(good, f"got {notes}", ValueError)
     except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise BadSession(f"{path}: {error}") from error
-    expected = f"expected only {', '.join(NOTES)} (seconds, texts, true or false), got {notes}"
-    require(good, f"{path}: {expected}", BadSession)
+        expected = f"expected KEY: VALUE, only {', '.join(NOTES)} (seconds, texts, true or false)"
+        raise BadSession(f"{path}: {expected}: {error}") from error
     return notes
 
 

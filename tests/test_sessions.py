@@ -249,11 +249,11 @@ def test_names_come_from_the_folders_unless_session_yaml_says_otherwise(tmp_path
 
 
 @pytest.mark.parametrize(
-    "text", ["sensor_ofset_s: 1", "sensor_offset_s: soon", "[1]", "exclude: 2", "dataset: a/b", "a: ["]
+    "text", ["sensor_ofset_s: 1", "sensor_offset_s: soon", "[1]", "exclude", "exclude: 2", "dataset: a/b", "a: ["]
 )
 def test_a_wrong_session_yaml_is_named(tmp_path, text):
     (tmp_path / "session.yaml").write_text(text)
-    with pytest.raises(ss.BadSession, match="session.yaml"):
+    with pytest.raises(ss.BadSession, match="session.yaml: expected KEY: VALUE, only sensor_offset_s, camera"):
         ss.read_notes(tmp_path)
 
 
