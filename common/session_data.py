@@ -284,15 +284,20 @@ class SessionPolicy:
     def inputs(self, observations):
         """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; age: seconds since these
         images were taken, 0 if it is not said; sensor: (n, 1026) raw rows (force, A-scan) up to now, newest last, or
-        None} -> Collate.inputs' batch on the device."""
+        None; those with a value that is not finite are left out, as in training} -> Collate.inputs' batch on the
+        device."""
+        observations = [dict(o) for o in observations]
         for o in observations:
-            rows, right = o.get("sensor"), f"expected (n, {ss.CHANNELS}): force, then the A-scan"
-            good = rows is None or (np.ndim(rows) == 2 and np.shape(rows)[1] == ss.CHANNELS)
-            require(good, f"the observation's sensor is {np.shape(rows)}, {right}")
+            rows = np.empty((0, ss.CHANNELS)) if o.get("sensor") is None else np.asarray(o["sensor"])
+            right = f"expected (n, {ss.CHANNELS}): force, then the A-scan"
+            require(rows.shape[1:] == (ss.CHANNELS,), f"the observation's sensor is {rows.shape}, {right}")
+            require(math.isfinite(o.get("age", 0.0)), f"the observation's age is {o.get('age')}, expected seconds")
+            o["sensor"] = rows[np.isfinite(rows).all(1)]
         unseen = [o for o in observations if "vl_features" not in o]
         if unseen or not observations:
-            features = iter(self.encode([(o.get("images"), o.get("instruction")) for o in unseen]))
-            observations = [o if "vl_features" in o else o | dict(vl_features=next(features)) for o in observations]
+            features = self.encode([(o.get("images"), o.get("instruction")) for o in unseen])
+            for o, feature in zip(unseen, features, strict=True):
+                o["vl_features"] = feature
         return to_device(self.collate.inputs(observations), self.device)
 
     def open_episodes(self, root, names=None):

@@ -43,13 +43,14 @@ class TwoRateLoop:
         self.ages, self.holds, self.late, self.older = Counter(), 0, 0, 0
 
     def push_sensor(self, rows, stamps=None):
-        """Take (n, 1026) raw sensor rows in the order of time, or one (1026,), as they come; from any thread. `stamps`
-        (n,): when they were measured; default: at the rate of the training's sessions, the last one now."""
+        """Take (n, 1026) raw sensor rows, or one (1026,), as they come; from any thread. `stamps` (n,): when they were
+        measured, also out of order; default: at the rate of the training's sessions, the last one now."""
         rows = np.atleast_2d(np.asarray(rows, np.float32))
         wrong = f"sensor rows are {rows.shape}, expected (n, {ss.CHANNELS}): force, then the A-scan"
         require(rows.ndim == 2 and rows.shape[1] == ss.CHANNELS, wrong)
         if stamps is None:
-            stamps = self.clock.monotonic() - np.arange(len(rows))[::-1] / self.policy.sensor_hz
+            before = self.sensor[-1][0] if self.sensor else -math.inf  # rows that come in bursts keep their order
+            stamps = np.maximum(self.clock.monotonic() - np.arange(len(rows))[::-1] / self.policy.sensor_hz, before)
         for stamp in np.atleast_1d(stamps)[-1:]:
             self._same_clock(stamp, "a sensor row")
         with self.lock:
@@ -67,7 +68,8 @@ class TwoRateLoop:
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             feature = self.policy.encode([(images, self.instruction)])[0]
         with self.lock:
-            self.newest = (feature, captured)
+            if self.newest is None or captured >= self.newest[1]:  # a camera may repeat an old picture
+                self.newest = (feature, captured)
 
     def warm_up(self, images, captured):
         """One look and one action that is not sent: loads the VLM and compiles what must be, before a run counts."""
@@ -77,7 +79,8 @@ class TwoRateLoop:
 
     def _observation(self, feature, captured, now):
         with self.lock:
-            stamps, rows = np.array([s for s, _ in self.sensor]), [row for _, row in self.sensor]
+            kept = sorted(self.sensor, key=lambda pair: pair[0])  # datagrams overtake each other
+        stamps, rows = np.array([stamp for stamp, _ in kept]), [row for _, row in kept]
         # as in training: a sensor that has stopped is absent
         begin, end = ss.sensor_rows(stamps, now, self.sensor.maxlen, self.policy.sensor_hz)
         felt = np.stack(rows[begin:end]) if end > begin else None

@@ -538,6 +538,10 @@ def test_predict_from_images_equals_predict_from_the_cache(finished, sessions_ro
     assert np.abs(policy.predict([raw | dict(instruction="Something else")]) - policy.predict([raw])).max() > 1e-6
     older = np.concatenate([np.full((50, 1026), 3.0, np.float32), item["sensor"]])  # rows before the window
     np.testing.assert_allclose(policy.predict([raw | dict(sensor=older)]), policy.predict([raw]), atol=1e-6)
+    glitch = np.concatenate([item["sensor"], np.full((2, 1026), np.nan, np.float32)])  # left out, as in training
+    assert np.array_equal(policy.predict([raw | dict(sensor=glitch)]), policy.predict([raw]))
+    unfelt = policy.predict([raw | dict(sensor=None)])
+    assert np.array_equal(policy.predict([raw | dict(sensor=glitch[-2:])]), unfelt)
 
 
 def test_the_loop_runs_a_real_policy(finished):
@@ -574,6 +578,8 @@ def test_wrong_observations_are_explained(finished):
         policy.predict([dict(images={"View1": np.zeros((56, 56, 3), np.uint8)}, instruction="go", sensor=None)])
     with pytest.raises(UserError, match=r"\(n, 1026\)"):
         policy.predict([dict(vl_features=torch.zeros(1, 64), sensor=np.zeros((65, 3)))])
+    with pytest.raises(UserError, match="age is nan, expected seconds"):
+        policy.predict([dict(vl_features=torch.zeros(1, 64), age=np.nan)])
 
 
 def test_what_the_policy_says_of_itself(finished, qwen_dir):

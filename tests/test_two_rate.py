@@ -215,6 +215,26 @@ def test_sensor_rows_last_as_long_as_in_training(hz):
         assert (loop._observation(None, 0.0, loop.clock.now)["sensor"] is not None) == there
 
 
+def test_rows_that_overtake_each_other_or_come_in_bursts_are_in_order():
+    loop = Drive(0.1, window=30).loop
+    row = lambda i: np.full(1026, i, np.float32)  # noqa: E731
+    for i in (2, 1, 4, 3):
+        loop.push_sensor(row(i), [loop.clock.now - 0.03 + i / 650])
+    for i in (10, 20):  # two bursts at the same time, without stamps
+        loop.push_sensor(np.arange(i, i + 10)[:, None] + row(0))
+    felt = loop._observation(None, 0.0, loop.clock.now)["sensor"][:, 0]
+    assert felt.tolist() == [1, 2, 3, 4, *range(10, 30)]
+
+
+def test_a_picture_that_is_older_than_the_one_before_changes_nothing():
+    """The camera repeats what it showed 0.4 s ago: the newer feature stays in use, and grows old."""
+    loop = Drive(0.0).loop
+    loop.clock.running = 1
+    loop.see({"View1": 50.0}, 50.0)
+    loop.see({"View1": 49.6}, 49.6)
+    assert loop.newest[1] == 50.0 and loop.newest[0].item() == 50.0
+
+
 def test_an_instruction_must_be_chosen_where_there_are_several():
     policy = SlowPolicy(SimulatedClock(), 0.1)
     policy.instructions = ["left", "right"]
