@@ -96,4 +96,5 @@ def _explain(error, cfg):
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
     if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
         return "another process of this training ended first: its message says why"
-    return text if isinstance(error, UserError) or "No space left" in text else None
+    known = isinstance(error, (UserError, PermissionError, NotADirectoryError))
+    return text if known or "No space left" in text or "Read-only file system" in text else None

@@ -74,10 +74,8 @@ def pick_attention(choice, device):
         flash_attn_func(*torch.zeros(3, 1, 16, 1, 64, dtype=torch.bfloat16, device=device))
         return "flash_attention_2"
     except Exception as error:
-        why = (
-            f"Flash Attention not supported here: {error!r}. Use --attn_implementation auto (sdpa where it is missing)"
-        )
-        require(choice == "auto", why)
+        how = "Use --attn_implementation auto (sdpa where it is missing)"
+        require(choice == "auto", f"Flash Attention not supported here: {error!r}. {how}")
         return "sdpa"
 
 

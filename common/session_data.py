@@ -48,7 +48,7 @@ class Features:
         self.root = cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
         size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
         expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
-        how = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures)
+        how = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures, cfg.dataset_dir)
         try:
             self.files, self.recipe = vl_cache.read_features(self.root, part, expected, *how)
             self.shape = next(iter(self.files.values())).shape[1:]
@@ -88,7 +88,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
     features = Features(cfg, found, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
     none = f"no step of the {len(train)} training sessions has an image of {', '.join(views)} that is at most"
-    how = f"{none} {cfg.max_image_age:g} s old: choose other --views, or raise --max-image-age"
+    how = f"{none} {cfg.max_image_age:g} s old: choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
     ages = np.concatenate([features.ages(s) for s in train])
     require(len(ages), how)
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
@@ -445,10 +445,9 @@ def describe(cfg, data, dataset, held_out, weights, print0):
     print0(f"data      {len(data.train)} training sessions, {usable}; {held}; {', '.join(cfg.dataset_dir)}")
     for name in sorted({s.dataset for s in data.train}):
         mine, felt = dataset.datasets == name, [s.has_sensor for s in data.train if s.dataset == name]
-        share = (
-            f"weight {weights[mine].mean():g}, {mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}"
-        )
-        print0(f"          {name:<30} {share}, sensor in {sum(felt)} of {len(felt)} sessions")
+        share = f"{mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}"
+        felt = f"sensor in {sum(felt)} of {len(felt)} sessions"
+        print0(f"          {name:<30} weight {weights[mine].mean():g}, {share}, {felt}")
     rate, reuse, recipe, slowest = ss.ACTION_HZ, cfg.vlm_reuse_count, data.features.recipe, max(cfg.vlm_latency_ms)
     views = f"views {', '.join(recipe['views'])} at {recipe['height']}x{recipe['width']}, {data.features.root}"
     print0(f"features  {recipe['model']}, {views}; {reuse} steps share one: a VLM at {rate / reuse:.2f} Hz")

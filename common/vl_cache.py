@@ -279,18 +279,18 @@ def command(program, **flags):
     return shlex.join(words)
 
 
-def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE_AGE, pictures=True):
+def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE_AGE, pictures=True, roots="DATA"):
     """Open the features of all `sessions`, for a VLM that looks every `reuse` steps -> ({session name: FeatureFile},
     recipe). Loads no VLM and decodes no image.
 
     `expected`: the recipe's keys that the caller knows, e.g. {model, views, height, width}; the others may have any
     value, the same in all sessions. `pictures`: look at the images; False for a machine that has cache and data.pkl
     only. MissingFile: sessions without a file; CacheMismatch: files without what is needed. Both say what differs and
-    the command that builds it."""
+    the command that builds it, for the folders `roots`."""
     wanted = {key: value for key, value in expected.items() if value is not None} | dict(format_version=FORMAT)
     if "views" in wanted:
         wanted["views"] = sorted(set(wanted["views"]))
-    build = dict(dataset_dirs="DATA", cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=max_image_age)
+    build = dict(dataset_dirs=roots, cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=max_image_age)
     flags = dict(height="image_resize_height", width="image_resize_width")
     build |= {flags.get(key, key): wanted.get(key) for key in ("model", "views", "layer", "dtype", "height", "width")}
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
@@ -307,7 +307,8 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
                 kinds.setdefault(path.stem[-24:], {})[session.name] = file
             except UserError as error:
                 reasons.setdefault(session.name, str(error))
-    fit = set().union(*kinds.values())
+    fit = max(kinds.values(), key=len, default={})  # the kind that most sessions have
+    reasons |= dict.fromkeys(set().union(*kinds.values()) - set(fit), "of other settings than those of the others")
     lacking = [f"{s.name}: {reasons.get(s.name, 'none at all')}" for s in sessions if s.name not in fit]
     shown = "\n  ".join(lacking[:5] + [f"and {len(lacking) - 5} more"] * (len(lacking) > 5))
     said = f"no features that fit of {len(lacking)} of {len(sessions)} sessions:\n  {shown}"
@@ -317,6 +318,6 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE
     recipes = [next(iter(files.values())).meta["recipe"] for files in whole]
     shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for recipe in recipes]
     several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"
-    keep = "Keep one, with build_vl_cache.py --prune, or give each its own --cache-root"
+    keep = "Choose with --views, keep one with build_vl_cache.py --prune, or give each its own --cache-root"
     require(len(whole) == 1, f"{several}. {keep}", CacheMismatch)
     return whole[0], recipes[0]

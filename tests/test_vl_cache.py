@@ -366,13 +366,17 @@ def test_two_kinds_that_fit_are_not_guessed_between_and_prune_keeps_one(cached, 
     with pytest.raises(vc.CacheMismatch, match="has 2 kinds of features .*'layer': 1"):
         read(cached, qwen_dir)
     assert read(cached, qwen_dir, layer=1)[1]["layer"] == 1
+    for path in feature_files(cached)[0:4:3]:  # each kind lacks another session
+        path.unlink()
+    with pytest.raises(vc.CacheMismatch, match="fit of 1 of 4 sessions:\n.*of other settings than those of the others"):
+        read(cached, qwen_dir)
     folder = cached / "cache/qwen_vl_features"
     left = folder / f"{ckpt.TEMPORARY}999999999@{socket.gethostname()}~x.pt"  # by a kill
     stranger = folder / f"Other__-__recv_all_9__{'a' * 24}.pt"
     for path in (left, stranger):
         path.write_bytes(b"")
     build(cached, qwen_dir, "--vlm-reuse-count", "1", "--prune")  # finer looks of the first kind
-    assert "pruned    4 files" in capsys.readouterr().out and stranger.exists() and not left.exists()
+    assert "pruned    3 files" in capsys.readouterr().out and stranger.exists() and not left.exists()
     assert all(len(read(cached, qwen_dir, reuse=reuse)[0]) == 4 for reuse in (1, 2, 3))
 
 
