@@ -44,7 +44,7 @@ class Config:
     vlm_reuse_count: int = 3  # steps per look; a training may use any multiple of it
     image_resize_height: int = 360  # pixels, rounded down to a multiple of 28
     image_resize_width: int = 640  # pixels, rounded down to a multiple of 28
-    max_image_age: float = vl_cache.MAX_IMAGE_AGE  # seconds; a look with an older newest image is left out
+    max_image_age: float = 1.5  # seconds; a look with an older newest image is left out
     layer: int = -1  # -1: the last hidden state; k: the state after k layers, which is cheaper
     dtype: Literal["fp16", "fp32"] = "fp16"  # of the stored numbers
     micro_batch: int = 1  # features per forward pass; halved when memory runs out

@@ -25,6 +25,7 @@ The actions of a segment add up to the difference of its end poses. A gap in the
 """
 
 import contextlib
+import glob
 import io
 import itertools
 import math
@@ -303,33 +304,27 @@ def compress(rows, blocks):
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
-
-IMAGE = re.compile(r"(?:images/)?view_?(\d+)[^/]*/(?:(left|right)/)?(?!\.)[^/]*\.(?:jpe?g|png)", re.I)
+PLACE, STAMP = r"(?:images/)?view_?(\d+)[^/]*/(?:(left|right)/)?", r"(\d+(?:\.\d*)?)"
+IMAGE = re.compile(rf"{PLACE}(?:[^/]*_)?(?:{STAMP}|[^/_]*)\.(?:jpe?g|png)", re.I)
 
 
 def list_images(folder):
     """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time, broken pictures). View
     names: View1..; with _left, _right for stereo folders."""
     views, nameless, broken = {}, [], []
-    for path in itertools.chain(*(folder.glob(pattern) for pattern in ("*/*.*", "*/*/*.*", "*/*/*/*.*"))):
-        name = path.relative_to(folder).as_posix()
+    for name in itertools.chain(
+        *(glob.glob(pattern, root_dir=folder) for pattern in ("*/*.*", "*/*/*.*", "*/*/*/*.*"))
+    ):
         if not (found := IMAGE.fullmatch(name)):
             continue
-        stamp = pd.to_numeric(path.stem.rsplit("_", 1)[-1], errors="coerce")
-        if not abs(stamp) < SECONDS:
+        number, eye, stamp = found.groups()
+        if stamp is None or float(stamp) >= SECONDS:
             nameless.append(name)
-        elif not is_whole(path):
+        elif not is_whole(folder / name):
             broken.append(name)
         else:
-            view = f"View{found[1]}_{(found[2] or '').lower()}".removesuffix("_")
-            views.setdefault(view, []).append((float(stamp), name))
+            views.setdefault(f"View{number}_{eye.lower()}" if eye else f"View{number}", []).append((float(stamp), name))
     return {view: sorted(images) for view, images in sorted(views.items())}, sorted(nameless), sorted(broken)
-
-
-def image_size(path):
-    """-> [height, width]"""
-    with Image.open(path) as image:
-        return [image.height, image.width]
 
 
 def is_whole(path):
@@ -422,8 +417,9 @@ def preprocess(folder, cfg):
         with reading(path):
             given["sources"].append([path.name, ss.content_of(path)])
     before = existing(folder)
-    changed = [key for key in given if before and before.get(key) != given[key]]
-    changes = [describe_change(key, before.get(key), given[key]) for key in changed]
+    names = dict(sources="robot log or sensor file", image="pictures")
+    changed = {key: (before.get(key), new) for key, new in given.items() if before and before.get(key) != new}
+    changes = [names.get(key, f"{key} (was {old}, is {new})") for key, (old, new) in changed.items()]
     if before and not changes and not cfg.force:
         return dict(status="unchanged", lines=before["warnings"], metadata=before)
 
@@ -453,7 +449,8 @@ def preprocess(folder, cfg):
     if cfg.dry_run:
         return report
     parts = dict(image=given["image"], image_timestamps=image_stamps, instruction=given["instruction"])
-    parts["image_size"] = {view: image_size(folder / shots[0][1]) for view, shots in images.items()}
+    firsts = {view: Image.open(folder / shots[0][1]) for view, shots in images.items()}
+    parts["image_size"] = {view: [image.height, image.width] for view, image in firsts.items()}
     with atomic_path(folder / ss.DATA_PKL) as temporary:
         save_data_pkl(temporary, motion | parts | dict(sensor_data=sensor, metadata=metadata))
     if sensor is None:
@@ -482,15 +479,6 @@ def existing(folder):
         return None
     image = {view: session.view(view)[0] for view in session.view_names}
     return session.metadata | dict(instruction=session.instruction, image=image)
-
-
-def describe_change(key, old, new):
-    if key in ("sources", "image"):
-        return dict(sources="robot log or sensor file", image="pictures")[key]
-    if isinstance(new, dict) and isinstance(old, dict):
-        names = [name for name in new if old.get(name) != new[name]]
-        old, new = ({name: values.get(name) for name in names} for values in (old, new))
-    return f"{key} (was {old}, is {new})"
 
 
 def read_motion(log, stamps, rows, cfg, warnings):

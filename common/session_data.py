@@ -289,8 +289,8 @@ class SessionPolicy:
         observations = [dict(o) for o in observations]
         for o in observations:
             rows = np.empty((0, ss.CHANNELS)) if o.get("sensor") is None else np.asarray(o["sensor"])
-            right = f"expected (n, {ss.CHANNELS}): force, then the A-scan"
-            require(rows.shape[1:] == (ss.CHANNELS,), f"the observation's sensor is {rows.shape}, {right}")
+            wrong = f"the observation's sensor is {rows.shape}, expected (n, {ss.CHANNELS}): force, then the A-scan"
+            require(rows.shape[1:] == (ss.CHANNELS,), wrong)
             require(math.isfinite(o.get("age", 0.0)), f"the observation's age is {o.get('age')}, expected seconds")
             o["sensor"] = rows[np.isfinite(rows).all(1)]
         unseen = [o for o in observations if "vl_features" not in o]

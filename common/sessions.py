@@ -24,7 +24,6 @@ from common import MissingFile, UserError, require
 from common.stats import compute_stats
 
 SCHEMA = 4  # of data.pkl
-STATS_FORMAT = 1  # of session_stats
 DATA_PKL, SENSOR_FILE, NOTES_FILE = "data.pkl", "sensor_stream.npy", "session.yaml"
 CHANNELS = 1026  # of a sensor row: force, then 1025 A-scan values
 SENSOR_HZ = 650  # nominal; Session.sensor_hz is what was measured
@@ -380,7 +379,7 @@ def session_stats(train):
         sensor = dict(mean=mean.tolist(), std=sensor_std(std).tolist(), count=int(rows.sum()))
         sensor["dtype"] = max(s.sensor["dtype"] for s in felt)
     return dict(
-        format_version=STATS_FORMAT,
+        format_version=1,
         num_episodes=len(train),
         num_frames=int(sum(len(s) for s in train)),
         action_definition=dict(source="tcp pose delta of 0.1 s", dim=7, position_unit="mm", rotation_unit="deg"),

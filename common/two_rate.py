@@ -26,8 +26,6 @@ class TwoRateLoop:
         which = f"say which instruction: the policy was trained on {len(texts)}, e.g. {texts[:3]}"
         require(instruction is not None or len(texts) == 1, which)
         self.policy, self.instruction, self.clock = policy, instruction or texts[0], clock
-        if self.instruction not in texts:
-            print(f"warning: the policy has not been trained on {self.instruction!r}, but on {texts[:3]}")
         self.max_age_s = policy.oldest_image_s if max_age_s is None else max_age_s
         self.lock = threading.Lock()
         self.stream = torch.cuda.Stream() if policy.device.type == "cuda" else None
@@ -80,10 +78,9 @@ class TwoRateLoop:
     def _observation(self, feature, captured, now):
         with self.lock:
             kept = sorted(self.sensor, key=lambda pair: pair[0])  # datagrams overtake each other
-        stamps, rows = np.array([stamp for stamp, _ in kept]), [row for _, row in kept]
         # as in training: a sensor that has stopped is absent
-        begin, end = ss.sensor_rows(stamps, now, self.sensor.maxlen, self.policy.sensor_hz)
-        felt = np.stack(rows[begin:end]) if end > begin else None
+        begin, end = ss.sensor_rows([stamp for stamp, _ in kept], now, self.sensor.maxlen, self.policy.sensor_hz)
+        felt = np.stack([row for _, row in kept[begin:end]]) if end > begin else None
         return dict(vl_features=feature, age=now - captured, sensor=felt)
 
     def act(self):
@@ -137,7 +134,5 @@ class TwoRateLoop:
         """-> lines that say how old the features were."""
         total = sum(self.ages.values())
         counts = f"{total} actions ({self.older} on features older than in training), {self.holds} holds"
-        lines = [f"{counts}, {self.late} late ticks; age of the feature:"]
-        for age, n in sorted(self.ages.items()):
-            lines.append(f"  {100 * age:4d}-{100 * (age + 1):4d} ms {n:5d} {n / total:6.1%}")
-        return lines
+        ages = [f"  {100 * a:4d}-{100 * a + 100:4d} ms {n:5d} {n / total:6.1%}" for a, n in sorted(self.ages.items())]
+        return [f"{counts}, {self.late} late ticks; age of the feature:", *ages]

@@ -28,11 +28,10 @@ from common import checkpoint as ckpt
 FORMAT = 3
 FOLDER = "qwen_vl_features"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-SHAPING = (  # files of a model beside its weights
-    *("config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-)
-MAX_IMAGE_AGE = 1.5  # seconds
+SHAPING = "config.json preprocessor_config.json processor_config.json chat_template.json chat_template.jinja"
+SHAPING = (
+    f"{SHAPING} tokenizer.json tokenizer_config.json vocab.json merges.txt".split()
+)  # of a model, beside its weights
 
 
 class CacheMismatch(UserError):
@@ -51,9 +50,8 @@ class VLEncoder:
     tokens. `layer` -1: the last, normed state; k: the state after k layers. The feature is its mean over all tokens.
     """
 
-    def __init__(self, model, views, height=360, width=640, layer=-1, dtype="fp16", device="cpu", compute_dtype="auto"):
+    def __init__(self, model, views, height=360, width=640, layer=-1, dtype="fp16", device="cpu", compute_dtype=None):
         self.device, self.views, self.layer = torch.device(device), sorted(set(views)), layer
-        require(self.views, "views is empty: name at least one, e.g. --views View1 View5")
         self.folder, self.dtype = hub.local_folder(model), DTYPES[dtype]
         config, self.tokenizer, *moments = qwen_vl.open_backbone(self.folder)
         text, vision, self.image_token_id = config.text_config, config.vision_config, config.image_token_id
@@ -65,8 +63,7 @@ class VLEncoder:
         require(min(height, width) >= side, f"{asked}: expected at least {side} x {side} pixels")
         self.grid = (height // side, width // side)  # (rows, columns) of tokens per image
         self.size = (self.grid[0] * side, self.grid[1] * side)  # (height, width) in pixels
-        if compute_dtype == "auto":
-            compute_dtype = "bf16" if self.device.type == "cuda" else "fp32"
+        compute_dtype = compute_dtype or ("bf16" if self.device.type == "cuda" else "fp32")
         self.compute_dtype = DTYPES[compute_dtype]
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1).to(self.device) * 255 for values in moments)
         # everything but the images and the instruction that changes a feature, and where the model was
@@ -279,7 +276,7 @@ def command(program, **flags):
     return shlex.join(words)
 
 
-def read_features(cache_root, sessions, expected, reuse, max_image_age=MAX_IMAGE_AGE, pictures=True, roots="DATA"):
+def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5, pictures=True, roots="DATA"):
     """Open the features of all `sessions`, for a VLM that looks every `reuse` steps -> ({session name: FeatureFile},
     recipe). Loads no VLM and decodes no image.
 

@@ -521,7 +521,7 @@ def test_recordings_of_other_hands(shared, tmp_path, capsys):
     assert run(root) == 0 and "left out" in capsys.readouterr().out
     assert not any(s.has_sensor for s in find_sessions([root]))
     assert run(root, "--min-sensor-overlap", "0.3") == 0
-    assert "(was {'min_sensor_overlap': 0.9}" in capsys.readouterr().out
+    assert "'min_sensor_overlap': 0.9}, is" in capsys.readouterr().out
     found = {s.dataset: s for s in find_sessions([root])}
     assert {d: (len(s), s.has_sensor, len(s.view_names)) for d, s in found.items()} == {
         "Needle_insertion_eye_trocar": (29, True, 9),

@@ -169,7 +169,6 @@ def test_from_recipe_is_the_same_encoder_and_refuses_another_model(qwen_dir, enc
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(views=[]), "views is empty"),
         (dict(layer=3), "layer is 3"),
         (dict(height=20), "28 x 28"),
         ({}, "lacks 1 tensors: .*layers.1.mlp"),  # transformers would put random numbers in its place
