@@ -28,10 +28,9 @@ from common import checkpoint as ckpt
 FORMAT = 3
 FOLDER = "qwen_vl_features"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-SHAPING = "config.json preprocessor_config.json processor_config.json chat_template.json chat_template.jinja"
-SHAPING = (
-    f"{SHAPING} tokenizer.json tokenizer_config.json vocab.json merges.txt".split()
-)  # of a model, beside its weights
+# files of a model beside its weights
+SHAPING = ("config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json")
+SHAPING += ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 class CacheMismatch(UserError):

@@ -666,33 +666,3 @@ def test_check_prints_a_batch_without_a_cache(sessions_root, qwen_dir, tmp_path,
     for text in ("check passed", "not there yet", "build_vl_cache.py", "New_dataset", "(4, 65, 1026)"):
         assert text in shown
     assert not list(tmp_path.iterdir())
-
-
-# ---- the guide's three commands --------------------------------------------------------------------------------------
-
-
-@BOTH
-def test_recordings_go_through_the_guides_commands(recordings, qwen_dir, tmp_path, script):
-    """Real-format recordings of three data sets: preprocessed, cached, trained on, opened for evaluation."""
-    run(recordings, qwen_dir, tmp_path, script, max_steps=2, log_steps=2, batch_size=2)
-    policy = script.load_policy(tmp_path, "cpu")
-    rows = [r["train/sensor_samples"] for r in metrics(tmp_path) if "train/sensor_samples" in r]
-    assert rows and 0 < rows[0] < 4
-    episodes = list(policy.open_episodes(recordings))
-    known = {"White_silicone_white_circle", "Needle_insertion_eye_trocar", "OCT_insertion"}
-    assert {e["name"].split("/")[0] for e in episodes} == known
-    for e in episodes:
-        chunk = policy.predict([e["sample"](len(e["target"]) - 1)])
-        assert chunk.shape == (1, 8, 7) and np.isfinite(chunk).all() and (chunk[..., 6] == 1).all()
-
-
-@pytest.fixture(scope="module")
-def recordings(shared, qwen_dir, tmp_path_factory):
-    """A copy of ../shared/data/sessions after create_datapkl.py and build_vl_cache.py; the sensor files of these short
-    recordings begin a second late."""
-    root = tmp_path_factory.mktemp("recordings") / "sessions"
-    shutil.copytree(shared / "data" / "sessions", root)
-    words = f"--dataset-dirs {root} --workers 0 --min-sensor-overlap 0.3".split()
-    create_datapkl.main(parse_config(create_datapkl.Config, words))
-    build_cache(root, qwen_dir)
-    return root

@@ -437,20 +437,13 @@ def npz(**arrays):
 
 
 BREAKS = {  # what the program says of a recording: what was done to it
-    "0 robot logs": lambda folder, log, lines: log.unlink(),
     "2 robot logs": lambda folder, log, lines: shutil.copy(log, folder / "robot_state_2.csv"),
     "no image with a time": lambda folder, log, lines: shutil.rmtree(folder / "View1"),
     "no column pose_a or ee_a": rewrite(lambda lines: [line.replace("pose_a", "angle") for line in lines]),
-    "line 8 is not 16 numbers": rewrite(lambda lines: [*lines[:7], lines[7][:-2] + "x\n", *lines[8:]]),
     "line 9 is not 16 numbers": rewrite(lambda lines: [*lines[:7], "\n", "nan" + lines[8][30:], *lines[9:]]),
     "Length of header": rewrite(lambda lines: [lines[0], *(line.replace("\n", ",7\n") for line in lines[1:])]),
-    "075140.csv cannot be read: its stamps are no seconds: 17": rewrite(
-        lambda lines: [line.replace(".", "0000000000.", 2) for line in lines]
-    ),
-    "e.g. View1/left/1761551500000.jpg": lambda folder, log, lines: [
-        path.rename(path.with_name(f"{1000 * float(path.stem.rsplit('_')[-1]):.0f}.jpg"))
-        for path in (folder / "View1/left").iterdir()
-    ],
+    "csv cannot be read: its stamps are no seconds": rewrite(lambda lines: [x.replace(".", "0000.") for x in lines]),
+    "left/99999999999.jpg": lambda f, *_: [p.rename(p.with_stem("99999999999")) for p in f.glob("View1/left/*")],
     "1 rows": rewrite(lambda lines: lines[:2]),
     "5.00 rows per second": rewrite(lambda lines: [lines[0], *lines[1::20]]),
     "robot_state_20251027_075140.csv cannot be read": rewrite(lambda lines: []),

@@ -61,25 +61,6 @@ def session(folder, rows=None, **what):
 # ---- ticks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "reuse, latency, ages",
-    [
-        (1, 0, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-        (3, 0, [0, 1, 2] * 4),
-        (1, 300, [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
-        (3, 300, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]),
-        (4, 381, [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]),
-    ],
-)
-def test_staleness_by_hand(tmp_path, reuse, latency, ages):
-    """Age of the feature, in steps of 0.1 s, at each of 12 steps. Before the first is ready the robot waits for it."""
-    s, steps = session(tmp_path), np.arange(12)
-    assert (steps - s.tick_starts(reuse)[s.tick_of_step(steps, reuse, latency / 1000)]).tolist() == ages
-    assert [s.tick_of_step(k, reuse, latency / 1000) for k in steps] == [
-        (k - age) // reuse for k, age in enumerate(ages)
-    ]
-
-
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.integers(1, 8), st.integers(0, 500))
 def test_a_tick_is_of_the_steps_own_segment_and_in_time(tmp_path, lengths, reuse, latency_ms):
@@ -139,13 +120,6 @@ def test_a_sensor_that_stopped_is_absent_not_frozen(tmp_path):
     unfelt = session(tmp_path / "none")
     assert not unfelt.has_sensor
     assert all(x is None for x in (s.sensor_window(5, 65), slow.sensor_window(8, 65), unfelt.sensor_window(3, 65)))
-
-
-def test_targets_end_with_their_segment(tmp_path):
-    s = session(tmp_path, n=6, segments=[0, 0, 0, 0, 1, 1])
-    actions, mask = s.targets(2, 4)
-    assert mask.tolist() == [True, True, False, False] and np.array_equal(actions, s.action[[2, 3, 3, 3]])
-    assert s.targets(0, 3)[1].all() and np.array_equal(s.targets(5, 2)[0], s.action[[5, 5]])
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
