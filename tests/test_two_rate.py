@@ -200,7 +200,7 @@ def test_sensor_rows_by_time():
     loop.push_sensor(np.full((2, 1026), 3.0), [loop.clock.now - 0.03, loop.clock.now - 0.01])
     assert loop._observation(None, 0.0, loop.clock.now)["sensor"][-1, 0] == 3.0
     for i in (5, 4, 7, 6):
-        loop.push_sensor(np.full(1026, i), [loop.clock.now - 0.02 + i / 1000])
+        loop.push_sensor(np.full(1026, i), [loop.clock.now - 0.05 + i / 1000])
     for i in (10, 20):
         loop.push_sensor(np.repeat(np.arange(i, i + 10)[:, None], 1026, axis=1))
     felt = loop._observation(None, 0.0, loop.clock.now)["sensor"][-24:, 0]
