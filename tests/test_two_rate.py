@@ -199,6 +199,7 @@ def test_sensor_rows_by_time():
     loop.clock.now += 0.05
     loop.push_sensor(np.full((2, 1026), 3.0), [loop.clock.now - 0.03, loop.clock.now - 0.01])
     assert loop._observation(None, 0.0, loop.clock.now)["sensor"][-1, 0] == 3.0
+    loop.clock.now += 0.1
     for i in (5, 4, 7, 6):
         loop.push_sensor(np.full(1026, i), [loop.clock.now - 0.05 + i / 1000])
     for i in (10, 20):
