@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, closed_loop, require
@@ -177,7 +176,9 @@ def sample_again(policy, root, names, records):
     for episode in policy.open_episodes(root, names):
         for t in range(len(episode["target"])):
             if (episode["name"], t) in wanted:
-                found[wanted[episode["name"], t]] = episode["sample"](t)
+                found[wanted.pop((episode["name"], t))] = episode["sample"](t)
+        if not wanted:
+            break
     return found
 
 
@@ -367,11 +368,6 @@ def draw_episode(records, names, path):
     figure.savefig(path, dpi=110)
 
 
-def small(image, height=120):
-    picture = Image.fromarray(np.asarray(image))
-    return np.asarray(picture.resize((round(height * picture.width / picture.height), height)))
-
-
 def draw_worst(policy, root, names, records, report, columns, path, count=4):
     """The windows with the largest relative error, one per episode: what was seen, recorded and predicted."""
     (scale, moving), worst = baseline(report), {}
@@ -387,7 +383,7 @@ def draw_worst(policy, root, names, records, report, columns, path, count=4):
     panels = figure.subplots(len(chosen), width, squeeze=False, width_ratios=[2.4] + [1] * len(columns))
     for row, (score, r), observation in zip(panels, chosen, seen, strict=True):
         images = observation.get("images", {})
-        shown = [small(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
+        shown = [closed_loop.small(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
         row[0].set_axis_off()
         row[0].set_title(f"{r['episode'][-34:]} frame {r['t']}: {score:.1f} x", fontsize=7)
         if shown:
@@ -458,9 +454,8 @@ def replay(policy, root, path):
             first = f"{record['episode']} frame {record['t']}: the prediction differs from the stored one by {away:.3g}"
             raise UserError(f"{first}. Another checkpoint, library version or kind of processor, or another picture")
     policy.reset()
-    first = next(iter(policy.open_episodes(root, [records[0]["episode"].split("#")[0]])))
-    alone = np.concatenate([policy.predict([first["sample"](r["t"])]) for r in records[:batch]])
-    away = np.abs(alone - saved["predicted"][: len(alone)]).max()
+    alone = [policy.predict([seen]) for seen in sample_again(policy, root, names, records[:batch])]
+    away = np.abs(np.concatenate(alone) - saved["predicted"][: len(alone)]).max()
     print(f"replay: {len(records)} predictions are those of {path}, to the bit")
     print(f"one observation at a time, as on a robot: the first {len(alone)} differ by at most {away:.3g}")
     return len(records)
@@ -548,6 +543,8 @@ def run(cfg):
     require(cfg.checkpoint and (cfg.data or cfg.closed_loop), f"{needed}; or --closed-loop MODULE:CLASS")
     least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
     require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
+    if cfg.closed_loop:
+        closed_loop.open_environment(cfg.closed_loop)  # a wrong name is told before a model is loaded
     reports = {given: run_one(cfg, Path(given)) for given in cfg.checkpoint}
     if len(reports) == 1:
         return reports[cfg.checkpoint[0]]

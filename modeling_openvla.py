@@ -198,7 +198,7 @@ class PrismaticProcessor(ProcessorMixin):
         return [*self.tokenizer(prompt_of(instruction))["input_ids"], EMPTY_TOKEN]
 
     def __call__(self, text, images, return_tensors="pt", **kwargs):
-        text, images = ([text], [images]) if isinstance(text, str) else (text, images)
+        text, images = (x if isinstance(x, (list, tuple)) else [x] for x in (text, images))
         if len(text) != len(images):
             raise ValueError(f"{len(text)} prompts for {len(images)} images: expected one image per prompt")
         rows = [self.tokenizer(t)["input_ids"] for t in text]

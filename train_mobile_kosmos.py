@@ -211,7 +211,7 @@ def read_episode(path, d):
             kind = f"{path}: dataset 'images' is {images.dtype} {shape}; expected uint8 (T, H, W, 3)"
             check(len(shape) == 4 and shape[-1] == 3 and images.dtype == np.uint8, kind)
             kind = f"{path}: dataset 'actions' has shape {actions.shape}; expected ({n}, 3): linear_x, linear_y, _"
-            check(actions.ndim == 2 and actions.shape[1] >= 2 and len(actions) == n > 0, kind)
+            check(actions.ndim == 2 and actions.shape[1] >= 2 and len(actions) == n, kind)
             bad = np.flatnonzero(~np.isfinite(actions).all(1))
             check(not len(bad), f"{path}: dataset 'actions' frame {bad[:1]} is not finite ({len(bad)} such frames)")
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:  # h5py's, for damage
@@ -349,6 +349,7 @@ class MobileVLAH5Dataset(Dataset):
     def __init__(self, episodes, cfg, read, prompt=None):
         """`read`(path, frames (n,)) -> (n, side, side, 3) uint8 RGB"""
         self.cfg, self.episodes, self.read = cfg, episodes, read
+        self.unknown = prompt.tokenizer.unk_token_id if prompt else -1
         self.tokens = prompt.tokens if prompt else lambda _: (torch.zeros(0, dtype=torch.int64),) * 2
         self.normalizer, self.samples = action_normalizer(cfg), []  # (episode, first frames of its windows)
         for e, episode in enumerate(episodes):
@@ -604,7 +605,7 @@ class Policy:
         label_offset. images: those of a drive, (h, w, 3) uint8 RGB, oldest first; the last W count. Or, for the only
         drive of a robot, {"camera": the newest}: W are remembered since reset(). A changed instruction starts anew,
         because no training window ever mixed two."""
-        self.contract.check(observations)
+        self.contract.check(observations, frames=True)
         W, frames, rows = self.cfg.window_size, {}, []  # frames: what several observations show is encoded once
         for o in observations:
             streamed, text = isinstance(o["images"], dict), o["instruction"]
@@ -703,21 +704,18 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
 save_model = ckpt.save_state  # a .ckpt: trained weights, the optimizer's moments, plain values
 
 
-def best_files(folder):
-    """{path: val_loss} of the epoch checkpoints in `folder`, the best first; a resumed run knows them from there."""
-    found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")}
+def best_files(folder, new=None):
+    """{path: val_loss} of the epoch checkpoints in `folder` and of a `new` one, the best first."""
+    found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")} | (new or {})
     return {path: found[path] for path in sorted(found, key=lambda p: (math.isnan(found[p]), found[p]))}
 
 
 def keep_best(run, folder, about, k, write, size):
-    """Write the file of the epoch that was just validated if it is among the best `k`, then delete what fell out. An
-    epoch that is done again replaces its file."""
-    there, epoch = run.once(best_files, folder), f"epoch_{about['epoch']:02d}-"
-    own = folder / f"{epoch}val_loss={about['val_loss']:.3f}.ckpt"
-    losses = {path: loss for path, loss in there.items() if not path.name.startswith(epoch)} | {own: about["val_loss"]}
-    best = sorted(losses, key=lambda p: (math.isnan(losses[p]), losses[p]))[:k]
-    if own not in best or run.save_as(own, write, size):
-        for path in there.keys() - set(best) if run.main else ():
+    """Write the file of the epoch that was just validated if it is among the best `k`, then delete what fell out."""
+    own = folder / f"epoch_{about['epoch']:02d}-val_loss={about['val_loss']:.3f}.ckpt"
+    ranked = list(run.once(best_files, folder, {own: about["val_loss"]}))
+    if own not in ranked[:k] or run.save_as(own, write, size):
+        for path in ranked[k:] if run.main else ():
             path.unlink(missing_ok=True)
 
 
@@ -866,11 +864,13 @@ def describe(cfg, data, dataset, say):
     say(f"action    linear_x, linear_y in m/s: {numbers}; {d.action_scale} becomes 1")
     moved = np.abs(np.concatenate([e.actions for e in train]))
     cut = np.maximum(moved - d.action_scale, 0).sum(0) / np.maximum(moved.sum(0), 1e-9)
-    share = f"dataset.action_scale {d.action_scale} cuts off {cut[0]:.1%} of the motion in x, {cut[1]:.1%} in y"
     if len(texts) == 1:
         say("warning   every training episode has the same instruction: the policy cannot learn to listen to it")
+    unknown = [text for text in sorted(texts) if dataset.unknown in dataset.tokens(text)[0]]
+    if unknown:
+        say(f"warning   the tokenizer does not know all words of {len(unknown)} instruction(s), e.g. {unknown[0]!r}")
     if cut.max() > 5e-4:
-        say(f"warning   {share}")
+        say(f"warning   action_scale {d.action_scale} cuts off {cut[0]:.1%} of the motion in x, {cut[1]:.1%} in y")
 
 
 def check_data(cfg):

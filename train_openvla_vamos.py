@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -54,7 +53,6 @@ from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
 from common.stats import Normalizer, compute_stats
 
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
 FORMAT = 3  # of steps_N/ and meta.json
 KEY = "vamos_dataset"  # of the statistics in the exported model
 GOAL_POINT = r"<point|<loc\d"  # an instruction that is coordinates, not language
@@ -108,7 +106,7 @@ class Config:
     wandb_entity: str | None = None  # W&B team or user
     wandb_mode: Literal["online", "offline", "disabled"] = "online"  # offline when nobody is logged in
     resume_from_checkpoint: str | None = None  # --resume: a steps_N directory, or "auto" for the newest of this EXP_ID
-    merge: str | None = None  # write the merged model of this steps_N or best to EXP_ID--N_chkpt, and stop
+    merge: str | None = None  # merge this steps_N or best into run_root_dir/EXP_ID--N_chkpt (vla_path: moved), and stop
     check: bool = False  # read the data, build and print one batch, stop
 
 
@@ -126,6 +124,9 @@ def check_config(cfg):
     hz = cfg.trajectory_hz
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
     require(0 <= cfg.lora_dropout < 1, f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
+    hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
+    there = cfg.check or not cfg.use_quantization or find_spec("bitsandbytes")
+    require(there, f"use_quantization needs bitsandbytes, which is not installed. {hint}")
     require(cfg.data_root_dir or cfg.merge, "data_root_dir is not set: the folder with data/train-*.parquet")
 
 
@@ -154,7 +155,7 @@ class Rows:
 
 def find_files(root):
     """-> (train files, validation files), sorted"""
-    hint = "Set --data_root_dir; make_demo.py vamos writes a small set"
+    hint = "Set --data_root_dir (of evaluate.py --data); make_demo.py vamos writes a small set"
     for folder in (Path(root) / "data", Path(root)):
         if train := sorted(folder.glob("train-*.parquet")):
             return train, sorted(folder.glob("validation-*.parquet"))
@@ -191,13 +192,14 @@ def read_file(path, cfg):
     of = np.repeat(np.arange(len(lengths)), transitions)
     step = np.arange(len(of)) - np.repeat(np.cumsum(transitions) - transitions, transitions)
     wanted = (step == 0) if cfg.samples == "first" else np.ones(len(step), bool)
+    steps = (steps * (cfg.trajectory_hz or 1.0)).astype(np.float32)
     finite = np.isfinite(steps).all(1)
     counts = Counter(rows=len(lengths), short=int((lengths < 2).sum()), nonfinite=int((wanted & ~finite).sum()))
     good = wanted & finite
     table = pd.DataFrame(dict(path=path, row=np.arange(len(lengths)), lang_goal=None, text=None))
     for column in said:
-        table[column] = read[column].to_pylist()
-    actions, of = (steps[good] * (cfg.trajectory_hz or 1.0)).astype(np.float32), of[good].astype(np.int32)
+        table[column] = read[column].cast(pa.string()).to_pylist()
+    actions, of = steps[good], of[good].astype(np.int32)
     content = json.dumps(table[["lang_goal", "text"]].to_numpy().tolist()).encode() + actions.tobytes() + of.tobytes()
     marks = {path.name: hashlib.sha256(content).hexdigest()[:16]}
     return Rows(table, actions, step[good].astype(np.int32), of, counts, marks)
@@ -212,7 +214,7 @@ def read_rows(paths, cfg):
             parts.append(read_file(path, cfg))
         except (pa.ArrowException, OSError, ValueError) as error:
             message = f"{path}: not a readable VAMOS file ({error})"
-            hint = "Copy it again, or leave such files out: --skip_bad_episodes"
+            hint = "Write or copy it again, or leave such files out: --skip_bad_episodes"
             require(cfg.skip_bad_episodes, f"{message}. {hint}")
             bad.append(message)
     before, marks = 0, {}
@@ -251,7 +253,9 @@ def picture_size(rows):
 def picture_reader(path, resize):
     """-> function of a row that returns its picture decoded in full, as `resize` makes it: (h, w, 3) uint8 RGB"""
     try:
-        column = pq.ParquetFile(path).read(columns=["image"])["image"]
+        file = pq.ParquetFile(path)  # in parts, as pyarrow reads no struct of more than 2 GB at once
+        parts = [part["image"] for part in file.iter_batches(64, columns=["image"])]
+        column = pa.chunked_array(parts, file.schema_arrow.field("image").type)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: its pictures cannot be read ({error}). Copy the file again") from error
 
@@ -273,7 +277,7 @@ def drop_bad_pictures(rows, store, skip):
     used = np.intersect1d(list(bad), rows.of).tolist()
     hint = "Write the files again without these rows, or leave them out: --skip_bad_episodes"
     messages = [bad[row] for row in used]
-    require(skip or not used, "\n".join([f"{len(used)} pictures cannot be decoded:", *messages, hint]))
+    require(skip or not used, "\n".join([f"{len(used)} pictures cannot be decoded, e.g.", *messages[:20], hint]))
     keep = ~np.isin(rows.of, used)
     rows.actions, rows.step, rows.of = rows.actions[keep], rows.step[keep], rows.of[keep]
     return messages
@@ -301,8 +305,6 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     excluded = bad + bad_too
     if store:
         sources = pd.concat([train.table, validation.table]).groupby("path").size().to_dict()
-        size = sum(sources.values()) * store.bytes_per_frame
-        run.print(f"pictures  {sum(sources.values())}, {size / 1e9:.2g} GB when decoded, in {store.folder}")
         reader = functools.partial(picture_reader, resize=resize)
         store.build(sources, reader, run.rank / run.world, max(1, cfg.num_workers), quiet=not run.main)
         run.sum(0)  # every rank has decoded its share
@@ -435,8 +437,6 @@ def load_vla(folder, device, dtype):
 
 def load_4bit(folder, device):
     """The same model with its linear layers (not the head) in nf4, through bitsandbytes."""
-    hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
-    require(find_spec("bitsandbytes"), f"use_quantization needs bitsandbytes, which is not installed. {hint}")
     from transformers import BitsAndBytesConfig
 
     from modeling_openvla import OpenVLAForActionPrediction
@@ -562,11 +562,9 @@ class Policy:
             choose_instructions(rows, self.spec["instruction_column"])
             look, good = picture_reader(known[name], lambda image: np.array(image.convert("RGB"))), []
 
-            def sample(i, rows=rows, look=look, file=name):
+            def sample(i, rows=rows, look=look):
                 row = int(rows.of[i])
-                return dict(
-                    images=dict(camera1=look(row)), instruction=rows.table["instruction"][row], name=(file, row)
-                )
+                return dict(images=dict(camera1=look(row)), instruction=rows.table["instruction"][row])
 
             for i in range(len(rows.of)):
                 try:
@@ -603,12 +601,13 @@ def read_adapter(folder):
     return {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): t for name, t in tensors}
 
 
-def open_adapter(folder, meta, device, dtype=None):
-    """-> (model under the adapter in `folder` with the adapter folded in, directory of that model). dtype None: as the
-    weights are stored."""
+def open_adapter(folder, meta, device, dtype=None, base=None):
+    """-> (model under the adapter in `folder` with the adapter folded in, directory of that model). dtype None: as its
+    weights are stored; base: where it is now, if no longer where it was."""
     from peft import PeftModel
 
-    base = local_folder(meta["config"]["vla_path"], why=f"; {folder} was trained on it")
+    why = f"; {folder} was trained on it. If it has moved: --merge {folder} --vla_path DIR"
+    base = local_folder(base or meta["config"]["vla_path"], why=why)
     dtype = dtype or next(tensor.dtype for _, tensor in read_tensors(base))
     vla = PeftModel.from_pretrained(load_vla(base, device, dtype), folder)
     return vla.merge_and_unload().eval(), base  # computed in fp32, rounded once
@@ -640,11 +639,11 @@ def save_model(folder, vla, base, meta, stats):
     write_json(folder / "config.json", config)
 
 
-def merge_adapter(source, target):
+def merge_adapter(source, target, base=None):
     """Write the merged model of a steps_N or best to the directory `target`, which may hold other things (the log of a
-    run): config.json comes last, so a directory without one is no complete model."""
+    run): config.json comes last, so a directory without one is no complete model. `base`: see open_adapter."""
     meta = read_meta(source)
-    vla, base = open_adapter(source, meta, "cpu")
+    vla, base = open_adapter(source, meta, "cpu", base=base)
     target.mkdir(parents=True, exist_ok=True)
     ckpt.remove_temporaries(target)
     ckpt.require_space(target, int(1.02 * sum(p.numel() * p.element_size() for p in vla.parameters())))
@@ -805,8 +804,9 @@ def main(cfg):
         expected = f"--merge {cfg.merge} has no adapter_config.json; expected adapter_tmp_dir/EXP_ID/steps_N or best"
         require((source / "adapter_config.json").is_file(), expected)
         then = config_from(Config, meta["config"])
-        target = Path(then.run_root_dir) / f"{exp_id(then)}--{meta['step']}_chkpt"
-        return print(f"merged model: {merge_adapter(source, target)}")
+        given = {key: value for key, value in vars(cfg).items() if value != getattr(Config, key)}
+        target = Path(given.get("run_root_dir", then.run_root_dir)) / f"{exp_id(then)}--{meta['step']}_chkpt"
+        return print(f"merged model: {merge_adapter(source, target, given.get('vla_path'))}")
 
     # ---- inputs: everything that can be wrong is found before weights are loaded
     cfg.vla_path, name = stored_source(cfg.vla_path), exp_id(cfg)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import require
 
 LONGEST = 10_000  # steps; an environment that never ends is a mistake
+GIVES = dict(reset="an observation, which is a dict", step="(observation, done)", success="a dict with 'success'")
 
 
 # ---- driving ---------------------------------------------------------------------------------------------------------
@@ -58,6 +59,16 @@ class Plan:
         return action
 
 
+def given_by(scene, method, *args):
+    """-> what scene.method(*args) gives, if that is what the head of this file says"""
+    gives = getattr(scene, method)(*args)
+    first, *more = gives if isinstance(gives, tuple) else (gives,)
+    right = isinstance(first, dict) and len(more) == (method == "step") and (method != "success" or "success" in first)
+    kinds = ", ".join(type(part).__name__ for part in (first, *more))
+    require(right, f"{type(scene).__name__}.{method} gives {kinds}; expected {GIVES[method]}")
+    return gives
+
+
 def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True):
     """Drive scene k, an environment, from seed k, all in step: predict(indices of the scenes under way, their
     observations) -> (B, H, A), of which `execute` rows are sent before the next. -> a list of {seed, actions (T, A),
@@ -65,7 +76,7 @@ def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True)
     seen, plans, live, seconds = [], [Plan(delta, ensemble) for _ in seeds], list(range(len(seeds))), []
     for scene, seed in zip(scenes, seeds, strict=True):
         scene.looking = looking
-        seen.append(scene.reset(seed))
+        seen.append(given_by(scene, "reset", seed))
     sent, bar = [[] for _ in seeds], tqdm(total=len(seeds), desc="drive", unit="scene", disable=None, leave=False)
     for step in range(LONGEST):
         if step % execute == 0:
@@ -80,7 +91,7 @@ def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True)
             action = plans[k].next()
             require(np.isfinite(action).all(), f"scene {seeds[k]}, step {step}: the action is {action.tolist()}")
             scenes[k].looking = looking and (step + 1) % execute == 0
-            seen[k], done = scenes[k].step(action)
+            seen[k], done = given_by(scenes[k], "step", action)
             sent[k].append(action)
             if not done:
                 going.append(k)
@@ -93,17 +104,22 @@ def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True)
     runs = []
     for scene, seed, actions in zip(scenes, seeds, sent, strict=True):
         about = dict(seed=seed, actions=np.stack(actions), seconds=float(np.median(seconds)))
-        runs.append(about | dict(steps=len(actions)) | scene.success())
+        runs.append(about | dict(steps=len(actions)) | given_by(scene, "success"))
     return runs
 
 
-def compare(policy, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
-    """-> ({who: runs}, what the policy says of itself). Who: the policy, the expert, holding still, and replaying what
-    the expert did (the policy, where the environment has no expert) in the next scene; a baseline that the environment
-    does not know is left out."""
-    about, scenes = policy.describe(), [make_scene() for _ in seeds]
-    delta, moves = about["kind"] == "delta", about["kind"] != "absolute"
-    check_units([column["unit"] for column in about["actions"]], getattr(scenes[0], "units", None))
+def compare(policy, about, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
+    """Policy, what it says of itself -> {who: runs}. Who: the policy, the expert, holding still, and replaying what the
+    expert did (the policy, where the environment has no expert) in the next scene; a baseline that the environment does
+    not know is left out."""
+    scenes, delta, moves = [make_scene() for _ in seeds], about["kind"] == "delta", about["kind"] != "absolute"
+    lacks = [method for method in GIVES if not callable(getattr(scenes[0], method, None))]
+    require(not lacks, f"{type(scenes[0]).__name__} has no method {', '.join(lacks)}: no environment")
+    ours = [column["unit"] for column in about["actions"]]
+    wanted = getattr(scenes[0], "units", ours)
+    same = len(ours) == len(wanted) and all(a == b or not a or not b for a, b in zip(ours, wanted, strict=True))
+    wrong = f"the policy's actions are in {ours}, the environment takes {wanted}"
+    require(same, f"{wrong}: another environment, or another unit")
 
     def ask(_, seen):
         seen = [rename(observation, about["recorded"]) for observation in seen]
@@ -127,21 +143,15 @@ def compare(policy, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
         last = [np.zeros_like(rows[0]) if moves else rows[-1] for rows in recorded]  # then it stands still
         tapes = [itertools.chain(rows, itertools.repeat(end)) for rows, end in zip(recorded, last, strict=True)]
         found["replay"] = blind(each(lambda k: next(tapes[(k + 1) % len(tapes)])))
-    return found, about
+    return found
 
 
 def rename(observation, recorded):
     """The environment's pictures by the recorder's names, where it has these, under the names of the policy."""
-    images = observation["images"]
+    images = observation.get("images")
+    images = images if isinstance(images, dict) else {}
     known = {name: images[theirs] for name, theirs in recorded.items() if theirs in images}
     return observation | dict(images=images | known) if known else observation
-
-
-def check_units(ours, wanted):
-    wanted = wanted or ours
-    same = len(ours) == len(wanted) and all(a == b or not a or not b for a, b in zip(ours, wanted, strict=True))
-    wrong = f"the policy's actions are in {ours}, the environment takes {wanted}"
-    require(same, f"{wrong}: another environment, or another unit")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -160,7 +170,7 @@ def summarise(runs):
     successes = sum(bool(run["success"]) for run in runs)
     report = dict(success=successes, scenes=len(runs), interval=[float(v) for v in wilson(successes, len(runs))])
     for key in runs[0]:
-        values = [run[key] for run in runs if run[key] is not None]
+        values = [run[key] for run in runs if run.get(key) is not None]
         if key in ("seed", "success", "actions", "seconds"):
             continue
         if values and all(isinstance(v, (bool, np.bool_)) for v in values):
@@ -188,6 +198,11 @@ def print_table(reports, execute, ensemble, latency_ms):
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
+def small(image, height=120):
+    picture = Image.fromarray(np.asarray(image))
+    return np.asarray(picture.resize((round(height * picture.width / picture.height), height)))
+
+
 def film(make_scene, run, count):
     """The drive again, from its actions -> ([(step, picture)] at `count` moments, did it end as before?). The picture
     is the scene's own, else what the policy sees."""
@@ -198,8 +213,8 @@ def film(make_scene, run, count):
     for step in range(steps + 1):
         if step in moments:
             images = seen["images"] if scene.looking else [scene.picture()]
-            views = list(images.values()) if isinstance(images, dict) else images[-1:]
-            pictures.append((step, np.concatenate(views, axis=1)))
+            views = images.values() if isinstance(images, dict) else images[-1:]
+            pictures.append((step, np.concatenate([small(view, 240) for view in views], axis=1)))
         if step < steps:
             seen, _ = scene.step(run["actions"][step])
     return pictures, bool(scene.success()["success"]) == bool(run["success"])
@@ -236,18 +251,18 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     "module:Class", looked for where the program was started, too; `execute` 0: half of a chunk."""
     require(scenes >= 1 and execute >= 0, f"--scenes {scenes} must be 1 or more, --execute {execute} 0 or more")
     make_scene = open_environment(environment)
-    about_policy = policy.describe()
-    execute = execute or max(1, (about_policy["horizon"] - about_policy["skip"]) // 2)
-    found, contract = compare(policy, make_scene, list(range(scenes)), execute, ensemble, batch_size)
+    contract = policy.describe()
+    execute = execute or max(1, (contract["horizon"] - contract["skip"]) // 2)
+    found = compare(policy, contract, make_scene, list(range(scenes)), execute, ensemble, batch_size)
     reports = {who: summarise(runs) for who, runs in found.items()}
     print_table(reports, execute, ensemble, contract["latency_ms"])
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {}
     for who, runs in found.items():
         plain[who] = [{k: v for k, v in run.items() if k != "actions"} for run in runs]
     about = (about or {}) | dict(environment=environment, execute=execute, ensemble=ensemble, policy=contract)
-    (folder / "closed_loop.json").write_text(json.dumps(about | dict(summary=reports, scenes=plain), indent=2))
+    about |= dict(summary=reports, scenes=plain)
+    (folder / "closed_loop.json").write_text(json.dumps(about, indent=2, default=lambda value: value.tolist()))
     draw_strip(make_scene, found, folder / "closed_loop.png")
     print(f"report: {folder / 'closed_loop.json'}\npicture: {folder / 'closed_loop.png'}")
     still = f" (holding still: {reports['hold still']['success']})" if "hold still" in reports else ""

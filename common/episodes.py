@@ -85,7 +85,7 @@ def find_episodes(root):
         # links last: a recording keeps its real name
         subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
-    require(paths, f"{none} under '{root}' (*.h5 and *.hdf5, recursively). Check dataset.root_dir", MissingFile)
+    require(paths, f"{none} under '{root}' (*.h5 and *.hdf5, recursively). Check the path", MissingFile)
     return sorted(paths)
 
 

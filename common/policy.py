@@ -51,25 +51,28 @@ class Contract:
         self.needs = {what: str(where) for what, where in self.needs.items()}
         self.warned = Counter()  # kind of warning -> how often
 
-    def check(self, observations):
-        """UserError for an observation that the policy cannot take; a warning for one that is unlike the training."""
-        require(len(observations), "no observation was given: expected a list of one or more")
+    def check(self, observations, frames=False):
+        """UserError for an observation that the policy cannot take; a warning for one that is unlike the training.
+        `frames`: images may be a list, the newest of the only camera, oldest first."""
+        right = isinstance(observations, (list, tuple)) and all(isinstance(o, dict) for o in observations)
+        require(right and observations, "no observation was given: predict takes a list of one or more dicts")
         for o in observations:
             if self.state:
                 self._check_state(o.get("state"))
             if "vl_features" not in o:  # else pictures and text were encoded before
-                self._check_images(o.get("images"))
+                images = o.get("images")
+                several = frames and isinstance(images, (list, tuple)) and images
+                for shown in [dict.fromkeys(self.images, frame) for frame in images] if several else [images]:
+                    self._check_images(shown)
                 self._check_text(o.get("instruction"))
 
     def _check_images(self, images):
-        if isinstance(images, (list, tuple)):  # the newest frames of the only camera, oldest first
-            for frame in images[:-1]:
-                self._check_images(dict.fromkeys(self.images, frame))
-            images = dict.fromkeys(self.images, images[-1]) if images else {}
-        images = images or {}
+        given = sorted(images) if isinstance(images, dict) else f"a {type(images).__name__}, not of a dict"
         for name, size in self.images.items():
-            there = f"the observation has images of {sorted(images)}"
-            require(name in images, f"{there}, the policy needs {', '.join(self.images)}: {name} is missing")
+            wrong = (
+                f"the observation has images of {given}, the policy needs {', '.join(self.images)}: {name} is missing"
+            )
+            require(isinstance(images, dict) and name in images, wrong)
             picture = np.asarray(images[name])
             right = picture.ndim == 3 and picture.shape[-1] == 3 and picture.dtype == np.uint8
             wrong = f"{name} is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3), RGB"

@@ -25,7 +25,8 @@ class Line:
 
     def observe(self):
         self.seen += self.looking
-        return dict(images=dict(camera1=np.full((4, 6, 3), int(self.x * 20), np.uint8)), gap=self.goal - self.x)
+        images = dict(camera1=np.full((4, 6, 3), int(self.x * 20), np.uint8), small=np.zeros((3, 2, 3), np.uint8))
+        return dict(images=images, gap=self.goal - self.x)
 
     def step(self, action):
         self.x, self.frame = self.x + float(np.clip(action[0], -1, 1)), self.frame + 1
@@ -33,7 +34,7 @@ class Line:
 
     def success(self):
         away = abs(self.goal - self.x)
-        return dict(success=away < 0.3, distance_mm=away, late=self.frame > 5, missing=None)
+        return dict(success=np.less(away, 0.3), distance_mm=np.float32(away), late=self.frame > 5, missing=None)
 
     def expert(self):
         return np.array([np.clip(self.goal - self.x, -1, 1)])
@@ -56,6 +57,10 @@ class Walker:
         self.calls.append(len(observations))
         gaps = np.array([o["gap"] for o in observations])
         return np.repeat((gaps + self.wrong)[:, None, None] / 4, 4, axis=1).astype(np.float32)
+
+
+def compare(policy, *args, **how):
+    return closed_loop.compare(policy, policy.describe(), *args, **how)
 
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------
@@ -100,16 +105,16 @@ def test_chunks_are_executed_by_rows_and_scenes_in_one_call():
 def test_the_policy_beside_its_baselines():
     """Goals 2, 3 and 4 mm: the expert comes to all; what it did in the next scene leads 1 mm too far."""
     walker = Walker()
-    found, _ = closed_loop.compare(walker, Line, [0, 1, 2], execute=2, batch_size=2)
+    found = compare(walker, Line, [0, 1, 2], execute=2, batch_size=2)
     reports = {who: closed_loop.summarise(runs) for who, runs in found.items()}
     assert {who: r["success"] for who, r in reports.items()} == dict(policy=3, expert=3, replay=0) | {"hold still": 0}
     assert reports["hold still"]["distance_mm"] == 3 and reports["replay"]["distance_mm"] == pytest.approx(1)
     assert reports["policy"]["late"] == 3 and reports["policy"]["missing"] is None
     assert set(walker.calls) == {2, 1} and walker.resets == 1
-    assert closed_loop.summarise(closed_loop.compare(Walker(1.0), Line, [0], 2)[0]["policy"])["success"] == 0
+    assert closed_loop.summarise(compare(Walker(1.0), Line, [0], 2)["policy"])["success"] == 0
     with pytest.raises(UserError, match=r"actions are in \['m'\], the environment takes \['mm'\]"):
-        closed_loop.compare(Walker(unit="m"), Line, [0])
-    closed_loop.compare(Walker(unit=""), Line, [0])  # recorded actions have none
+        compare(Walker(unit="m"), Line, [0])
+    compare(Walker(unit=""), Line, [0])  # recorded actions have none
 
 
 def test_rows_that_are_over_are_not_sent():
@@ -123,10 +128,10 @@ def test_rows_that_are_over_are_not_sent():
             chunk = super().predict(observations)
             return np.concatenate([np.full_like(chunk[:, :1], 9), chunk], axis=1)
 
-    found, _ = closed_loop.compare(Late(), Line, [0, 1, 2], execute=4)
+    found = compare(Late(), Line, [0, 1, 2], execute=4)
     assert closed_loop.summarise(found["policy"])["success"] == 3
     with pytest.raises(UserError, match="--execute 5: a chunk has 4 rows"):
-        closed_loop.compare(Late(), Line, [0], execute=5)
+        compare(Late(), Line, [0], execute=5)
 
 
 def test_pictures_go_by_the_recorders_names():
@@ -146,8 +151,25 @@ def test_pictures_go_by_the_recorders_names():
             return seen | dict(images=dict(camera1="side", camera2="top", side_camera="side", top_camera="top"))
 
     policy = Looking()
-    closed_loop.compare(policy, Two, [0], execute=4)
+    compare(policy, Two, [0], execute=4)
     assert policy.seen[0]["camera1"] == "top" and policy.seen[0]["camera2"] == "top"
+
+
+WRONG = [
+    ("reset", ({}, {}), "Wrong.reset gives dict, dict; expected an observation, which is a dict"),  # gymnasium's
+    ("reset", None, "Wrong.reset gives NoneType; expected"),
+    ("step", ({}, 0.0, True, False, {}), r"step gives dict, float, bool, bool, dict; expected .observation, done."),
+    ("step", {}, "step gives dict; expected"),
+    ("success", dict(done=True), "success gives dict; expected a dict with 'success'"),
+]
+
+
+@pytest.mark.parametrize("method, gives, message", WRONG)
+def test_an_environment_that_gives_something_else_is_refused_in_one_line(method, gives, message):
+    with pytest.raises(UserError, match=message):
+        compare(Walker(), type("Wrong", (Line,), {method: lambda *_: gives}), [0])
+    with pytest.raises(UserError, match=f"Wrong has no method {method}: no environment"):
+        compare(Walker(), type("Wrong", (Line,), {method: None}), [0])
 
 
 def test_the_report(tmp_path, capsys, monkeypatch):

@@ -189,6 +189,9 @@ def test_a_replay_compares_every_bit(tmp_path, scripted, capsys, monkeypatch):
     """The same again is equal; a change in the last bit of one number, or another frame, is named."""
     about(tmp_path / "steps_1/meta.json")
     words = ["--checkpoint", str(tmp_path / "steps_1"), "--data", "DATA"]
+    evaluate.main([*words, "--plots", "0", "--episodes", "all", "--output", str(tmp_path)])
+    evaluate.main([*words, "--replay", str(tmp_path / "predictions.npz")])  # a batch of two episodes
+    assert "the first 7 differ by at most 0\n" in capsys.readouterr().out
     evaluate.main([*words, "--plots", "0", "--batch-size", "3"])
     stored = tmp_path / "steps_1/evaluation/predictions.npz"
     assert evaluate.main([*words, "--replay", str(stored)]) == 4

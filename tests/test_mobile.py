@@ -273,12 +273,14 @@ def test_damaged_images_are_named_or_left_out_in_training_and_evaluation(make, t
 
 def test_what_looks_wrong_in_the_data_is_said(make, tmp_path, capsys):
     for i in range(4):
-        write_episode(tmp_path / f"episode_2025111{i}_080000_hori_left.h5", np.full((3, 3), 2.0), text="go")
+        write_episode(tmp_path / f"episode_2025111{i}_080000_hori_left.h5", np.full((3, 3), 2.0), text="왼쪽")
     mobile.main(make(dataset__data_dir=tmp_path, dataset__train_split=0.75, check=True, model="no/such-model"))
     said = capsys.readouterr().out
     for text in ("cuts off 42.5% of the motion in x, 42.5% in y", "chunck_mask", "check passed"):
         assert text in said
     assert "every training episode has the same instruction" in said and "text tokens are not shown" in said
+    mobile.main(make(dataset__data_dir=tmp_path, check=True))
+    assert "does not know all words of 1 instruction(s), e.g. '왼쪽'" in capsys.readouterr().out
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -606,8 +608,9 @@ def test_the_best_three_and_the_last_are_kept_over_a_resume(make, monkeypatch, t
 
 
 def test_episodes_without_a_label_are_left_out_and_said(make, tmp_path, capsys):
-    for i in range(4):
-        write_episode(tmp_path / f"episode_2025111{i}_080000.h5", np.zeros((1 if i < 2 else 3, 2)))
+    for i, frames in enumerate((0, 1, 3, 3)):
+        images = np.zeros((frames, 28, 28, 3), np.uint8)
+        write_episode(tmp_path / f"episode_2025111{i}_080000.h5", np.zeros((frames, 2)), images=images)
     flags = dict(dataset__data_dir=tmp_path, label_offset=1, dataset__train_split=0.5)
     with pytest.raises(UserError, match="episode_20251110.*too few for label_offset 1 .*--skip_bad_episodes"):
         mobile.load_data(make(**flags))

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -221,12 +222,12 @@ def test_steps_by_hand_with_everything_that_can_be_wrong(tmp_path):
     nan = float("nan")
     paths = [[[0, 0, 0], [1, 2, 0], [3, 3, 9]], [], None, [[5, 5, 5]]]
     paths += [[[0, 0, 0], [nan, 1, 0], [2, 2, 0], [3, 4, 0]], [[1, 1], [2, 4]], [[0, 0, 0], [1], [2, 2, 0], [2, 3, 0]]]
-    paths += [[[0, 0, 0], None, [1, 1, 0]], [[0.0, 0, 0], [float("inf"), 0, 0]]]
+    paths += [[[0, 0, 0], None, [1, 1, 0]], [[0.0, 0, 0], [float("inf"), 0, 0]], [[0.0, 0], [1e39, 0], [1e39, 1]]]
     write(tmp_path / PATH, [row(p) for p in paths])
     rows, bad = openvla.read_rows([tmp_path / PATH], openvla.Config())
-    np.testing.assert_array_equal(rows.actions, [[1, 2], [2, 1], [1, 2], [1, 3], [0, 1]])
-    assert not bad and rows.step.tolist() == [0, 1, 2, 0, 2] and rows.of.tolist() == [0, 0, 4, 5, 6]
-    assert dict(rows.counts) == dict(rows=9, short=3, nonfinite=2 + 2 + 2 + 1)
+    np.testing.assert_array_equal(rows.actions, [[1, 2], [2, 1], [1, 2], [1, 3], [0, 1], [0, 1]])
+    assert not bad and rows.step.tolist() == [0, 1, 2, 0, 2, 1] and rows.of.tolist() == [0, 0, 4, 5, 6, 9]
+    assert dict(rows.counts) == dict(rows=10, short=3, nonfinite=2 + 2 + 2 + 1 + 1)
     write(tmp_path / PATH, [row([[0, 0, 0], [1, 2, 0], [2, 3, 0], tail]) for tail in ([9.0, 9, 0], [2.0, -4, 0])])
     later, _ = openvla.read_rows([tmp_path / PATH], openvla.Config())  # what comes later changes no earlier step
     np.testing.assert_array_equal(later.actions, [[1, 2], [1, 1], [7, 6], [1, 2], [1, 1], [0, -7]])
@@ -234,10 +235,11 @@ def test_steps_by_hand_with_everything_that_can_be_wrong(tmp_path):
     first, _ = openvla.read_rows([tmp_path / PATH], openvla.Config(samples="first", trajectory_hz=10))
     # metres per second; a path whose first step is not finite has no first step
     np.testing.assert_array_equal(first.actions, [[10, 20], [10, 30]])
-    assert first.counts["nonfinite"] == 4
+    assert first.counts["nonfinite"] == 5
 
 
-def test_pictures_as_struct_or_bytes_in_any_mode(tmp_path):
+def test_pictures_as_struct_or_bytes_in_any_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(pq.ParquetFile, "read", None)  # pyarrow cannot where a row group has structs of 2 GB
     kinds = [picture(), picture(form="PNG"), picture(form="PNG", mode="RGBA"), picture(form="PNG", mode="L")]
     kinds += [picture(mode="CMYK")]
     processor = modeling_openvla.PrismaticImageProcessor(input_sizes=[[3, 28, 28]] * 2)
@@ -264,6 +266,9 @@ def test_missing_and_damaged_pictures_are_named_or_left_out(tmp_path, make, caps
     each = "".join(rf"\n.*row {i} .*" for i in (1, 2, 3, 4))
     with pytest.raises(UserError, match=rf"4 pictures cannot.*{each}\n.*--skip_bad_episodes"):
         openvla.main(make(**flags))  # at the start, and all of them
+    many = SimpleNamespace(about=lambda _: dict(bad={i: f"row {i}" for i in range(25)}))
+    with pytest.raises(UserError, match=r"^25 pictures(.*\n){20}row 19\nWrite"):  # a line for each fills no screen
+        openvla.drop_bad_pictures(SimpleNamespace(table=pd.DataFrame(dict(path=["x"] * 25)), of=range(25)), many, False)
     _, metrics = train(make(**flags, skip_bad_episodes=True))
     said = capsys.readouterr().out
     assert said.count("excluded  train-0.parquet: the picture of row") == 4 and len(metrics) == 1
@@ -303,6 +308,8 @@ def test_instruction_column(tmp_path):
         write(tmp_path / PATH, [row(lang=lang[i], text=["text 0", "text 1", None][i]) for i in range(3)])
         rows, _ = openvla.read_rows([tmp_path / PATH], openvla.Config())
         assert (openvla.choose_instructions(rows, column), rows.table["instruction"].tolist()) == expected
+    pq.write_table(pa.table(dict(image=[b""], trajectory_3d=[[[0, 0], [1, 0]]], text=[b"bytes"])), tmp_path / PATH)
+    assert openvla.read_rows([tmp_path / PATH], openvla.Config())[0].table["text"].tolist() == ["bytes"]
 
 
 def test_statistics_by_hand_and_only_from_training_files(tmp_path, make):
@@ -560,6 +567,7 @@ def test_merged_adapter_and_peft_model_predict_the_same(trained, base_dir):
     texts, rng = ("Go to the red post", "stop", "Go to the blue post"), np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (50, 70, 3), np.uint8) for _ in texts]
     inputs = a.processor([modeling_openvla.prompt_of(text) for text in texts], pictures)
+    assert torch.equal(a.processor("x", pictures[:1])["pixel_values"], inputs["pixel_values"][:1])
     with torch.no_grad():
         ours, theirs = (m(inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits for m in (a.vla, with_peft))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -612,12 +620,15 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(trained, base_dir, tmp_p
     for file in base.glob("*.safetensors"):
         save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     meta = json.loads((source / "meta.json").read_text())
-    meta["config"]["vla_path"] = str(base)
+    meta["config"]["vla_path"] = "gone"
     (source / "meta.json").write_text(json.dumps(meta))
-    openvla.merge_adapter(source, tmp_path / "merged")
+    with pytest.raises(UserError, match=f"'gone' is neither .*--merge {source} --vla_path DIR"):
+        openvla.load_policy(source, "cpu")
+    openvla.main(openvla.Config(merge=str(source), vla_path=str(base), run_root_dir=str(tmp_path)))
+    merged = next(tmp_path.glob("gone+*--4_chkpt"))
     weight = dict(openvla.read_tensors(base))[f"{name}.weight"].float()
     a, b = (openvla.read_adapter(source)[f"{name}.lora_{part}.default.weight"] for part in "AB")
-    assert torch.equal(dict(openvla.read_tensors(tmp_path / "merged"))[f"{name}.weight"], (weight + b @ a).bfloat16())
+    assert torch.equal(dict(openvla.read_tensors(merged))[f"{name}.weight"], (weight + b @ a).bfloat16())
 
 
 def test_an_adapter_is_written_from_its_copy_not_from_the_model(base_dir, tmp_path):
@@ -651,15 +662,15 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root):
     assert torch.equal(weight(apart), weight(adapter / "steps_2"))
     with pytest.raises(UserError, match="adapter_config.json"):
         openvla.main(openvla.Config(merge=str(run)))
-    seen, merge, columns, read = [], openvla.merge_adapter, [], pq.ParquetFile.read
+    seen, merge, columns, read = [], openvla.merge_adapter, [], pq.ParquetFile.iter_batches
     with pytest.MonkeyPatch.context() as m:  # the default: run_root_dir/EXP_ID is the newest merge, as in the guide
         m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which) or merge(*which))
-        m.setattr(pq.ParquetFile, "read", lambda self, **how: columns.append(how["columns"]) or read(self, **how))
+        m.setattr(pq.ParquetFile, "iter_batches", lambda *args, **how: columns.append(how) or read(*args, **how))
         cfg = make(save_steps=2, max_steps=5)
         openvla.main(cfg)
     run, adapter = folders(cfg)
     assert seen == [(adapter / f"steps_{n}", run) for n in (2, 4, 5)]
-    assert columns.count(["image"]) == 3 + 2, "pictures: each file once, and for the size of its first"
+    assert columns == [dict(columns=["image"])] * (3 + 2), "pictures: each file once, and for the size of its first"
 
 
 def test_exported_files_are_openvlas(trained, base_dir):
@@ -735,7 +746,7 @@ def test_wrong_settings_are_named(make, monkeypatch):
         (dict(trajectory_hz=0), "trajectory_hz is 0"),
         (dict(lora_dropout=1.0), "lora_dropout"),
         (dict(targets_per_picture=0), "targets_per_picture is 0"),
-        (dict(use_quantization=True), "pip install bitsandbytes"),
+        (dict(use_quantization=True, data_root_dir="nowhere"), "pip install bitsandbytes"),  # before data is read
     ):
         with pytest.raises(UserError, match=message):
             openvla.main(make(**flags))

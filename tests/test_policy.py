@@ -57,7 +57,11 @@ WRONG = [
     (with_image(np.zeros((3, 48, 64), np.uint8)), r"camera2 is uint8 \(3, 48, 64\)"),
     (with_image(np.zeros((64, 64, 3), np.uint8)), "camera2 is 64x64, in training it was 64x48: another aspect"),
     (observation(images=None), "images of ...*camera1 is missing"),
-    (observation(images=[]), "camera1 is missing"),
+    (
+        observation(images=[with_image(0)["images"]["camera1"]]),
+        "images of a list, not of a dict, .* camera1 is missing",
+    ),
+    (observation(images=with_image(0)["images"]["camera1"]), "images of a ndarray, not of a dict"),
     (observation(instruction=7), "instruction is 7, the policy needs a text, e.g. 'insert'"),
     (observation(state=[0.0, 0.0, 0.0]), r"state has shape \(3,\), the policy needs x \(mm\), y \(mm\)"),
     (observation(state=None), r"state has shape \(\), the policy needs"),
@@ -71,8 +75,9 @@ def test_an_observation_that_does_not_match_is_refused(wrong, message):
     c.check([observation()])
     with pytest.raises(UserError, match=message):
         c.check([observation(), wrong])
-    with pytest.raises(UserError, match="no observation"):
-        c.check([])
+    for nothing in ([], observation(), ["camera1"]):
+        with pytest.raises(UserError, match="no observation was given: predict takes a list of one or more dicts"):
+            c.check(nothing)
     assert not c.warned
 
 
@@ -83,7 +88,7 @@ def test_a_policy_takes_what_it_does_not_need_or_know():
     contract().check([o | dict(images=o["images"] | dict(other=None)), dict(vl_features=0, state=[0, 0])])
     contract(images={"camera2": None}, state=[]).check([with_image(np.zeros((64, 64, 3), np.uint8))])
     frames = [np.zeros((96, 128, 3), np.uint8)] * 2
-    contract(images={"camera1": (96, 128)}).check([observation(images=frames)])
+    contract(images={"camera1": (96, 128)}).check([observation(images=frames)], frames=True)
     without = {key: value for key, value in o.items() if key != "instruction"}
     contract().check([without, observation(instruction=None)])
     for o in (without, observation(instruction=None)):
