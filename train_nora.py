@@ -402,8 +402,8 @@ class Nora(nn.Module):
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
         seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
-        most = 2 * count + 1  # a coefficient takes at most two tokens
-        out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule])
+        most = 2 * count + 1  # a coefficient takes at most two tokens; FSDP's ranks decode apart: see fsdp.gathered
+        out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule], synced_gpus=False)
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
 

@@ -408,8 +408,9 @@ nora.launch(nora.main, nora.Config, nora.ALIASES)
 
 
 def test_fsdp_equals_one_process_and_gathers_once_per_validation(tmp_path, base):
-    """FSDP2 over 2 gloo processes: losses, the exported models, a resume, and the collectives of a validation."""
-    flags = [*base, "--max_steps", 3, "--val_frequency", 2, "--checkpoint_save_frequency", 2]
+    """FSDP2 over 2 gloo processes: losses, the exported models, a resume, and the collectives of a validation, in which
+    only one of them has answers to decode."""
+    flags = [*base, "--max_steps", 3, "--val_frequency", 2, "--checkpoint_save_frequency", 2, "--val_samples", 9]
     (tmp_path / "counted.py").write_text(COUNTED.format(root=str(ROOT), folder=str(tmp_path)))
     shell(flags, "--output_dir", tmp_path / "two", "--fsdp", processes=2, script=tmp_path / "counted.py")
     for rank in (0, 1):  # two layers, two vision blocks and the rest; in each of two validations
