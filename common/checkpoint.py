@@ -267,18 +267,18 @@ def check_same_run(path, saved, fingerprint, config, fixed):
     changed = "the training data or its settings changed since then (added, removed, made again, another split)"
     put_back = "this would not be the same run. Put them back, or start a new run in another folder"
     require(saved["fingerprint"] == fingerprint, f"--resume {path}: {changed}, {put_back}")
-    then, now = _flat(saved["config"]), _flat(config)
+    then, now = flat(saved["config"]), flat(config)
     differ = {k: f"{k} {then[k]} -> {v}" for k, v in now.items() if k in then and then[k] != v}
     wrong = "; ".join(text for key, text in differ.items() if key in fixed)
     require(not wrong, f"--resume {path} was trained with another {wrong}. Set it back, or start a new run")
     return [text for key, text in differ.items() if key not in ("resume", "resume_from_checkpoint", "check")]
 
 
-def _flat(config, prefix=""):
+def flat(config, prefix=""):
     """{"dotted.name": value} of nested dicts."""
     out = {}
     for key, value in config.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
 
 

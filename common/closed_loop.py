@@ -78,7 +78,9 @@ def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True)
         scene.looking = looking
         seen.append(given_by(scene, "reset", seed))
     sent, bar = [[] for _ in seeds], tqdm(total=len(seeds), desc="drive", unit="scene", disable=None, leave=False)
-    for step in range(LONGEST):
+    step = 0
+    while live:
+        require(step < LONGEST, f"scene {seeds[live[0]]} did not end within {LONGEST} steps")
         if step % execute == 0:
             begin = time.perf_counter()
             chunks = np.asarray(predict(live, [seen[k] for k in live]))
@@ -96,11 +98,8 @@ def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True)
             if not done:
                 going.append(k)
         bar.update(len(live) - len(going))
-        live = going
-        if not live:
-            break
+        step, live = step + 1, going
     bar.close()
-    require(not live, f"scene {seeds[live[0]] if live else ''} did not end within {LONGEST} steps")
     runs = []
     for scene, seed, actions in zip(scenes, seeds, sent, strict=True):
         about = dict(seed=seed, actions=np.stack(actions), seconds=float(np.median(seconds)))
@@ -116,10 +115,9 @@ def compare(policy, about, make_scene, seeds, execute=1, ensemble=None, batch_si
     lacks = [method for method in GIVES if not callable(getattr(scenes[0], method, None))]
     require(not lacks, f"{type(scenes[0]).__name__} has no method {', '.join(lacks)}: no environment")
     ours = [column["unit"] for column in about["actions"]]
-    wanted = getattr(scenes[0], "units", ours)
+    wanted = getattr(scenes[0], "units", None) or ours
     same = len(ours) == len(wanted) and all(a == b or not a or not b for a, b in zip(ours, wanted, strict=True))
-    wrong = f"the policy's actions are in {ours}, the environment takes {wanted}"
-    require(same, f"{wrong}: another environment, or another unit")
+    require(same, f"the policy's actions are in {ours}, the environment takes {wanted}: another one, or another unit")
 
     def ask(_, seen):
         seen = [rename(observation, about["recorded"]) for observation in seen]
@@ -149,8 +147,7 @@ def compare(policy, about, make_scene, seeds, execute=1, ensemble=None, batch_si
 def rename(observation, recorded):
     """The environment's pictures by the recorder's names, where it has these, under the names of the policy."""
     images = observation.get("images")
-    images = images if isinstance(images, dict) else {}
-    known = {name: images[theirs] for name, theirs in recorded.items() if theirs in images}
+    known = {name: images[theirs] for name, theirs in recorded.items() if isinstance(images, dict) and theirs in images}
     return observation | dict(images=images | known) if known else observation
 
 
@@ -169,10 +166,8 @@ def summarise(runs):
     a scene does not have (None) is left out of the median; without any it is None."""
     successes = sum(bool(run["success"]) for run in runs)
     report = dict(success=successes, scenes=len(runs), interval=[float(v) for v in wilson(successes, len(runs))])
-    for key in runs[0]:
+    for key in (key for key in runs[0] if key not in ("seed", "success", "actions", "seconds")):
         values = [run[key] for run in runs if run.get(key) is not None]
-        if key in ("seed", "success", "actions", "seconds"):
-            continue
         if values and all(isinstance(v, (bool, np.bool_)) for v in values):
             report[key] = int(sum(values))
         elif all(isinstance(v, (int, float, np.number)) for v in values):
@@ -189,7 +184,7 @@ def print_table(reports, execute, ensemble, latency_ms):
     print(f"{'':12}{'success':>10}{'95 %':>12}" + "".join(f"{key:>{width}}" for key in keys))
     for who, report in reports.items():
         low, high = (round(100 * v) for v in report["interval"])
-        cells = ["-" if report[key] is None else f"{round(report[key], 6):.4g}" for key in keys]
+        cells = ["-" if report.get(key) is None else f"{round(report[key], 6):.4g}" for key in keys]
         score = f"{report['success']} of {report['scenes']}"
         print(f"{who:12}{score:>10}{f'{low}-{high} %':>12}" + "".join(f"{cell:>{width}}" for cell in cells))
     print(f"latency of predict for one observation: {latency_ms:.0f} ms")
@@ -280,7 +275,8 @@ def open_environment(name):
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        require(error.name != module, f"--closed-loop {name}: no module {module} in {Path.cwd()}")
+        within = not f"{module}.".startswith(f"{error.name}.")
+        require(within, f"--closed-loop {name}: no module {module} in {Path.cwd()}")
         raise
     require(hasattr(found, cls), f"--closed-loop {name}: {found.__file__} has no {cls}")
     return getattr(found, cls)

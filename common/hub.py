@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from common import MissingFile, require
 from common.checkpoint import atomic_path, laid_out
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
 try:
     import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
 except (ImportError, OSError, RuntimeError, AttributeError):

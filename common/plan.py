@@ -39,6 +39,7 @@ USABLE = 0.93  # of a card's bytes: 24 GiB are 24 GB and CUDA's context, buffers
 NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
 ONES = 2**22  # integers up to this many are real
 card = None  # GB, of --plan; None: the card that is there
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
 
 
 # ---- a model without values ------------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ class Contract:
     needs: dict = field(default_factory=dict)  # {what is not in the policy's directory: where it was}
 
     def __post_init__(self):
-        require(self.kind in ("delta", "absolute", "velocity"), f"a policy's kind is {self.kind!r}", ValueError)
         for name in ("low", "high", "action_low", "action_high"):
             values = getattr(self, name)
             setattr(self, name, None if values is None else [float(v) for v in values])
@@ -69,9 +68,7 @@ class Contract:
     def _check_images(self, images):
         given = sorted(images) if isinstance(images, dict) else f"a {type(images).__name__}, not of a dict"
         for name, size in self.images.items():
-            wrong = (
-                f"the observation has images of {given}, the policy needs {', '.join(self.images)}: {name} is missing"
-            )
+            wrong = f"the observation has images of {given}, needed are {', '.join(self.images)}: {name} is missing"
             require(isinstance(images, dict) and name in images, wrong)
             picture = np.asarray(images[name])
             right = picture.ndim == 3 and picture.shape[-1] == 3 and picture.dtype == np.uint8
@@ -111,8 +108,7 @@ class Contract:
         """An observation that check() takes: grey pictures, the middle of the state's range."""
         sizes = {name: size or (240, 320) for name, size in self.images.items()}
         images = {name: np.full((*map(int, size), 3), 128, np.uint8) for name, size in sizes.items()}
-        known = self.low is not None and self.high is not None
-        state = np.mean([self.low, self.high], 0) if known else np.zeros(len(self.state))
+        state = np.mean([self.low, self.high], 0) if self.low and self.high else np.zeros(len(self.state))
         text = self.instructions[0] if self.instructions else ""
         return dict(images=images, state=state.astype(np.float32) if self.state else None, instruction=text)
 
@@ -150,11 +146,9 @@ def partners(episodes, progress):
     equally near ones the next in order. `episodes` (n,): names or numbers, `progress` (n,): phase, or share of the
     episode that is over. None where there is only one episode."""
     episodes, progress = np.asarray(episodes), np.asarray(progress, np.float64)
-    n, found = len(episodes), []
+    every = np.arange(len(episodes))
     if len(np.unique(episodes)) < 2:
         return None
-    for i in range(n):
-        order = np.arange(i + 1, i + n) % n  # the next one first
-        away = np.where(episodes[order] == episodes[i], math.inf, np.abs(progress[order] - progress[i]))
-        found.append(order[np.argmin(away)])
-    return np.array(found)
+    order = (every[:, None] + every[1:]) % len(every)  # the next one first
+    away = np.where(episodes[order] == episodes[:, None], math.inf, np.abs(progress[order] - progress[:, None]))
+    return order[every, away.argmin(1)]

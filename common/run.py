@@ -61,6 +61,10 @@ class Run:
     made, position: samples consumed, total: updates when done | best_val_loss, best_step. cfg has a seed."""
 
     def __init__(self, cfg, out, batch_size, accumulation=1, bf16=False):
+        usual = ckpt.flat(dataclasses.asdict(type(cfg)()))  # a negative clip would turn the gradient round, ...
+        numbers = {k: v for k, v in ckpt.flat(dataclasses.asdict(cfg)).items() if type(v) in (int, float)}
+        wrong = [f"{k} is {v}" for k, v in numbers.items() if not v >= 0 and str(usual.get(k))[0] != "-"]
+        require(not wrong, f"{', '.join(wrong)}: expected 0 or more")
         cuda = torch.cuda.is_available()
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep the precision of an earlier run
@@ -203,6 +207,7 @@ class Run:
         collect() -> nested dicts of tensors and plain values, on every rank. write(path, content) gets them on the host
         and must not look at the model, which is trained on meanwhile; rank 0 calls it, with FSDP every rank."""
         self._folder, self._name, self._keep = Path(folder), name, keep
+        self._folder.mkdir(parents=True, exist_ok=True)  # where nothing can be written is told now
         self._how = write, size, collect
 
     def save(self):

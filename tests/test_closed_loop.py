@@ -185,7 +185,7 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out/closed_loop.png").stat().st_size > 5000
     said = capsys.readouterr().out
     assert "3 of 3" in said and "2 of each chunk's rows sent" in said and "one observation: 2 ms" in said
-    for name, message in {"my_lab": "module:Class", "my_lab:Cube": "has no Cube", "no:X": "no module no"}.items():
+    for name, message in {"my_lab": "module:Class", "my_lab:Cube": "has no Cube", "no.thing:X": "no module no"}.items():
         with pytest.raises(UserError, match=message):
             closed_loop.open_environment(name)
     # the strip drives again, and says where that differs

@@ -376,17 +376,6 @@ def inputs_of(prompt, B=2, W=3, texts=(LEFT, "Navigate to the target location"))
     return torch.randint(0, 255, (B * W, 3, 28, 28), dtype=torch.uint8), text, mask, torch.arange(B * W).view(B, W)
 
 
-def test_padding_and_the_rest_of_the_batch_change_nothing(make):
-    """Longer padding of the text, and other samples beside it."""
-    model, prompt, *_ = build(make())
-    rgb, text, mask, frames = inputs_of(prompt)
-    together = model.forward_continuous(rgb, text, mask, frames)[0]
-    for b in range(2):
-        n, own = int(mask[b].sum()), rgb[frames[b]]
-        alone = model.forward_continuous(own, text[b : b + 1, :n], mask[b : b + 1, :n], frames[:1])[0]
-        torch.testing.assert_close(alone[0], together[b], rtol=0, atol=1e-5)
-
-
 def test_huber_by_hand():
     head, labels = mobile.MobileVLALSTMDecoder(4, 4, 1, 2), (torch.zeros(1, 2, 2, 2), None)
     velocities = torch.tensor([[[[0.5, 0.0], [2.0, 0.0]], [[0.0, 0.0], [9.0, 9.0]]]])  # (1, 2, 2, 2)

@@ -746,6 +746,9 @@ def test_wrong_settings_are_named(make, monkeypatch):
         (dict(trajectory_hz=0), "trajectory_hz is 0"),
         (dict(lora_dropout=1.0), "lora_dropout"),
         (dict(targets_per_picture=0), "targets_per_picture is 0"),
+        # would turn the gradient round, and delete each checkpoint
+        (dict(max_grad_norm=-1.0, keep_checkpoints=-1), "max_grad_norm is -1.0, keep_checkpoints is -1: expected 0 or"),
+        (dict(learning_rate=float("nan")), "learning_rate is nan"),
         (dict(use_quantization=True, data_root_dir="nowhere"), "pip install bitsandbytes"),  # before data is read
     ):
         with pytest.raises(UserError, match=message):

@@ -125,8 +125,6 @@ def test_describe_is_plain_and_leaves_the_policy_as_new():
     again = Contract(**json.loads(json.dumps(dataclasses.asdict(c))))  # as a checkpoint keeps it
     again.check([observation()])
     assert again.describe(Doubling(again)) | dict(latency_ms=0) == about | dict(latency_ms=0)
-    with pytest.raises(ValueError, match="'positions'"):
-        contract(kind="positions")
 
 
 def test_recordings_of_two_aspect_ratios_are_refused_by_the_training(tmp_path):
