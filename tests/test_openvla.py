@@ -735,6 +735,9 @@ def test_a_run_without_validation_files(make, vamos_root, tmp_path):
         shutil.copy(file, tmp_path)
     cfg = make(data_root_dir=tmp_path, max_steps=2, val_steps=1)
     assert not any("val_loss" in r for r in train(cfg)[1]) and not (folders(cfg)[1] / "best").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):  # before the first step
+        train(make(adapter_tmp_dir=tmp_path / "file", max_steps=1))
 
 
 def test_wrong_settings_are_named(make, monkeypatch):
