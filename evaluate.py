@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, closed_loop, require
@@ -368,6 +369,11 @@ def draw_episode(records, names, path):
     figure.savefig(path, dpi=110)
 
 
+def small(image, height=120):
+    picture = Image.fromarray(np.asarray(image))
+    return np.asarray(picture.resize((round(height * picture.width / picture.height), height)))
+
+
 def draw_worst(policy, root, names, records, report, columns, path, count=4):
     """The windows with the largest relative error, one per episode: what was seen, recorded and predicted."""
     (scale, moving), worst = baseline(report), {}
@@ -383,7 +389,7 @@ def draw_worst(policy, root, names, records, report, columns, path, count=4):
     panels = figure.subplots(len(chosen), width, squeeze=False, width_ratios=[2.4] + [1] * len(columns))
     for row, (score, r), observation in zip(panels, chosen, seen, strict=True):
         images = observation.get("images", {})
-        shown = [closed_loop.small(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
+        shown = [small(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
         row[0].set_axis_off()
         row[0].set_title(f"{r['episode'][-34:]} frame {r['t']}: {score:.1f} x", fontsize=7)
         if shown:

@@ -286,7 +286,7 @@ def load_data(cfg, store=None, say=print, first=0, then=None):
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
     if store:
         counts, side = {e.path: e.num_frames for e in found}, store.shape[0]
-        store.build(counts, lambda path: picture_reader(path, d.colour_order, side), first, quiet=first > 0)
+        store.build(counts, lambda path: picture_reader(path, d.colour_order, side), first)
     episodes = []
     for e in found:
         bad = store.about(e.path)["bad"] if store else {}

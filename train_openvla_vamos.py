@@ -306,7 +306,7 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     if store:
         sources = pd.concat([train.table, validation.table]).groupby("path").size().to_dict()
         reader = functools.partial(picture_reader, resize=resize)
-        store.build(sources, reader, run.rank / run.world, max(1, cfg.num_workers), quiet=not run.main)
+        store.build(sources, reader, run.rank / run.world, max(1, cfg.num_workers))
         run.sum(0)  # every rank has decoded its share
         for rows in (train, validation):
             excluded += drop_bad_pictures(rows, store, cfg.skip_bad_episodes)

@@ -193,11 +193,6 @@ def print_table(reports, execute, ensemble, latency_ms):
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def small(image, height=120):
-    picture = Image.fromarray(np.asarray(image))
-    return np.asarray(picture.resize((round(height * picture.width / picture.height), height)))
-
-
 def film(make_scene, run, count):
     """The drive again, from its actions -> ([(step, picture)] at `count` moments, did it end as before?). The picture
     is the scene's own, else what the policy sees."""
@@ -208,8 +203,10 @@ def film(make_scene, run, count):
     for step in range(steps + 1):
         if step in moments:
             images = seen["images"] if scene.looking else [scene.picture()]
-            views = images.values() if isinstance(images, dict) else images[-1:]
-            pictures.append((step, np.concatenate([small(view, 240) for view in views], axis=1)))
+            views = list(images.values()) if isinstance(images, dict) else images[-1:]
+            tall = max(map(len, views))  # cameras may differ in size
+            views = [np.pad(view, ((0, tall - len(view)), (0, 0), (0, 0))) for view in views]
+            pictures.append((step, np.concatenate(views, axis=1)))
         if step < steps:
             seen, _ = scene.step(run["actions"][step])
     return pictures, bool(scene.success()["success"]) == bool(run["success"])
@@ -231,8 +228,7 @@ def draw_strip(make_scene, found, path, count=5, width=320):
         draw = ImageDraw.Draw(row)
         for k, (step, picture) in enumerate(pictures):
             row.paste(Image.fromarray(picture).resize((width, height)), (k * (width + 4), 42))
-            when = f"{step / hz:.1f} s" if hz else f"step {step}"
-            draw.text((k * (width + 4) + 4, 24), when, "gray", font(14))
+            draw.text((k * (width + 4) + 4, 24), f"{step / hz:.1f} s" if hz else f"step {step}", "gray", font(14))
         outcome = "success" if run["success"] else "failed"
         measured = [f"{k} {v:.3g}" for k, v in run.items() if isinstance(v, float) and k != "seconds"]
         note = [] if same else ["ended otherwise when driven again for this picture"]
@@ -261,8 +257,8 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     draw_strip(make_scene, found, folder / "closed_loop.png")
     print(f"report: {folder / 'closed_loop.json'}\npicture: {folder / 'closed_loop.png'}")
     still = f" (holding still: {reports['hold still']['success']})" if "hold still" in reports else ""
-    verb = getattr(make_scene, "verb", "did the task in")
-    print(f"{verb} {reports['policy']['success']} of {scenes} unseen scenes{still}")
+    did = getattr(make_scene, "verb", "did the task in")
+    print(f"{did} {reports['policy']['success']} of {scenes} unseen scenes{still}")
     return reports
 
 

@@ -53,7 +53,7 @@ class FrameStore:
         about["bad"] = {int(i): why for i, why in about["bad"].items()}
         return about if file.stat().st_size == about["count"] * self.bytes_per_frame else None
 
-    def build(self, sources, open_source, first=0, threads=8, quiet=False):
+    def build(self, sources, open_source, first=0, threads=8):
         """Make what is missing of `sources` {path: pictures in it}, after saying how large it will be.
         open_source(path) -> function of an index that returns a frame or raises why there is none. Each of several
         processes begins at its own share `first` (0 to 1) of the list and leaves out what the others have made."""
@@ -64,13 +64,12 @@ class FrameStore:
         ckpt.remove_temporaries(self.folder)
         needed = sum(sources[path] for path in missing) * self.bytes_per_frame / 1e9
         free = shutil.disk_usage(self.folder).free / 1e9
-        room = f"{needed:.2f} GB of decoded pictures do not fit into {self.folder}, {free:.2f} GB are free"
-        require(needed < free, f"{room}. Choose a folder on another local disk")
-        if not quiet:
-            about = f"{needed:.2f} GB of decoded pictures, {len(missing)} files, go to {self.folder}"
-            print(f"frames    {about}", flush=True)
+        size = f"{needed:.2f} GB of decoded pictures"
+        require(needed < free, f"{size} do not fit into {self.folder}, {free:.2f} GB are free: give another local disk")
+        if not first:
+            print(f"frames    {size}, {len(missing)} files, go to {self.folder}", flush=True)
         begin = int(first * len(missing))
-        bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=quiet or None)
+        bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=first > 0 or None)
         for path in bar:
             if self.about(path) is None:
                 self._build_one(path, sources[path], open_source(path), threads)

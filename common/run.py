@@ -61,8 +61,8 @@ class Run:
     made, position: samples consumed, total: updates when done | best_val_loss, best_step. cfg has a seed."""
 
     def __init__(self, cfg, out, batch_size, accumulation=1, bf16=False):
-        usual = ckpt.flat(dataclasses.asdict(type(cfg)()))  # a negative clip would turn the gradient round, ...
-        numbers = {k: v for k, v in ckpt.flat(dataclasses.asdict(cfg)).items() if type(v) in (int, float)}
+        given, usual = (ckpt.flat(dataclasses.asdict(c)) for c in (cfg, type(cfg)()))
+        numbers = {k: v for k, v in given.items() if type(v) in (int, float)}  # a negative clip would climb
         wrong = [f"{k} is {v}" for k, v in numbers.items() if not v >= 0 and str(usual.get(k))[0] != "-"]
         require(not wrong, f"{', '.join(wrong)}: expected 0 or more")
         cuda = torch.cuda.is_available()

@@ -158,6 +158,8 @@ def test_on_a_card(name, tmp_path_factory, tmp_path, card):
     policy = script.load_policy(recipe.newest(tmp_path), CARD)
     seen = next(iter(policy.open_episodes(recipe.data())))["sample"](0)
     assert len(card.there) > before
+    if name == "mobile":  # whose precision is the guide's 16-mixed
+        assert {p.dtype for n, p in policy.model.backbone.named_parameters() if "lora" not in n} == {torch.bfloat16}
     assert len(policy.predict([seen, seen])) == 2 and policy.describe()["latency_ms"] > 0
     if hasattr(policy, "encode"):
         pictures = dict.fromkeys(policy.recipe["views"], np.zeros((36, 64, 3), np.uint8))

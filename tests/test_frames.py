@@ -25,7 +25,7 @@ def test_frames_are_built_once_belong_to_the_content_and_to_the_recipe(tmp_path)
     def build(path, recipe="x", folder="store"):
         made.clear()
         store = FrameStore(tmp_path / folder, (2, 3, 3), recipe)
-        store.build({path: 4}, open_source, quiet=True)
+        store.build({path: 4}, open_source)
         return store, sorted(made)
 
     source.write_bytes(b"abcd")
@@ -60,8 +60,8 @@ def test_a_stopped_build_goes_on_and_no_half_file_is_taken(tmp_path):
         return lambda i: np.full((1, 1, 3), path.read_bytes()[i], np.uint8)
 
     with pytest.raises(KeyboardInterrupt):
-        store.build(sources, open_source, first=0.4, quiet=True)  # begins at "b"
-    store.build(sources, open_source, first=0.4, quiet=True)
+        store.build(sources, open_source, first=0.4)  # begins at "b"
+    store.build(sources, open_source, first=0.4)
     assert made == ["stop", "b", "c", "a"] and all(store.read(p, 2)[0, 0, 0] == ord(p.name) for p in sources)
 
 

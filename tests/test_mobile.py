@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import common.run
@@ -634,22 +633,6 @@ def test_other_scopes_train(make, tmp_path):
     assert not any("lora" in k for k in none["trained"]) and "action_token" in none["trained"]
     assert none["step"] == 1, "6 samples and 8 per step are an epoch"
     assert names_in(tmp_path / "none/checkpoints") == ["last"], "without validation episodes"
-
-
-def test_the_guides_fp16_is_run_as_bf16_and_said(make, monkeypatch, capsys):
-    """On CUDA: autocast, and the frozen weights, become bfloat16. Here the machine only says that it has it."""
-
-    def build_model(cfg, backbone, prompt, device, dtype):
-        assert dtype == torch.bfloat16
-        raise InterruptedError
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(common.run, "Accelerator", lambda cpu, **how: Accelerator(cpu=True, **how))
-    monkeypatch.setattr(mobile, "build_model", build_model)
-    monkeypatch.setattr(common.plan, "check", lambda *_: None)  # it would ask the card for its memory
-    with pytest.raises(InterruptedError):
-        mobile.main(make(train_setup__precision="16-mixed"))
-    assert "16-mixed is run as bf16-mixed" in capsys.readouterr().out
 
 
 def test_learning_rate_by_step_and_the_default_labels():
