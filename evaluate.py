@@ -154,6 +154,7 @@ def summarise(records, names):
     errors = {who: np.stack([r["error"][who] for r in records]) for who in COLORS if who in records[0]["error"]}
     report = {who: dict(per_dim=named(average(np.abs(signed), valid))) for who, signed in errors.items()}
     scale, moving = baseline(report)
+    require(moving.any(), f"nothing moves in these {len(records)} frames: there is no error to compare with")
     units = {unit: [d for d, (_, u) in enumerate(names) if u == unit and moving[d]] for _, unit in names}
     for who, signed in errors.items():
         size = np.abs(signed)
@@ -163,7 +164,7 @@ def summarise(records, names):
             per_unit={unit: float(per_dim[dims].mean()) for unit, dims in units.items() if dims},
             per_step=[average(size[:, [h]], valid[:, [h]]).tolist() for h in range(size.shape[1])],
             per_phase={str(p): average(size[phases == p], valid[phases == p]).tolist() for p in set(phases) - {-1}},
-            relative=float(np.mean(per_dim[moving] / scale[moving])) if moving.any() else 0.0,
+            relative=float(np.mean(per_dim[moving] / scale[moving])),
         )
     return report
 
@@ -445,8 +446,9 @@ def save_predictions(path, records, episodes, cfg):
 def replay(policy, root, path):
     """Predict again what predictions.npz holds -> how many frames; UserError at the first that differs in any bit. A
     robot predicts one observation at a time: how much that changes is printed for the first frames."""
-    missing = f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report"
-    require(Path(path).is_file(), missing)
+    require(
+        Path(path).is_file(), f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report"
+    )
     with np.load(path) as saved:
         saved = dict(saved)
     names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
@@ -552,11 +554,9 @@ def run(cfg):
     if cfg.closed_loop:
         closed_loop.open_environment(cfg.closed_loop)  # a wrong name is told before a model is loaded
     reports = {given: run_one(cfg, Path(given)) for given in cfg.checkpoint}
-    if len(reports) == 1:
-        return reports[cfg.checkpoint[0]]
-    if not cfg.replay:
+    if len(reports) > 1 and not cfg.replay:
         print_comparison(reports, bool(cfg.closed_loop))
-    return reports
+    return reports if len(reports) > 1 else reports[cfg.checkpoint[0]]
 
 
 def main(argv=None):

@@ -727,7 +727,7 @@ def load_policy(path, device=None, model=None):
         path = next(iter(best_files(folder)), folder / "last.ckpt")
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT)
     cfg = config_from(Config, saved["config"])
-    why = "" if model else f", where the training of {path} found its backbone: load_policy(path, model=DIR)"
+    why = "" if model else f", where the training of {path} found it: link it there, or load_policy(path, model=DIR)"
     backbone = open_backbone(model or cfg.model, why=why)
     check_backbone(path, saved, weight_digest(backbone.folder))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
