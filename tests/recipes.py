@@ -116,7 +116,7 @@ def write_mobile(folder):
     sizes = dict(text=(32, 2), vision=(24, 1), image_size=28, queries=5)
     root, model = folder / "mobile", make_demo.write_kosmos2(folder / "kosmos2", **sizes)
     make_demo.write_mobile(root, episodes=12, size=(24, 40), frames=6)
-    return dict(dataset__data_dir=str(root), model=str(model))
+    return dict(dataset__data_dir=str(root), model=str(model), dataset__frame_dir=str(folder / "frames"))
 
 
 def newest(pattern):
