@@ -6,6 +6,7 @@ Only tensors and plain types go in, so everything loads with weights_only=True."
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -47,7 +48,8 @@ def atomic_path(final):
         umask = _umask()
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             if path.is_file():  # safetensors makes files that only their owner may read, and labs share a disk
-                path.chmod(0o666 & ~umask)
+                with contextlib.suppress(PermissionError):  # FAT has no modes
+                    path.chmod(0o666 & ~umask)
             _fsync(path)
         if final.is_dir():  # a folder cannot be replaced in one call: move the old one aside first, delete it last
             _remove(aside)
@@ -79,8 +81,9 @@ def _umask():
 def _disk_is_full(error, folder):
     """Also where torch.save ("[enforce fail at inline_container.cc", whatever the cause) and safetensors hide it."""
     said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    said = said or re.search("No space left|quota exceeded|inline_container", str(error))
-    return isinstance(error, Exception) and (said or shutil.disk_usage(folder).free < 2**20)
+    said = said or re.search("No space left|quota exceeded|inline_container|I/O error", str(error))
+    told = isinstance(error, DiskFull) or not isinstance(error, Exception)
+    return not told and (said or shutil.disk_usage(folder).free < 2**20)
 
 
 def require_space(folder, needed_bytes):
@@ -107,6 +110,20 @@ def remove_temporaries(folder):
             _remove(path)
 
 
+def claim(folder):
+    """-> a file that keeps other processes from claiming `folder` while it is open: two trainings would replace each
+    other's checkpoints."""
+    path, file = Path(folder, ".lock"), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except OSError as error:  # any other: a disk without locks, or a folder that can only be read
+        other = f"another training is running in {folder}: choose another folder (or delete {path} if there is none)"
+        require(error.errno != errno.EAGAIN, other)
+    return file
+
+
 def link(source, target):
     """Give a file a second name, atomically; a copy where the file system has no hard links."""
     with atomic_path(target) as temporary:
@@ -120,6 +137,9 @@ def _fsync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # network file systems that cannot flush a folder
+            raise
     finally:
         os.close(descriptor)
 

@@ -28,7 +28,7 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         if match := re.fullmatch(r"--([A-Za-z][\w.-]*)(?:=(.*))?", word, re.DOTALL):
             flags.append((match[1].replace("-", "_"), [] if match[2] is None else [match[2]]))
         else:
-            require(flags, f"unexpected argument '{word}': arguments are --key value")
+            require(flags, f"unexpected argument '{word}': arguments are --key value (--help lists all)")
             flags[-1][1].append(word)
     for path in [" ".join(given) for name, given in flags if name == "config"]:
         words += _yaml_flags(path, _read_yaml(path), kinds, partial, accepted or {})
@@ -41,8 +41,10 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [line.strip("│─ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        text = " ".join(line for line in box if line and not re.search("full helptext| --help$", line))
+        box = [
+            line.strip("│ ") for line in said.getvalue().splitlines()[1:]
+        ]  # or without lines, where a locale has none
+        text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
 
 

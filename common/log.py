@@ -3,6 +3,7 @@ a loss plot."""
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -45,10 +46,10 @@ class RunLog:
     def _open_metrics(self, start_step):
         """Keep the rows up to the step that is resumed from: what came after it will be done again."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and start_step else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() and start_step else []
         with atomic_path(path) as temporary:  # a kill here must not cost the history
             temporary.write_text("".join(line + "\n" for line in lines if _step_of(line) <= start_step))
-        return path.open("a", buffering=1)
+        return io.TextIOWrapper(path.open("ab", 2**20), line_buffering=True)  # so much waits for a full disk
 
     def _start_wandb(self, project, cfg, config):
         import wandb  # optional at run time, and slow to import
@@ -74,7 +75,8 @@ class RunLog:
 
     def print(self, text):
         if self.active:
-            tqdm.write(text)
+            with contextlib.suppress(OSError):  # the terminal, or who read the pipe, is gone: the training is not
+                tqdm.write(text)
 
     def advance(self, step, shown=None):
         """Move the bar to `step` finished updates; `shown` {name: text} stands behind it."""

@@ -15,16 +15,19 @@ import torch.distributed as dist
 from common import UserError, plan
 from common.config import parse_config
 
+STOPS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 run = None  # the common.run.Run of this process
 
 
 class StopSignal:
-    """Within it SIGTERM and SIGINT only set `received`, which the loop reads after a step. Launchers and batch systems
-    send them twice, so after the first they stay harmless to the end; a second Ctrl-C, two seconds later, acts."""
+    """Within it SIGTERM, SIGINT and, without nohup, SIGHUP (of a closed terminal) only set `received`, which the loop
+    reads after a step. Launchers and batch systems send them twice, so after the first they stay harmless to the end; a
+    second Ctrl-C, two seconds later, acts."""
 
     def __enter__(self):
         self.received, self.at = None, 0.0
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self.previous = {s: signal.signal(s, self._handle) for s in STOPS[kept:]}
         return self
 
     def __exit__(self, *_):
@@ -39,9 +42,9 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker):
-    """worker_init_fn of a DataLoader: Ctrl-C and batch systems signal the whole process group, and the step that is
+    """worker_init_fn of a DataLoader: terminals and batch systems signal the whole process group, and the step that is
     being finished needs its data."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -67,6 +67,11 @@ class Run:
         require(not wrong, f"{', '.join(wrong)}: expected 0 or more")
         cuda = torch.cuda.is_available()
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        stale = [key for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if key in os.environ]
+        whose = f"{', '.join(stale)} of another program are in the environment: unset them, or start with torchrun"
+        require(not stale or "MASTER_ADDR" in os.environ, whose)
+        for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+            del os.environ[key]  # they would count over the config: FSDP, compilation, a divisor of the loss
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep the precision of an earlier run
             AcceleratorState._reset_state(reset_partial_state=True)
         precision = "bf16" if bf16 else "no"
@@ -147,6 +152,7 @@ class Run:
         """--resume (a path, "auto", or nothing) -> the checkpoint in `folder` to go on from, or None for a new run.
         `patterns`: names of what can be resumed; `beside`: of exports, which belong to a run, too."""
         if self.main:
+            self._lock = ckpt.claim(folder)
             ckpt.remove_temporaries(folder)
         self.sum(0)
         path = ckpt.find_checkpoint(wanted, folder, patterns, beside)
@@ -240,17 +246,18 @@ class Run:
 
     def _write(self, step, path, write, size, content):
         """In the thread -> was it made? No room, or no disk, is told and costs nothing else."""
+        made = False
         try:
             with fsdp.atomic_folder(path, self._writers) if self.sharded else ckpt.atomic_path(path) as temporary:
                 ckpt.require_space(path.parent, int(1.1 * size))
                 write(temporary, content)
+            made = True
+            if self.main and self._keep:
+                ckpt.rotate(self._folder, self._name, self._keep)
         except OSError as error:
-            if self.main:
-                (self.log or self).print(f"NOT SAVED at step {step}: {path}: {error}")
-            return False
-        if self.main and self._keep:
-            ckpt.rotate(self._folder, self._name, self._keep)
-        return True
+            what = "an older checkpoint stays" if made else f"NOT SAVED at step {step}: {path}"
+            (self.log or self).print(f"{what}: {error}")
+        return made
 
     def join(self):
         """Wait for what is being written; only then it is recorded -> False if it failed. A collective call."""
@@ -276,9 +283,9 @@ class Run:
                 self.save()
                 self.join()
         except Exception as error:  # the first error is the one to be told
-            print(f"NOT SAVED after the error: {error}", flush=True)
-        if self.main and self.saved:
-            print(f"saved: {self.saved}. Continue after the error with the same command and --resume auto", flush=True)
+            self.log.print(f"NOT SAVED after the error: {error}")
+        if self.saved:
+            self.log.print(f"saved: {self.saved}. Continue after the error with the same command and --resume auto")
 
     # ---- loop
 
@@ -381,7 +388,7 @@ class Run:
         """After a loop that came to its end: draw the metrics `plot` (training, validation), say `lines`."""
         if self.main and self.step == self.total:
             drawn = [f"loss plot: {plot_loss(self.out, *plot)}"] if self.log else []  # no loop: an export only
-            print(*drawn, *lines, sep="\n", flush=True)
+            (self.log or self).print("\n".join([*drawn, *lines]))
 
 
 class Step:

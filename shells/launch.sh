@@ -2,44 +2,45 @@
 # Run a training script on one or several GPUs:  launch.sh SCRIPT.py DEFAULT_CONFIG [flags]
 #
 #   --multi-gpu              one process per GPU, with torchrun
-#   --num-gpus N             how many (default: $NUM_GPUS, else all that nvidia-smi lists); implies --multi-gpu when N > 1
+#   --num-gpus N             how many (default: $NUM_GPUS, else all); implies --multi-gpu when N > 1
 #   --nnodes, --node-rank, --rdzv-*, --master-*   handed to torchrun: several machines
 #   --mixed-precision M      and every other flag: handed to the script. Without --config, DEFAULT_CONFIG is used.
-# Which GPUs: CUDA_VISIBLE_DEVICES, as for any program. Which Python: $PYTHON, else .venv, else python3.
-# SIGTERM and Ctrl-C are passed on to the training processes, which save and end; torchrun itself would kill them after
-# 30 seconds.
+# Which GPUs: CUDA_VISIBLE_DEVICES, as for any program, else all. Which Python: $PYTHON, else .venv, else python3.
+# SIGTERM, Ctrl-C and the end of the terminal are passed on to the training processes, which save and end; torchrun
+# itself would kill them after 30 seconds.
 set -euo pipefail
 
-here="$PWD"
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(readlink -f "$(dirname "${BASH_SOURCE[0]}")/..")"
 script="$1" default_config="$2"
 shift 2
 
 multi=false num="${NUM_GPUS:-}" config="" arguments=() torchrun=()
-[[ -z "$num" || "$num" == 1 ]] || multi=true
+gpus() {  # how many; fails where there is none
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES"; else nvidia-smi -L 2>/dev/null; fi | grep -c .
+}
 value() { [[ $# -ge 2 ]] || { echo "launch.sh: $1 needs a value" >&2; exit 2; }; }
 while (($#)); do
   case "$1" in
     --multi-gpu|--multi_gpu) multi=true ;;
-    --num-gpus|--num_gpus) value "$@"; num="$2"; [[ "$2" == 1 ]] || multi=true; shift ;;
-    --num-gpus=*|--num_gpus=*) num="${1#*=}"; [[ "$num" == 1 ]] || multi=true ;;
-    --nnodes|--node-rank|--rdzv-*|--master-*)
+    --num-gpus|--num_gpus) value "$@"; num="$2"; shift ;;
+    --num-gpus=*|--num_gpus=*) num="${1#*=}" ;;
+    --nnodes*|--node[-_]rank*|--rdzv[-_]*|--master[-_]*)
       multi=true
       if [[ "$1" == *=* ]]; then torchrun+=("$1"); else value "$@"; torchrun+=("$1" "$2"); shift; fi ;;
-    --nnodes=*|--node-rank=*) multi=true; torchrun+=("$1") ;;
     --config) value "$@"; config="$2"; shift ;;
     --config=*) config="${1#*=}" ;;
     *) arguments+=("$1") ;;
   esac
   shift
 done
+[[ "$num" != all ]] || num="$(gpus)" || num=1
+[[ "${num:-1}" == 1 ]] || multi=true
 if [[ -n "$num" && ! "$num" =~ ^[1-9][0-9]*$ ]]; then
   echo "launch.sh: --num-gpus (or NUM_GPUS) is '$num': expected 1 or more" >&2
   exit 2
 fi
 if $multi && [[ -z "$num" ]]; then
-  num="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)"
-  ((num > 0)) || { echo "launch.sh: --multi-gpu found no GPU with nvidia-smi; say how many: --num-gpus N" >&2; exit 2; }
+  num="$(gpus)" || { echo "launch.sh: --multi-gpu found no GPU with nvidia-smi; say how many: --num-gpus N" >&2; exit 2; }
 fi
 ((${#torchrun[@]})) || torchrun=(--standalone)
 [[ -n "$config" ]] || config="$root/$default_config"
@@ -54,15 +55,13 @@ if $multi; then
   command+=(-m torch.distributed.run "${torchrun[@]}" --nproc-per-node "$num")
 fi
 command+=("$root/$script" --config "$config" ${arguments[@]+"${arguments[@]}"})
-cd "$here"
 printf '+' >&2; printf ' %q' "${command[@]}" >&2; echo >&2
 $multi || exec "${command[@]}"
 
 set -m  # a process group of its own: the terminal's Ctrl-C reaches this shell alone, which passes it on
-"${command[@]}" <&0 &
-pass() { pkill "-$1" -P "$agent" || kill "-$1" "$agent" || true; }  # torchrun's children, not torchrun, where it has some
-agent=$!
-trap 'pass TERM' TERM
+pass() { pkill "-$1" -P "$!" || kill "-$1" "$!" || true; }  # torchrun's children, not torchrun, where it has some
+trap 'pass TERM' TERM HUP
 trap 'pass INT' INT
-while status=0; wait "$agent" || status=$?; kill -0 "$agent" 2>/dev/null; do :; done
+"${command[@]}" <&0 &
+while status=0; wait "$!" || status=$?; kill -0 "$!" 2>/dev/null; do :; done
 exit "$status"

@@ -9,6 +9,8 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 from collections import defaultdict, namedtuple
@@ -121,11 +123,39 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
     assert [oct(p.stat().st_mode & 0o777) for p in (tmp_path / "model" / "a", tmp_path / "b")] == ["0o640"] * 2
 
 
+def test_a_disk_that_knows_no_modes_and_flushes_no_folder(tmp_path, monkeypatch):
+    def fsync(descriptor, real=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    def chmod(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "chmod", chmod)
+    save_pair(tmp_path / "steps_1", 1)
+    assert read_pair(tmp_path / "steps_1") == 1
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    """Two trainings in it would replace each other's checkpoints; a kill of the one gives it free."""
+    again = ["from common.checkpoint import claim", f"file = claim({str(tmp_path)!r})", "print('claimed')"]
+    other = [sys.executable, "-c", "; ".join(again)]
+    env = os.environ | dict(PYTHONPATH=str(Path(ckpt.__file__).parent.parent))
+    file = ckpt.claim(tmp_path)
+    done = subprocess.run(other, capture_output=True, text=True, env=env)
+    assert "another training is running in" in done.stderr
+    file.close()
+    assert subprocess.run(other, capture_output=True, text=True, env=env).stdout == "claimed\n"
+
+
 FULL = [  # also as safetensors and torch.save tell it; the last one whatever its cause is
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EDQUOT, "Disk quota exceeded"),
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    RuntimeError("Error while serializing: I/O error: Stale file handle (os error 116)"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The YAML + command line parser: ways of writing a value, ways of getting it wrong."""
 
 import inspect
+import io
 import re
 import subprocess
 import sys
@@ -146,7 +147,10 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("--config a.yaml b.yaml", "--config a.yaml b.yaml: "),
     ],
 )
-def test_wrong_flags(text, said):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_wrong_flags(text, said, encoding, monkeypatch):
+    """Also on a terminal that has no lines for tyro's boxes."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     with pytest.raises(UserError) as error:
         parse(*text.split())
     assert said in str(error.value) and "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """The run log: metrics.jsonl, W&B that may fail, the loss plot."""
 
+import resource
 import sys
 import warnings
 from unittest.mock import MagicMock
@@ -33,16 +34,39 @@ def test_rows_line_and_bar(tmp_path, capsys):
     log.close()
 
 
+def test_rows_of_a_full_disk_are_written_when_there_is_room(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = RunLog(tmp_path, 200)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        for step in range(1, 200):
+            log.log(step, {"loss": 2.0 * step, "a metric with a long name": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.log(200, {"loss": 400.0})
+    assert rows(tmp_path) == [(step, 2.0 * step) for step in range(1, 201)]
+
+
+def test_a_closed_terminal_or_pipe_is_no_error(tmp_path, monkeypatch):
+    def write(text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys.stdout, "write", write)
+    log = RunLog(tmp_path, 1)
+    log.log(1, {"loss": 2.0}, "line")
+    assert rows(tmp_path) == [(1, 2.0)]
+
+
 def test_other_ranks_do_nothing(tmp_path, capsys):
     write(tmp_path / "run", [1], active=False, wandb=WandbConfig(mode="online"))
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7, "loss": 0.1}', "\0\0\0", '{"loss": 3}'])
+@pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7, "loss": 0.1}', "\0\udcff", '{"loss": 3}'])
 def test_a_resumed_log_goes_on_after_the_step_of_the_checkpoint(tmp_path, tail):
     """Rows after it are done again; what a kill left half-written goes as well. A new run begins an empty file."""
     write(tmp_path, [2, 4, 6])
-    with (tmp_path / "metrics.jsonl").open("a") as f:
+    with (tmp_path / "metrics.jsonl").open("a", errors="surrogateescape") as f:
         f.write(tail)
     write(tmp_path, [5], start=4)
     assert rows(tmp_path) == [(2, 4.0), (4, 8.0), (5, 10.0)]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def outer_signals():
     """A run that was stopped keeps its handlers to the end of its process, which is not the tests'."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    before = {number: signal.getsignal(number) for number in (*program.STOPS, signal.SIGCHLD)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -160,6 +161,24 @@ def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "a").glob("steps_*")) == ["steps_2", "steps_6"]
     with pytest.raises(ckpt.DiskFull, match=r"last checkpoint could not be written.*steps_4, is of step 4"):
         train(tmp_path / "b", full_step=6)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ckpt, "rotate", mock.Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    train(tmp_path, keep=1)
+    assert "an older checkpoint stays: [Errno 1] Operation not permitted" in capsys.readouterr().out
+    assert meta(tmp_path / "steps_6")["step"] == 6
+
+
+def test_what_other_launchers_left_in_the_environment(tmp_path, whole, monkeypatch):
+    """accelerate's settings change no gradient; half of torchrun's are refused."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(tmp_path / "a")
+    norms = [[row.get("grad_norm") for row in read_metrics(folder)] for folder in (whole, tmp_path / "a")]
+    assert norms[0] == norms[1]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="LOCAL_RANK of another program"):
+        train(tmp_path / "b")
 
 
 def test_steps_that_are_not_finite_are_counted_over_a_resume(tmp_path):
@@ -450,6 +469,11 @@ def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
 def test_signals_are_harmless_after_the_first_and_a_second_ctrl_c_acts(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for before, received in ((signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)):  # a closed terminal; nohup
+        signal.signal(signal.SIGHUP, before)
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == received
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

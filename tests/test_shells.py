@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def launch(tmp_path):
     """launch(script, *arguments) -> (arguments of the program, stderr, exit code), from a folder with a blank in its
-    name."""
+    name, through a link, by sh."""
     python, elsewhere = tmp_path / "python", tmp_path / "some where"
     python.write_text("#!/usr/bin/env python3\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     python.chmod(0o755)
@@ -21,8 +21,11 @@ def launch(tmp_path):
 
     def call(script, *arguments, **environment):
         env = {k: v for k, v in os.environ.items() if k != "NUM_GPUS"} | dict(PYTHON=str(python)) | environment
-        command = ["bash", str(ROOT / "shells" / script), *arguments]
-        done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=60)
+        link = elsewhere / script
+        link.is_symlink() or link.symlink_to(ROOT / "shells" / script)
+        done = subprocess.run(
+            ["sh", script, *arguments], cwd=elsewhere, env=env, capture_output=True, text=True, timeout=60
+        )
         return json.loads(done.stdout or "null"), done.stderr, done.returncode
 
     return call
@@ -38,13 +41,17 @@ def test_a_plain_call_is_one_process_with_the_default_config(launch, name):
     assert Path(script).name == name.replace(".sh", ".py") and shown.startswith("+ ") and script in shown
 
 
-def test_guide_2_means_every_gpu(launch, tmp_path):
+def test_guide_2_means_every_gpu_that_may_be_seen(launch, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU\\nGPU\\nGPU\\nGPU\\nGPU\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    counts = [launch("train_smolvla_sim.sh", *flags, PATH=path)[0][4] for flags in ((), ("--num-gpus", "2"))]
-    assert counts == ["5", "2"] and launch("train_smolvla_sim.sh", PATH=path, NUM_GPUS="3")[0][4] == "3"
-    assert launch("compute_dataset_stats_sim.sh", PATH=path)[0][0].endswith("compute_stats.py")
+    env = dict(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    counts = [launch("train_smolvla_sim.sh", *flags, **env)[0][4] for flags in ((), ("--num-gpus", "2"))]
+    assert counts == ["5", "2"] and launch("train_smolvla_sim.sh", **env, NUM_GPUS="3")[0][4] == "3"
+    assert launch("compute_dataset_stats_sim.sh", **env)[0][0].endswith("compute_stats.py")
+    seen = env | dict(CUDA_VISIBLE_DEVICES="0,2")
+    assert launch("train_smolvla_sim.sh", **seen)[0][4] == launch("train_nora.sh", "--multi-gpu", **seen)[0][4] == "2"
+    for devices in ("3", ""):
+        assert launch("train_smolvla_sim.sh", **env, CUDA_VISIBLE_DEVICES=devices)[0][0].endswith("_sim.py")
 
 
 def test_several_gpus_go_through_torchrun(launch):
@@ -64,7 +71,7 @@ def test_the_users_config_replaces_the_default(launch):
 
 
 def test_several_machines(launch):
-    machines = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint=a:29500"]
+    machines = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv-endpoint=a:29500"]
     arguments, *_ = launch("train_nora.sh", "--num-gpus", "4", *machines, "--resume", "auto")
     assert arguments[2:9] == [*machines, "--nproc-per-node", "4"] and arguments[-2:] == ["--resume", "auto"]
 
