@@ -80,7 +80,9 @@ class Shapes(TorchDispatchMode):
         out = []
         with self.fakes.unset_fake_temporarily():
             for t in indices:
-                mask = isinstance(t, torch.Tensor) and t.dtype == torch.bool and self.real(t)
+                mask = isinstance(t, torch.Tensor) and t.dtype == torch.bool
+                if mask and not self.real(t):
+                    t = torch.ones(t.shape, dtype=torch.bool)  # unknown: at most all
                 out += t.nonzero(as_tuple=True) if mask else [t]
         return out
 

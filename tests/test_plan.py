@@ -110,6 +110,15 @@ def test_a_layer_by_hand():
     assert need.sharded(4) == need.states // 4 + need.activations + 6 * 5000  # no layers: all of it is gathered
 
 
+def test_a_mask_without_values_takes_all():
+    """As transformers 5.17 makes that of SmolVLM's patches, from a picture of floats."""
+    shapes = plan.Shapes()
+    with shapes.fake, shapes:
+        mask, ids = torch.ones(3, 4).bool(), torch.bucketize(torch.rand(3, 4), torch.rand(5))
+        ids[mask] = ids[mask]
+        assert ids[mask].shape == (12,)
+
+
 def test_nothing_is_read_and_no_random_number_drawn(recipe_of, tmp_path, monkeypatch):
     recipe = recipe_of("nora")
     model = shutil.copytree(recipe.written["model"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
