@@ -41,9 +41,7 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [
-            line.strip("│ ") for line in said.getvalue().splitlines()[1:]
-        ]  # or without lines, where a locale has none
+        box = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # some locales have no lines
         text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
 

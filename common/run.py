@@ -67,9 +67,9 @@ class Run:
         require(not wrong, f"{', '.join(wrong)}: expected 0 or more")
         cuda = torch.cuda.is_available()
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-        stale = [key for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if key in os.environ]
-        whose = f"{', '.join(stale)} of another program are in the environment: unset them, or start with torchrun"
-        require(not stale or "MASTER_ADDR" in os.environ, whose)
+        stale = sorted({"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys())
+        told = f"{', '.join(stale)} of another program are in the environment: unset them, or start with torchrun"
+        require(not stale or "MASTER_ADDR" in os.environ, told)
         for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
             del os.environ[key]  # they would count over the config: FSDP, compilation, a divisor of the loss
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate would keep the precision of an earlier run
@@ -152,7 +152,7 @@ class Run:
         """--resume (a path, "auto", or nothing) -> the checkpoint in `folder` to go on from, or None for a new run.
         `patterns`: names of what can be resumed; `beside`: of exports, which belong to a run, too."""
         if self.main:
-            self._lock = ckpt.claim(folder)
+            self._lock = ckpt.claim(self.out)
             ckpt.remove_temporaries(folder)
         self.sum(0)
         path = ckpt.find_checkpoint(wanted, folder, patterns, beside)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 import toy
 from common import UserError, fsdp, program
 from common import checkpoint as ckpt
-from common.log import RunLog, read_metrics
+from common.log import read_metrics
 from common.program import StopSignal, _explain, launch
 from common.run import Run, Step
 
@@ -147,14 +147,6 @@ def test_a_metric_may_be_added_to_a_run(tmp_path, monkeypatch):
     train(tmp_path, log_steps=2, resume="auto")
 
 
-def test_a_full_disk_under_the_log_does_not_end_the_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(RunLog, "_open_metrics", lambda *_: open("/dev/full", "a", 1))  # noqa: SIM115
-    (tmp_path / "metrics.jsonl").touch()  # for the plot
-    train(tmp_path)
-    assert "metrics.jsonl: [Errno 28] No space left on device" in capsys.readouterr().out
-    assert meta(tmp_path / "steps_6")["step"] == 6
-
-
 def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path, capsys):
     train(tmp_path / "a", full_step=4)
     assert "NOT SAVED at step 4" in capsys.readouterr().out
@@ -168,6 +160,18 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(tmp_path, capsys
     train(tmp_path, keep=1)
     assert "an older checkpoint stays: [Errno 1] Operation not permitted" in capsys.readouterr().out
     assert meta(tmp_path / "steps_6")["step"] == 6
+
+
+def test_a_second_training_in_the_folder_of_one_is_refused(tmp_path, capfd):
+    """They would replace each other's checkpoints. However the first one ends, its folder is free."""
+    held, codes, fork = ckpt.claim(tmp_path), [], multiprocessing.get_context("fork")
+    for _ in range(2):
+        child = fork.Process(target=train, args=(tmp_path,))
+        child.start()
+        child.join()
+        codes.append(child.exitcode)
+        held.close()
+    assert codes == [1, 0] and f"another training is running in {tmp_path}" in capfd.readouterr().err
 
 
 def test_what_other_launchers_left_in_the_environment(tmp_path, whole, monkeypatch):
