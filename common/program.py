@@ -64,6 +64,8 @@ def launch(main, config, aliases=None, accepted=None):
     parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
     global run
     rank, cfg = int(os.environ.get("RANK", 0)), None
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file, or tee, has a line when it is said
     try:
         argv, plan.card = plan.asked_card(sys.argv[1:])
         cfg = parse_config(config, argv, aliases=aliases, accepted=accepted)

@@ -437,6 +437,9 @@ def command(monkeypatch, capsys, main, *argv, **options):
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    buffered = []
+    command(monkeypatch, capsys, lambda _: buffered.append(sys.stdout.line_buffering))
+    assert buffered == [True], "a log file must show what is said"
     code, _, err = command(monkeypatch, capsys, toy.main, "--step", 3)
     assert code == 2 and err == "train_toy.py: unknown flag --step; the nearest is --steps (--help lists all)\n"
     code, _, err = command(monkeypatch, capsys, toy.main, "--output_dir", tmp_path, "--bad_sample", 12, "--steps", 20)
