@@ -10,9 +10,10 @@ that fit in 8 minutes each; on a CPU the same code on make_demo.py's small backb
 A part prints a line per setting and adds it to benchmarks/results/full_size_<machine>.txt: samples/s of forward,
 backward, clipping and AdamW; model FLOP/s (counted by torch, recomputation included) as a share of the card's dense
 bf16 peak; the peak of memory beside the plan's; what a sample costs to read, in share of a step of one loader process;
-seconds to copy and write a checkpoint's state; the forward pass of one sample. Speed and memory do not depend on the
-values of weights, so no model is downloaded: a script's own main reads make_demo.py's recordings, and stops where it
-would build its model. Every module is then built as the plan builds it, and filled with random numbers."""
+seconds to copy a checkpoint's state, and to write one of up to 10 GB; the forward pass of one sample. Speed and memory
+do not depend on the values of weights, so no model is downloaded: a script's own main reads make_demo.py's recordings,
+and stops where it would build its model. Every module is then built as the plan builds it, and filled with random
+numbers."""
 
 import argparse
 import contextlib

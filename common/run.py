@@ -77,7 +77,7 @@ class Run:
         precision = "bf16" if bf16 else "no"
         self.accelerator = a = Accelerator(mixed_precision=precision, cpu=not cuda, kwargs_handlers=[ddp])
         self.rank, self.world, self.main, self.device = a.process_index, a.num_processes, a.is_main_process, a.device
-        self.print, self.autocast, self.bf16 = a.print, a.autocast, bf16  # print: rank 0 only
+        self.print, self.autocast, self.bf16 = a.print, a.autocast, bf16  # print: once per machine
         # counts, flags and waiting go over gloo, beside the GPUs
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
         self.cfg, self.script, self.out = cfg, Path(inspect.getfile(type(cfg))), Path(out)
