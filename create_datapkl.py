@@ -25,6 +25,7 @@ The actions of a segment add up to the difference of its end poses. A gap in the
 """
 
 import contextlib
+import errno
 import glob
 import io
 import itertools
@@ -33,6 +34,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 import sys
 import tempfile
 import zipfile
@@ -400,7 +402,8 @@ def process(folder, cfg):
     try:
         return report | (estimate if cfg.estimate_offsets else preprocess)(folder, cfg)
     except (OSError, BadSession) as error:
-        return report | dict(error=str(error))
+        full = getattr(error, "errno", None) == errno.ENOSPC  # of our own files DiskFull says which
+        return report | dict(error=f"{error}: {tempfile.gettempdir()} (set TMPDIR)" if full else str(error))
 
 
 def preprocess(folder, cfg):
@@ -685,4 +688,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else the workers would stay behind
     launch(lambda cfg: sys.exit(1 if main(cfg) else 0), Config, ALIASES)

@@ -90,7 +90,7 @@ def require_space(folder, needed_bytes):
     """Raise DiskFull unless the disk of `folder` has `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     room = f"needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; what is there is untouched"
-    require(free >= needed_bytes, f"a checkpoint in {folder} {room}. Free space and resume", DiskFull)
+    require(free >= needed_bytes, f"writing to {folder} {room}. Free space and resume", DiskFull)
 
 
 def remove_temporaries(folder):

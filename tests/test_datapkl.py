@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -483,6 +485,24 @@ def test_workers_make_the_same(tmp_path, capsys):
     assert out.out.count("1 failed, 2 made") == 2 and out.err.count("Needle_insertion") == 2
     files = [sorted((tmp_path / side / "White_silicone_white_circle").rglob("data.pkl")) for side in ("a", "b")]
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]] and len(files[0]) == 2
+
+
+def test_a_stop_signal_leaves_no_worker_behind(tmp_path):
+    """It comes while the workers read: their logs are pipes, which end when we close them."""
+    pipes = [tmp_path / f"recv_all_{i}/robot_state_1.csv" for i in range(2)]
+    for pipe in pipes:
+        pipe.parent.mkdir()
+        os.mkfifo(pipe)
+        (pipe.parent / "View1").mkdir()
+        (pipe.parent / "View1/1.jpg").write_bytes(make_demo.jpeg(np.zeros((8, 8, 3), np.uint8)))
+    command = [sys.executable, ROOT / "create_datapkl.py", "--dataset-dirs", tmp_path, "--workers", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        files = [open(pipe, "w") for pipe in pipes]  # noqa: SIM115  waits for the readers
+        process.terminate()
+        for pipe, file in zip(pipes, files, strict=True):
+            pipe.unlink()
+            file.close()
+        assert "KeyboardInterrupt" in process.communicate(timeout=60)[0]  # the end of every process that can write
 
 
 def test_the_shipped_config_and_the_guides_flags_parse():
