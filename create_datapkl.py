@@ -85,8 +85,7 @@ def check_config(cfg):
     require(given, "dataset_dirs is empty: name the folders with recordings, --dataset-dirs DATA, or --new-dataset-dir")
     require(cfg.action_hz > 0, f"action_hz is {cfg.action_hz}: expected more than 0")
     require(cfg.tolerance_ms > 0, f"tolerance_ms is {cfg.tolerance_ms}: expected more than 0")
-    overlap = cfg.min_sensor_overlap
-    require(0 <= overlap <= 1, f"min_sensor_overlap is {overlap}: expected a share from 0 to 1")
+    require(0 <= cfg.min_sensor_overlap <= 1, f"min_sensor_overlap is {cfg.min_sensor_overlap}: expected 0 to 1")
     require(cfg.workers >= 0, f"workers is {cfg.workers}: expected 0 or more")
     require(cfg.estimate_offsets or not cfg.write_offsets, "write_offsets goes with --estimate-offsets")
 
@@ -163,11 +162,9 @@ def make_actions(stamps, rows, stretches, period):
         pose[:, 3:] = np.unwrap(pose[:, 3:], period=360, axis=0)
         delta = np.diff([np.interp(grid, t, column) for column in pose.T]).T
         newest = np.searchsorted(t, grid[:-1] + SLACK, side="right") - 1  # the state knows nothing of later rows
-        parts["action"].append(np.c_[delta, np.ones(len(delta))])
-        parts["action_timestamps"].append(grid[:-1])
-        parts["action_end_timestamps"].append(grid[1:])
-        parts["segment_id"].append(np.full(len(delta), segment))
-        parts["robot_state"].append(rows[chosen[newest]])
+        moves, numbers = np.c_[delta, np.ones(len(delta))], np.full(len(delta), segment)
+        for key, part in zip(ss.ARRAYS, (moves, grid[:-1], grid[1:], numbers, rows[chosen[newest]]), strict=True):
+            parts[key].append(part)
     return {key: np.concatenate(part).astype(ss.ARRAYS[key][0]) for key, part in parts.items()}
 
 
@@ -447,8 +444,7 @@ def preprocess(folder, cfg):
     if cfg.dry_run:
         return report
     parts = dict(image=given["image"], image_timestamps=image_stamps, instruction=given["instruction"])
-    firsts = {view: Image.open(folder / shots[0][1]) for view, shots in images.items()}
-    parts["image_size"] = {view: [image.height, image.width] for view, image in firsts.items()}
+    parts["image_size"] = {v: list(Image.open(folder / shots[0][1]).size[::-1]) for v, shots in images.items()}
     with atomic_path(folder / ss.DATA_PKL) as temporary:
         save_data_pkl(temporary, motion | parts | dict(sensor_data=sensor, metadata=metadata))
     if sensor is None:
@@ -546,8 +542,8 @@ def make_sensor(folder, files, offset, motion, cfg, warnings):
         shown = ", ".join(spoiled[:20]) + (f" and {len(spoiled) - 20} more" if len(spoiled) > 20 else "")
         warnings.append(f"warning: {len(spoiled)} sensor rows with values that are not finite are left out: {shown}")
     if abs(rate / SENSOR_HZ - 1) > 0.05:
-        longer = "a window lasts as much longer"
-        warnings.append(f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: {longer}")
+        lasts = f"65 rows last {65 / rate:.2f} s"
+        warnings.append(f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: {lasts}")
     about = dict(timestamps=stamps, rate_hz=rate, dtype=dtype.name, mean=mean, std=std)
     return about | dict(file=ss.SENSOR_FILE, channels=CHANNELS), overlap
 

@@ -175,7 +175,6 @@ WRONG = [  # (where, what stands there, what is said)
     ("sensor_data dtype", "float64", "sensor_data is not"),
     ("sensor_data std", np.ones(3), "std of the sensor is not f8"),
     ("image_size View1_left", [8], "image_size of View1_left is not"),
-    ("sensor_data timestamps", "now", "timestamps of the sensor"),
     ("metadata", {}, "it has no 'sources'"),
     ("metadata sources", [["../robot.csv", "1"]], "not a plain name"),
     ("instruction", 5, "no text"),
