@@ -192,8 +192,7 @@ def read_stream(arrays):
     differ = f"{length} alines for {len(stamps)} timestamps and {len(forces)} forces"
     require(len(stamps) == len(forces) == length, differ, ValueError)
     for i, rows in zip(range(0, length, BLOCK), alines, strict=True):
-        force = forces[i : i + BLOCK].reshape(-1, 1)
-        yield stamps[i : i + BLOCK], np.hstack([force, rows], dtype=np.float32)
+        yield stamps[i : i + BLOCK], np.hstack([forces[i : i + BLOCK].reshape(-1, 1), rows], dtype=np.float32)
 
 
 def read_windows(arrays):
@@ -305,13 +304,10 @@ IMAGE = re.compile(rf"{PLACE}(?:[^/]*_)?(?:{STAMP}|[^/_]*)\.(?:jpe?g|png)", re.I
 def list_images(folder):
     """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time, broken pictures). View
     names: View1..; with _left, _right for stereo folders."""
-    views, nameless, broken = {}, [], []
-    for name in itertools.chain(
-        *(glob.glob(pattern, root_dir=folder) for pattern in ("*/*.*", "*/*/*.*", "*/*/*/*.*"))
-    ):
-        if not (found := IMAGE.fullmatch(name)):
-            continue
-        number, eye, stamp = found.groups()
+    views, nameless, broken, patterns = {}, [], [], ("*/*.*", "*/*/*.*", "*/*/*/*.*")
+    names = itertools.chain(*(glob.glob(pattern, root_dir=folder) for pattern in patterns))
+    for name in filter(IMAGE.fullmatch, names):
+        number, eye, stamp = IMAGE.fullmatch(name).groups()
         if stamp is None or float(stamp) >= SECONDS:
             nameless.append(name)
         elif not is_whole(folder / name):
@@ -624,10 +620,11 @@ def find_offset(t, travelled, series):
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-# of the printed table: keys of metadata
 COLUMNS = dict(format="format", robot_hz="rows/s", jitter_ms="jitter ms", duration_seconds="seconds")
 COLUMNS |= dict(lost_seconds="lost", num_actions="actions", n_segments="segments", n_duplicates="repeated")
-COLUMNS |= dict(num_images="images", has_sensor="sensor", sensor_overlap="share", sensor_hz="sensor/s")
+COLUMNS |= dict(
+    num_images="images", has_sensor="sensor", sensor_overlap="share", sensor_hz="sensor/s"
+)  # {metadata: title}
 
 
 def run_all(function, folders, workers):
