@@ -70,7 +70,7 @@ class Config:
     new_dataset_dir: str | None = None  # one more: Make_dataset/New_dataset
     action_hz: float = 10.0  # actions per second; the trainings expect 10
     tolerance_ms: float = 20.0  # a pause of the robot log this much longer than an action is a gap
-    min_sensor_overlap: float = 0.9  # share of the robot log that the sensor must cover, else it is left out
+    min_sensor_overlap: float = 0.9  # share of the actions that the sensor must cover, else it is left out
     instruction: dict[str, str] = field(default_factory=dict)  # {data set or task: text}, else from their names
     workers: int = 4  # processes; 0: in this one
     force: bool = False  # make every data.pkl again; otherwise only where the recording or a setting changed
@@ -538,8 +538,7 @@ def make_sensor(folder, files, offset, motion, cfg, warnings):
         shown = ", ".join(spoiled[:20]) + (f" and {len(spoiled) - 20} more" if len(spoiled) > 20 else "")
         warnings.append(f"warning: {len(spoiled)} sensor rows with values that are not finite are left out: {shown}")
     if abs(rate / SENSOR_HZ - 1) > 0.05:
-        lasts = f"65 rows last {65 / rate:.2f} s"
-        warnings.append(f"warning: the sensor has {rate:.0f} rows per second, not {SENSOR_HZ}: {lasts}")
+        warnings.append(f"warning: the sensor has {rate:.0f} rows per second: 65 rows last {65 / rate:.2f} s")
     about = dict(timestamps=stamps, rate_hz=rate, dtype=dtype.name, mean=mean, std=std)
     return about | dict(file=ss.SENSOR_FILE, channels=CHANNELS), overlap
 
@@ -579,7 +578,8 @@ def estimate(folder, cfg):
 
 def image_changes(folder, shots):
     """[(stamp, path)] -> (stamps (m,), mean change of a pixel between neighbours (m - 1,))."""
-    small = []
+    small, middle = [], np.median([t for t, _ in shots])
+    shots = [(t, path) for t, path in shots if abs(t - middle) < 3600]  # the others are strays
     for _, path in shots:
         with Image.open(folder / path) as image:
             image.draft("L", (128, 72))

@@ -360,6 +360,7 @@ def test_offsets_are_proposed_from_what_moved(tmp_path, capsys):
     for taken in np.arange(0, 20, 0.2):
         at = int(1.5 * np.interp(taken, t, x))
         Image.fromarray(texture[:, at : at + 64]).save(folder / f"View1/left/{EPOCH + taken - 40:.3f}.png")
+    Image.fromarray(texture).save(folder / "View1/left/test_5.png")
     rows = np.arange(0, 20, 1 / 650)
     force = np.interp(rows, t, np.cumsum(speed * rng.choice([-1, 1], 25).repeat(80)) / 100)
     stream(folder, rows + 3.7, (force + rng.normal(0, 0.01, len(rows))).astype(np.float32))
