@@ -601,10 +601,9 @@ class SmolVLA(nn.Module):
         for images in batch["images"]:  # each of another size
             x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
             pictures.append(resize_with_pad(x.float() / (255 if x.dtype == torch.uint8 else 1), side))
-        vision, x = self.model.vlm.vision_model, torch.cat(pictures)
-        seen = torch.ones(len(x), *[side // vision.patch_size] * 2, dtype=torch.bool, device=device)
-        x = vision(x.to(vision.post_layernorm.weight.dtype), seen).last_hidden_state
-        features = self.model.vlm.connector(x).unflatten(0, (len(batch["tokens"]), -1)).flatten(1, 2)  # (B, K*T, D)
+        vlm, x = self.model.vlm, torch.cat(pictures)
+        x = vlm.vision_model(x.to(vlm.vision_model.post_layernorm.weight.dtype)).last_hidden_state
+        features = vlm.connector(x).unflatten(0, (len(batch["tokens"]), -1)).flatten(1, 2)  # (B, K*T, D)
         return self.model.prefix(features, batch["tokens"], batch["token_mask"], batch["state"], draws)
 
     def forward(self, batch):
