@@ -98,7 +98,7 @@ class Config:
     gradient_accumulation_steps: int = 2  # micro-batches per optimizer step
     learning_rate: float = 5e-5  # peak; AdamW betas 0.9 0.95, eps 1e-8
     weight_decay: float = 1e-8  # decoupled
-    adamw_8bit: bool = False  # a quarter of the moments' memory; needs CUDA and pip install bitsandbytes
+    adamw_8bit: bool = False  # a quarter of the moments' memory; needs pip install bitsandbytes
     num_warmup_steps: int = 1000  # optimizer steps of linear warm-up
     max_train_steps: int = 100000  # optimizer steps; the cosine ends at 0 here
     gradient_clipping: float | None = 1.0  # largest gradient norm; null: no clipping
