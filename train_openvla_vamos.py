@@ -562,9 +562,9 @@ class Policy:
             choose_instructions(rows, self.spec["instruction_column"])
             look, good = picture_reader(known[name], lambda image: np.array(image.convert("RGB"))), []
 
-            def sample(i, rows=rows, look=look):
-                row = int(rows.of[i])
-                return dict(images=dict(camera1=look(row)), instruction=rows.table["instruction"][row])
+            def sample(i, rows=rows, look=look, file=name):
+                row, texts = int(rows.of[i]), rows.table["instruction"]
+                return dict(images=dict(camera1=look(row)), instruction=texts[row], name=(file, row))
 
             for i in range(len(rows.of)):
                 try:

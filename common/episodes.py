@@ -307,7 +307,7 @@ class ImageReader:
             return lambda i: reader.read(episode, cameras[i % len(cameras)], i // len(cameras))
 
         sources = {e.path: e.num_frames * len(cameras) for e in episodes}
-        store.build(sources, open_source, rank / (run.world if run else 1), quiet=rank > 0)
+        store.build(sources, open_source, rank / (run.world if run else 1))
         for path in sources:
             bad = store.about(path)["bad"]
             require(not bad, next(iter(bad.values()), ""), BadEpisode)
