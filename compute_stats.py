@@ -10,6 +10,7 @@ training needs no such file, it computes the same numbers itself; use one to loo
 
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 from common import UserError, require
 from common import episodes as ep
@@ -21,7 +22,7 @@ from common.stats import LISTS, save_stats
 class DatasetConfig:
     root_dir: str = ""  # folder with the recordings, searched recursively
     use_ee_pose_delta_as_action: bool = False  # target = ee_pose[t+1] - ee_pose[t] instead of the recorded action[t]
-    rotation_unit: str = "auto"  # of ee_pose[:, 3:6]: rad, deg, or auto
+    rotation_unit: Literal["auto", "rad", "deg"] = "auto"  # of ee_pose[:, 3:6]
     use_ee_pose: bool = True  # observation.state contains ee_pose
     use_qpos: bool = False  # observation.state contains qpos, before ee_pose
     num_val_episodes: int = 0  # the last N files of the sorted list are held out (guide 1)

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
-from common import UserError, fsdp, plan, require
+from common import UserError, command, fsdp, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
@@ -449,13 +449,13 @@ class Policy:
         batch = to_device({k: torch.from_numpy(v) for k, v in batch.items()}, self.model.mean.device)
         horizon, dim = self.spec.horizon, self.spec.normalizer.dim
         answers, malformed = self.model(batch, self.fast, horizon * dim)
-        chunks = np.stack([self.fast.decode(row, horizon, dim)[0] for row in answers])
+        chunks = np.stack([self.fast.decode(row, horizon, dim) for row in answers])
         return self.spec.normalizer.unnormalize(chunks), malformed.cpu().numpy()
 
     def nearest(self, chunks):
         """(n, H, A) in data units -> the closest that can be answered: clipped, and through the tokens and back."""
         unit = self.spec.normalizer.normalize(chunks)
-        coded = [self.fast.decode(self.fast.encode(chunk), *chunk.shape)[0] for chunk in unit]
+        coded = [self.fast.decode(self.fast.encode(chunk), *chunk.shape) for chunk in unit]
         return self.spec.normalizer.unnormalize(np.stack(coded))
 
     def open_episodes(self, root, names=None):
@@ -706,13 +706,12 @@ def check_data(cfg):
     print("check passed")
 
 
-def validate(policy, data, collate, cfg, run):
+def validate(policy, dataset, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
     val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged,
     val_swap_ratio_<camera>: error of the normalised actions with another episode's picture / with its own}"""
     spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
-    dataset = NoraDataset(data.validation, spec)
     pick = dataset.spread(cfg.val_samples)
     decoded = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)
     decoded, few = set(decoded.tolist()), set(decoded[::4].tolist())  # of these few also with swapped pictures
@@ -775,8 +774,8 @@ def finish(run, cfg):
     final = Path(cfg.output_dir) / f"steps_{run.step}"
     if run.main and run.step == run.total and cfg.train == "lora" and not (final / "merged").exists():
         print(f"merged model: {merge_adapter(final)}")
-    evaluate = f"evaluate: python evaluate.py --checkpoint {cfg.output_dir} --data {cfg.dataset.root_dir}"
-    run.finish(f"model: {final / 'model'}", evaluate, plot=("train_loss", "val_loss"))
+    evaluate = command("evaluate.py", checkpoint=cfg.output_dir, data=cfg.dataset.root_dir)
+    run.finish(f"model: {final / 'model'}", f"evaluate: {evaluate}", plot=("train_loss", "val_loss"))
 
 
 def main(cfg):
@@ -825,6 +824,7 @@ def main(cfg):
     describe_fast(data, fast, run.print)
     collate = Collate(processor, fast, data.spec.normalizer)
     dataset = NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed)
+    held_out = NoraDataset(data.validation, data.spec)
     if cfg.dataset.frame_store:
         names, recipe = list(data.spec.cameras.values()), ["squash", *data.spec.image_size]
         dataset.reader.keep(cfg.dataset.frame_store, data.train, names, recipe, run)
@@ -868,7 +868,7 @@ def main(cfg):
             values = dict(train_loss=loss, token_accuracy=accuracy, grad_norm=mean["grad_norm"], learning_rate=step.lr)
             step.log(values, f"loss {loss:.4f} | acc {accuracy:.3f} | grad {mean['grad_norm']:.2f}")
         if data.validation and step.every(cfg.val_frequency):
-            v = validate(policy, data, collate, cfg, run)
+            v = validate(policy, held_out, collate, cfg, run)
             if step.validated(v, v["val_loss"], tell(v, run.log.print)):
                 run.save_best(out / "best", saver.write, export, partial(saver.collect, resume=False))
         if step.every(cfg.checkpoint_save_frequency):

@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from common import MissingFile, frozen, hub, lerobot, log, plan, require
+from common import MissingFile, command, frozen, hub, lerobot, log, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
@@ -208,6 +208,8 @@ def check_config(cfg):
         require(value > 0, f"{key} is {value}: expected 1 or more")
     differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
     require(d.horizon == p.chunk_size, differ)
+    sent = f"policy.n_action_steps is {p.n_action_steps}: expected 1 to {p.chunk_size}, the actions of a chunk"
+    require(1 <= p.n_action_steps <= p.chunk_size, sent)  # LeRobot opens no other
     require(0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1")
     told = f"dataset.state_noise is {d.state_noise} and dataset.state_dropout {d.state_dropout}"
     require(d.state_noise >= 0 and 0 <= d.state_dropout <= 1, f"{told}: expected 0 (off) or more, and a share, 0 to 1")
@@ -304,12 +306,10 @@ def load_data(cfg, run=None, saved=None):
 
 def stats_command(cfg):
     """The command that makes normalization.stats_file for exactly this run: its data, its split, its state."""
-    d, v = cfg.dataset, cfg.validation
-    count = v.num_episodes if v.enable else 0
-    words = [f"python compute_stats.py --dataset.root_dir '{d.root_dir}' --seed {cfg.seed} --num_episodes {count}"]
-    keys = ("use_qpos", "use_ee_pose", "use_ee_pose_delta_as_action", "rotation_unit", "skip_bad_episodes")
-    words += [f"--dataset.{k} {getattr(d, k)}" for k in keys]
-    return " ".join([*words, f"--output '{cfg.normalization.stats_file}'"])
+    v, keys = cfg.validation, ("root_dir", "use_qpos", "use_ee_pose", "use_ee_pose_delta_as_action", "rotation_unit")
+    flags = {f"dataset.{k}": getattr(cfg.dataset, k) for k in (*keys, "skip_bad_episodes")}
+    flags |= dict(seed=cfg.seed, num_episodes=v.num_episodes if v.enable else 0, output=cfg.normalization.stats_file)
+    return command("compute_stats.py", **flags)
 
 
 def resize_with_pad(images, side):
@@ -387,6 +387,9 @@ class Collate:
 
     def __init__(self, tokenizer, policy, spec):
         self.tokenizer, self.policy, self.spec = tokenizer, policy, spec
+        for text in spec.instructions:
+            if len(tokenizer(text)["input_ids"]) >= policy.tokenizer_max_length:  # and a newline
+                print(f"warning   policy.tokenizer_max_length {policy.tokenizer_max_length} cuts the end of {text!r}")
 
     def inputs(self, observations):
         """images: the B*K pictures as one tensor (B*K, h, w, 3) in a list, or one each where sizes differ | tokens,
@@ -832,9 +835,8 @@ def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
     network = {k: v for k, v in dataclasses.asdict(p).items() if k not in ("pretrained_model_id", "noise_draws")}
     network |= {f"optimizer_{k}": v for k, v in dataclasses.asdict(cfg.optimizer).items()}
     warmup, decay = schedule(cfg.training.steps, cfg)
-    network |= dict(
-        scheduler_warmup_steps=warmup, scheduler_decay_steps=decay, scheduler_decay_lr=cfg.scheduler.decay_lr
-    )
+    network |= dict(scheduler_warmup_steps=warmup, scheduler_decay_steps=decay)
+    network["scheduler_decay_lr"] = cfg.scheduler.decay_lr
     cameras = {f"camera{k + 1}": shape for k, shape in enumerate(spec.image_shapes)}
     scales = spec.state_scale, spec.action_scale, spec.stats, spec.normalization
     lerobot.write(folder, network, cameras, *scales, device)
@@ -942,8 +944,7 @@ def describe(cfg, data, say):
         for name in ("mean", "std", "min", "max"):
             numbers = " ".join(f"{v:11.4g}" for v in data.spec.stats[key][name])
             say(f"          {key.rpartition('.')[2]:<7}{name:<5}{numbers}")
-    texts = sorted({e.instruction or s.task_instruction for e in train})
-    say(f"text      {len(texts)} instruction(s), e.g. {texts[0]!r}")
+    say(f"text      {len(s.instructions)} instruction(s), e.g. {s.instructions[0]!r}")
 
 
 def check_data(cfg):
@@ -1090,7 +1091,7 @@ def main(cfg):
     begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # of the schedule
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
     collate, reader = Collate(tokenizer, cfg.policy, data.spec), ep.ImageReader()
-    example = SmolVLADataset(data, data.train[:1], cfg)[(0, 0)]
+    example = SmolVLADataset(data, data.train, cfg)[(0, 0)]
     meta = dict(script=Path(__file__).stem, validation=[data.episodes[i].name for i in data.validation])
 
     def export(path, tensors):
@@ -1191,8 +1192,8 @@ def main(cfg):
             with ema.swapped():
                 run.save_as(folder / "final_adapter", adapters.save_pretrained, size)
         export_final(weights, whole)
-    evaluate = f"evaluate: python evaluate.py --checkpoint {folder} --data {cfg.dataset.root_dir}"
-    run.finish(f"model: {folder}/final_hf (LeRobot format)", evaluate, plot=("train/loss", "val/loss"))
+    evaluate = command("evaluate.py", checkpoint=folder, data=cfg.dataset.root_dir)
+    run.finish(f"model: {folder}/final_hf (LeRobot format)", f"evaluate: {evaluate}", plot=("train/loss", "val/loss"))
 
 
 if __name__ == "__main__":

@@ -71,12 +71,13 @@ class Episode:
 def find_episodes(root):
     """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder
     once."""
-    none = "No HDF5 files found"
-    require(str(root), f"{none}: dataset.root_dir is empty. Set it to the folder with your .h5 episodes", MissingFile)
-    wrong = f"{none}: dataset.root_dir '{root}' is not a folder. Check the path (ls -la {root})"
-    require(Path(root).is_dir(), wrong, MissingFile)
+
+    def refuse(error):
+        raise MissingFile(f"{none}: {error.strerror}: '{error.filename}'") from error
+
+    none = f"No HDF5 files found in '{root}' (dataset.root_dir, or evaluate.py's --data)"
     paths, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(str(root), onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up, or a second link to the same recordings
             subfolders.clear()
@@ -85,7 +86,10 @@ def find_episodes(root):
         # links last: a recording keeps its real name
         subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
-    require(paths, f"{none} under '{root}' (*.h5 and *.hdf5, recursively). Check the path", MissingFile)
+    require(paths, f"{none}, searched recursively for *.h5 and *.hdf5", MissingFile)
+    odd = [path for path in paths if path != path.encode(errors="ignore").decode()]  # Windows writes Korean in CP949
+    how = f"is not UTF-8. Rename it, e.g. convmv -f cp949 -t utf8 -r --notest {root}"
+    require(not odd, f"{ascii(''.join(odd[:1]))}: the name {how}", BadEpisode)
     return sorted(paths)
 
 
@@ -163,14 +167,20 @@ def read_instruction(f, path):
         raise BadEpisode(f"{path}: dataset 'language_instruction' is not UTF-8 text: {value!r}") from error
 
 
+def stamped(root):
+    """-> paths of all episodes below `root`, and of each its size and time; a link to nowhere is its own file."""
+    paths = find_episodes(root)
+    facts = [os.stat(path, follow_symlinks=os.path.exists(path)) for path in paths]
+    return paths, [f"{about.st_size} {about.st_mtime_ns}" for about in facts]
+
+
 def load_episodes(root, skip_bad=False, run=None):
     """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by
     `skip_bad`. All must agree on cameras and dimensions. What is read of a large folder is kept, until a file in it has
     another size or time. `run`: rank 0 reads for all."""
     if run:
         return run.once(load_episodes, root, skip_bad)
-    paths, episodes, excluded = find_episodes(root), [], []
-    stamps = [f"{about.st_size} {about.st_mtime_ns}" for about in map(os.stat, paths)]
+    episodes, excluded, (paths, stamps) = [], [], stamped(root)
     cache, large = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), len(paths) >= INDEXED
     index = Path(cache, "vla_episodes", f"{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:32]}.parquet")
     if large:
@@ -240,20 +250,31 @@ def choose_cameras(episodes, wanted):
     return cameras
 
 
+@functools.lru_cache(1)
+def _load_once(root, *_):
+    """Of an evaluation, which asks several times, until a file changes; what is left out is listed."""
+    found, excluded = load_episodes(root, skip_bad=True)
+    for message in excluded:
+        print(f"excluded  {message}")
+    return found
+
+
 def play(root, names, cameras, keys, definition):
     """What a policy's open_episodes gives evaluate.py of each episode below `root`, or of those of these `names`:
     {name, sample: callable(t) -> observation with images {policy's camera: (h, w, 3)}, state, instruction, target
     (M, A), hold (M, A): the action that stands still, phase (M,) or None}, in data units. Files that cannot be read are
     listed. `cameras` {policy's name: recorder's}, `keys`: see robot_state."""
-    found, excluded = load_episodes(root, skip_bad=True)
-    for message in excluded:
-        print(f"excluded  {message}")
-    there, reader = {e.name: e for e in found}, ImageReader()
+    found, reader = _load_once(root, *map(tuple, stamped(root))), ImageReader()
+    first, there = found[0], {e.name: e for e in found}
     unknown = sorted(set(names or []) - set(there))
     have = f"it has {', '.join([*there][:5])}, ...: choose some with --episodes"
     require(not unknown, f"'{root}' has no episode '{''.join(unknown[:1])}'; {have}")
-    wrong = [c for c in cameras.values() if c not in found[0].cameras]
-    require(not wrong, f"'{root}' has cameras {list(found[0].cameras)}, the policy needs {wrong}")
+    wrong = [c for c in cameras.values() if c not in first.cameras]
+    require(not wrong, f"'{root}' has cameras {list(first.cameras)}, the policy needs {wrong}")
+    wrong = [key for key in (*keys, definition.source.removesuffix("_delta")) if getattr(first, key) is None]
+    require(not wrong, f"'{root}' has no {' and no '.join(wrong)}, which the policy needs")
+    dims = definition.targets(first).shape[1]
+    require(dims == definition.dim, f"'{root}' has actions of {dims} dims, those of the policy have {definition.dim}")
 
     def sample(e, state, t):
         images = {camera: reader.read(e, recorded, t) for camera, recorded in cameras.items()}
@@ -271,13 +292,12 @@ def play(root, names, cameras, keys, definition):
 
 
 class ImageReader:
-    """Reads single pictures: resize(picture), or as recorded without `resize`. Files stay open, at most `max_open` (as
-    many as this machine bears), and their datasets, as looking one up takes longer than reading from it. Each process
-    opens its own: an HDF5 handle must not cross a fork. `store`: pictures that were decoded once, see keep."""
+    """Reads single pictures: resize(picture), or as recorded without `resize`. As many files as this machine bears stay
+    open, and their datasets, as looking one up takes longer than reading from it. Each process opens its own: an HDF5
+    handle must not cross a fork. `store`: pictures that were decoded once, see keep."""
 
-    def __init__(self, resize=None, max_open=None):
-        self.resize, self.max_open, self.store, self.cameras = resize, max_open, None, []
-        self._open, self._pid = None, None
+    def __init__(self, resize=None):
+        self.resize, self.store, self.cameras, self._open, self._pid = resize, None, [], None, None
 
     def read(self, episode, camera, frame):
         """-> (h, w, 3) uint8 RGB of `camera` (recorder's name)."""
@@ -302,7 +322,7 @@ class ImageReader:
         store, rank = FrameStore(folder, shape, [*cameras, *recipe]), run.rank if run else 0
 
         def open_source(path):
-            reader, episode = ImageReader(self.resize, max_open=1), by_path[path]
+            reader, episode = ImageReader(self.resize), by_path[path]
             reader.read(episode, cameras[0], 0)  # opens the file before several threads want it
             return lambda i: reader.read(episode, cameras[i % len(cameras)], i // len(cameras))
 
@@ -316,7 +336,7 @@ class ImageReader:
     def _stored(self, path, camera, frame):
         """What is stored of a frame: bytes of a JPEG, or pixels."""
         if self._pid != os.getpid():
-            self._open = functools.lru_cache(self.max_open or files_to_keep())(open_images)
+            self._open = functools.lru_cache(files_to_keep())(open_images)
             self._pid = os.getpid()
         dataset, kind = self._open(path)[1][camera]
         space = dataset.get_space()
@@ -458,6 +478,8 @@ class Chunks(Dataset):
         self.episodes, self.definition, self.horizon = episodes, definition, horizon
         self.targets = [definition.targets(e) for e in episodes]
         self.ends = np.cumsum([len(t) for t in self.targets])
+        one = f"{', '.join(e.path for e in episodes[:3])}: one frame each, which no motion follows. Move them away"
+        require(len(self) or not episodes, one, BadEpisode)
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -493,7 +515,7 @@ def robot_state(episode, keys):
 def insertion_stats(train, definition, held_out, state_keys=()):
     """Statistics of the training episodes in the file form of common/stats.py; `held_out`: names of the validation
     episodes."""
-    arrays = {"action": [definition.targets(e) for e in train]}
+    arrays = {"action": Chunks(train, definition, 1).targets}
     if state_keys:
         arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
     about = dict(format_version=FORMAT_VERSION, num_episodes=len(train))

@@ -87,17 +87,14 @@ class FastTokenizer:
         return self.bpe.encode("".join(map(chr, coded))).ids
 
     def decode(self, ids, horizon, dim):
-        """ids -> ((H, A) float32, status "ok" | "short" | "long" | "invalid").
-
-        Short is filled with zero coefficients, long is cut, bytes that are no UTF-8 become zero coefficients
-        ("invalid"); a coefficient is bounded by what |x| <= 1 allows, so a wrong token cannot become a huge motion."""
+        """ids -> (H, A) float32. Too few are filled with zero coefficients, too many cut, bytes that are no UTF-8 are
+        zero; a coefficient is bounded by what |x| <= 1 allows, so a wrong token cannot become a huge motion."""
         count, characters = horizon * dim, np.array([ord(c) for c in self.text(ids)], np.int64)
-        status, broken = ["short", "ok", "long"][int(np.sign(len(characters) - count)) + 1], characters == 0xFFFD
-        q = np.where(broken, 0, characters + self.min_token)
+        q = np.where(characters == 0xFFFD, 0, characters + self.min_token)
         q = np.pad(q[:count], (0, max(0, count - len(q))))
         bound = math.ceil(self.scale * math.sqrt(horizon))
         c = np.clip(q, -bound, bound).reshape(horizon, dim) / self.scale
-        return (dct_matrix(horizon).T @ c).astype(np.float32), "invalid" if broken.any() else status
+        return (dct_matrix(horizon).T @ c).astype(np.float32)
 
     def describe(self, chunks, normalizer, names, show):
         """Print what coding costs: per dimension the error that clipping and coding leave to a perfect policy, beside
@@ -108,7 +105,7 @@ class FastTokenizer:
         for chunk, is_pad, still in chunks:
             unit = normalizer.normalize(chunk)
             ids = self.encode(unit)
-            kept = [normalizer.unnormalize(x) for x in (unit, self.decode(ids, *chunk.shape)[0])]
+            kept = [normalizer.unnormalize(x) for x in (unit, self.decode(ids, *chunk.shape))]
             errors.append(np.abs(np.stack([np.broadcast_to(still, chunk.shape), *kept]) - chunk)[:, ~is_pad])
             lengths.append(len(ids))
         errors, clipped = np.concatenate(errors, axis=1).mean(1, dtype=np.float64), self.clipped - before  # (3, A)

@@ -64,8 +64,8 @@ def launch(main, config, aliases=None, accepted=None):
     parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
     global run
     rank, cfg = int(os.environ.get("RANK", 0)), None
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file, or tee, has a line when it is said
+    if hasattr(sys.stdout, "reconfigure"):  # a log file has a line when it is said; a terminal in EUC-KR knows no emoji
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         argv, plan.card = plan.asked_card(sys.argv[1:])
         cfg = parse_config(config, argv, aliases=aliases, accepted=accepted)
@@ -101,5 +101,5 @@ def _explain(error, cfg):
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
     if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
         return "another process of this training ended first: its message says why"
-    known = isinstance(error, (UserError, PermissionError, NotADirectoryError))
+    known = isinstance(error, (UserError, PermissionError, NotADirectoryError, FileExistsError))
     return text if known or "No space left" in text or "Read-only file system" in text else None

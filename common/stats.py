@@ -33,6 +33,7 @@ def save_stats(path, stats):
     """Write `stats` as YAML or JSON, by the suffix of `path`."""
     path = Path(path)
     require(path.suffix in (".yaml", ".yml", ".json"), f"'{path}': the suffix must be .yaml, .yml or .json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     as_yaml = dict(sort_keys=False, default_flow_style=None, width=1000)
     path.write_text(json.dumps(stats, indent=2) if path.suffix == ".json" else yaml.safe_dump(stats, **as_yaml))
 
@@ -95,16 +96,17 @@ class Normalizer:
             flat = second - first <= 1e-12 * np.maximum(np.abs(first), np.abs(second))
             low, high = np.where(flat, entry.get("min", first), first), np.where(flat, entry.get("max", second), second)
             self.center, self.half = (low + high) / 2, (high - low) / 2
+        self.center, self.half = np.where(self.mask, self.center, 0.0), np.where(self.mask, self.half, 1.0)
         # float32 noise around a constant is no motion: relative to the size of the value it is below 1e-7
         self.constant = self.mask & (self.half <= 1e-7 * np.abs(self.center))
 
     def normalize(self, x):
         """(..., D) in data units -> float32 in training units."""
-        y = (x - self.center) / np.where(self.constant | ~self.mask, 1.0, self.half)
+        y = (x - self.center) / np.where(self.constant, 1.0, self.half)
         y = np.clip(y, -1.0, 1.0) if self.clip else y
         return np.where(self.mask, np.where(self.constant, 0.0, y), x).astype(np.float32)
 
     def unnormalize(self, y):
         """(..., D) in training units -> float32 in data units."""
-        x = np.where(self.constant, self.center, np.asarray(y, np.float64) * self.half + self.center)
-        return np.where(self.mask, x, y).astype(np.float32)
+        x = np.asarray(y, np.float64) * self.half + self.center
+        return np.where(self.constant, self.center, x).astype(np.float32)

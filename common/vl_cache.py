@@ -13,7 +13,6 @@ import glob
 import hashlib
 import json
 import os
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from common import MissingFile, UserError, hub, qwen_vl, require
+from common import MissingFile, UserError, command, hub, qwen_vl, require
 from common import checkpoint as ckpt
 
 FORMAT = 3
@@ -264,15 +263,6 @@ def files_of(cache_root, session):
 def file_of(cache_root, session, recipe):
     """Path of a session's features of this recipe."""
     return Path(cache_root) / FOLDER / f"{session.name.replace('/', '__')}__{digest_of(shaping(recipe))}.pt"
-
-
-def command(program, **flags):
-    """A command line that works when it is copied; flags that are None are left out."""
-    words = ["python", program]
-    for key, value in flags.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words += [] if value is None else [f"--{key.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)
 
 
 def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5, pictures=True, roots="DATA"):

@@ -119,6 +119,9 @@ def test_files_are_found_at_any_depth_in_linked_folders_and_once(tmp_path, inser
     found = ep.find_episodes(root)
     own = [path for path in found if not path.endswith("in.h5")]
     assert found == sorted(found) and own == sorted(str(root / name) for name in names[:4]) and len(found) == 5
+    Path(os.fsdecode(bytes(real) + "/바늘.h5".encode("cp949"))).touch()
+    with pytest.raises(BadEpisode, match=r"/\\udcb9.*is not UTF-8.*convmv"):
+        ep.find_episodes(root)
 
 
 def test_nothing_to_read_says_so(tmp_path):
@@ -221,7 +224,8 @@ def test_skip_bad_counts_and_lists(tmp_path, insertion_root):
     assert [e.name for e in episodes] == [os.path.basename(p) for p in (paths[0], paths[3])]
     assert paths[1] in excluded[0] and paths[2] in excluded[1] and "no dataset 'action'" in excluded[1]
     os.truncate(paths[0], 10), os.truncate(paths[3], 10)
-    with pytest.raises(BadEpisode, match="none of the 4 files.*is usable"):
+    (tmp_path / "z.h5").symlink_to("/gone.h5")
+    with pytest.raises(BadEpisode, match="none of the 5 files.*is usable"):
         ep.load_episodes(tmp_path, skip_bad=True)
 
 
@@ -276,12 +280,13 @@ def open_h5(folder):
     return sum(t.startswith(str(folder)) and t.endswith(".h5") for t in targets)
 
 
-def test_open_files_are_bounded(tmp_path, episode_path):
+def test_open_files_are_bounded(tmp_path, episode_path, monkeypatch):
+    monkeypatch.setattr(ep, "files_to_keep", lambda: 5)
     for i in range(20):
         shutil.copy(episode_path, tmp_path / f"many{i:02d}.h5")
     episodes, _ = ep.load_episodes(tmp_path)
     assert len(episodes) == 21 and open_h5(tmp_path) == 0, "reading the low-dimensional arrays leaves nothing open"
-    reader, most = ImageReader(max_open=5), 0
+    reader, most = ImageReader(), 0
     for e in episodes + episodes[::3] + episodes[:2] * 3:
         assert reader.read(e, "top_camera", 1).shape == (*SIZE, 3)
         most = max(most, open_h5(tmp_path))
@@ -289,7 +294,7 @@ def test_open_files_are_bounded(tmp_path, episode_path):
 
 
 def test_a_reader_used_before_fork_or_pickle_opens_its_own_files(insertion_root):
-    e, reader = ep.load_episodes(insertion_root)[0][0], ImageReader(max_open=3)
+    e, reader = ep.load_episodes(insertion_root)[0][0], ImageReader()
     expected = reader.read(e, "tool_camera", 7)
 
     def read_in_child(done):
@@ -301,7 +306,7 @@ def test_a_reader_used_before_fork_or_pickle_opens_its_own_files(insertion_root)
     child.start()
     child.join()
     again = pickle.loads(pickle.dumps(reader))
-    assert done.value and again._open is None and again.max_open == 3
+    assert done.value and again._open is None
     for got in (reader.read(e, "tool_camera", 7), again.read(e, "tool_camera", 7)):
         np.testing.assert_array_equal(got, expected)
 
@@ -466,6 +471,8 @@ def test_chunks_by_hand():
         last = [dataset.locate(i + 1)[0] != dataset.locate(i)[0] for i in range(len(dataset))]
         assert [pad.tolist() for pad in pads] == [[False, end] for end in last]
     assert [deltas.locate(i) for i in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    with pytest.raises(BadEpisode, match="p.h5, p.h5: one frame each"):
+        ep.insertion_stats([pose_episode(pose[:1])] * 2, deltas.definition, [])
     assert deltas.spread(3).tolist() == [0, 2, 4] and deltas.spread(99).tolist() == [0, 1, 2, 3, 4]
 
 

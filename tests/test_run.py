@@ -1,5 +1,6 @@
 """The runtime, on the smallest script there can be (tests/toy.py): resume, stop, errors, ranks."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -446,6 +447,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
     assert code == 2 and err == "train_toy.py: sample 12: cannot be read\n"
 
 
+def test_a_terminal_without_a_character_ends_no_training(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="euc_kr"))
+    launch(lambda cfg: print("⚠️  손실", flush=True), toy.Config)
+    assert sys.stdout.buffer.getvalue().decode("euc_kr") == "\\u26a0\\ufe0f  손실\n"
+
+
 def test_a_defect_keeps_its_traceback_and_saves_first(monkeypatch, capsys, tmp_path, whole):
     argv = ("--output_dir", tmp_path, "--error_step", 4, "--error", "boom", "--save_steps", 0)
     code, out, _ = command(monkeypatch, capsys, toy.main, *argv)
@@ -469,6 +477,7 @@ def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
         (30, "Read-only file system"),
         (13, "denied"),
         (20, "a file"),
+        (17, "exists"),
     ):
         assert "x.yaml" in _explain(OSError(number, text, "x.yaml"), None)
 

@@ -699,7 +699,7 @@ def test_a_camera_that_is_not_looked_at_is_named(make, weights):
 
 def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
     """Also where the run's split and state are not those of a ready-made YAML file."""
-    flags = dict(normalization__stats_file=tmp_path / "dataset_stats_sim.yaml", dataset__use_qpos=True, seed=3)
+    flags = dict(normalization__stats_file=tmp_path / "it's/dataset_stats_sim.yaml", dataset__use_qpos=True, seed=3)
     cfg = make(validation__num_episodes=2, policy__max_state_dim=16, **flags)
     everything = make(validation__enable=False, dataset__use_qpos=True, policy__max_state_dim=16)
     save_stats(tmp_path / "seen.yaml", smolvla.load_data(everything).spec.stats)
@@ -773,7 +773,9 @@ def test_check_prints_the_batch_and_needs_no_weights(make, capsys, tmp_path):
     wanted = ["4 training episodes, 48 frames; 1 validation episodes", "side_camera -> camera1 60x80"]
     wanted += ["q1 .. q6 (action), 6 dims", "tokens         (2, 20)", "check passed"]
     wanted += ["'Insert needle into eye trocar in simulation\\n"]
-    assert [words for words in wanted if words not in said] == []
+    assert [words for words in wanted if words not in said] == [] and "cuts" not in said
+    smolvla.main(make(check=True, policy__tokenizer_max_length=4))
+    assert "policy.tokenizer_max_length 4 cuts the end of 'Insert needle" in capsys.readouterr().out
     smolvla.main(make(check=True, policy__vlm_model_name=tmp_path / "nowhere"))
     assert "tokens are not shown" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
@@ -781,6 +783,7 @@ def test_check_prints_the_batch_and_needs_no_weights(make, capsys, tmp_path):
 
 WRONG = [
     (dict(dataset__horizon=5), "policy.chunk_size is 4"),
+    (dict(policy__n_action_steps=5), "policy.n_action_steps is 5: expected 1 to 4"),
     (dict(training__batch_size=0), "training.batch_size is 0: expected 1 or more"),
     (dict(reset_scheduler=True), "--resume CHECKPOINT"),
     (dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import UserError
+from common import UserError, lerobot
 from common.stats import FORMAT_VERSION, LISTS, MODES, Normalizer, compute_stats, load_stats, save_stats
 
 DEFINITION = dict(source="ee_pose_delta", dim=2, rotation_unit="rad")
@@ -181,6 +181,9 @@ def test_masked_dims_pass_unchanged_and_so_do_the_inputs():
     n, x = Normalizer(s), np.array([[50.0, 1234.5], [-9.0, 0.25]])
     np.testing.assert_array_equal(n.unnormalize(n.normalize(x))[:, 1], [1234.5, 0.25])
     assert n.normalize(x)[1, 0] == -1
+    mean_std = Normalizer(s, "mean_std", clip=False)  # what an export tells LeRobot, which knows no mask
+    exported = lerobot._statistics(mean_std, mean_std, {"action": s, "observation.state": s})
+    assert (exported["action.mean"][1], exported["action.std"][1], exported["observation.state.std"][1]) == (0, 1, 1)
     np.testing.assert_array_equal(x, [[50.0, 1234.5], [-9.0, 0.25]])
     del s["mask"]
     assert Normalizer(s).mask.all(), "a file without a mask normalises everything"
