@@ -222,7 +222,7 @@ def make_contract(d, train, cameras, state_keys, definition, stats):
     if definition.source == "ee_pose_delta":
         first = "is the motion to the next frame, to be added to the last target"
     about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz or None)
-    about |= dict(images={c: ep.picture_size(train, name) for c, name in cameras.items()}, recorded=cameras)
+    about |= dict(images={c: e.sizes[name] for c, name in cameras.items()}, recorded=cameras)
     about |= dict(kind="absolute" if definition.still(e).any() else "delta")
     about |= dict(first_row=f"row 0 {first}. Send row k k frames after the picture was taken")
     about |= dict(instructions=sorted({e.instruction or d.task_instruction for e in train}))

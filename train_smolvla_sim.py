@@ -295,7 +295,7 @@ def load_data(cfg, run=None, saved=None):
         require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
     names, state_names = ep.name_columns(found, definition, state_keys)
     texts = sorted({e.instruction or d.task_instruction for e in trained})
-    about = dict(cameras=cameras, image_shapes=[ep.picture_size(found, c) for c in cameras])
+    about = dict(cameras=cameras, image_shapes=[first.sizes[c] for c in cameras])
     about |= dict(state_keys=state_keys, state_names=state_names, action_definition=plain, action_names=names)
     about |= dict(absolute=bool(definition.still(first).any()), instructions=texts, stats=stats)
     about["rate_hz"] = float(np.median([e.rate_hz for e in found if e.rate_hz] or [0]))
@@ -702,8 +702,7 @@ def open_vlm(source, why=""):
 
     folder = hub.local_folder(source, weights=False, why=why)
     config = AutoConfig.from_pretrained(hub.hub_file(folder, "config.json").parent)
-    kind = config.model_type
-    require(kind == "smolvlm", f"policy.vlm_model_name is a {kind}; SmolVLA needs a smolvlm (SmolVLM2)")
+    require(config.model_type == "smolvlm", f"policy.vlm_model_name is a {config.model_type}, not a SmolVLM2 (smolvlm)")
     return config, AutoTokenizer.from_pretrained(folder)
 
 

@@ -52,6 +52,7 @@ class Episode:
     name: str  # path relative to the data root: stable when the data moves
     num_frames: int
     cameras: dict  # {recorder's camera name: "jpeg" | "raw"}, sorted by name
+    sizes: dict  # {the same: [height, width] of its first picture}
     action: np.ndarray  # (N, A) float32, as recorded
     ee_pose: np.ndarray | None  # (N, 6) float32
     qpos: np.ndarray | None  # (N, 6) float32
@@ -69,8 +70,8 @@ class Episode:
 
 
 def find_episodes(root):
-    """All *.h5 and *.hdf5 below `root`, sorted as path strings; linked folders are searched too, each real folder
-    once."""
+    """-> {path: its size and time} of all *.h5 and *.hdf5 below `root`, sorted; linked folders are searched too, each
+    real folder once."""
 
     def refuse(error):
         raise MissingFile(f"{none}: {error.strerror}: '{error.filename}'") from error
@@ -90,7 +91,9 @@ def find_episodes(root):
     odd = [path for path in paths if path != path.encode(errors="ignore").decode()]  # Windows writes Korean in CP949
     how = f"is not UTF-8. Rename it, e.g. convmv -f cp949 -t utf8 -r --notest {root}"
     require(not odd, f"{ascii(''.join(odd[:1]))}: the name {how}", BadEpisode)
-    return sorted(paths)
+    # a link to nowhere is looked at itself: reading it says what it is
+    facts = {path: os.stat(path, follow_symlinks=os.path.exists(path)) for path in sorted(paths)}
+    return {path: f"{about.st_size} {about.st_mtime_ns}" for path, about in facts.items()}
 
 
 def read_episode(path, root=None):
@@ -111,19 +114,20 @@ def _read_arrays(f, path, name):
     acts = "action" in f and len(f["action"])
     require(acts, f"{path}: no dataset 'action' or one with 0 rows; {has}", BadEpisode)
     n = len(f["action"])
-    cameras = {name: _image_kind(path, f["observations/images"][name], n) for name in sorted(f["observations/images"])}
+    images = {name: _look_at(path, f["observations/images"][name], n) for name in sorted(f["observations/images"])}
+    cameras, sizes = ({name: about[i] for name, about in images.items()} for i in range(2))
     action, phase = _lowdim(f, path, "action", n), _lowdim(f, path, "phase", n, 1, int)
     pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
     rate = _frames_per_second(f["timestamp"][:]) if "timestamp" in f else 0.0
-    return Episode(path, name, n, cameras, action, pose, qpos, phase, read_instruction(f, path), rate)
+    return Episode(path, name, n, cameras, sizes, action, pose, qpos, phase, read_instruction(f, path), rate)
 
 
-def _image_kind(path, images, n):
-    """ "jpeg" or "raw", if it holds `n` pictures."""
+def _look_at(path, images, n):
+    """A dataset of `n` pictures -> ("jpeg" or "raw", [height, width] of the first)"""
     where = f"{path}: dataset '{images.name[1:]}'"
     require(len(images) == n, f"{where} has {len(images)} frames, 'action' has {n} rows", BadEpisode)
     if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
-        return "raw"
+        return "raw", list(images.shape[1:3])
     wanted = "(N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
     jpeg = h5py.check_vlen_dtype(images.dtype) == np.uint8 and images.ndim == 1
     require(jpeg, f"{where} is {images.dtype} {images.shape}; expected {wanted}", BadEpisode)
@@ -134,7 +138,9 @@ def _image_kind(path, images, n):
         sizes = np.fromfile(path, DESCRIPTOR, n, offset=start)["size"]
     if len(bad := np.flatnonzero(sizes < NO_PICTURE)):
         raise BadEpisode(f"{where} frame {bad[0]} is no picture: {sizes[bad[0]]} bytes ({len(bad)} such frames)")
-    return "jpeg"
+    with contextlib.suppress(OSError):
+        return "jpeg", list(Image.open(io.BytesIO(images[0])).size[::-1])
+    raise BadEpisode(f"{where} frame 0 is no picture")
 
 
 def _lowdim(f, path, key, n, ndim=2, kind=np.float32):
@@ -167,27 +173,20 @@ def read_instruction(f, path):
         raise BadEpisode(f"{path}: dataset 'language_instruction' is not UTF-8 text: {value!r}") from error
 
 
-def stamped(root):
-    """-> paths of all episodes below `root`, and of each its size and time; a link to nowhere is its own file."""
-    paths = find_episodes(root)
-    facts = [os.stat(path, follow_symlinks=os.path.exists(path)) for path in paths]
-    return paths, [f"{about.st_size} {about.st_mtime_ns}" for about in facts]
-
-
 def load_episodes(root, skip_bad=False, run=None):
     """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by
     `skip_bad`. All must agree on cameras and dimensions. What is read of a large folder is kept, until a file in it has
     another size or time. `run`: rank 0 reads for all."""
     if run:
         return run.once(load_episodes, root, skip_bad)
-    episodes, excluded, (paths, stamps) = [], [], stamped(root)
-    cache, large = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), len(paths) >= INDEXED
+    episodes, excluded, stamps = [], [], find_episodes(root)
+    cache, large = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), len(stamps) >= INDEXED
     index = Path(cache, "vla_episodes", f"{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:32]}.parquet")
     if large:
-        print(f"reading   {len(paths)} episodes under {root}, kept in {index}", flush=True)
-        if known := _read_index(index, paths, stamps):
+        print(f"reading   {len(stamps)} episodes under {root}, kept in {index}", flush=True)
+        if known := _read_index(index, stamps):
             return known, []
-    for path in tqdm(paths, desc="reading episodes", unit="file", disable=None, leave=False):
+    for path in tqdm(stamps, desc="reading episodes", unit="file", disable=None, leave=False):
         try:
             episode = read_episode(path, root)
             _check_agreement([*episodes[:1], episode][0], episode)
@@ -209,30 +208,35 @@ def _check_agreement(first, other):
         one, two = (list(one), list(two)) if key == "cameras" else (np.shape(one)[1:], np.shape(two)[1:])
         wrong = f"{other.path}: {key} {two} does not match {one} of {first.path}"
         require(one == two, f"{wrong}. Train on one kind of recording at a time: move one away", BadEpisode)
+    for camera, (h, w) in first.sizes.items():
+        height, width = other.sizes[camera]
+        wrong = f"{other.path}: {camera} is {width}x{height}, in {first.path} {w}x{h}: another aspect ratio"
+        require(abs(width / height * h / w - 1) < 0.02, f"{wrong}, and a policy takes one. Move one away", BadEpisode)
 
 
 def _write_index(path, episodes, stamps):
     """A table with a row per episode. Without room for it the files are read every time."""
     import pandas as pd
 
-    table = pd.DataFrame([vars(e) for e in episodes]).assign(stamp=stamps)
+    table = pd.DataFrame([vars(e) for e in episodes]).assign(stamp=stamps.values())
     for key in MATRICES:
         table[key] = [x if x is None else x.ravel() for x in table[key]]
     with contextlib.suppress(OSError), ckpt.atomic_path(path) as temporary:
         table.to_parquet(temporary, write_page_checksum=True)
 
 
-def _read_index(path, paths, stamps):
+def _read_index(path, stamps):
     """-> episodes of these files; none where a file is another than then, or the index is not there or damaged."""
     import pandas as pd
 
     try:
         table = pd.read_parquet(path, page_checksum_verification=True).astype(object)
-        if [table["path"].tolist(), table.pop("stamp").tolist()] != [paths, stamps]:
+        if dict(zip(table["path"], table.pop("stamp"), strict=True)) != stamps:
             return []
         for key in MATRICES:
             pairs = zip(table[key], table["num_frames"], strict=True)
             table[key] = [x if x is None else x.reshape(n, -1) for x, n in pairs]
+        table["sizes"] = [{camera: size.tolist() for camera, size in sizes.items()} for sizes in table["sizes"]]
         rows = table.where(table.notna(), None).to_dict("records")
         return [Episode(**row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
@@ -254,8 +258,7 @@ def choose_cameras(episodes, wanted):
 def _load_once(root, *_):
     """Of an evaluation, which asks several times, until a file changes; what is left out is listed."""
     found, excluded = load_episodes(root, skip_bad=True)
-    for message in excluded:
-        print(f"excluded  {message}")
+    print(*[f"excluded  {message}\n" for message in excluded], sep="", end="")
     return found
 
 
@@ -264,7 +267,7 @@ def play(root, names, cameras, keys, definition):
     {name, sample: callable(t) -> observation with images {policy's camera: (h, w, 3)}, state, instruction, target
     (M, A), hold (M, A): the action that stands still, phase (M,) or None}, in data units. Files that cannot be read are
     listed. `cameras` {policy's name: recorder's}, `keys`: see robot_state."""
-    found, reader = _load_once(root, *map(tuple, stamped(root))), ImageReader()
+    found, reader = _load_once(root, *find_episodes(root).items()), ImageReader()
     first, there = found[0], {e.name: e for e in found}
     unknown = sorted(set(names or []) - set(there))
     have = f"it has {', '.join([*there][:5])}, ...: choose some with --episodes"
@@ -430,19 +433,6 @@ def detect_position_unit(episodes):
         looks = f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}"
         raise BadEpisode(f"{looks}. Convert one, or move it away")
     return next(iter(units), None)
-
-
-def picture_size(episodes, camera):
-    """[height, width] of a camera's pictures, from up to 32 episodes; BadEpisode where their aspects differ, because a
-    policy takes one only."""
-    first, reader = episodes[0], ImageReader()
-    size = reader.read(first, camera, 0).shape[:2]
-    for i in np.unique(np.linspace(0, len(episodes) - 1, 32).astype(int)):
-        other = reader.read(episodes[i], camera, 0).shape[:2]
-        wrong = f"{episodes[i].path}: {camera} is {other} pixels, in {first.path} {size}: another aspect ratio"
-        same = abs(other[1] / other[0] * size[0] / size[1] - 1) < 0.02
-        require(same, f"{wrong}. Train on one kind of recording at a time: move one away", BadEpisode)
-    return list(size)
 
 
 def name_columns(found, definition, keys):

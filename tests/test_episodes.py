@@ -34,7 +34,7 @@ def write(folder, **changes):
 @pytest.fixture
 def episode_path(insertion_root, tmp_path):
     """A private copy of a JPEG episode (14 frames) to damage."""
-    return Path(shutil.copy(ep.find_episodes(insertion_root)[0], tmp_path / "episode.h5"))
+    return Path(shutil.copy([*ep.find_episodes(insertion_root)][0], tmp_path / "episode.h5"))
 
 
 def replace(path, key, data, **kwargs):
@@ -116,7 +116,7 @@ def test_files_are_found_at_any_depth_in_linked_folders_and_once(tmp_path, inser
     (root / "monday").symlink_to(real, target_is_directory=True)
     (real / "loop").symlink_to(root, target_is_directory=True)
     (root / "again").symlink_to(root / "monday", target_is_directory=True)
-    found = ep.find_episodes(root)
+    found = [*ep.find_episodes(root)]
     own = [path for path in found if not path.endswith("in.h5")]
     assert found == sorted(found) and own == sorted(str(root / name) for name in names[:4]) and len(found) == 5
     Path(os.fsdecode(bytes(real) + "/바늘.h5".encode("cp949"))).touch()
@@ -208,7 +208,7 @@ def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage):
 
 
 def copies(root, folder, count=4):
-    for path in ep.find_episodes(root)[:count]:
+    for path in [*ep.find_episodes(root)][:count]:
         shutil.copy(path, folder)
     return [str(p) for p in sorted(folder.glob("*.h5"))]
 
@@ -348,7 +348,7 @@ def assert_same(ours, theirs):
 
 def test_the_second_start_opens_nothing_until_a_file_changes(indexed, capsys):
     folder, opened = indexed
-    for path in ep.find_episodes(folder)[:2]:  # some have no phase and no instruction
+    for path in [*ep.find_episodes(folder)][:2]:  # some have no phase and no instruction
         replace(path, "phase", None), replace(path, "language_instruction", None)
     first, _ = ep.load_episodes(folder)
     assert len(opened) == 4 and f"reading   4 episodes under {folder}" in capsys.readouterr().out
@@ -422,7 +422,7 @@ def test_a_picture_that_cannot_be_stored_ends_the_start_with_its_name(tmp_path):
 def pose_episode(pose, action=None, qpos=None):
     pose = np.asarray(pose, np.float32)
     action = pose if action is None else np.asarray(action, np.float32)
-    return ep.Episode("p.h5", "p.h5", len(pose), {"top": "raw"}, action, pose, qpos, None, None, 0.0)
+    return ep.Episode("p.h5", "p.h5", len(pose), {"top": "raw"}, {"top": [6, 8]}, action, pose, qpos, None, None, 0.0)
 
 
 @pytest.mark.parametrize("unit,turn", [("rad", 2 * np.pi), ("deg", 360.0)])

@@ -289,7 +289,7 @@ def test_a_report_leaves_out_what_cannot_be_read_and_knows_its_episodes(insertio
     (folder / "broken.h5").write_bytes(b"")
     assert [len(list(parts.policy.open_episodes(folder))) for _ in range(2)] == [4, 4]
     assert capsys.readouterr().out.count("excluded") == 1, "read once, until a file changes"
-    for path in ep.find_episodes(folder)[1:]:
+    for path in [*ep.find_episodes(folder)][1:]:
         with h5py.File(path, "r+") as f:
             f.move("observations/ee_pose", "observations/pose")
     with pytest.raises(UserError, match="has no ee_pose, which the policy needs"):
