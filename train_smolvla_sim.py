@@ -275,7 +275,7 @@ def load_data(cfg, run=None, saved=None):
     fingerprint = hashlib.sha256(json.dumps(ep.trained_in(table)).encode()).hexdigest()[:16]
     first, cameras = found[0], ep.choose_cameras(found, d.cameras)
     state_keys = [k for k in ("qpos", "ee_pose") if getattr(d, f"use_{k}")] or ["no_state"]
-    there = [k for k in ("qpos", "ee_pose", "no_state") if getattr(first, k) is not None]
+    there = ["no_state", *(k for k in ("qpos", "ee_pose") if getattr(first, k) is not None)]
     made = f"the state is made of {state_keys} (dataset.use_qpos, dataset.use_ee_pose); {first.path} has {there}"
     require(set(state_keys) <= set(there), made)
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)

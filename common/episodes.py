@@ -60,11 +60,6 @@ class Episode:
     instruction: str | None  # the file's own language_instruction
     rate_hz: float  # frames per second by the file's timestamps; 0 where these do not tell
 
-    @property
-    def no_state(self):
-        """(N, 1): what stands for the state of a policy that is told none."""
-        return np.zeros((self.num_frames, 1), np.float32)
-
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -103,8 +98,7 @@ def read_episode(path, root=None):
             return _read_arrays(f, str(path), os.path.relpath(path, root or Path(path).parent))
     # what h5py raises for damage, or a group where a dataset should be
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        how = "It may be truncated: re-copy it, or pass --skip_bad_episodes to leave it out"
-        raise BadEpisode(f"{path}: not a readable HDF5 file ({error}). {how}") from error
+        raise BadEpisode(f"{path}: not a readable HDF5 file ({error}). It may be truncated: re-copy it") from error
 
 
 def _read_arrays(f, path, name):
@@ -272,10 +266,9 @@ def play(root, names, cameras, keys, definition):
     unknown = sorted(set(names or []) - set(there))
     have = f"it has {', '.join([*there][:5])}, ...: choose some with --episodes"
     require(not unknown, f"'{root}' has no episode '{''.join(unknown[:1])}'; {have}")
-    wrong = [c for c in cameras.values() if c not in first.cameras]
-    require(not wrong, f"'{root}' has cameras {list(first.cameras)}, the policy needs {wrong}")
-    wrong = [key for key in (*keys, definition.source.removesuffix("_delta")) if getattr(first, key) is None]
-    require(not wrong, f"'{root}' has no {' and no '.join(wrong)}, which the policy needs")
+    have = [*first.cameras, *(key for key in MATRICES if getattr(first, key) is not None)]
+    wrong = {*cameras.values(), *keys, definition.source.removesuffix("_delta")} - {*have, "no_state"}
+    require(not wrong, f"'{root}' has {', '.join(have)}; the policy needs {', '.join(sorted(wrong))}")
     dims = definition.targets(first).shape[1]
     require(dims == definition.dim, f"'{root}' has actions of {dims} dims, those of the policy have {definition.dim}")
 
@@ -429,9 +422,8 @@ def detect_position_unit(episodes):
     for e in episodes:
         if e.ee_pose is not None:
             units.setdefault("mm" if np.abs(e.ee_pose[:, :3]).max() > 2.0 else "m", e.path)
-    if len(units) > 1:
-        looks = f"ee_pose looks like millimetres in {units['mm']} but like metres in {units['m']}"
-        raise BadEpisode(f"{looks}. Convert one, or move it away")
+    looks = f"ee_pose looks like millimetres in {units.get('mm')} but like metres in {units.get('m')}"
+    require(len(units) < 2, f"{looks}. Convert one, or move it away", BadEpisode)
     return next(iter(units), None)
 
 
@@ -498,7 +490,9 @@ class Chunks(Dataset):
 
 
 def robot_state(episode, keys):
-    """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose", "no_state") side by side."""
+    """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose") side by side; of ["no_state"] a zero."""
+    if keys == ["no_state"]:
+        return np.zeros((episode.num_frames, 1), np.float32)
     return np.concatenate([getattr(episode, k) for k in keys], axis=1)
 
 

@@ -114,8 +114,10 @@ class FastTokenizer:
         show(f"FAST      {size}, {symbols}; the error of {len(lengths)} chunks:")
         names, rows = [f"{name} {unit}".strip() for name, unit in names], ["holding still", "clipping", "clip and FAST"]
         show(pd.DataFrame(errors, rows, names).to_string(float_format="{:.4g}".format, line_width=120))
-        worst, rows = "{} {:.0%} (clipping alone {:.0%})".format, zip(names, *errors, strict=True)
-        worst = [worst(name, kept / still, clip / still) for name, still, clip, kept in rows if kept > 0.5 * still > 0]
+        worst = []
+        for name, still, limited, coded in zip(names, *errors, strict=True):
+            if coded > 0.5 * still > 0:
+                worst.append(f"{name} {coded / still:.0%} (clipping alone {limited / still:.0%})")
         if worst:
             show(f"warning   the best that a policy can reach, of the error of holding still: {', '.join(worst)}")
             show("          Use deltas, another horizon, or --fast fit with a larger --fast_scale")

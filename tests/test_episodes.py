@@ -146,7 +146,7 @@ def test_what_is_no_hdf5_episode_is_named(tmp_path, episode_path):
     whole = episode_path.read_bytes()
     for share in (0.0, 0.3, 0.999):
         (tmp_path / f"{share}.h5").write_bytes(whole[: int(len(whole) * share)])
-        refuses(tmp_path / f"{share}.h5", "not a readable HDF5 file", "truncated", "--skip_bad_episodes")
+        refuses(tmp_path / f"{share}.h5", "not a readable HDF5 file", "truncated")
     (tmp_path / "folder.h5").mkdir()
     with h5py.File(tmp_path / "group.h5", "w") as f:
         f.create_group("action"), f.create_group("observations/images/top_camera")

@@ -103,18 +103,6 @@ def test_encode_codes_every_coefficient(tokenizers, kind):
         assert fast.clipped - before == sum(g != w for g, w in zip(got, wanted, strict=True))
 
 
-def test_the_trap_of_a_fitted_range_below_128():
-    """The released fit: a coefficient that it never saw has no symbol, and BPE drops it. Ours clips and counts."""
-    fast = published_fit([np.array([[i / 10, j / 10]]) for i in range(-5, 6) for j in range(-5, 6)] * 3)
-    dropped = fast.text(ids_of(fast, [9, 2]))
-    assert fast.min_token == -5 and len(dropped) == 1, "the trap is there: one of two coefficients is gone"
-    cases = ([[0.9, 0.2]], [5, 2], 1), ([[-0.9, 0.9]], [-5, 5], 2), ([[0.5, -0.5]], [5, -5], 0)
-    for chunk, expected, clipped in cases:
-        before = fast.clipped
-        assert coefficients(fast, fast.encode(np.array(chunk))) == expected
-        assert fast.clipped - before == clipped
-
-
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +151,7 @@ def test_saved_and_loaded_gives_the_same_ids_also_in_transformers(tmp_path, toke
         assert (again.scale, again.min_token, again.bytes) == (fast.scale, fast.min_token, fast.bytes)
         for seed in range(10):
             ids = fast.encode(np.random.default_rng(seed).normal(0, 0.5, (8, 2)))
-            np.testing.assert_array_equal(again.decode(ids, 8, 2)[0], fast.decode(ids, 8, 2)[0])
+            np.testing.assert_array_equal(again.decode(ids, 8, 2), fast.decode(ids, 8, 2))
             text = wrapped.decode(ids, clean_up_tokenization_spaces=False)
             assert [ord(c) + fast.min_token for c in text] == coefficients(fast, ids)
             assert wrapped(text)["input_ids"] == ids

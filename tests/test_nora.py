@@ -292,7 +292,7 @@ def test_a_report_leaves_out_what_cannot_be_read_and_knows_its_episodes(insertio
     for path in [*ep.find_episodes(folder)][1:]:
         with h5py.File(path, "r+") as f:
             f.move("observations/ee_pose", "observations/pose")
-    with pytest.raises(UserError, match="has no ee_pose, which the policy needs"):
+    with pytest.raises(UserError, match="has side_camera.*; the policy needs ee_pose"):
         list(parts.policy.open_episodes(folder))
 
 
@@ -715,10 +715,3 @@ def test_it_starts_without_wandb_torchvision_and_peft(tmp_path, base):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} is broken')")
     shell(base, "--output_dir", tmp_path / "run", "--max_steps", 1, env={"PYTHONPATH": str(tmp_path)})
-
-
-def test_it_trains_on_the_real_recordings(tmp_path, base, shared):
-    root = shared / "data" / "insertion_sim"
-    flags = [*base, "--dataset.root_dir", root, "--cameras", "side_camera", "tool_camera", "--horizon", 10]
-    rows = run(flags, "--output_dir", tmp_path, "--max_steps", 3)
-    assert len(losses(rows)) == 3 and rows[-1]["val_malformed_rate"] is not None
