@@ -127,7 +127,7 @@ def test_files_are_found_at_any_depth_in_linked_folders_and_once(tmp_path, inser
 def test_nothing_to_read_says_so(tmp_path):
     (tmp_path / "file").touch()
     for root in (tmp_path, tmp_path / "nowhere", tmp_path / "file", ""):
-        with pytest.raises(FileNotFoundError, match="No HDF5 files found.*(Check the path|root_dir is empty)"):
+        with pytest.raises(FileNotFoundError, match="No HDF5 files found.*dataset.root_dir"):
             ep.load_episodes(root)
 
 
