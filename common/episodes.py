@@ -65,8 +65,7 @@ class Episode:
 
 
 def find_episodes(root):
-    """-> {path: its size and time} of all *.h5 and *.hdf5 below `root`, sorted; linked folders are searched too, each
-    real folder once."""
+    """-> {path: its size and time} of all *.h5 and *.hdf5 below `root`, sorted; through links, each folder once."""
 
     def refuse(error):
         raise MissingFile(f"{none}: {error.strerror}: '{error.filename}'") from error
@@ -83,10 +82,8 @@ def find_episodes(root):
         subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
     require(paths, f"{none}, searched recursively for *.h5 and *.hdf5", MissingFile)
-    odd = [path for path in paths if path != path.encode(errors="ignore").decode()]  # Windows writes Korean in CP949
-    how = f"is not UTF-8. Rename it, e.g. convmv -f cp949 -t utf8 -r --notest {root}"
-    require(not odd, f"{ascii(''.join(odd[:1]))}: the name {how}", BadEpisode)
-    # a link to nowhere is looked at itself: reading it says what it is
+    odd = next((ascii(path) for path in paths if path != path.encode(errors="ignore").decode()), "")  # CP949
+    require(not odd, f"{odd}: the name is not UTF-8: convmv -f cp949 -t utf8 -r --notest {root}", BadEpisode)
     facts = {path: os.stat(path, follow_symlinks=os.path.exists(path)) for path in sorted(paths)}
     return {path: f"{about.st_size} {about.st_mtime_ns}" for path, about in facts.items()}
 
@@ -243,8 +240,7 @@ def choose_cameras(episodes, wanted):
     numbered = {f"camera{k}": name for k, name in enumerate(known, 1)}
     cameras = [numbered.get(name, name) for name in wanted]
     usable = cameras and len(set(cameras)) == len(cameras) and set(cameras) <= set(known)
-    names = f"{', '.join(known)} (or camera1..camera{len(known)} in this order)"
-    require(usable, f"dataset.cameras is {list(wanted)}; expected one or more of {names}, each once")
+    require(usable, f"dataset.cameras is {list(wanted)}; expected one or more of {numbered}, each once")
     return cameras
 
 
@@ -431,10 +427,9 @@ def name_columns(found, definition, keys):
     """-> ([[name, unit]] per action dim, the same per state dim); an action is named after what it is a target for."""
     first, position, turn = found[0], detect_position_unit(found) or "", definition.rotation_unit
     pose = [["x", position], ["y", position], ["z", position], ["roll", turn], ["pitch", turn], ["yaw", turn]]
-    names = dict(ee_pose=pose, qpos=[], no_state=[])
-    if first.qpos is not None:
-        unit = _angle_unit(e.qpos for e in found)
-        names["qpos"] = [[f"q{i + 1}", unit] for i in range(first.qpos.shape[1])]
+    joints = 0 if first.qpos is None else first.qpos.shape[1]
+    unit = _angle_unit(e.qpos for e in found if joints)
+    names = dict(ee_pose=pose, no_state=[], qpos=[[f"q{i + 1}", unit] for i in range(joints)])
     still, actions = definition.still(first), [[f"action{i + 1}", ""] for i in range(definition.dim)]
     if definition.source == "ee_pose_delta":
         actions = [[f"d{name}", unit] for name, unit in pose]
@@ -491,9 +486,8 @@ class Chunks(Dataset):
 
 def robot_state(episode, keys):
     """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose") side by side; of ["no_state"] a zero."""
-    if keys == ["no_state"]:
-        return np.zeros((episode.num_frames, 1), np.float32)
-    return np.concatenate([getattr(episode, k) for k in keys], axis=1)
+    arrays = vars(episode) | dict(no_state=np.zeros((episode.num_frames, 1), np.float32))
+    return np.concatenate([arrays[k] for k in keys], axis=1)
 
 
 def insertion_stats(train, definition, held_out, state_keys=()):

@@ -466,19 +466,11 @@ def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
     argv = ("--output_dir", tmp_path, "--error_step", 4, "--error", "memory")
     code, out, err = command(monkeypatch, capsys, toy.main, *argv)
     said = "CUDA out of memory (tried). Lower batch_size (now 2) and raise accumulation (now 2) by the factor"
-    assert (
-        code == 2
-        and err.startswith(f"train_toy.py: {said}; --plan 24 tries")
-        and "steps_3. Continue after the error" in out
-    )
+    assert code == 2 and err.startswith(f"train_toy.py: {said}; --plan 24 tries")
+    assert "steps_3. Continue after the error" in out
     assert _explain(MemoryError("tried"), toy.Config()).startswith("The host is out of memory (tried). Lower")
-    for number, text in (
-        (28, "No space left on device"),
-        (30, "Read-only file system"),
-        (13, "denied"),
-        (20, "a file"),
-        (17, "exists"),
-    ):
+    known = (28, "No space left on device"), (30, "Read-only file system"), (13, "no"), (20, "a file"), (17, "there")
+    for number, text in known:
         assert "x.yaml" in _explain(OSError(number, text, "x.yaml"), None)
 
 
@@ -507,11 +499,8 @@ def test_an_error_with_live_loader_workers_ends_the_program(tmp_path):
     argv = ["--output_dir", tmp_path, "--num_workers", 2, "--error_step", 2, "--error", "boom"]
     command = [sys.executable, ROOT / "tests" / "toy.py", *argv]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=env)
-    assert (
-        done.returncode == 1
-        and "RuntimeError: boom" in done.stderr
-        and "steps_1. Continue after the error" in done.stdout
-    )
+    assert done.returncode == 1 and "RuntimeError: boom" in done.stderr
+    assert "steps_1. Continue after the error" in done.stdout
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
