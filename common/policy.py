@@ -145,10 +145,11 @@ def partners(episodes, progress):
     """For each sample the index of one of another episode at the nearest progress, for a test that swaps inputs; of
     equally near ones the next in order. `episodes` (n,): names or numbers, `progress` (n,): phase, or share of the
     episode that is over. None where there is only one episode."""
-    episodes, progress = np.asarray(episodes), np.asarray(progress, np.float64)
-    every = np.arange(len(episodes))
-    if len(np.unique(episodes)) < 2:
+    names, episodes = np.unique(episodes, return_inverse=True)
+    progress, found = np.asarray(progress, np.float64), []
+    if len(names) < 2:
         return None
-    order = (every[:, None] + every[1:]) % len(every)  # the next one first
-    away = np.where(episodes[order] == episodes[:, None], math.inf, np.abs(progress[order] - progress[:, None]))
-    return order[every, away.argmin(1)]
+    for i in range(len(episodes)):  # a table of all pairs would not fit into memory
+        away = np.where(episodes == episodes[i], math.inf, np.abs(progress - progress[i]))
+        found.append((i + np.roll(away, -i).argmin()) % len(away))  # the next one first
+    return np.array(found)

@@ -215,8 +215,8 @@ def checksum(features, meta):
 
 
 class FeatureFile:
-    """Features of one session, mapped from the file by the process that reads them: after fit(), file[look] is (1, D)
-    in the stored dtype. Opening compares the checksum; a file that is not what was written is refused."""
+    """Features of one session, mapped from the file: after fit(), file[look] is (1, D) in the stored dtype. Opening
+    compares the checksum; a file that is not what was written is refused."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -225,17 +225,18 @@ class FeatureFile:
             self.meta, self.shape = content["meta"], tuple(content["features"].shape)
             self.rows = {key: row for row, key in enumerate(self.meta["keys"])}
             whole = content["checksum"] == checksum(content["features"], self.meta)
+            self.features = content["features"]  # forked workers have it, too: reading the rest takes longer
         except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
             whole = False
         require(whole, f"{path} is damaged, or of another version of this program", CacheMismatch)
 
     @functools.cached_property
-    def features(self):
+    def features(self):  # of a copy that was pickled
         content = ckpt.load_state(self.path)  # it may have been built again since, in another order
         self.rows = {key: row for row, key in enumerate(content["meta"]["keys"])}
         return content["features"]
 
-    def __getstate__(self):  # another process maps the file again
+    def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "features"}
 
     def __getitem__(self, look):

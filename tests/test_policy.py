@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -145,6 +146,10 @@ def test_partners_by_hand():
     assert partners([0, 1, 2], [1, 1, 1]).tolist() == [1, 2, 0]
     assert partners([0, 0, 1, 1], [1, 2, 2, 1]).tolist() == [3, 2, 1, 0]
     assert partners([0, 0], [0, 1]) is None
+    tracemalloc.start()
+    assert partners(np.arange(1000) % 5, np.arange(1000)).tolist() == [*range(1, 1000), 998]
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # a table of all pairs of 50 sessions was 35 GB
+    tracemalloc.stop()
 
 
 # ---- every script: a policy directory in a fresh process -------------------------------------------------------------

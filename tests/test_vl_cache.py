@@ -215,9 +215,12 @@ def test_only_files_that_shape_a_feature_count(big):
 # ---- build and read --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder):
-    """Every look of every session, in a root that was moved since."""
+def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder, monkeypatch):
+    """Every look of every session, in a root that was moved since; every file is read once, not by each worker."""
     files, recipe = read(cached, qwen_dir)
+    with monkeypatch.context() as patch:
+        patch.delattr(vc.ckpt, "load_state")
+        assert all(len(file[look]) for file in files.values() for look in file.keys)
     assert recipe == encoder.recipe and len(files) == 4
     for session in ss.find_sessions([cached]):
         looks, file = session.ticks(3, VIEWS).unique(), files[session.name]
