@@ -448,11 +448,18 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return np.where(mask, 0.5 * (np.asarray(values, np.float64) + 1) * (high - low) + low, values)
 
     @torch.no_grad()
+    def action_logits(self, hidden):
+        """(B, D) -> logits of the action ids (B, bins), in fp32 whatever the autocast: in bf16 bins next to each other
+        tie, and argmax, which takes the first, would always answer the larger velocity."""
+        head, bins = self.language_model.lm_head, slice(self.action_begin, self.action_end)
+        rows = {n: (p[bins] if len(p) == head.out_features else p).float() for n, p in head.named_parameters()}
+        with torch.autocast(hidden.device.type, enabled=False):  # an adapter's layers come along
+            return torch.func.functional_call(head, rows, hidden.float())
+
     def generate_action_ids(self, prompts, pixel_values, dims):
         """B lists of ids, with or without the empty token, (B, 6, h, w) -> greedy answer of `dims` tokens (B, dims),
         chosen among the action ids only: any other token would decode to full speed."""
         llama, patches = self.language_model.model, self.vision_backbone.patches
-        begin, end = self.action_begin, self.action_end
         rows = [row if row[-1] == EMPTY_TOKEN else [*row, EMPTY_TOKEN] for row in prompts]
         ids, mask = (x.to(pixel_values.device) for x in pad_right(rows, self.config.pad_token_id))
         every, length = torch.arange(len(ids), device=ids.device), mask.sum(1)
@@ -460,7 +467,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         last, chosen = out.last_hidden_state[every, patches + length - 1], []
         mask = torch.cat([mask.new_ones(len(ids), patches), mask], dim=1)
         while True:
-            chosen.append(begin + self.language_model.lm_head(last)[:, begin:end].argmax(-1))
+            chosen.append(self.action_begin + self.action_logits(last).argmax(-1))
             if len(chosen) == dims:
                 return torch.stack(chosen, dim=1)
             # padding sits between a short prompt and its answer: masked, and not counted by the positions
