@@ -461,7 +461,9 @@ def test_the_adapter_opens_with_peft(make, tmp_path, kosmos_dir):
 
     model, prompt, *_ = build(make())
     model.backbone.save_pretrained(tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(kosmos_dir), tmp_path / "adapter").eval()
+    plain = AutoModel.from_pretrained(kosmos_dir)
+    plain.image_to_text_projection.x_attn.is_causal = False  # see build_model
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     inputs = inputs_of(prompt)
     expected, model.backbone = model.forward_continuous(*inputs)[0], theirs
     torch.testing.assert_close(model.forward_continuous(*inputs)[0], expected, rtol=0, atol=1e-6)
@@ -482,7 +484,7 @@ def test_an_episode_at_once_equals_its_windows_one_by_one(make):
         assert loss == pytest.approx(results[0][0], rel=1e-5) and len(each) == 12
         torch.testing.assert_close(each, results[0][1], rtol=1e-4, atol=1e-6)
         for one, other in zip(results[0][2], gradients, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5 * one.abs().max().item() + 1e-9)
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=5e-4 * one.abs().max().item() + 1e-9)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
