@@ -484,7 +484,7 @@ def test_an_episode_at_once_equals_its_windows_one_by_one(make):
         assert loss == pytest.approx(results[0][0], rel=1e-5) and len(each) == 12
         torch.testing.assert_close(each, results[0][1], rtol=1e-4, atol=1e-6)
         for one, other in zip(results[0][2], gradients, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-3, atol=5e-4 * one.abs().max().item() + 1e-9)
+            assert (other - one).norm() <= 2e-3 * one.norm() + 1e-9  # rounding may move a ReLU over its edge
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
