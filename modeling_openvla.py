@@ -447,7 +447,6 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         mask = np.array(stats.get("mask", np.ones(len(low))), bool)
         return np.where(mask, 0.5 * (np.asarray(values, np.float64) + 1) * (high - low) + low, values)
 
-    @torch.no_grad()
     def action_logits(self, hidden):
         """(B, D) -> logits of the action ids (B, bins), in fp32 whatever the autocast: in bf16 bins next to each other
         tie, and argmax, which takes the first, would always answer the larger velocity."""
@@ -456,6 +455,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         with torch.autocast(hidden.device.type, enabled=False):  # an adapter's layers come along
             return torch.func.functional_call(head, rows, hidden.float())
 
+    @torch.no_grad()
     def generate_action_ids(self, prompts, pixel_values, dims):
         """B lists of ids, with or without the empty token, (B, 6, h, w) -> greedy answer of `dims` tokens (B, dims),
         chosen among the action ids only: any other token would decode to full speed."""

@@ -104,6 +104,10 @@ def test_bins_that_tie_in_bf16_are_told_apart(base_dir):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert head(hidden)[0, vla.action_begin : vla.action_end].argmax() == 0  # a tie of all
         assert vla.action_logits(hidden).argmax() == 7
+    side, asked = vla.config.image_sizes[0], []
+    head.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    vla.bfloat16().generate_action_ids([[1, 2]], torch.zeros(1, 6, side, side, dtype=torch.bfloat16), 2)
+    assert asked == [False, False]  # an answer keeps no graph
 
 
 def test_real_size_has_the_public_names_and_upstreams_lora_layers(shared):
