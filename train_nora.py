@@ -234,9 +234,8 @@ def make_contract(d, train, cameras, state_keys, definition, stats):
 def resize_image(image, size):
     """(h, w, 3) uint8 or PIL -> (height, width, 3) uint8: squash to `size`, in training and in predict. Bicubic with
     antialiasing by torch: a grey level or two from Pillow's here and there, in a seventh of the time."""
-    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]
-    squashed = F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True)
-    return squashed[0].permute(1, 2, 0).contiguous().numpy()
+    pixels = torch.from_numpy(np.array(image, order="C"))[None].permute(0, 3, 1, 2)  # (1, 3, h, w), channels last
+    return F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def augment_image(image, cfg, rng):
