@@ -130,6 +130,15 @@ def plain(base, tmp_path_factory):
     return flags, run(flags), out / "steps_2"
 
 
+@pytest.mark.parametrize("shape", [(56, 80), (240, 320)])
+def test_pictures_are_resized_as_by_pillow_also_flipped_views(shape):
+    rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(rgb).resize((112, 84), Image.BICUBIC), np.float32)
+    for picture in (rgb, np.ascontiguousarray(rgb[..., ::-1])[..., ::-1], Image.fromarray(rgb)):
+        away = np.abs(nora.resize_image(picture, (84, 112)) - expected)
+        assert away.max() <= 3 and away.mean() < 0.05
+
+
 def test_a_frame_store_gives_the_same_training(tmp_path, plain):
     again = run(plain[0], "--frame_store", tmp_path / "frames", "--output_dir", tmp_path / "run")
     assert losses(again) == losses(plain[1]) and any((tmp_path / "frames").glob("**/*.u8"))
