@@ -385,9 +385,9 @@ OTHER_CLOCK = "other clock? --estimate-offsets proposes what to write into sessi
 def process(folder, cfg):
     """Preprocess one recording -> report {name, folder, status made | unchanged | read | failed, error, lines to print,
     changes since the data.pkl that was there, metadata}."""
-    name = "/".join(ss.identity(folder))
-    report = dict(name=name, folder=str(folder), status="failed", error="", lines=[], changes=[], metadata={})
+    report = dict(name=str(folder), folder=str(folder), status="failed", error="", lines=[], changes=[], metadata={})
     try:
+        report["name"] = "/".join(ss.identity(folder))
         return report | (estimate if cfg.estimate_offsets else preprocess)(folder, cfg)
     except (OSError, BadSession, MemoryError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC  # of our own files DiskFull says which
@@ -660,7 +660,7 @@ def main(cfg):
         print(f"{n} made again, for this changed: {change}")
     for folder in excluded:
         print(f"{folder}: left out, for its {ss.NOTES_FILE} says exclude")
-    for name in sorted({r["name"].split("/")[0] for r in reports} - set(ss.GUIDE)):
+    for name in sorted({r["name"].split("/")[0] for r in reports} - {"", *ss.GUIDE}):
         weight = f"its samples get weight 1, unless the training is told --dataset-weight {name}=W"
         print(f"warning: data set '{name}' is none of the guide's: {weight}, or {ss.NOTES_FILE} names another data set")
     counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in reports).items())

@@ -32,6 +32,8 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -46,6 +48,10 @@ ROOT = Path(__file__).resolve().parent
 CLEAR = 0.7  # another reading of the same numbers is the right one if its error is less than this share
 SHIFTS = range(-2, 3)  # rows by which a chunk is moved against the recording, to find one that is off by some
 BASELINES = ("hold still", "mean action")
+IDLE = dict(data="scenes execute ensemble", closed_loop="data replay episodes stride plots uses")  # beside these flags
+IDLE["replay"] = "episodes stride batch_size plots uses output"
+HANGUL = {"NanumGothic", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans KR", "Malgun Gothic", "AppleGothic"}
+rcParams["font.family"] = ["DejaVu Sans", *sorted(HANGUL & {font.name for font in font_manager.fontManager.ttflist})]
 COLORS = {"policy": "tab:orange", "hold still": "tab:blue", "mean action": "tab:green", "floor": "tab:gray"}
 
 
@@ -174,14 +180,13 @@ def summarise(records, names):
 
 def sample_again(policy, root, names, records):
     """-> the observations of these records."""
-    wanted, found = {(r["episode"], r["t"]): i for i, r in enumerate(records)}, [None] * len(records)
+    found = {}
     for episode in policy.open_episodes(root, names):
-        for t in range(len(episode["target"])):
-            if (episode["name"], t) in wanted:
-                found[wanted.pop((episode["name"], t))] = episode["sample"](t)
-        if not wanted:
+        for t in [r["t"] for r in records if r["episode"] == episode["name"]]:
+            found[episode["name"], t] = episode["sample"](t)
+        if len(found) == len(records):
             break
-    return found
+    return [found[r["episode"], r["t"]] for r in records]
 
 
 def changed_inputs(seen, others, opposites):
@@ -195,12 +200,12 @@ def changed_inputs(seen, others, opposites):
             changed[name, "blanked"] = [o | dict(images=o["images"] | {name: blank}) for o in seen]
         if len(images) > 1:
             changed["all pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
-        turned = [{name: bgr(image) for name, image in o["images"].items()} for o in seen]
+        turned = [{name: image[..., ::-1] for name, image in o["images"].items()} for o in seen]
         changed["colours", "reversed"] = [o | dict(images=images) for o, images in zip(seen, turned, strict=True)]
     elif images is not None:  # the newest frames of one camera
         changed["pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
         changed["pictures", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
-        changed["colours", "reversed"] = [o | dict(images=[bgr(image) for image in o["images"]]) for o in seen]
+        changed["colours", "reversed"] = [o | dict(images=[image[..., ::-1] for image in o["images"]]) for o in seen]
     for name in ("vl_features", "age", "state", "sensor"):
         if any(o.get(name) is not None for o in seen):
             changed[name, "swapped"] = [o | {name: p.get(name)} for o, p in pairs]
@@ -213,10 +218,6 @@ def changed_inputs(seen, others, opposites):
     if any(text != other for text, other in told.items()):
         changed["instruction", "swapped"] = [o | dict(instruction=told.get(o.get("instruction"))) for o in seen]
     return changed
-
-
-def bgr(image):
-    return np.ascontiguousarray(np.asarray(image)[..., ::-1])
 
 
 def with_columns(observation, other, columns):
@@ -234,16 +235,13 @@ def find_uses(policy, root, names, records, report, count, batch_size):
     """-> {input: {how: relative error with it changed}}, "own": {"": with nothing changed}, on `count` frames. Swapped:
     with that of another episode's frame at the nearest phase; of one episode only, with a frame far away."""
     chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, count).astype(int))]
-    length = {}
-    for r in records:
-        length[r["episode"]] = r["t"] + 1
+    length = {r["episode"]: r["t"] + 1 for r in records}
     progress = [10 * r["phase"] + r["t"] / length[r["episode"]] for r in chosen]
     other = partners([r["episode"] for r in chosen], progress)
     if other is None:  # one episode, or one file of unrelated pictures: a frame far away
         other = np.roll(np.arange(len(chosen)), len(chosen) // 2)
     seen = sample_again(policy, root, names, chosen)
-    changes = {("own", ""): seen}
-    changes |= changed_inputs(seen, [seen[k] for k in other], getattr(policy, "opposites", {}))
+    changes = {("own", ""): seen} | changed_inputs(seen, [seen[k] for k in other], getattr(policy, "opposites", {}))
     (scale, moving), found = baseline(report), {}
     valid, recorded = stack(chosen, "valid")[..., None], stack(chosen, "recorded")
     for (name, how), observations in changes.items():
@@ -379,15 +377,13 @@ def draw_worst(policy, root, names, records, report, columns, path, count=4):
     """The windows with the largest relative error, one per episode: what was seen, recorded and predicted."""
     (scale, moving), worst = baseline(report), {}
     for r in records:
-        size = np.abs(r["error"]["policy"])[r["valid"]][:, moving] / scale[moving]
-        score = float(size.mean()) if size.size else 0.0
+        score = float((np.abs(r["error"]["policy"])[r["valid"]][:, moving] / scale[moving]).mean())
         if score > worst.get(r["episode"], (-1.0, None))[0]:
             worst[r["episode"]] = (score, r)
     chosen = sorted(worst.values(), key=lambda item: -item[0])[:count]
     seen = sample_again(policy, root, names, [r for _, r in chosen])
-    width = len(columns) + 1
     figure = Figure(figsize=(4 + 1.7 * len(columns), 2.1 * len(chosen)), layout="constrained")
-    panels = figure.subplots(len(chosen), width, squeeze=False, width_ratios=[2.4] + [1] * len(columns))
+    panels = figure.subplots(len(chosen), len(columns) + 1, squeeze=False, width_ratios=[2.4] + [1] * len(columns))
     for row, (score, r), observation in zip(panels, chosen, seen, strict=True):
         images = observation.get("images", {})
         shown = [small(image) for image in (images.values() if isinstance(images, dict) else images[-1:])]
@@ -446,11 +442,9 @@ def save_predictions(path, records, episodes, cfg):
 def replay(policy, root, path):
     """Predict again what predictions.npz holds -> how many frames; UserError at the first that differs in any bit. A
     robot predicts one observation at a time: how much that changes is printed for the first frames."""
-    require(
-        Path(path).is_file(), f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report"
-    )
-    with np.load(path) as saved:
-        saved = dict(saved)
+    there = Path(path).is_file()
+    require(there, f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report")
+    saved = dict(np.load(path))
     names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
     records = evaluate(policy, root, names, int(saved["stride"]), batch)
     where = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))
@@ -481,6 +475,7 @@ def report_on(cfg, policy, folder, about, names):
     require(root == cfg.data or len(cfg.data) == 1, f"{about['script']}.py reads one folder: --data DATA")
     if cfg.replay:
         return replay(policy, root, cfg.replay)
+    folder.mkdir(parents=True, exist_ok=True)
     wanted = None if names == ["all"] else names
     try:
         records = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
@@ -529,7 +524,6 @@ def run_one(cfg, given):
     print(f"checkpoint: {checkpoint}, of {about['script']}.py\n{through}")
     policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
     known, folder = dict(checkpoint=str(checkpoint), script=about["script"]), output_folder(cfg, given)
-    folder.mkdir(parents=True, exist_ok=True)
     if not cfg.closed_loop:
         return report_on(cfg, policy, folder, known, names)
     how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
@@ -541,8 +535,7 @@ def print_comparison(reports, closed):
     print("\nall checkpoints: mean absolute error of the policy" if not closed else "\nall checkpoints")
     for given, report in reports.items():
         values = report if closed else report["policy"]["per_dim"] | dict(relative=report["policy"]["relative"])
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        print(f"  {given}: " + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
+        print(f"  {given}: " + "  ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, (int, float))))
 
 
 def run(cfg):
@@ -551,6 +544,14 @@ def run(cfg):
     require(cfg.checkpoint and (cfg.data or cfg.closed_loop), f"{needed}; or --closed-loop MODULE:CLASS")
     least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
     require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
+    for flag in IDLE:
+        idle = [name for name in IDLE[flag].split() if getattr(cfg, name) != getattr(Config(), name)]
+        nothing = f"--{', --'.join(idle)} would do nothing beside --{flag}: leave it out"
+        require(not (getattr(cfg, flag) and idle), nothing)
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from error
     if cfg.closed_loop:
         closed_loop.open_environment(cfg.closed_loop)  # a wrong name is told before a model is loaded
     reports = {given: run_one(cfg, Path(given)) for given in cfg.checkpoint}

@@ -242,12 +242,12 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     "module:Class", looked for where the program was started, too; `execute` 0: half of a chunk."""
     require(scenes >= 1 and execute >= 0, f"--scenes {scenes} must be 1 or more, --execute {execute} 0 or more")
     make_scene = open_environment(environment)
+    folder.mkdir(parents=True, exist_ok=True)
     contract = policy.describe()
     execute = execute or max(1, (contract["horizon"] - contract["skip"]) // 2)
     found = compare(policy, contract, make_scene, list(range(scenes)), execute, ensemble, batch_size)
     reports = {who: summarise(runs) for who, runs in found.items()}
     print_table(reports, execute, ensemble, contract["latency_ms"])
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {}
     for who, runs in found.items():
         plain[who] = [{k: v for k, v in run.items() if k != "actions"} for run in runs]

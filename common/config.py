@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import operator
 import re
 import sys
 import typing
@@ -37,13 +38,17 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=words, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+            cfg = tyro.cli(cls, args=words, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
         if not end.code:  # --help
             raise
         box = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # some locales have no lines
         text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
+    for key, read in zip(kinds, map(operator.attrgetter, kinds), strict=True):  # a path "" would be the current folder
+        empty = "" in (read(cfg) if isinstance(read(cfg), list) else [read(cfg)])
+        require(not empty or read(cls()) == "", f"--{key} is empty: expected a text, or leave it out")
+    return cfg
 
 
 def config_from(cls, values):

@@ -5,6 +5,7 @@ later. Where the robot log has a gap a new segment begins; nothing reaches acros
 images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -136,7 +137,7 @@ def read_notes(folder):
         require(good, f"got {notes}", ValueError)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         expected = f"expected KEY: VALUE, only {', '.join(NOTES)} (seconds, texts, true or false)"
-        raise BadSession(f"{path}: {expected}: {error}") from error
+        raise BadSession(f"{path}: {expected}: {' '.join(str(error).split())}") from error
     return notes
 
 
@@ -158,7 +159,10 @@ def find_recordings(roots):
                 subfolders.clear()  # thousands of images: nothing below is a recording
             seen.add(real)
             subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
-    excluded = sorted(folder for folder in found if read_notes(folder)["exclude"])
+    excluded = []
+    for folder in sorted(found):
+        with contextlib.suppress(BadSession):  # whoever reads the recording names it
+            excluded += [folder] * read_notes(folder)["exclude"]
     return sorted(found.difference(excluded)), excluded
 
 

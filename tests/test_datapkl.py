@@ -457,6 +457,7 @@ BREAKS = {  # what the program says of a recording: what was done to it
     "sensor_data_1.npz cannot be read: its stamps are no seconds": npz(timestamps=[1e18], data=np.zeros((1, 2, 1026))),
     "3 windows for 2 timestamps": npz(timestamps=EPOCH + np.arange(2), data=np.zeros((3, 2, 1026))),
     "len() of unsized object": npz(timestamps=[EPOCH], forces=np.float32(1), alines=np.zeros((1, 1025))),
+    "session.yaml: expected KEY: VALUE, only": lambda bad, *_: (bad / "session.yaml").write_text("exclude: [\n a"),
     "Object arrays cannot be loaded": npz(timestamps=np.array([{}]), forces=np.zeros(1), alines=np.zeros((1, 1025))),
 }
 
