@@ -36,11 +36,11 @@ import torch
 from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 from common import UserError, closed_loop, require
 from common.checkpoint import checkpoints_in, load_state
 from common.config import parse_config
+from common.log import progress
 from common.policy import partners
 from common.program import launch
 
@@ -119,7 +119,7 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
         frames, predicted = list(range(0, len(target), stride)), []
         if not frames:
             print(f"left out  {episode['name']}: no motion after a picture to compare with")
-        for i in tqdm(range(0, len(frames), batch_size), desc=episode["name"], unit="batch", disable=None, leave=False):
+        for i in progress(range(0, len(frames), batch_size), episode["name"], "batch"):
             predicted.extend(policy.predict([episode["sample"](t) for t in frames[i : i + batch_size]]))
         for t, chunk in zip(frames, predicted, strict=True):
             index = np.arange(t + SHIFTS[0], t + len(chunk) + SHIFTS[-1])

@@ -663,9 +663,8 @@ def describe(cfg, data, show):
     show(f"state     {' and '.join(spec.state_keys) + ', in the prompt' if spec.state_keys else unseen}")
     if d.camera_dropout_prob and d.min_cameras == len(spec.cameras):
         show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {list(spec.cameras)}")
-    if action.source == "action" and ep.records_past_motion(data.train):
-        past = "the recorded 'action' is the motion already made (pose[t] - pose[t-1]): yesterday's action"
-        show(f"warning   {past}; dataset.use_ee_pose_delta_as_action: true trains on the motion that follows")
+    for doubt in ep.doubts(data.train, action):
+        show(f"warning   {doubt}")
 
 
 def describe_fast(data, fast, show):

@@ -936,9 +936,8 @@ def describe(cfg, data, say):
     names, most = f"{s.action_names[0][0]} .. {s.action_names[-1][0]}", cfg.policy.max_action_dim
     what = f"{names} ({s.definition.source}), {s.definition.dim} dims (padded to {most})"
     say(f"action    {what}, chunk {cfg.policy.chunk_size}; {s.normalization}")
-    if s.definition.source == "action" and ep.records_past_motion(train):
-        say("warning   the recorded 'action' is the motion already made, so this trains on yesterday's action; set")
-        say("          dataset.use_ee_pose_delta_as_action: true for the motion that follows")
+    for doubt in ep.doubts(train, s.definition):
+        say(f"warning   {doubt}")
     for key in ("observation.state", "action"):
         for name in ("mean", "std", "min", "max"):
             numbers = " ".join(f"{v:11.4g}" for v in data.spec.stats[key][name])

@@ -26,11 +26,11 @@ import numpy as np
 import psutil
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
-from tqdm import tqdm
 
 from common import MissingFile, UserError, require
 from common import checkpoint as ckpt
 from common.frames import FrameStore
+from common.log import progress
 from common.stats import FORMAT_VERSION, compute_stats
 
 INDEXED = 200  # files; fewer are read in a moment
@@ -177,7 +177,7 @@ def load_episodes(root, skip_bad=False, run=None):
         print(f"reading   {len(stamps)} episodes under {root}, kept in {index}", flush=True)
         if known := _read_index(index, stamps):
             return known, []
-    for path in tqdm(stamps, desc="reading episodes", unit="file", disable=None, leave=False):
+    for path in progress(stamps, "reading episodes", "file"):
         try:
             episode = read_episode(path, root)
             _check_agreement([*episodes[:1], episode][0], episode)
@@ -446,6 +446,16 @@ def records_past_motion(episodes):
         return False
     past = np.diff(e.ee_pose[:, :3], axis=0)  # positions tell; rotations may wrap in between
     return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:, :3], past, atol=1e-3 * np.abs(past).max()))
+
+
+def doubts(episodes, definition):
+    """-> sentences on what a recorded `action` may be instead of the motion to come"""
+    e, found = episodes[0], []
+    if definition.source == "action" and records_past_motion(episodes):
+        found = ["the recorded 'action' is the motion already made (pose[t] - pose[t-1]): yesterday's action"]
+    elif definition.source == "action" and np.shape(e.qpos) != e.action.shape and not definition.still(e).any():
+        found = ["the recorded 'action' is taken for a motion: without qpos of its shape, a joint target looks alike"]
+    return [f"{why}; dataset.use_ee_pose_delta_as_action: true trains on the motion that follows" for why in found]
 
 
 class Chunks(Dataset):

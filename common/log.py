@@ -107,6 +107,11 @@ class RunLog:
                 self._wandb_call(self._wandb.finish)
 
 
+def progress(items, what, unit):
+    """`items`, with a bar for who sits at a terminal; a log file, and the other ranks, say nothing."""
+    return tqdm(items, what, unit=unit, disable=os.environ.get("RANK", "0") != "0" or None, leave=False)
+
+
 def memory_gb():
     """Peak GPU memory, or without a GPU the resident memory of this process, in GB."""
     if torch.cuda.is_available():

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import plan, require, vl_cache
 from common import sessions as ss
+from common.log import progress
 from common.policy import Contract, partners
 from common.program import ignore_stop_signals
 from common.run import to_device
@@ -371,7 +372,8 @@ def held_out_batches(dataset, policy, run):
     this input of other samples})."""
     share, how = range(run.rank, len(dataset), run.world), dict(collate_fn=partial(collate_pairs, policy.collate))
     how |= dict(worker_init_fn=ignore_stop_signals, pin_memory=policy.device.type == "cuda", sampler=share)
-    for batch in DataLoader(HeldOut(dataset), policy.cfg.batch_size, num_workers=policy.cfg.num_workers, **how):
+    loader = DataLoader(HeldOut(dataset), policy.cfg.batch_size, num_workers=policy.cfg.num_workers, **how)
+    for batch in progress(loader, "validation", "batch"):
         batch = to_device(batch, policy.device)
         swapped = dict(feature=batch | dict(vl_features=batch["other_vl_features"]))
         if "sensor" in batch:

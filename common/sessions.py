@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 
 from common import MissingFile, UserError, require
+from common.log import progress
 from common.stats import compute_stats
 
 SCHEMA = 4  # of data.pkl
@@ -183,7 +184,7 @@ def find_sessions(roots):
     expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
     require(folders, f"no sessions below {below}: {expected}", MissingFile)
     found, wrong = [], []
-    for folder in folders:
+    for folder in progress(folders, "reading sessions", "session"):
         try:
             found.append(Session(folder))
             require(not found[-1].stale(), f"{folder} changed since its {DATA_PKL} was made", BadSession)

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import MissingFile, UserError, command, hub, qwen_vl, require
 from common import checkpoint as ckpt
+from common.log import progress
 
 FORMAT = 3
 FOLDER = "qwen_vl_features"
@@ -285,7 +286,7 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5, pict
     elif "model" in wanted:  # not on this machine: its name is all there is
         wanted["model"] = Path(wanted["model"]).name
     kinds, reasons = {}, {}  # {digest of the recipe: {session: file}}, {session: why its newest file does not fit}
-    for session in sessions:
+    for session in progress(sessions, "reading features", "session"):
         for path in files_of(cache_root, session):
             try:
                 file = FeatureFile(path)

@@ -482,7 +482,11 @@ def test_recorded_past_motion_is_recognised(plain, tmp_path):
     wrapped.ee_pose[5:, 3] -= 2 * np.pi  # a roll that passes half a turn hides nothing
     following = np.concatenate([np.diff(past.ee_pose, axis=0), np.zeros((1, 6))])
     causal, still = pose_episode(past.ee_pose, action=following), pose_episode(np.ones((5, 6)), np.zeros((5, 6)))
-    assert [ep.records_past_motion([e]) for e in (past, wrapped, causal, still)] == [True, True, False, False]
+    cases, action = (past, wrapped, causal, still), ActionDefinition("action", 6)
+    assert [ep.records_past_motion([e]) for e in cases] == [True, True, False, False]
+    causal.qpos = causal.ee_pose
+    assert "yesterday" in ep.doubts([past], action)[0] and not ep.doubts([past], ActionDefinition("ee_pose_delta", 6))
+    assert "without qpos" in ep.doubts([still], action)[0] and not ep.doubts([causal], action)
 
 
 def test_a_flicker_of_the_last_bit_is_no_motion():
