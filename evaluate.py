@@ -27,6 +27,7 @@ import importlib
 import io
 import itertools
 import json
+import zipfile
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -442,9 +443,8 @@ def save_predictions(path, records, episodes, cfg):
 def replay(policy, root, path):
     """Predict again what predictions.npz holds -> how many frames; UserError at the first that differs in any bit. A
     robot predicts one observation at a time: how much that changes is printed for the first frames."""
-    there = Path(path).is_file()
-    require(there, f"--replay {path}: no such file; evaluate.py writes predictions.npz beside its report")
-    saved = dict(np.load(path))
+    saved = dict(np.load(path)) if zipfile.is_zipfile(path) else {}
+    require("batch_size" in saved, f"--replay {path}: no predictions.npz, which evaluate.py writes beside its report")
     names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
     records = evaluate(policy, root, names, int(saved["stride"]), batch)
     where = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))

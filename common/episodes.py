@@ -438,24 +438,20 @@ def name_columns(found, definition, keys):
     return actions, sum((names[key] for key in keys), [])
 
 
-def records_past_motion(episodes):
-    """True if `action` is the motion already made, action[t] = ee_pose[t] - ee_pose[t-1]: it teaches yesterday's
-    action."""
-    e = episodes[0]
-    if e.ee_pose is None or e.ee_pose.shape != e.action.shape or e.num_frames < 3:
-        return False
-    past = np.diff(e.ee_pose[:, :3], axis=0)  # positions tell; rotations may wrap in between
-    return bool(np.abs(past).max() > 0 and np.allclose(e.action[1:, :3], past, atol=1e-3 * np.abs(past).max()))
-
-
 def doubts(episodes, definition):
-    """-> sentences on what a recorded `action` may be instead of the motion to come"""
-    e, found = episodes[0], []
-    if definition.source == "action" and records_past_motion(episodes):
-        found = ["the recorded 'action' is the motion already made (pose[t] - pose[t-1]): yesterday's action"]
-    elif definition.source == "action" and np.shape(e.qpos) != e.action.shape and not definition.still(e).any():
-        found = ["the recorded 'action' is taken for a motion: without qpos of its shape, a joint target looks alike"]
-    return [f"{why}; dataset.use_ee_pose_delta_as_action: true trains on the motion that follows" for why in found]
+    """-> [] or [a sentence]: what a recorded `action` that seems to be a motion may be instead of the motion to come"""
+    e = episodes[0]
+    if definition.source != "action" or definition.still(e).any():
+        return []
+    pose = e.ee_pose if np.shape(e.ee_pose) == e.action.shape else np.zeros_like(e.action)
+    past = np.diff(pose[:, :3], axis=0)  # positions tell; rotations may wrap in between
+    if past.any() and np.allclose(e.action[1:, :3], past, atol=1e-3 * np.abs(past).max()):
+        why = "the motion already made (pose[t] - pose[t-1]): yesterday's action"
+    elif np.shape(e.qpos) != e.action.shape:
+        why = "taken for a motion: without qpos of its shape, a joint target looks alike"
+    else:
+        return []
+    return [f"the recorded 'action' is {why}; dataset.use_ee_pose_delta_as_action: true takes the motion that follows"]
 
 
 class Chunks(Dataset):

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from common import checkpoint as ckpt
 from common import require
 from common.hub import content_facts
+from common.log import progress
 
 VERSION = 1
 
@@ -69,8 +69,7 @@ class FrameStore:
         if not first:
             print(f"frames    {size}, {len(missing)} files, go to {self.folder}", flush=True)
         begin = int(first * len(missing))
-        bar = tqdm(missing[begin:] + missing[:begin], desc="decoding pictures", unit="file", disable=first > 0 or None)
-        for path in bar:
+        for path in progress(missing[begin:] + missing[:begin], "decoding pictures", "file"):
             if self.about(path) is None:
                 self._build_one(path, sources[path], open_source(path), threads)
 

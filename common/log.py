@@ -127,13 +127,10 @@ def read_metrics(folder):
 
 def plot_loss(folder, train="loss", validation="val_loss"):
     """Draw loss.png from metrics.jsonl; return its path."""
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(folder)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    rows, figure = read_metrics(folder), Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for key, style in ((train, "-"), (validation, "o-")):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
@@ -144,7 +141,6 @@ def plot_loss(folder, train="loss", validation="val_loss"):
         axis.legend()
     path = Path(folder) / "loss.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 

@@ -1,9 +1,11 @@
 """Asynchronous VLA: the network, samples from real session folders, the training's promises, the policy."""
 
+import io
 import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -265,6 +267,18 @@ def items_of(dataset, name):
     """{step: item} of one session."""
     e = [s.name for s in dataset.sessions].index(name)
     return {int(dataset.steps[i]): dataset[(int(i), int(i))] for i in np.flatnonzero(dataset.owner == e)}
+
+
+def test_the_terminal_of_rank_0_sees_how_far_it_is(sessions_root, qwen_dir, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    untrained(sessions_root, qwen_dir)[-1]()
+    for what in ("reading sessions", "reading features", "validation"):
+        assert f"{what}:   0%" in terminal.getvalue()
+    terminal.truncate(0)
+    monkeypatch.setenv("RANK", "1")
+    assert ss.find_sessions([sessions_root]) and not terminal.getvalue()
 
 
 def test_actions_of_another_rate_are_refused(sessions_root, qwen_dir, monkeypatch):

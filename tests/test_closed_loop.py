@@ -311,7 +311,7 @@ def test_corrections_are_recordings_like_the_others(tmp_path):
     demo_scenes.write_corrections(tmp_path / "clean", small, 1, seed=5, near=1.0)
     demo_scenes.write_corrections(tmp_path / "noisy", sim, 1, seed=5, noise=0.8)
     (clean, _), (noisy, _) = (ep.load_episodes(str(tmp_path / name)) for name in ("clean", "noisy"))
-    assert not ep.records_past_motion(clean) and ep.detect_position_unit(clean) == "mm"
+    assert not ep.doubts(clean, ep.define_action(clean, False)) and ep.detect_position_unit(clean) == "mm"
     for e in clean:
         np.testing.assert_allclose(ep.define_action(clean, True).targets(e), e.action[:-1], atol=1e-4)
     scene = demo_scenes.InsertionSim()

@@ -142,6 +142,8 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("--no-clip", "Error parsing --clip"),
         ("--augment maybe", "True"),
         ("train", "unexpected argument 'train'"),
+        ("--name=", "--model.name is empty"),
+        ("--cameras=", "--data.cameras is empty"),
         ("--config", "ready-made files are in configs/"),
         ("--config nowhere.yaml", "nowhere.yaml"),
         ("--config a.yaml b.yaml", "--config a.yaml b.yaml: "),

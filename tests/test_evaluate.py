@@ -1,5 +1,6 @@
 """evaluate.py: errors worked by hand, baselines that look at nothing later, which checkpoint is opened, the command."""
 
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager, rcParams
 
 import evaluate
 from common import UserError
@@ -195,6 +197,7 @@ def test_a_replay_compares_every_bit(tmp_path, scripted, capsys, monkeypatch):
     words = ["--checkpoint", str(tmp_path / "steps_1"), "--data", "DATA"]
     evaluate.main([*words, "--plots", "0", "--episodes", "all", "--output", str(tmp_path)])
     evaluate.main([*words, "--replay", str(tmp_path / "predictions.npz")])  # a batch of two episodes
+    assert not (tmp_path / "steps_1/evaluation").exists()
     assert "the first 7 differ by at most 0\n" in capsys.readouterr().out
     evaluate.main([*words, "--plots", "0", "--batch-size", "3"])
     stored = tmp_path / "steps_1/evaluation/predictions.npz"
@@ -216,7 +219,7 @@ def test_a_replay_compares_every_bit(tmp_path, scripted, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scripted", SimpleNamespace(load_policy=lambda *_: shorter))
     with pytest.raises(UserError, match="the 3 frames here are not the 4 of"):
         evaluate.main([*words, "--replay", str(stored)])
-    with pytest.raises(UserError, match="--replay gone.npz: no such file"):
+    with pytest.raises(UserError, match="--replay gone.npz: no predictions.npz"):
         evaluate.main([*words, "--replay", "gone.npz"])
 
 
@@ -294,6 +297,27 @@ def test_other_recordings_need_names(tmp_path, scripted):
     assert len(json.loads((tmp_path / "steps_1/evaluation/report.json").read_text())["episodes"]) == 2
     with pytest.raises(UserError, match="scripted.py reads one folder"):
         evaluate.main([*words[:4], "MORE"])
-    for words, said in (("--checkpoint a", "--data are needed"), ("--checkpoint a --data b --stride 0", "--stride 0")):
-        with pytest.raises(UserError, match=said):
-            evaluate.main(words.split())
+
+
+WRONG = {
+    "": "--data are needed",
+    "--data b --stride 0": "--stride 0",
+    "--data b --device gpu": "--device gpu: Expected one of cpu, cuda",
+    "--data b --device cuda:99": "--device cuda:99: ",
+    "--data b --scenes 3 --ensemble 0": "--scenes, --ensemble would do nothing beside --data",
+    "--data b --closed-loop demo_scenes:Turntable": "--data would do nothing beside --closed_loop",
+    "--data b --replay c --output d": "--output would do nothing beside --replay",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_command_is_refused_before_anything_is_opened(words):
+    with pytest.raises(UserError, match=WRONG[words]):
+        evaluate.main(["--checkpoint", "a", *words.split()])
+
+
+def test_korean_names_are_drawn_where_a_font_can(monkeypatch):
+    font = font_manager.FontEntry(fname=font_manager.findfont("DejaVu Sans"), name="NanumGothic")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font, *font_manager.fontManager.ttflist])
+    importlib.reload(evaluate)
+    assert rcParams["font.family"] == ["DejaVu Sans", "NanumGothic"]
