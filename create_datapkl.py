@@ -481,9 +481,7 @@ def read_motion(log, stamps, rows, cfg, warnings):
     slow = f"{log.name} has {hz:.2f} rows per second, {needed}? Else lower --action-hz, or leave it out"
     require(hz >= 0.78 * cfg.action_hz, slow, BadSession)
     spans = [float(stamps[chosen[-1]] - stamps[chosen[0]]) for chosen in stretches]
-    short = (
-        f"{log.name}: the {len(stamps)} rows have no stretch of {period:g} s without a gap. Leave this recording out"
-    )
+    short = f"{log.name}: the {len(stamps)} rows have no stretch of {period:g} s without a gap. Leave it out"
     require(max(spans) >= period - SLACK, short, BadSession)
     motion = make_actions(stamps, rows, stretches, period)
     seconds = float(np.maximum(np.diff(stamps[np.concatenate(stretches)]), 0).sum())
@@ -620,11 +618,10 @@ def find_offset(t, travelled, series):
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
+# {metadata: title}
 COLUMNS = dict(format="format", robot_hz="rows/s", jitter_ms="jitter ms", duration_seconds="seconds")
 COLUMNS |= dict(lost_seconds="lost", num_actions="actions", n_segments="segments", n_duplicates="repeated")
-COLUMNS |= dict(
-    num_images="images", has_sensor="sensor", sensor_overlap="share", sensor_hz="sensor/s"
-)  # {metadata: title}
+COLUMNS |= dict(num_images="images", has_sensor="sensor", sensor_overlap="share", sensor_hz="sensor/s")
 
 
 def run_all(function, folders, workers):

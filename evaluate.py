@@ -544,10 +544,9 @@ def run(cfg):
     require(cfg.checkpoint and (cfg.data or cfg.closed_loop), f"{needed}; or --closed-loop MODULE:CLASS")
     least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
     require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
-    for flag in IDLE:
-        idle = [name for name in IDLE[flag].split() if getattr(cfg, name) != getattr(Config(), name)]
-        nothing = f"--{', --'.join(idle)} would do nothing beside --{flag}: leave it out"
-        require(not (getattr(cfg, flag) and idle), nothing)
+    for flag, names in IDLE.items():
+        idle = [f"--{n}" for n in names.split() if getattr(cfg, flag) and getattr(cfg, n) != getattr(Config(), n)]
+        require(not idle, f"{', '.join(idle)} would do nothing beside --{flag}: leave it out")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError) as error:

@@ -372,8 +372,8 @@ def held_out_batches(dataset, policy, run):
     this input of other samples})."""
     share, how = range(run.rank, len(dataset), run.world), dict(collate_fn=partial(collate_pairs, policy.collate))
     how |= dict(worker_init_fn=ignore_stop_signals, pin_memory=policy.device.type == "cuda", sampler=share)
-    loader = DataLoader(HeldOut(dataset), policy.cfg.batch_size, num_workers=policy.cfg.num_workers, **how)
-    for batch in progress(loader, "validation", "batch"):
+    how |= dict(batch_size=policy.cfg.batch_size, num_workers=policy.cfg.num_workers)
+    for batch in progress(DataLoader(HeldOut(dataset), **how), "validation", "batch"):
         batch = to_device(batch, policy.device)
         swapped = dict(feature=batch | dict(vl_features=batch["other_vl_features"]))
         if "sensor" in batch:

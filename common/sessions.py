@@ -383,11 +383,6 @@ def session_stats(train):
         std = np.sqrt(np.average(stds**2 + (means - mean) ** 2, axis=0, weights=rows))
         sensor = dict(mean=mean.tolist(), std=sensor_std(std).tolist(), count=int(rows.sum()))
         sensor["dtype"] = max(s.sensor["dtype"] for s in felt)
-    return dict(
-        format_version=1,
-        num_episodes=len(train),
-        num_frames=int(sum(len(s) for s in train)),
-        action_definition=dict(source="tcp pose delta of 0.1 s", dim=7, position_unit="mm", rotation_unit="deg"),
-        action=action,
-        sensor=sensor,
-    )
+    definition = dict(source="tcp pose delta of 0.1 s", dim=7, position_unit="mm", rotation_unit="deg")
+    about = dict(format_version=1, num_episodes=len(train), num_frames=sum(map(len, train)))
+    return about | dict(action_definition=definition, action=action, sensor=sensor)

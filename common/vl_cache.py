@@ -66,20 +66,9 @@ class VLEncoder:
         self.compute_dtype = DTYPES[compute_dtype]
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1).to(self.device) * 255 for values in moments)
         # everything but the images and the instruction that changes a feature, and where the model was
-        self.recipe = dict(
-            format_version=FORMAT,
-            model=hub.stored_source(model),
-            weights=model_digest(self.folder),
-            views=self.views,
-            height=height,
-            width=width,
-            layer=layer,
-            dtype=dtype,
-            compute_dtype=compute_dtype,
-            pixels=list(self.size),
-            mean_and_std=moments,
-            prompt=self.text("{instruction}"),
-        )
+        self.recipe = dict(format_version=FORMAT, model=hub.stored_source(model), weights=model_digest(self.folder))
+        self.recipe |= dict(views=self.views, height=height, width=width, pixels=list(self.size), mean_and_std=moments)
+        self.recipe |= dict(layer=layer, dtype=dtype, compute_dtype=compute_dtype, prompt=self.text("{instruction}"))
 
     @functools.cached_property
     def vlm(self):

@@ -99,10 +99,8 @@ def test_the_force_is_heard_beside_the_a_scan():
     sensor = 0.6 * torch.randn(680, 8, 1026)
     sensor[..., 1:] += (0.35 * torch.randn(680, 12) @ waves + 0.8 * scan * torch.sin(torch.arange(1025) / 60))[:, None]
     sensor[..., 0] += 1.5 * force
-    data = dict(
-        vl_features=torch.zeros(680, 1, 4), age=torch.zeros(680), sensor=sensor, sensor_length=torch.full((680,), 8)
-    )
-    data |= dict(action_mask=torch.ones(680, 8, dtype=torch.bool), weight=torch.ones(680))
+    data = dict(vl_features=torch.zeros(680, 1, 4), age=torch.zeros(680), sensor_length=torch.full((680,), 8))
+    data |= dict(action_mask=torch.ones(680, 8, dtype=torch.bool), weight=torch.ones(680), sensor=sensor)
     data["actions"] = torch.nn.functional.pad(torch.cat([force, scan], 1), (0, 5))[:, None].repeat(1, 8, 1)
     model = train_async.AsyncVLA((1, 4), 32, 32, 1, 2, 0.0, 8, dict(action=dict(constant=[False] * 2 + [True] * 5)))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -49,9 +49,8 @@ class Card(TorchDispatchMode):
         on, name = [self.on(t) for t in tensors], func._opname
         strangers = [t.shape for t, there in zip(tensors, on, strict=True) if not there and t.dim()]
         free = name in MIXED or "_foreach" in name  # whose tensors need not be on one device
-        assert not any(on) or not strangers or free, (
-            f"{name}: of {[t.shape for t in tensors]} {strangers} are on the CPU"
-        )
+        shapes = [t.shape for t in tensors]
+        assert not any(on) or not strangers or free, f"{name}: of {shapes} {strangers} are on the CPU"
         out = func(*args, **(kwargs or {}))
         if on[0] if name in MIXED else any(on):
             for t in tree_leaves(out):
@@ -114,9 +113,8 @@ def card(monkeypatch):
         self.device = CARD
 
     def there_is_one():  # for this project's code, not for the libraries
-        return sys._getframe(1).f_code.co_filename.startswith(str(ROOT)) and "site-packages" not in str(
-            sys._getframe(1)
-        )
+        caller = sys._getframe(1).f_code.co_filename
+        return caller.startswith(str(ROOT)) and "site-packages" not in caller
 
     for name in FACTORIES + LIKE:
         monkeypatch.setattr(torch, name, card.factory(getattr(torch, name)))

@@ -306,9 +306,8 @@ def test_the_sensors_share_is_that_of_the_actions(tmp_path, capsys):
     folder = recording(tmp_path, np.r_[-EPOCH, np.arange(0, 2, 0.01)], image_times=np.arange(0, 2, 0.5))
     rows = np.arange(1300) / 650
     stream(folder, rows[(rows < 0.5) | (rows > 1.99)])
-    assert (
-        run(tmp_path) == 0 and "covers 32% of the robot log (+0.00 s to +2.00 s of 1.80 s)" in capsys.readouterr().out
-    )
+    assert run(tmp_path) == 0
+    assert "covers 32% of the robot log (+0.00 s to +2.00 s of 1.80 s)" in capsys.readouterr().out
     stream(folder, rows)
     assert run(tmp_path) == 0 and Session(folder).has_sensor
 
@@ -332,9 +331,8 @@ def test_offsets_stand_beside_the_recording_and_stay(tmp_path, capsys):
     assert run(tmp_path) == 0 and "covers 0% of the robot log" in capsys.readouterr().out
     before = Session(folder)
     assert not before.has_sensor and not (folder / "sensor_stream.npy").exists()
-    (folder / "session.yaml").write_text(
-        "sensor_offset_s: 10\ncamera_offset_s: {View1: -2, view5: 1}\ninstruction: Touch it\n"
-    )
+    notes = "sensor_offset_s: 10\ncamera_offset_s: {View1: -2, view5: 1}\ninstruction: Touch it\n"
+    (folder / "session.yaml").write_text(notes)
     with pytest.raises(BadSession, match="changed since its data.pkl was made"):
         find_sessions([tmp_path])
     assert run(tmp_path) == 0

@@ -14,18 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if not p.name.endswith(".ko.md"))]
 PAGES = [page for english in ENGLISH for page in (english, english.with_suffix(".ko.md"))]
 CONFIGURED = [p.stem for p in ROOT.glob("train_*.py")] + ["create_datapkl", "build_vl_cache", "compute_stats"]
-LAUNCHER = {
-    "config",
-    "plan",
-    "help",
-    "multi_gpu",
-    "num_gpus",
-    "nnodes",
-    "node_rank",
-    "rdzv_backend",
-    "rdzv_endpoint",
-    "rdzv_id",
-}
+LAUNCHER = {"config", "plan", "help", "multi_gpu", "num_gpus", "nnodes", "node_rank"}
+LAUNCHER |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 each_pair = pytest.mark.parametrize("english", ENGLISH, ids=lambda p: p.name)
 

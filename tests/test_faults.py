@@ -156,10 +156,7 @@ SAID = dict(
     millimetres=(lambda: other_statistics(1000, 0), [f"{n} is .*e.* x as large as recorded" for n, _ in NAMES]),
     spread=(lambda: other_statistics([3, 0.3, 1], 0), ["dx is (3|2.*) x as large", "dy is 0.3.* x as large"]),
     zero=(lambda: other_statistics(1, [0, 0, 5]), [r"roll is \+\d.* std off on the mean"]),
-    one_later=(
-        lambda: Arm(columns(0, 1, 2, shift=1)),
-        ["the chunk fits best 1 row later: relative error 0.0.* off by"],
-    ),
+    one_later=(lambda: Arm(columns(0, 1, 2, shift=1)), ["the chunk fits best 1 row later: relative error 0.0.* off"]),
     targets_earlier=(lambda: Arm(columns(0, 1, 2, shift=-2), absolute=True), ["the chunk fits best 2 rows earlier"]),
     targets_later=(lambda: Arm(columns(0, 1, 2, shift=1), absolute=True), ["the chunk fits best 1 row later"]),
     bgr=(lambda: Arm(pictures=reverse), ["with red and blue exchanged the error is 0.0.* pictures in BGR"]),

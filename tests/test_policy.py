@@ -58,10 +58,7 @@ WRONG = [
     (with_image(np.zeros((3, 48, 64), np.uint8)), r"camera2 is uint8 \(3, 48, 64\)"),
     (with_image(np.zeros((64, 64, 3), np.uint8)), "camera2 is 64x64, in training it was 64x48: another aspect"),
     (observation(images=None), "images of ...*camera1 is missing"),
-    (
-        observation(images=[with_image(0)["images"]["camera1"]]),
-        "images of a list, not of a dict, .* camera1 is missing",
-    ),
+    (observation(images=[with_image(0)["images"]["camera1"]]), "images of a list, not of a dict, .* camera1 is miss"),
     (observation(images=with_image(0)["images"]["camera1"]), "images of a ndarray, not of a dict"),
     (observation(instruction=7), "instruction is 7, the policy needs a text, e.g. 'insert'"),
     (observation(state=[0.0, 0.0, 0.0]), r"state has shape \(3,\), the policy needs x \(mm\), y \(mm\)"),
@@ -154,23 +151,17 @@ def test_partners_by_hand():
 
 # ---- every script: a policy directory in a fresh process -------------------------------------------------------------
 
+ALL = dict(val_samples=99, val_decode_samples=99, learning_rate=1e-2, steps=20, val_frequency=20)
 # the method that validation predicts with, what makes the last step validate all frames, and the policy's directory
 LAST = {
     "async": ("decode", dict(epochs=1, steps=None), lambda out: out / "qwen_vla_async_best.pt"),
     "diffusion": ("decode", dict(epochs=1, steps=None, predict_draws=2), lambda out: out / "diffusion_stage1_best.pt"),
-    "nora": (
-        "decode",
-        dict(val_samples=99, val_decode_samples=99, learning_rate=1e-2, steps=20, val_frequency=20),
-        lambda out: newest("steps_*")(out) / "model",
-    ),
+    "nora": ("decode", ALL, lambda out: newest("steps_*")(out) / "model"),
     "smolvla": ("decode", {}, lambda out: out / "checkpoints/final_hf"),
     "openvla": ("answer", dict(samples="first", val_samples=99), lambda out: next(out.glob("*/meta.json")).parent),
-    "mobile": (
-        "rollout",
-        dict(trainer__max_epochs=1, steps=0, label_offset=0),
-        lambda out: out / "checkpoints/last.ckpt",
-    ),
 }
+OVER = dict(trainer__max_epochs=1, steps=0, label_offset=0)
+LAST["mobile"] = ("rollout", OVER, lambda out: out / "checkpoints/last.ckpt")
 FRESH = """
 import importlib, pickle, sys, numpy as np
 script, policy, jobs, answers = sys.argv[1:]
@@ -195,11 +186,8 @@ pickle.dump(found, open(answers, "wb"))
 
 def watched(recipe, method, monkeypatch):
     """-> [policy of the last validation, what it predicted then (rows as bytes), the noises of its batches]"""
-    seen, script, real = (
-        [None, set(), []],
-        recipe.script,
-        (recipe.script.validate, getattr(recipe.script.Policy, method)),
-    )
+    seen, script = [None, set(), []], recipe.script
+    real = script.validate, getattr(script.Policy, method)
 
     def predict(policy, *args):
         out = real[1](policy, *args)

@@ -23,9 +23,8 @@ def launch(tmp_path):
         env = {k: v for k, v in os.environ.items() if k != "NUM_GPUS"} | dict(PYTHON=str(python)) | environment
         link = elsewhere / script
         link.is_symlink() or link.symlink_to(ROOT / "shells" / script)
-        done = subprocess.run(
-            ["sh", script, *arguments], cwd=elsewhere, env=env, capture_output=True, text=True, timeout=60
-        )
+        how = dict(cwd=elsewhere, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["sh", script, *arguments], **how)
         return json.loads(done.stdout or "null"), done.stderr, done.returncode
 
     return call
