@@ -2,6 +2,7 @@
 an operation that brings them together with others fails as it would there."""
 
 import functools
+import gc
 import sys
 import time
 import weakref
@@ -152,6 +153,7 @@ def test_on_a_card(name, tmp_path_factory, tmp_path, card):
     plan.put(more, dict(gradient_checkpointing=True))
     script.main(recipe.config(tmp_path, steps=2))
     script.main(more)
+    gc.collect()  # of what is over
     before = len(card.there)
     policy = script.load_policy(recipe.newest(tmp_path), CARD)
     seen = next(iter(policy.open_episodes(recipe.data())))["sample"](0)
