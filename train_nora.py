@@ -404,9 +404,19 @@ class Nora(nn.Module):
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
         seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
         most = 2 * count + 1  # a coefficient takes at most two tokens; FSDP's ranks decode apart: see fsdp.gathered
-        out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule], synced_gpus=False)
+        with self.vlm.lm_head.register_forward_hook(self.sharpen):
+            out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule], synced_gpus=False)
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
+
+    def sharpen(self, head, hidden, logits):
+        """Hook of the head -> its logits with those of actions computed in fp32: in bf16 neighbouring coefficients tie,
+        and argmax, which takes the first, would always answer the smaller one."""
+        logits, first = logits.float(), self.processor.first_action
+        rows = slice(first, first + NUM_ACTION_TOKENS)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits[..., rows] = F.linear(hidden[0].float(), head.weight[rows].float())
+        return logits
 
     def forward(self, batch, *decode):
         return self.generate(batch, *decode) if decode else self.compute_loss(batch)
@@ -680,12 +690,12 @@ def describe_fast(data, fast, show):
 def check_data(cfg):
     """--check: read the data, build one batch, print what the model would see. Needs no weights; without a tokenizer
     the text stays unbuilt, and says so."""
-    data, processor = load_data(cfg), None
+    data, collate = load_data(cfg), None
     describe(cfg, data, print)
     try:
         fast = fit_fast(cfg, data, most=4096) if cfg.fast == "fit" else FastTokenizer.load(cfg.fast)
         describe_fast(data, fast, print)
-        processor = Processor(weights_source(cfg), data.spec)
+        collate = Collate(Processor(weights_source(cfg), data.spec), fast, data.spec.normalizer)
     except UserError as error:
         print(f"note      prompt and action tokens are not shown: {error}")
     dataset = NoraDataset(data.train, data.spec, cfg.dataset, cfg.seed)
@@ -693,13 +703,13 @@ def check_data(cfg):
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.per_device_batch_size, len(dataset)))]
     print(f"samples   {len(dataset)}; batch of {len(items)}, first: {items[0]['episode']} frame {items[0]['frame']}")
     shown = {k: np.stack([item[k] for item in items]) for k in ("images", "action", "is_pad")}
-    if processor is not None:
-        collate = Collate(processor, fast, data.spec.normalizer)
+    if collate:
         shown |= {k: v.numpy() for k, v in collate(items).items() if k not in ("images", "names")}
     for key, value in shown.items():
         low, high = value.min(), value.max()
         print(f"          {key:<14} {str(value.shape):<24} {str(value.dtype):<8} {low:.4g} .. {high:.4g}")
-    if processor is not None:
+    if collate:
+        processor = collate.processor
         print(f"prompt    {processor.text(items[0]['instruction'], items[0]['state'])!r}")
         print(f"answer    {processor.tokenizer.decode(collate.answer(items[0]['action']))}")
         plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, processor, "cpu", dtype, "sdpa")[0])
@@ -780,12 +790,10 @@ def finish(run, cfg):
 
 def main(cfg):
     if cfg.merge:
-        print(f"merged model: {merge_adapter(cfg.merge)}")
-        return
+        return print(f"merged model: {merge_adapter(cfg.merge)}")
     check_config(cfg)
     if cfg.check:
-        check_data(cfg)
-        return
+        return check_data(cfg)
 
     # ---- inputs: everything that can be wrong is found before weights are loaded
     out, cuda = Path(cfg.output_dir), torch.cuda.is_available()
@@ -800,8 +808,7 @@ def main(cfg):
     if path:
         run.restore(path, saved, data.fingerprint(), FIXED)
     if not run.plan(cfg.max_train_steps, "--max_train_steps"):
-        finish(run, cfg)
-        return
+        return finish(run, cfg)
 
     # ---- data
     if cfg.fast == "fit" and not path:

@@ -46,7 +46,7 @@ from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
 from common.frames import FrameStore, write_json
-from common.hub import load_weights, local_folder, read_tensors, stored_source, unfilled  # before transformers
+from common.hub import load_weights, local_folder, read_tensors, stored_source, unfilled, weight_digest
 from common.log import WandbConfig
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
@@ -117,8 +117,7 @@ FIXED = ("seed", "vla_path", "lora_rank", "targets_per_picture")  # what a resum
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     positive = "batch_size grad_accumulation_steps max_steps save_steps val_steps val_samples log_steps lora_rank"
-    positive += " targets_per_picture"
-    for name in positive.split():
+    for name in (positive + " targets_per_picture").split():
         require(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}: expected 1 or more")
     require(cfg.dataset_name in ("vamos", KEY), f"dataset_name is '{cfg.dataset_name}': expected vamos")
     hz = cfg.trajectory_hz
@@ -232,8 +231,7 @@ def choose_instructions(rows, column):
     goal, text = (rows.table[c].fillna("").astype(str).str.strip() for c in ("lang_goal", "text"))
     used = np.unique(rows.of)
     if column == "auto":
-        goals = goal.iloc[used]
-        goals = goals[goals != ""]
+        goals = goal.iloc[used].loc[lambda said: said != ""]
         column = "lang_goal" if len(goals) and goals.str.contains(GOAL_POINT).mean() <= 0.5 else "text"
     first, second = (goal, text) if column == "lang_goal" else (text, goal)
     rows.counts["other_column"] = int(((first == "") & (second != "")).iloc[used].sum())
@@ -325,8 +323,7 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     *_, table, gone = split_or_keep(train.marks, lambda: (train.marks, []), then if cfg.skip_bad_episodes else None)
     digest = hashlib.sha256(json.dumps([spec, trained_in(table)]).encode()).hexdigest()[:16]
     said = sorted(train.table["instruction"][np.unique(train.of)].unique())
-    spec["instructions"] = said if len(said) <= 20 else []
-    spec |= dict(picture_size=picture_size(train) if store else None)
+    spec |= dict(instructions=said if len(said) <= 20 else [], picture_size=picture_size(train) if store else None)
     return Data(train, validation, excluded + gone, spec, stats | dict(unit=spec["unit"]), names, digest, table)
 
 
@@ -429,8 +426,7 @@ def load_vla(folder, device, dtype):
     """OpenVLA with the weights of a directory, tensor by tensor: no second copy in memory, here or on the GPU."""
     from modeling_openvla import OpenVLAForActionPrediction
 
-    config, _ = read_folder(folder)
-    vla = unfilled(OpenVLAForActionPrediction._from_config, config, dtype=dtype).requires_grad_(False)
+    vla = unfilled(OpenVLAForActionPrediction._from_config, read_folder(folder)[0], dtype=dtype).requires_grad_(False)
     load_weights(vla, read_tensors(folder), folder, device=device)
     return vla.eval()
 
@@ -468,8 +464,7 @@ def build_model(cfg, folder, device, dtype):
     peft_model.peft_config["default"].base_model_name_or_path = cfg.vla_path
     if dtype == torch.bfloat16 and not cfg.use_quantization:  # autocast runs the adapters in bf16:
         for module in vla.modules():  # peft would first copy the input of each of them to fp32
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
+            module.cast_input_dtype_enabled = False
     if cfg.gradient_checkpointing or cfg.use_quantization:
         vla.enable_checkpointing()
     return peft_model
@@ -495,12 +490,9 @@ class LossModel(nn.Module):
         chosen = config.action_begin + logits[:, config.action_begin : config.action_end].argmax(1)
         last = config.n_action_bins - 2  # bins have centres 2 / (n - 1) apart; +1 shares the last one
         apart = [(config.action_end - 1 - ids).clamp(0, last) for ids in (chosen[at], wanted)]
-        return dict(
-            loss_sum=losses.sum(),
-            correct=(logits.argmax(1)[at] == wanted).sum(),
-            l1_sum=(apart[0] - apart[1]).abs().sum() * 2 / (last + 1),
-            sample_loss=torch.stack([part.mean() for part in losses.detach().split(batch["counts"])]),
-        )
+        sums = dict(loss_sum=losses.sum(), correct=(logits.argmax(1)[at] == wanted).sum())
+        sums |= dict(l1_sum=(apart[0] - apart[1]).abs().sum() * 2 / (last + 1))
+        return sums | dict(sample_loss=torch.stack([part.mean() for part in losses.detach().split(batch["counts"])]))
 
 
 class Policy:
@@ -601,6 +593,14 @@ def read_adapter(folder):
     return {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): t for name, t in tensors}
 
 
+def check_base(base, meta):
+    """-> digest of the weights in `base`, which must be those under the adapter of `meta` (an old one does not say)."""
+    digest = weight_digest(base)
+    wrong = f"{base} holds other weights than those that this adapter was trained on. Put them back, or where they have"
+    require(meta.get("digest", digest) == digest, f"{wrong} moved: --merge steps_N --vla_path DIR")
+    return digest
+
+
 def open_adapter(folder, meta, device, dtype=None, base=None):
     """-> (model under the adapter in `folder` with the adapter folded in, directory of that model). dtype None: as its
     weights are stored; base: where it is now, if no longer where it was."""
@@ -608,6 +608,7 @@ def open_adapter(folder, meta, device, dtype=None, base=None):
 
     why = f"; {folder} was trained on it. If it has moved: --merge {folder} --vla_path DIR"
     base = local_folder(base or meta["config"]["vla_path"], why=why)
+    check_base(base, meta)
     dtype = dtype or next(tensor.dtype for _, tensor in read_tensors(base))
     vla = PeftModel.from_pretrained(load_vla(base, device, dtype), folder)
     return vla.merge_and_unload().eval(), base  # computed in fp32, rounded once
@@ -629,14 +630,12 @@ def save_model(folder, vla, base, meta, stats):
     tokenizer.pop("auto_map", None)  # would lead to the hub
     config = json.loads((base / "config.json").read_text())
     config |= dict(norm_stats={KEY: stats}, auto_map=openvla.AUTO_MAP, architectures=["OpenVLAForActionPrediction"])
-    write_json(folder / "tokenizer_config.json", tokenizer | dict(tokenizer_class="LlamaTokenizer"))
     classes = dict(processor_class="PrismaticProcessor", auto_map=openvla.AUTO_MAP)
     images = openvla.read_image_settings(base) | dict(image_processor_type="PrismaticImageProcessor")
-    write_json(folder / "preprocessor_config.json", images | classes)
-    write_json(folder / "processor_config.json", classes)
-    write_json(folder / "dataset_statistics.json", {KEY: stats})
-    write_json(folder / "meta.json", meta)
-    write_json(folder / "config.json", config)
+    files = dict(tokenizer_config=tokenizer | dict(tokenizer_class="LlamaTokenizer"), processor_config=classes)
+    files |= dict(preprocessor_config=images | classes, dataset_statistics={KEY: stats}, meta=meta, config=config)
+    for name, content in files.items():
+        write_json(folder / f"{name}.json", content)
 
 
 def merge_adapter(source, target, base=None):
@@ -752,27 +751,27 @@ def check_data(cfg):
 def validate(core, policy, dataset, cfg, run):
     """-> {val_loss: per token, val_action_accuracy, val_l1_loss: in [-1, 1], val_mae_vx, val_mae_vy: of predict, in the
     data's unit, val_mae_mean_action: of answering the mean}, on samples spread evenly over the validation files;
-    val_swap_ratio: error with another row's picture / with its own, of every fourth batch"""
+    val_swap_ratio: error with another row's picture / with its own, of a quarter of them"""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int)).tolist()
     items, n, size = [dataset[(k, k)] for k in chosen], len(chosen), cfg.batch_size
     target, mean = np.concatenate([item["actions"] for item in items]), np.array(policy.stats["action"]["mean"])
     # rows with the same picture, under other instructions, are one episode
     others = partners([zlib.crc32(item["image"].tobytes()) for item in items], dataset.rows.step[chosen])
-    mine, sums, error, pairs = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros(2), np.zeros(2)
+    mine, sums, error, swapped = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros((n, 2)), 0.0
+    few = [k for k in mine if k // 8 % 4 == 0 and others is not None]  # the same ones for any number of ranks
     core.eval()
     for i in range(0, len(mine), size):
-        part = mine[i : i + size]
+        part, pairs = mine[i : i + size], few[i : i + size]
         batch = [items[k] for k in part]
         with torch.no_grad(), run.autocast():
             out = core(to_device(policy.collate(batch), run.device))
         sums += [out[name].item() for name in ("loss_sum", "correct", "l1_sum")]
-        own = np.abs(policy.answer(batch) - target[part]).sum(0)
-        error += own
-        if others is not None and i // size % 4 == 0:
-            batch = [items[k] | dict(image=items[others[k]]["image"]) for k in part]
-            pairs += np.abs(policy.answer(batch) - target[part]).sum(), own.sum()
+        error[part] = np.abs(policy.answer(batch) - target[part])
+        if pairs:
+            batch = [items[k] | dict(image=items[others[k]]["image"]) for k in pairs]
+            swapped += np.abs(policy.answer(batch) - target[pairs]).sum()
     core.train()
-    loss, correct, l1, vx, vy, swapped, same = run.sum(*sums, *error, *pairs)
+    loss, correct, l1, vx, vy, same, swapped = run.sum(*sums, *error.sum(0), error[few].sum(), swapped)
     values = dict(val_loss=loss / n / 3, val_action_accuracy=correct / n / 2, val_l1_loss=l1 / n / 2)
     values |= dict(val_mae_vx=vx / n, val_mae_vy=vy / n, val_mae_mean_action=np.abs(mean - target).mean().item())
     if others is None:
@@ -830,7 +829,8 @@ def main(cfg):
     dataset = VamosDataset(data.train, store.read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
     collate = Collate(processor, config, data.stats)
     plan.check(cfg, dataset, collate, lambda c, dtype: LossModel(build_model(c, folder, "cpu", dtype), images), run)
-    peft_model = build_model(cfg, local_folder(cfg.vla_path), run.device, torch.bfloat16 if cuda else torch.float32)
+    digest = run.once(check_base, base := local_folder(cfg.vla_path), saved)
+    peft_model = build_model(cfg, base, run.device, torch.bfloat16 if cuda else torch.float32)
     vla = peft_model.get_base_model()
     policy = Policy(vla, processor, data.stats, data.spec)
     core = LossModel(vla, images)
@@ -844,7 +844,7 @@ def main(cfg):
     size = 12 * sum(p.numel() for p in trained)  # fp32 adapter and two moments
     run.describe(vla, len(dataset), size, adapter_dir, f" (LoRA r {cfg.lora_rank} on {len(trained) // 2} layers)")
     about = dict(format_version=FORMAT, script=Path(__file__).stem, spec=data.spec, validation=data.validation_files)
-    about |= dict(fingerprint=data.fingerprint, files=data.table)
+    about |= dict(fingerprint=data.fingerprint, files=data.table, digest=digest)
     run.write("validation_episodes.txt", "".join(f"{n}\n" for n in data.validation_files))
 
     def collect():

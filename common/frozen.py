@@ -1,6 +1,7 @@
 """What a training leaves as it is, once beside its checkpoints instead of in each of them. A checkpoint says where that
 was and by which hash it is known."""
 
+import os
 from pathlib import Path
 
 from common import MissingFile, hub, require
@@ -11,19 +12,26 @@ NAME = "frozen.safetensors"
 
 def keep(run, folder, model, before=None):
     """Write the tensors of `model` that are not trained, on rank 0 -> what its checkpoints say of them ("frozen").
-    `before`: what the checkpoint says that is resumed; its file stays as it is."""
+    `before`: what the checkpoint says that is resumed; its file stays as it is. That of another run, whose checkpoints
+    may be elsewhere, stays under another name."""
     from safetensors.torch import save_file
 
     path = Path(folder) / NAME
-    there = before and run.once(lambda: path.is_file() and hub.sha256_of(path))
-    if there and there == before["sha256"]:
+    there = run.once(lambda: path.is_file() and hub.sha256_of(path))
+    if there and before and there == before["sha256"]:
         return before | dict(folder=str(path.parent.resolve()))
+    aside = path.with_stem(f"frozen_{str(there)[:16]}")
+    if there:
+        run.once(os.replace, path, aside)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     tensors = {n: t for n, t in model.state_dict().items() if n not in trained}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     written = run.save_as(path, lambda p: save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, p), size)
     require(written, f"{path} could not be written, and no checkpoint is whole without it. Free space", DiskFull)
-    return dict(folder=str(path.parent.resolve()), sha256=run.once(hub.sha256_of, path))
+    digest = run.once(hub.sha256_of, path)
+    if there == digest:
+        run.once(aside.unlink)
+    return dict(folder=str(path.parent.resolve()), sha256=digest)
 
 
 def place(state):
@@ -35,10 +43,10 @@ def read(path, state):
     """Of the training behind checkpoint `path` -> {name: tensor} of what it left as it was."""
     path, wanted = Path(path), state["frozen"]["sha256"]
     folders = path.parent, path.parent.parent, place(state).parent  # a checkpoint may be set aside, or moved
-    there = [folder / NAME for folder in folders if (folder / NAME).is_file()]
+    there = sum((sorted(folder.glob("frozen*.safetensors")) for folder in folders), [])
     needs = f"{path} holds what was trained, the other weights are in {place(state)}"
     how = f"Put it beside the checkpoint: {NAME}, sha256 {wanted[:16]}...; an export (best_hf, final_hf) is whole"
     require(there, f"{needs}, which is gone. {how}", MissingFile)
-    same = [file for file in there if hub.sha256_of(file) == wanted]
+    same = next((file for file in there if hub.sha256_of(file) == wanted), None)
     require(same, f"{needs}; {there[0]} is another file. {how}")
-    return dict(hub.read_tensors(same[0]))
+    return dict(hub.read_tensors(same))

@@ -165,7 +165,11 @@ def content_facts(path, known=None):
     """-> [bytes, mtime_ns, sha256] of a file; where size and time are those in `known` it is not read again."""
     about = os.stat(path)
     facts = [about.st_size, about.st_mtime_ns]
-    return known if known and known[:2] == facts else [*facts, sha256_of(path)]
+    if known and known[:2] == facts:
+        return known
+    if facts[0] > 2**31:
+        print(f"checksum  of {path} ({facts[0] / 1e9:.0f} GB), once", flush=True)
+    return [*facts, sha256_of(path)]
 
 
 def sha256_of(path):

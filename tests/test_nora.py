@@ -333,6 +333,19 @@ def test_decoding_cannot_leave_the_format_and_is_greedy(tmp_path, parts):
         assert (remaining, open_) == (0, 0)
 
 
+def test_tokens_that_tie_in_bf16_are_told_apart(base, parts):
+    core, fast = build(config(base), parts.spec).bfloat16(), parts.fast
+    whole = fast.valid & (fast.lead == 0) & (fast.tail == 0) & (fast.starts == 1)
+    rows, best = core.vlm.lm_head.weight.data[parts.processor.first_action :], np.flatnonzero(whole)[7]
+    rows[:] = 1
+    rows[best, 0] += 2**-7
+    core.vlm.model.language_model.norm.register_forward_hook(lambda norm, x, out: torch.ones_like(out))
+    item, expected = items_of(parts, [0])[0], parts.spec.normalizer.unnormalize(fast.decode([best] * 18, 3, 6))
+    prompt = parts.processor.ids(item["instruction"])
+    answer = nora.Policy(core, fast, parts.spec).decode(item["images"][None], [prompt])[0][0]
+    np.testing.assert_array_equal(answer, expected)
+
+
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
 

@@ -495,6 +495,15 @@ def test_validation_tells_a_model_that_looks_from_one_that_does_not(make, tmp_pa
     sees = lambda item: np.float32([item["image"].mean() / 10 + 0.2, 1])  # noqa: E731
     ratio = openvla.validate(core, Answers(policy, sees), dataset, cfg, run)["val_swap_ratio"]
     assert ratio > 2 and "does not look" not in capsys.readouterr().out
+
+    def summed(world):
+        sums = []
+        for rank in range(world):
+            part = SimpleNamespace(**vars(run) | dict(rank=rank, world=world, sum=lambda *x: sums.append(x) or x))
+            openvla.validate(core, Answers(policy, sees), dataset, dataclasses.replace(cfg, batch_size=4), part)
+        return np.sum(sums, axis=0)
+
+    np.testing.assert_allclose(summed(2), summed(1), rtol=1e-5)  # whatever the ranks, the same samples are swapped
     blind = lambda item: np.float32([3.6, 1])  # noqa: E731
     values = openvla.validate(core, Answers(policy, blind), dataset, cfg, run)
     assert values["val_swap_ratio"] == pytest.approx(1) and values["val_mae_vx"] == pytest.approx(2, abs=0.1)
@@ -634,9 +643,14 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(trained, base_dir, tmp_p
     meta = json.loads((source / "meta.json").read_text())
     meta["config"]["vla_path"] = "gone"
     (source / "meta.json").write_text(json.dumps(meta))
+    by_hand = openvla.Config(merge=str(source), vla_path=str(base), run_root_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"{base} holds other weights than those that this adapter was trained on"):
+        openvla.main(by_hand)
+    del meta["digest"]  # as before it was kept
+    (source / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=f"'gone' is neither .*--merge {source} --vla_path DIR"):
         openvla.load_policy(source, "cpu")
-    openvla.main(openvla.Config(merge=str(source), vla_path=str(base), run_root_dir=str(tmp_path)))
+    openvla.main(by_hand)
     merged = next(tmp_path.glob("gone+*--4_chkpt"))
     weight = dict(openvla.read_tensors(base))[f"{name}.weight"].float()
     a, b = (openvla.read_adapter(source)[f"{name}.lora_{part}.default.weight"] for part in "AB")

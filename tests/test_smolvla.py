@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import compute_stats
 import make_demo
 import train_smolvla_sim as smolvla
-from common import UserError
+from common import UserError, frozen
 from common.config import parse_config
 from common.log import read_metrics
 from common.run import Run
@@ -317,6 +317,15 @@ def test_a_checkpoint_stands_on_one_file_of_what_is_frozen(make, tmp_path, vlm_d
     before = (folder / "frozen.safetensors").stat().st_mtime_ns
     again, _ = train(make(steps=4, resume="auto"))
     assert (folder / "frozen.safetensors").stat().st_mtime_ns == before and again["frozen"] == state["frozen"]
+
+
+def test_a_new_run_keeps_what_checkpoints_that_were_moved_away_stand_on(tmp_path):
+    run = SimpleNamespace(once=lambda act, *args: act(*args), save_as=lambda path, write, _: (write(path), True)[1])
+    one, two = (torch.nn.Linear(2, 2).requires_grad_(False) for _ in range(2))
+    kept = [(model, frozen.keep(run, tmp_path, model)) for model in (one, one, two)]
+    assert kept[0][1] == kept[1][1] and len(list(tmp_path.iterdir())) == 2
+    for model, about in kept:
+        assert torch.equal(frozen.read(tmp_path / "away/x.pt", dict(frozen=about))["weight"], model.weight)
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
