@@ -45,7 +45,8 @@ def atomic_path(final):
     _remove(temporary)
     try:
         yield temporary
-        umask = _umask()
+        # os.umask would set it, also for what other threads write just then
+        umask = int(re.search(r"Umask:\s*(\d+)", Path("/proc/self/status").read_text())[1], 8)
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             if path.is_file():  # safetensors makes files that only their owner may read, and labs share a disk
                 with contextlib.suppress(PermissionError):  # FAT has no modes
@@ -71,11 +72,6 @@ def atomic_path(final):
 def _beside(final, old=""):
     """The temporary name for `final`: unique among the processes and machines that share a disk."""
     return final.parent / f"{TEMPORARY}{os.getpid()}@{socket.gethostname()}~{old}{final.name}"
-
-
-def _umask():
-    """The process's file mode mask; os.umask would set it, also for what other threads write just then."""
-    return int(re.search(r"Umask:\s*(\d+)", Path("/proc/self/status").read_text())[1], 8)
 
 
 def _disk_is_full(error, folder):

@@ -1,11 +1,10 @@
 """What a training leaves as it is, once beside its checkpoints instead of in each of them. A checkpoint says where that
 was and by which hash it is known."""
 
-import os
 from pathlib import Path
 
 from common import MissingFile, hub, require
-from common.checkpoint import DiskFull
+from common.checkpoint import DiskFull, link
 
 NAME = "frozen.safetensors"
 
@@ -18,11 +17,10 @@ def keep(run, folder, model, before=None):
 
     path = Path(folder) / NAME
     there = run.once(lambda: path.is_file() and hub.sha256_of(path))
-    if there and before and there == before["sha256"]:
+    if before and there == before["sha256"]:
         return before | dict(folder=str(path.parent.resolve()))
-    aside = path.with_stem(f"frozen_{str(there)[:16]}")
     if there:
-        run.once(os.replace, path, aside)
+        run.once(link, path, aside := path.with_stem(f"frozen_{there[:16]}"))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     tensors = {n: t for n, t in model.state_dict().items() if n not in trained}
     size = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -15,9 +15,8 @@ def shard_layers(model, layers, bf16, autocast):
     """Split `layers`, and the rest of the model, over the ranks; -> the model, with `autocast` in its forward."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, like the others here
 
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # targets stay what they are; autocast does the rest
-    if bf16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    kinds = (torch.bfloat16, torch.float32) if bf16 else ()
+    policy = MixedPrecisionPolicy(*kinds, cast_forward_inputs=False)  # targets stay as they are, autocast does the rest
     for module in [*layers, model]:
         fully_shard(module, mp_policy=policy)
     model.forward = autocast(model.forward)

@@ -165,15 +165,13 @@ def content_facts(path, known=None):
     """-> [bytes, mtime_ns, sha256] of a file; where size and time are those in `known` it is not read again."""
     about = os.stat(path)
     facts = [about.st_size, about.st_mtime_ns]
-    if known and known[:2] == facts:
-        return known
-    if facts[0] > 2**31:
-        print(f"checksum  of {path} ({facts[0] / 1e9:.0f} GB), once", flush=True)
-    return [*facts, sha256_of(path)]
+    return known if known and known[:2] == facts else [*facts, sha256_of(path)]
 
 
 def sha256_of(path):
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), os.path.getsize(path) / 1e9
+    if size > 2:
+        print(f"checksum  of {path}, {size:.0f} GB: this takes a while", flush=True)
     with open(path, "rb") as file:
         while block := file.read(2**24):
             digest.update(block)

@@ -26,8 +26,6 @@ class GlobalOrder:
     """index(position) over endless epochs of `n` samples."""
 
     def __init__(self, n, seed, weights=None):
-        if n < 1:
-            raise ValueError("the data set has no samples")
         self.n, self.seed, self.weights, self._epoch, self._order = n, seed, weights, None, None
 
     def index(self, position):

@@ -1,12 +1,10 @@
 """The global sample order: a pure function of (seed, position), whatever the ranks, micro-batches and restarts."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.sampler import GlobalOrder, RankBatches, epoch_order, generator_at, torch_seed_at
-
 
 few = st.integers(1, 4)
 
@@ -35,16 +33,6 @@ def test_all_ranks_and_micro_batches_are_one_stream(n, seed, world, batch, accum
         first = start + step * size
         assert sorted(p for p, _ in pairs) == list(range(first, first + size)), "every position exactly once"
         assert all(i == truth(n, seed, p, weights) for p, i in pairs)
-
-
-@given(st.integers(1, 30), few, few, few, st.integers(0, 8), few, st.integers(0, 40))
-def test_a_resumed_sampler_continues(n, world, batch, accumulation, done, more, start):
-    """Also across the end of an epoch, and with an order object that is new."""
-    at = start + done * world * batch * accumulation
-    for rank in range(world):
-        whole = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, start, done + more))
-        resumed = list(RankBatches(GlobalOrder(n, 7), batch, accumulation, rank, world, at, more))
-        assert whole[done * accumulation :] == resumed
 
 
 @given(st.integers(1, 200), st.integers(0, 2**63), st.integers(0, 10**9))
@@ -82,11 +70,6 @@ def test_weighted_groups_are_right_within_one_percent():
     assert set(np.concatenate([epoch_order(1000, 5, e, weights) for e in range(12)])) == set(range(1000))
     assert np.abs(np.diff(order)).mean() > 100, "shuffled, not sorted by group"
     assert sorted(epoch_order(40, 3, 1, np.full(40, 0.1))) == list(range(40)), "equal weights: a permutation"
-
-
-def test_an_empty_data_set_is_refused():
-    with pytest.raises(ValueError, match="no samples"):
-        GlobalOrder(0, 1)
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
