@@ -490,6 +490,16 @@ def test_lora_trains_the_adapter_and_the_action_rows_and_merges(tmp_path, base, 
     assert (step / "merged/policy.json").is_file(), "a finished run writes the export that is missing"
 
 
+def test_a_merge_keeps_the_dtype_of_the_base(tmp_path, base, qwen_dir):
+    """bf16 as published: in fp32 it would take twice the memory of the host."""
+    half = shutil.copytree(qwen_dir, tmp_path / "half")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(half / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    run(base, *LORA, "--model", half, "--output_dir", tmp_path / "run", "--max_steps", 1)
+    merged = load_file(tmp_path / "run/steps_1/merged/model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+
 def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, parts, monkeypatch):
     """--load_model_weights is what the model is read from: by training, its resume, its checkpoint and its merge."""
     run(base, "--output_dir", tmp_path / "first", "--max_steps", 4, "--lr", 3e-2)
