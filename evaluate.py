@@ -519,9 +519,9 @@ def run_one(cfg, given):
     about = read_about(checkpoint)
     names = cfg.episodes or about.get("validation") or ["all"]
     unknown = "the checkpoint names no validation episodes: training episodes may be among them"
-    which = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
-    through = f"environment: {cfg.closed_loop}" if cfg.closed_loop else f"episodes: {', '.join(cfg.episodes) or which}"
-    print(f"checkpoint: {checkpoint}, of {about['script']}.py\n{through}")
+    held_out = unknown if names == ["all"] else f"{len(names)} validation episodes of the checkpoint"
+    what, which = "environment" if cfg.closed_loop else "episodes", cfg.closed_loop or cfg.replay
+    print(f"checkpoint: {checkpoint}, of {about['script']}.py\n{what}: {which or ', '.join(cfg.episodes) or held_out}")
     policy = importlib.import_module(about["script"]).load_policy(checkpoint, cfg.device)
     known, folder = dict(checkpoint=str(checkpoint), script=about["script"]), output_folder(cfg, given)
     if not cfg.closed_loop:

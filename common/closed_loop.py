@@ -163,11 +163,11 @@ def wilson(successes, count, z=1.96):
 
 def summarise(runs):
     """-> {success: how many, scenes, interval, and of what else success() said: medians, counts of true}. A number that
-    a scene does not have (None) is left out of the median; without any it is None."""
+    a scene does not have (None, NaN) is left out of the median; without any it is None."""
     successes = sum(bool(run["success"]) for run in runs)
     report = dict(success=successes, scenes=len(runs), interval=[float(v) for v in wilson(successes, len(runs))])
     for key in (key for key in runs[0] if key not in ("seed", "success", "actions", "seconds")):
-        values = [run[key] for run in runs if run.get(key) is not None]
+        values = [run[key] for run in runs if str(run.get(key)) not in ("None", "nan")]
         if values and all(isinstance(v, (bool, np.bool_)) for v in values):
             report[key] = int(sum(values))
         elif all(isinstance(v, (int, float, np.number)) for v in values):
@@ -204,6 +204,9 @@ def film(make_scene, run, count):
         if step in moments:
             images = seen["images"] if scene.looking else [scene.picture()]
             views = list(images.values()) if isinstance(images, dict) else images[-1:]
+            for view in map(np.asarray, views):
+                wrong = f"{type(scene).__name__} gives a picture of {view.dtype} {view.shape}"
+                require(view.dtype == np.uint8 and view.shape[2:] == (3,), f"{wrong}; expected uint8 (h, w, 3)")
             tall = max(map(len, views))  # cameras may differ in size
             views = [np.pad(view, ((0, tall - len(view)), (0, 0), (0, 0))) for view in views]
             pictures.append((step, np.concatenate(views, axis=1)))

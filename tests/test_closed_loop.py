@@ -33,8 +33,8 @@ class Line:
         return self.observe(), self.frame == 10
 
     def success(self):
-        away = abs(self.goal - self.x)
-        return dict(success=np.less(away, 0.3), distance_mm=np.float32(away), late=self.frame > 5, missing=None)
+        away, gone = abs(self.goal - self.x), np.nan if self.goal == 2 else 7.0
+        return dict(success=np.less(away, 0.3), distance_mm=np.float32(away), late=self.frame > 5, gone=gone, no=None)
 
     def expert(self):
         return np.array([np.clip(self.goal - self.x, -1, 1)])
@@ -109,7 +109,7 @@ def test_the_policy_beside_its_baselines():
     reports = {who: closed_loop.summarise(runs) for who, runs in found.items()}
     assert {who: r["success"] for who, r in reports.items()} == dict(policy=3, expert=3, replay=0) | {"hold still": 0}
     assert reports["hold still"]["distance_mm"] == 3 and reports["replay"]["distance_mm"] == pytest.approx(1)
-    assert reports["policy"]["late"] == 3 and reports["policy"]["missing"] is None
+    assert [reports["policy"][key] for key in ("late", "gone", "no")] == [3, 7, None]
     assert set(walker.calls) == {2, 1} and walker.resets == 1
     assert closed_loop.summarise(compare(Walker(1.0), Line, [0], 2)["policy"])["success"] == 0
     with pytest.raises(UserError, match=r"actions are in \['m'\], the environment takes \['mm'\]"):
@@ -191,6 +191,8 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     pictures, same = closed_loop.film(Line, run, 3)
     assert [step for step, _ in pictures] == [0, 5, 10] and [p[0, 0, 0] for _, p in pictures] == [0, 100, 200] and same
     assert not closed_loop.film(Line, run | dict(success=True), 3)[1]
+    with pytest.raises(UserError, match=r"Gray gives a picture of float64 \(4, 6\); expected uint8 \(h, w, 3\)"):
+        closed_loop.film(type("Gray", (Line,), dict(picture=lambda _: np.zeros((4, 6)))), run, 3)
 
 
 # ---- needle insertion ------------------------------------------------------------------------------------------------
