@@ -108,16 +108,11 @@ def load_data(cfg, run=None, saved=None, optional=()):
         stats = run.once(all_stats, train, features, cfg) if run else all_stats(train, features, cfg)
     require(not all(stats["action"]["constant"]), "no action dimension moves in the training sessions")
     sizes = {view: {s.image_size(view) for s in train} for view in views}
-    about = dict(
-        stats=stats,
-        recipe=features.recipe,
-        vl_shape=list(features.shape),
-        sensor_hz=float(np.median([s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ])),
-        oldest_image_s=float(ages.max()) + (max(late) - min(late)) / ss.ACTION_HZ,
-        instructions=sorted({s.instruction for s in train}),
-        image_sizes={view: list(*known) if len(known) == 1 else None for view, known in sizes.items()},
-        fingerprint=fingerprint,
-    )
+    about = dict(stats=stats, recipe=features.recipe, vl_shape=list(features.shape), fingerprint=fingerprint)
+    about["sensor_hz"] = float(np.median([s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ]))
+    about["oldest_image_s"] = float(ages.max()) + (max(late) - min(late)) / ss.ACTION_HZ
+    about["instructions"] = sorted({s.instruction for s in train})
+    about["image_sizes"] = {view: list(*known) if len(known) == 1 else None for view, known in sizes.items()}
     return Data(train, validation, features, about)
 
 

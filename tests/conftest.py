@@ -18,14 +18,9 @@ import make_demo
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 # the same examples on every run: a red test stays red until the code changes
-hypothesis.settings.register_profile(
-    "repeatable",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    max_examples=60,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
+how = dict(deadline=None, derandomize=True, database=None, max_examples=60)
+how["suppress_health_check"] = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+hypothesis.settings.register_profile("repeatable", **how)
 hypothesis.settings.load_profile("repeatable")
 
 

@@ -43,15 +43,10 @@ def small_model():
 
 def small_batch(B=3, W=20):
     g = torch.Generator().manual_seed(0)
-    return dict(
-        vl_features=torch.randn(B, 1, 12, generator=g),
-        age=torch.tensor([0.0, 0.2, 0.4][:B]),
-        sensor=torch.randn(B, W, 1026, generator=g),
-        sensor_length=torch.tensor([W, 7, 0][:B]),
-        actions=torch.rand(B, 8, 7, generator=g) * 2 - 1,
-        action_mask=torch.ones(B, 8, dtype=torch.bool),
-        weight=torch.tensor([2.0, 2.0, 1.0][:B]),
-    )
+    batch = dict(vl_features=torch.randn(B, 1, 12, generator=g), age=torch.tensor([0.0, 0.2, 0.4][:B]))
+    batch |= dict(sensor=torch.randn(B, W, 1026, generator=g), sensor_length=torch.tensor([W, 7, 0][:B]))
+    batch |= dict(actions=torch.rand(B, 8, 7, generator=g) * 2 - 1, action_mask=torch.ones(B, 8, dtype=torch.bool))
+    return batch | dict(weight=torch.tensor([2.0, 2.0, 1.0][:B]))
 
 
 def test_real_size():

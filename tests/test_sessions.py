@@ -25,19 +25,12 @@ EPOCH = 1761551500.0
 def content(n=12, segments=None, images=(), sensor=0, sensor_hz=650.0):
     """A data.pkl's dict: n steps of 0.1 s, View1 images at the seconds `images`, `sensor` rows at 650 Hz."""
     t = EPOCH + 0.1 * np.arange(n)
-    data = dict(
-        action=np.arange(7 * n, dtype=np.float32).reshape(n, 7),
-        action_timestamps=t,
-        action_end_timestamps=t + 0.1,
-        segment_id=np.asarray(np.zeros(n) if segments is None else segments, np.int32),
-        robot_state=np.zeros((n, 12), np.float32),
-        image={"View1_left": [f"View1/left/a_{i}.jpg" for i in range(len(images))]},
-        image_timestamps={"View1_left": EPOCH + np.array(images, float)},
-        image_size={"View1_left": [8, 8]},
-        sensor_data=None,
-        instruction="go",
-        metadata=dict(sources=[], action_hz=10.0),
-    )
+    data = dict(action=np.arange(7 * n, dtype=np.float32).reshape(n, 7), action_timestamps=t)
+    data |= dict(action_end_timestamps=t + 0.1, robot_state=np.zeros((n, 12), np.float32))
+    data["segment_id"] = np.asarray(np.zeros(n) if segments is None else segments, np.int32)
+    data["image"] = {"View1_left": [f"View1/left/a_{i}.jpg" for i in range(len(images))]}
+    data |= dict(image_timestamps={"View1_left": EPOCH + np.array(images, float)}, image_size={"View1_left": [8, 8]})
+    data |= dict(sensor_data=None, instruction="go", metadata=dict(sources=[], action_hz=10.0))
     if sensor:
         stream = dict(file=ss.SENSOR_FILE, timestamps=EPOCH + np.arange(sensor) / sensor_hz, rate_hz=sensor_hz)
         stream |= dict(channels=1026, dtype="float32", mean=np.zeros(1026), std=np.ones(1026))
