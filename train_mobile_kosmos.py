@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import MissingFile, plan, require
 from common import checkpoint as ckpt
@@ -54,7 +53,7 @@ from common import episodes as ep
 from common.config import config_from
 from common.frames import FrameStore
 from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
-from common.log import WandbConfig
+from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch
 from common.sampler import GlobalOrder
@@ -241,7 +240,7 @@ def load_episodes(d, names=None, say=print):
     how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
     require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
     episodes, paths = [], paths if names is None else [found[name] for name in names]
-    for path in tqdm(paths, desc="reading episodes", unit="file", disable=None, leave=False):
+    for path in progress(paths, "reading episodes", "file"):
         try:
             episodes.append(read_episode(path, d))
         except ep.BadEpisode as error:
@@ -782,7 +781,7 @@ def validate(policy, dataset, blind, run):
     texts = sorted({e.instruction for e in dataset.episodes})
     others = partners([e.name for e in dataset.episodes], [texts.index(e.instruction) for e in dataset.episodes])
     policy.model.eval()
-    for k, e in list(enumerate(dataset.episodes))[run.rank :: run.world]:
+    for k, e in progress([*enumerate(dataset.episodes)][run.rank :: run.world], "validation", "episode"):
         rgb = dataset.pictures(e, np.arange(e.num_frames))
         after = np.arange(e.num_frames)[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset  # (T, N)
         actions = policy.normalizer.normalize(e.actions)

@@ -39,7 +39,7 @@ from common import episodes as ep
 from common import qwen_vl as qwen
 from common.fast import ActionsOnly, FastTokenizer
 from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
-from common.log import WandbConfig
+from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
@@ -735,7 +735,7 @@ def validate(policy, dataset, collate, cfg, run):
     swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors of few: own, each camera swapped
     model.eval()
     with fsdp.gathered(model):
-        for first in range(run.rank * size, len(pick), run.world * size):
+        for first in progress(range(run.rank * size, len(pick), run.world * size), "validation", "batch"):
             mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, place in swaps)
             items = [dataset[(0, pick[i])] for i in mine]
             batch = collate(items)

@@ -47,7 +47,7 @@ from common.config import config_from
 from common.episodes import split_or_keep, trained_in
 from common.frames import FrameStore, write_json
 from common.hub import load_weights, local_folder, read_tensors, stored_source, unfilled, weight_digest
-from common.log import WandbConfig
+from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
@@ -760,7 +760,7 @@ def validate(core, policy, dataset, cfg, run):
     mine, sums, error, swapped = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros((n, 2)), 0.0
     few = [k for k in mine if k // 8 % 4 == 0 and others is not None]  # the same ones for any number of ranks
     core.eval()
-    for i in range(0, len(mine), size):
+    for i in progress(range(0, len(mine), size), "validation", "batch"):
         part, pairs = mine[i : i + size], few[i : i + size]
         batch = [items[k] for k in part]
         with torch.no_grad(), run.autocast():

@@ -995,7 +995,7 @@ def validate(core, policy, dataset, cfg, run):
     sums, errors = np.zeros(5), np.zeros(len(names))  # flow, real, temporal, steps, pairs | error per dim
     core.eval()
     mine = chosen[run.rank :: run.world]
-    for i in range(0, len(mine), size):
+    for i in log.progress(range(0, len(mine), size), "validation", "batch"):
         items = [dataset[(k, k)] for k in mine[i : i + size]]
         batch, real = policy.collate(items), ~np.stack([item["is_pad"] for item in items])
         with torch.no_grad(), run.autocast():

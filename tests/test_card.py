@@ -3,6 +3,7 @@ an operation that brings them together with others fails as it would there."""
 
 import functools
 import gc
+import io
 import sys
 import time
 import weakref
@@ -145,9 +146,12 @@ def card(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("name", RECIPES)
-def test_on_a_card(name, tmp_path_factory, tmp_path, card):
-    """Training, validation, saving, going on, and the policy on the robot keep every tensor where it belongs."""
-    recipe = RECIPES[name]
+def test_on_a_card(name, tmp_path_factory, tmp_path, card, monkeypatch):
+    """Training, validation, saving, going on, and the policy on the robot keep every tensor where it belongs; and a
+    terminal sees how far a validation is."""
+    recipe, terminal = RECIPES[name], io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
     recipe.written = recipe.written or recipe.write(tmp_path_factory.mktemp(name))
     script, more = recipe.script, recipe.config(tmp_path, steps=4, resume="auto")
     plan.put(more, dict(gradient_checkpointing=True))
@@ -155,6 +159,7 @@ def test_on_a_card(name, tmp_path_factory, tmp_path, card):
     script.main(more)
     gc.collect()  # of what is over
     before = len(card.there)
+    assert "validation:   0%" in terminal.getvalue()
     policy = script.load_policy(recipe.newest(tmp_path), CARD)
     seen = next(iter(policy.open_episodes(recipe.data())))["sample"](0)
     assert len(card.there) > before
