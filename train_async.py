@@ -238,6 +238,8 @@ class AsyncVLA(nn.Module):
 class Policy(SessionPolicy):
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
+    dataset_class, collate_class = SessionDataset, Collate
+
     def predict(self, observations):
         """list of observations (see SessionPolicy.inputs) -> (B, H, 7) float32: pose deltas in mm and degrees, 100 ms
         each, and the constant gripper."""
@@ -332,7 +334,7 @@ def validate(core, policy, dataset, run):
 def main(cfg):
     check_config(cfg)
     if cfg.check:
-        return check_data(cfg, SessionDataset, WEIGHTS, build_model)
+        return check_data(cfg, Policy, WEIGHTS, build_model)
 
     # ---- inputs: everything that can be wrong is found before weights are made
     folder = Path(cfg.checkpoint_dir)

@@ -321,6 +321,8 @@ class DiffusionVLA(nn.Module):
 class Policy(SessionPolicy):
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
+    dataset_class, collate_class = SessionDataset, Collate
+
     def reset(self, seed=0):
         """The noise of the calls that follow begins anew: the same calls then give the same actions."""
         self.generator = torch.Generator().manual_seed(seed)
@@ -414,7 +416,7 @@ def validate(core, policy, dataset, run):
 def main(cfg):
     check_config(cfg)
     if cfg.check:
-        return check_data(cfg, SessionDataset, WEIGHTS, build_model)
+        return check_data(cfg, Policy, WEIGHTS, build_model)
 
     # ---- inputs: everything that can be wrong is found before weights are made
     folder = Path(cfg.checkpoint_dir)

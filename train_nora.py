@@ -68,7 +68,7 @@ class DatasetConfig:
     use_qpos: bool = False  # with state_in_prompt: the state contains qpos, before ee_pose
     state_noise: float = 0.0  # std of Gaussian noise on the training's state, of half its range
     state_dropout: float = 0.0  # chance that a training prompt has no state
-    num_val_episodes: int = 0  # the last N files of the sorted list are held out
+    num_val_episodes: int = 0  # the last N files by name are held out
     normalization_stats_path: str | None = None  # file of compute_stats.py; null: from the training episodes
     frame_store: str | None = None  # folder on a local disk: decode and resize every picture once, read it from there
     skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
@@ -677,6 +677,8 @@ def describe(cfg, data, show):
     show(f"state     {' and '.join(spec.state_keys) + ', in the prompt' if spec.state_keys else unseen}")
     if d.camera_dropout_prob and d.min_cameras == len(spec.cameras):
         show(f"note      camera_dropout_prob has no effect: min_cameras keeps all of {list(spec.cameras)}")
+    if (warmup := cfg.num_warmup_steps) >= cfg.max_train_steps:
+        show(f"note      the warm-up takes {warmup} steps, the training {cfg.max_train_steps}: set --num_warmup_steps")
     for doubt in ep.doubts(data.train, action):
         show(f"warning   {doubt}")
 

@@ -508,7 +508,7 @@ def insertion_stats(train, definition, held_out, state_keys=()):
 
 
 def hold_out(n, count, seed=None):
-    """`count` of `n` episodes for validation: the last, which are the newest, as recorders put the time into the name;
+    """`count` of `n` episodes for validation: the last by name, mostly the newest, as recorders put the time into it;
     or drawn with `seed`, as guide 2 splits. -> (training, validation), sorted indices"""
     key = "num_val_episodes" if seed is None else "validation.num_episodes"
     require(0 <= count < n, f"{key} is {count}, but there are {n} usable episodes: hold out fewer")

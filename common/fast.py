@@ -51,7 +51,7 @@ class FastTokenizer:
         except Exception as error:  # tokenizers raises nothing more specific
             how = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
             layout = "the public layout is processor_config.json with scale and min_token, and tokenizer.json"
-            raise UserError(f"FAST tokenizer '{source}', {name}: {error!r}; {layout}: {how}") from error
+            raise UserError(f"FAST tokenizer '{source}', {name}: {error}; {layout}: {how}") from error
         return cls(bpe, scale, min_token)
 
     def save(self, folder):

@@ -219,7 +219,7 @@ class Collate:
 
 class SessionPolicy:
     """What a policy on sessions does around its network; a script adds predict(observations) -> (B, H, 7) in mm and
-    degrees. `about`: Data.about, also out of a checkpoint; `vlm`: where the VLM is now, if not where it was."""
+    degrees, dataset_class and collate_class. `about`: Data.about, also out of a checkpoint; `vlm`: where the VLM is."""
 
     several_roots = True  # for open_episodes
 
@@ -228,7 +228,7 @@ class SessionPolicy:
         self.stats, self.recipe, self.instructions = (about[key] for key in ("stats", "recipe", "instructions"))
         self.sensor_hz, self.vl_shape = about["sensor_hz"], about["vl_shape"]
         self.oldest_image_s = about["oldest_image_s"]
-        self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, Collate(cfg, self.stats)
+        self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, self.collate_class(cfg, self.stats)
         rows = f"(n, {ss.CHANNELS}) raw rows (force, A-scan) up to now, newest last, or None;"
         rows += f" the newest {cfg.sensor_window_size} at {self.sensor_hz:.0f} Hz are used"
         self.contract = Contract(
@@ -310,7 +310,7 @@ class SessionPolicy:
         if features.missing:
             why = features.missing.splitlines()[0]
             print(f"features  computed now by {self.vlm or self.recipe['model']}, for in the cache {why}")
-        dataset, action = SessionDataset(chosen, features, cfg), self.stats["action"]
+        dataset, action = self.dataset_class(chosen, features, cfg), self.stats["action"]
         still = np.where(action["constant"], action["mean"], 0.0).astype(np.float32)
         for e, s in enumerate(chosen):
             items = np.flatnonzero(dataset.owner == e)
@@ -466,11 +466,11 @@ def describe(cfg, data, dataset, held_out, weights, print0):
     print0(f"text      {len(data.about['instructions'])} instruction(s), e.g. {data.about['instructions'][0]!r}")
 
 
-def check_data(cfg, dataset_class, table, build_model):
+def check_data(cfg, policy, table, build_model):
     """--check: read the data, build one batch, print what the model would see. Needs no weights; without a cache the
-    features stay unread, and it says so."""
+    features stay unread, and it says so. `policy`: a SessionPolicy class."""
     data = load_data(cfg, optional=FileNotFoundError)
-    dataset, held_out = (dataset_class(part, data.features, cfg) for part in (data.train, data.validation))
+    dataset, held_out = (policy.dataset_class(part, data.features, cfg) for part in (data.train, data.validation))
     weights = dataset.sample_weights(table, cfg.dataset_weight)
     describe(cfg, data, dataset, held_out, weights, print)
     order, missing = GlobalOrder(len(dataset), cfg.seed, weights), data.features.missing
@@ -479,7 +479,7 @@ def check_data(cfg, dataset_class, table, build_model):
     if missing:
         print(f"note      the features are not there yet: {missing}")
         items = [item | dict(images=0, vl_features=torch.zeros(0)) for item in items]
-    collate = Collate(cfg, data.about["stats"])
+    collate = policy.collate_class(cfg, data.about["stats"])
     for key, value in collate(items).items():
         if isinstance(value, torch.Tensor) and value.numel():
             dtype, low, high = str(value.dtype).removeprefix("torch."), value.min().item(), value.max().item()

@@ -603,7 +603,7 @@ def test_the_state_can_be_noisy_or_missing_in_training_only(base):
         ("--min_cameras 3", "min_cameras is 3"),
         ("--resize_resolution 224 225", "multiples of 28"),
         ("--model /no/model", "'/no/model' is neither"),
-        ("--fast /no/fast", "FAST tokenizer '/no/fast'.*--fast fit"),
+        ("--fast /no/fast", "FAST tokenizer '/no/fast', processor_config.json: '/no/fast' is.*--fast fit"),
         ("--max_steps 0", "max_train_steps is 0"),
         ("--fsdp", "fsdp needs several processes"),
         ("--fsdp --train head", "fsdp shards a full training"),
@@ -667,8 +667,10 @@ def test_what_no_policy_can_win_is_said_before_the_training(tmp_path, base, caps
 
 
 def test_settings_without_effect_are_named(base, capsys):
-    nora.main(config(base, "--check", "--camera_dropout_prob", 0.3, "--cameras", "camera1"))
-    assert "camera_dropout_prob has no effect" in capsys.readouterr().out
+    few = ["--max_steps", 9, "--num_warmup_steps", 9]
+    nora.main(config(base, "--check", "--camera_dropout_prob", 0.3, "--cameras", "camera1", *few))
+    shown = capsys.readouterr().out
+    assert "camera_dropout_prob has no effect" in shown and "the warm-up takes 9 steps, the training 9" in shown
     nora.main(config(base, "--check", "--use_ee_pose_delta_as_action", "false"))
     assert "use_ee_pose_delta_as_action: true" in capsys.readouterr().out, "yesterday's action"
 
