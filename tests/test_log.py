@@ -125,12 +125,6 @@ def test_not_logged_in_records_offline(tmp_path, fake_wandb, monkeypatch, capsys
     assert [given["mode"] for given in inits(fake_wandb)] == ["offline", "online"]
 
 
-def test_disabled_does_not_import_wandb(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    write(tmp_path, [1], wandb=WandbConfig(mode="disabled"))
-    assert "W&B" not in capsys.readouterr().out
-
-
 def test_a_resumed_run_continues_its_own_wandb_run(tmp_path, fake_wandb):
     """`resume` without the id of the first run would open a second one."""
     for folder, start in (("run", 0), ("run", 2), ("other/run", 0)):
