@@ -549,7 +549,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
 
 
 def read_exported(folder):
-    """model/ directory -> (spec, fast, policy.json as dict)."""
+    """model/ directory -> (spec, fast, policy.json as dict, with the dtype of the weights)."""
     path = Path(folder) / "policy.json"
     require(path.is_file(), f"{folder} has no policy.json: expected a steps_N directory of train_nora.py or its model/")
     about = json.loads(path.read_text())
@@ -559,19 +559,21 @@ def read_exported(folder):
     same = [stats["action"][k] for k in ("min", "max")] == [about["contract"][f"action_{k}"] for k in ("low", "high")]
     require(same, f"{path.with_name('dataset_stats.json')} is not the one of this model: policy.json has other ranges")
     values = {f.name: about[f.name] for f in dataclasses.fields(Spec) if f.name != "stats"}
-    return Spec(**values, stats=stats), FastTokenizer.load(path.with_name("fast")), about
+    fast, config = FastTokenizer.load(path.with_name("fast")), json.loads(path.with_name("config.json").read_text())
+    about["dtype"] = getattr(torch, config.get("dtype") or config["torch_dtype"])
+    return Spec(**values, stats=stats), fast, about
 
 
 def load_policy(path, device=None, dtype=None):
     """Open a checkpoint for inference: steps_N, its model/ or merged/, best, or an output_dir (its newest steps_N).
-    `dtype` None: bf16 on a GPU, else fp32."""
+    `dtype` None: on a GPU that of its training, else fp32."""
     path = Path(path)
     path = [path, *ckpt.checkpoints_in(path)][-1]
     folder = path / "model" if (path / "model").is_dir() else path
     spec, fast, about = read_exported(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    attention = qwen.pick_attention("auto", device)
+    dtype = dtype or (about["dtype"] if device.type == "cuda" else torch.float32)
+    attention = qwen.pick_attention("auto", device, dtype)
     adapter = (folder / "adapter_config.json").is_file()
     processor = Processor(open_base(folder, about) if adapter else folder, spec)
     vlm = qwen.load_backbone(processor.folder, dtype, attention, device=device)
@@ -806,7 +808,7 @@ def main(cfg):
     bf16 = cfg.mixed_precision == "bf16" or (cfg.mixed_precision == "auto" and cuda)
     dtype = torch.bfloat16 if bf16 else torch.float32
     run = Run(cfg, out, cfg.per_device_batch_size, cfg.gradient_accumulation_steps, bf16)
-    attention = qwen.pick_attention(cfg.attn_implementation, run.device)
+    attention = qwen.pick_attention(cfg.attn_implementation, run.device, dtype)
     path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], beside=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
     saved = json.loads((path / "meta.json").read_text()) if path else {}

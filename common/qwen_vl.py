@@ -64,14 +64,15 @@ def rope_positions(ids, image_token_id, grid):
     return out
 
 
-def pick_attention(choice, device):
-    """attn_implementation "auto" -> flash_attention_2 where it runs, else sdpa; flash where it does not is an error."""
+def pick_attention(choice, device, dtype):
+    """attn_implementation "auto" -> flash_attention_2 where it runs, in `dtype`, else sdpa; flash where it does not is
+    an error."""
     if choice not in ("auto", "flash_attention_2"):
         return choice
-    try:  # an installed flash_attn may be broken, or too new for the GPU
+    try:  # an installed flash_attn may be broken, or too new for the GPU, and none computes in fp32
         from flash_attn import flash_attn_func
 
-        flash_attn_func(*torch.zeros(3, 1, 16, 1, 64, dtype=torch.bfloat16, device=device))
+        flash_attn_func(*torch.zeros(3, 1, 16, 1, 64, dtype=dtype, device=device))
         return "flash_attention_2"
     except Exception as error:
         how = "Use --attn_implementation auto (sdpa where it is missing)"

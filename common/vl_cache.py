@@ -74,7 +74,7 @@ class VLEncoder:
     def vlm(self):
         """The backbone: vision tower and language model, in which every weight was found. Tensor by tensor to the
         device: the host never holds it whole."""
-        attention = qwen_vl.pick_attention("auto", self.device)
+        attention = qwen_vl.pick_attention("auto", self.device, self.compute_dtype)
         vlm = qwen_vl.load_backbone(self.folder, self.compute_dtype, attention, ["lm_head.weight"], self.device).model
         if self.layer >= 0:
             vlm.language_model.layers = vlm.language_model.layers[: self.layer]

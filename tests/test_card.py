@@ -165,6 +165,10 @@ def test_on_a_card(name, tmp_path_factory, tmp_path, card, monkeypatch):
     assert len(card.there) > before
     if name == "mobile":  # whose precision is the guide's 16-mixed
         assert {p.dtype for n, p in policy.model.backbone.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    if name == "nora":  # in the precision of its training
+        about = recipe.newest(tmp_path) / "model/config.json"
+        about.write_text(about.read_text().replace("bfloat16", "float32"))
+        assert {p.dtype for p in script.load_policy(about.parent, CARD).model.parameters()} == {torch.float32}
     assert len(policy.predict([seen, seen])) == 2 and policy.describe()["latency_ms"] > 0
     if hasattr(policy, "encode"):
         pictures = dict.fromkeys(policy.recipe["views"], np.zeros((36, 64, 3), np.uint8))

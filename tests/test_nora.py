@@ -623,16 +623,19 @@ def test_flash_attention_is_tried_before_it_is_chosen(monkeypatch, installed):
     def on_device(q, k, v):
         if installed == "raises on the device":
             raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
+        if q.dtype == torch.float32:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
 
     module = types.ModuleType("flash_attn") if installed != "absent" else None
     if installed not in ("absent", "broken"):
         module.flash_attn_func = on_device
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    picked = qwen_vl.pick_attention("auto", CPU)
+    picked = qwen_vl.pick_attention("auto", CPU, torch.bfloat16)
     assert picked == ("flash_attention_2" if installed == "works" else "sdpa")
+    assert qwen_vl.pick_attention("auto", CPU, torch.float32) == "sdpa"
     if installed == "raises on the device":
         with pytest.raises(UserError, match="Flash Attention not supported.*Ampere"):
-            qwen_vl.pick_attention("flash_attention_2", CPU)
+            qwen_vl.pick_attention("flash_attention_2", CPU, torch.bfloat16)
 
 
 def test_check_needs_no_weights_and_shows_a_batch(base, capsys, monkeypatch):
