@@ -375,8 +375,6 @@ class SmolVLADataset(ep.Chunks):
     def disturb(self, state, position):
         """State noise and state dropout: a policy that is never sure of its state looks at its pictures."""
         d, stats = self.cfg.dataset, self.spec.stats["observation.state"]
-        if not (d.state_noise or d.state_dropout):
-            return state
         rng = generator_at(self.cfg.seed, position, "state")
         noise = d.state_noise * np.asarray(stats["std"]) * rng.standard_normal(len(state))
         return np.float32(stats["mean"] if rng.random() < d.state_dropout else state + noise)
@@ -842,6 +840,7 @@ def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     about = dict(format_version=FORMAT, spec=dataclasses.asdict(spec), noise_draws=p.noise_draws) | about
+    about["bf16"] = cfg.training.use_bfloat16
     (folder / "meta.json").write_text(json.dumps(about, indent=2))
     observation = dict(example, images=dict(zip(cameras, example["images"], strict=True)))
     answer = load_policy(folder, "cpu").predict([observation], example["noise"][None])  # one draw, as LeRobot's
@@ -853,8 +852,8 @@ def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
 
 
 def read_lerobot(folder):
-    """A LeRobot policy directory -> (PolicyConfig, DataSpec). What LeRobot does not write down (the recorder's
-    camera names, what the action is) is unknown without our meta.json: predict works then, open_episodes does not."""
+    """A LeRobot policy directory -> (PolicyConfig, DataSpec, does a GPU compute in bf16). What LeRobot does not write
+    down (camera names, what the action is) is unknown without our meta.json: predict works then, open_episodes not."""
     config = lerobot.read_config(folder)
     policy = config_from(PolicyConfig, config)
     if (folder / "meta.json").is_file():
@@ -862,7 +861,7 @@ def read_lerobot(folder):
         version = about["format_version"]
         require(version == FORMAT, f"{folder}: meta.json has format_version {version}, this code reads {FORMAT}")
         policy.noise_draws = about["noise_draws"]
-        return policy, DataSpec(**about["spec"])
+        return policy, DataSpec(**about["spec"]), about.get("bf16", True)
     stats, mode = lerobot.read_statistics(folder, config)
     inputs, dim = config["input_features"], config["output_features"]["action"]["shape"][0]
     cameras = [k for k, v in inputs.items() if v["type"] == "VISUAL" and "empty_camera" not in k]
@@ -870,7 +869,7 @@ def read_lerobot(folder):
     names = [[f"action{i + 1}", ""] for i in range(dim)]
     state = [[f"state{i + 1}", ""] for i in range(inputs["observation.state"]["shape"][0])]
     rest = [None] * len(cameras), [], state, action, names, True, 0.0, [], mode, "", stats
-    return policy, DataSpec(cameras, *rest)
+    return policy, DataSpec(cameras, *rest), True
 
 
 def load_policy(path, device=None):
@@ -883,7 +882,7 @@ def load_policy(path, device=None):
         path = there[-1]
     needs = {}
     if path.is_dir():
-        policy, spec = read_lerobot(path)
+        policy, spec, bf16 = read_lerobot(path)
         name = policy.vlm_model_name
         beside = [folder for folder in (path / "vlm", path / name, path.parent / name) if folder.is_dir()]
         tensors, vlm = dict(hub.read_tensors(path)), beside[0] if beside else name
@@ -891,6 +890,7 @@ def load_policy(path, device=None):
         state = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT)
         policy, spec = config_from(PolicyConfig, state["config"]["policy"]), DataSpec(**state["spec"])
         tensors, vlm = policy_weights(path, state), policy.vlm_model_name
+        bf16 = state["config"]["training"]["use_bfloat16"]
         needs["weights that were not trained"] = frozen.place(state)
     vlm_config, tokenizer = open_vlm(vlm, f" ({path} names it)")
     if path not in Path(vlm).parents:
@@ -900,7 +900,7 @@ def load_policy(path, device=None):
         model = SmolVLA(vlm_config, policy, spec.definition.dim)
     model = model.to_empty(device=device).requires_grad_(False)
     hub.load_weights(model, tensors.items(), path)
-    return Policy(model.eval(), Collate(tokenizer, policy, spec), device.type == "cuda", needs)
+    return Policy(model.eval(), Collate(tokenizer, policy, spec), bf16 and device.type == "cuda", needs)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -165,6 +165,12 @@ def test_on_a_card(name, tmp_path_factory, tmp_path, card, monkeypatch):
     assert len(card.there) > before
     if name == "mobile":  # whose precision is the guide's 16-mixed
         assert {p.dtype for n, p in policy.model.backbone.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    if name == "smolvla":
+        assert policy.bf16
+        plan.put(more, dict(use_bfloat16=False, steps=5))
+        script.main(more)
+        for form in ("checkpoint_step_5.pt", "final_hf"):
+            assert not script.load_policy(recipe.newest(tmp_path).with_name(form), CARD).bf16
     if name == "nora":  # in the precision of its training
         about = recipe.newest(tmp_path) / "model/config.json"
         about.write_text(about.read_text().replace("bfloat16", "float32"))
