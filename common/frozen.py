@@ -11,8 +11,7 @@ NAME = "frozen.safetensors"
 
 def keep(run, folder, model, before=None):
     """Write the tensors of `model` that are not trained, on rank 0 -> what its checkpoints say of them ("frozen").
-    `before`: what the checkpoint says that is resumed; its file stays as it is. That of another run, whose checkpoints
-    may be elsewhere, stays under another name."""
+    `before`: what the checkpoint says that is resumed; its file stays as it is, another run's under another name."""
     from safetensors.torch import save_file
 
     path = Path(folder) / NAME

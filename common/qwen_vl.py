@@ -65,8 +65,7 @@ def rope_positions(ids, image_token_id, grid):
 
 
 def pick_attention(choice, device, dtype):
-    """attn_implementation "auto" -> flash_attention_2 where it runs, in `dtype`, else sdpa; flash where it does not is
-    an error."""
+    """attn_implementation "auto" -> flash_attention_2 where `dtype` runs, else sdpa; flash that cannot is an error."""
     if choice not in ("auto", "flash_attention_2"):
         return choice
     try:  # an installed flash_attn may be broken, or too new for the GPU, and none computes in fp32
