@@ -7,6 +7,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
 import make_demo
 from common.config import parse_config
@@ -40,6 +41,11 @@ def open_variant(folder, monkeypatch, *which):
 
 def test_the_variant_of_the_page_trains(sessions_root, qwen_dir, tmp_path, monkeypatch):  # noqa: F811
     mine = open_variant(tmp_path, monkeypatch)
+    noise, action = (
+        torch.randn(3, 8, 7),
+        torch.rand(3, 8, 7) * 2 - 1,
+    )  # a velocity that knows the action leads back to it
+    assert torch.allclose(mine.Flow(100).walk(lambda x, t: noise - action, noise, 4), action, atol=1e-5)
     run(sessions_root, qwen_dir, tmp_path / "out", mine, max_steps=30, log_steps=10, lr=3e-3, num_layers=1)
     losses = [row["train/noise_loss"] for row in metrics(tmp_path / "out") if "train/noise_loss" in row]
     assert losses[-1] < losses[0] and (tmp_path / "out" / "flow_best.pt").is_file()
@@ -71,17 +77,3 @@ def test_one_more_input_of_hdf5_episodes(tmp_path, monkeypatch):
     assert spec.contract.state[-1] == ["force", "N"] and spec.stats["observation.state"]["max"][-1] == 5
     seen = next(mine.Policy(None, None, spec).open_episodes(str(tmp_path)))["sample"](7)
     assert seen["state"].shape == (7,) and seen["state"][-1] == 5
-
-
-def test_the_flow_is_a_straight_line():
-    """A velocity that knows the action walks any noise back to it, in any number of steps."""
-    import torch
-
-    scope = {}
-    source, _ = variant()
-    exec(source[source.index("class Flow") : source.index("class DiffusionVLA")], dict(torch=torch), scope)
-    flow, noise = scope["Flow"](100), torch.randn(3, 8, 7)
-    action = torch.rand(3, 8, 7) * 2 - 1
-    assert torch.allclose(flow.add_noise(action, noise, torch.tensor([99, 49, 0]))[0], noise[0])
-    for steps in (1, 4, 10):
-        assert torch.allclose(flow.walk(lambda x, t: noise - action, noise, steps), action, atol=1e-5)
