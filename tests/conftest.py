@@ -44,6 +44,27 @@ def fast_dir(tmp_path_factory):
     return make_demo.write_fast(tmp_path_factory.mktemp("fast"))
 
 
+@pytest.fixture(scope="module")
+def no_plot():
+    """Drawing takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.run.plot_loss", lambda *_: "")
+        yield
+
+
+@pytest.fixture(scope="session")
+def recipe_of(tmp_path_factory):
+    """recipe_of(name) -> a recipe of recipes.py, its data and backbone on disk."""
+    from recipes import RECIPES  # which imports every script
+
+    def get(name):
+        recipe = RECIPES[name]
+        recipe.written = recipe.written or recipe.write(tmp_path_factory.getbasetemp() / "recipes")
+        return recipe
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real-format recordings beside the repository."""

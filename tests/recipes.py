@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 import build_vl_cache
 import create_datapkl
@@ -33,6 +34,11 @@ class Recipe:
     def __post_init__(self):
         self.script = importlib.import_module(self.name)
 
+    @property
+    def key(self):
+        """Its name in RECIPES."""
+        return next(key for key, recipe in RECIPES.items() if recipe is self)
+
     def data(self):
         """Folder of the recordings."""
         value = self.written[self.root]
@@ -53,9 +59,14 @@ class Recipe:
         return cfg
 
 
+def same(a, b):
+    """Bitwise equal tensors under equal names."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} differ, e.g. {different[0]}"
+
+
 # ---- async, diffusion ------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def write_sessions(folder):
     """3 recordings with sensor and 2 without, of 1.2 s, and their features: 27 samples to train on."""
@@ -90,8 +101,6 @@ def session_recipe(name, latest, weights, **values):
 
 
 # ---- nora, smolvla, openvla, mobile ----------------------------------------------------------------------------------
-
-
 def write_nora(folder):
     root, model = folder / "insertion", make_demo.write_qwen2_5_vl(folder / "qwen", text=(64, 2), vision=(32, 2))
     make_demo.write_insertion(root, episodes=4, size=(60, 80), max_frames=9)

@@ -146,13 +146,12 @@ def card(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("name", RECIPES)
-def test_on_a_card(name, tmp_path_factory, tmp_path, card, monkeypatch):
+def test_on_a_card(name, recipe_of, tmp_path, card, monkeypatch):
     """Training, validation, saving, going on, and the policy on the robot keep every tensor where it belongs; and a
     terminal sees how far a validation is."""
-    recipe, terminal = RECIPES[name], io.StringIO()
+    recipe, terminal = recipe_of(name), io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    recipe.written = recipe.written or recipe.write(tmp_path_factory.mktemp(name))
     script, more = recipe.script, recipe.config(tmp_path, steps=4, resume="auto")
     plan.put(more, dict(gradient_checkpointing=True, use_bfloat16=name != "smolvla"))
     script.main(recipe.config(tmp_path, steps=2))

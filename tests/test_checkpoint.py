@@ -57,8 +57,6 @@ def read_pair(folder):
 
 
 # ---- atomic replacement ----------------------------------------------------------------------------------------------
-
-
 class Boom(Exception):
     pass
 
@@ -169,8 +167,6 @@ def test_room_is_checked_before_writing(tmp_path, monkeypatch):
 
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
-
-
 def check_after_kill(folder):
     """What has a name without .tmp- is complete, and no older than before; cleaning leaves nothing temporary."""
     found = checkpoints_in(folder)
@@ -221,8 +217,6 @@ def test_kill_at_every_step_of_a_save(tmp_path):
 
 
 # ---- housekeeping ----------------------------------------------------------------------------------------------------
-
-
 def test_checkpoints_in_order_of_number(tmp_path):
     for name in ("steps_5", "steps_20", "steps_100", ".tmp-1@x~steps_7", "other"):
         (tmp_path / name).mkdir()
@@ -340,8 +334,6 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 # ---- one timeline ----------------------------------------------------------------------------------------------------
-
-
 def find(wanted, folder):
     return ckpt.find_checkpoint(wanted, folder, ("steps_*",), ("best",))
 
@@ -405,8 +397,6 @@ def test_a_resume_that_would_silently_be_another_run_is_refused():
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_model_that_is_filled_on_its_device_is_the_one_of_from_pretrained(qwen_dir):
     """Weights, rotary tables, tied embeddings."""
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
@@ -432,8 +422,6 @@ def test_a_copy_on_the_host_is_one_and_tied_tensors_stay_one():
 
 
 # ---- training state --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bias", [None, torch.zeros(1)], ids=["missing", "another shape"])  # (1,) would broadcast
 def test_restoring_other_tensors_is_refused(bias):
     model = nn.Linear(4, 8)

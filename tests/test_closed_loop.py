@@ -64,8 +64,6 @@ def compare(policy, *args, **how):
 
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------
-
-
 def sent(delta, ensemble, chunks, execute=1, steps=3):
     plan, out = Plan(delta, ensemble), []
     for step in range(steps):
@@ -196,8 +194,6 @@ def test_the_report(tmp_path, capsys, monkeypatch):
 
 
 # ---- needle insertion ------------------------------------------------------------------------------------------------
-
-
 def test_no_training_saw_the_scenes():
     """Not of the recordings with any seed, nor of corrections, though streams of short seeds are padded with zeros."""
     ours = {tuple(make_demo.simulate(demo_scenes.scene_rng(k))["entry"]) for k in range(60)}
@@ -345,8 +341,6 @@ def test_pictures_are_those_of_the_recordings():
 
 
 # ---- the other scenes ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cls", [demo_scenes.TwoPosts, demo_scenes.MobileBase, demo_scenes.Turntable])
 def test_the_expert_does_the_task_and_holding_still_does_not(cls):
     for seed in range(6):
@@ -383,30 +377,24 @@ def test_the_wrong_post_is_no_success():
 
 def test_the_mobile_expert_presses_the_recordings_keys():
     """The same scene as make_demo.drive draws: the same keys, and pictures taken in the middle of the motion."""
-    scene = demo_scenes.MobileBase()
+    scene, again = demo_scenes.MobileBase(), demo_scenes.MobileBase()
     for seed in range(3):
-        scene.looking = True
-        seen = scene.reset(seed)
+        again.looking = False
+        seen, _ = scene.reset(seed), again.reset(seed)
         images, actions = make_demo.drive(demo_scenes.scene_rng(seed), scene.side, scene.size, 6)
         np.testing.assert_allclose(seen["images"][0].astype(float).mean(), images[0].mean(), atol=1)
         for t in range(1, 6):
             action = scene.expert()
             np.testing.assert_allclose(action, actions[t][:2])
-            seen, _ = scene.step(action)
+            again.looking = t == 5  # pictures of the past do not depend on who looked
+            seen, same = scene.step(action)[0], again.step(action)[0]
             assert len(seen["images"]) == t + 1
             difference = seen["images"][-1].astype(float) - images[t]
             assert np.abs(difference).mean() < 4  # the sensor's noise
+        np.testing.assert_array_equal(np.stack(seen["images"]), np.stack(same["images"]))
         while not scene.step(scene.expert())[1]:
             pass
         assert len(scene.observe()["images"]) == scene.window
-    scene, again = demo_scenes.MobileBase(), demo_scenes.MobileBase()
-    scene.reset(2)
-    again.looking = False
-    again.reset(2)
-    for looking in (False, True):  # pictures of the past do not depend on who looked
-        again.looking = looking
-        seen, same = scene.step([1.0, 0.5])[0], again.step([1.0, 0.5])[0]
-    np.testing.assert_array_equal(np.stack(seen["images"]), np.stack(same["images"]))
 
 
 def test_the_turntable_is_felt_and_seen():

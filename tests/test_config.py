@@ -125,8 +125,6 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
 
 
 # ---- ways to get it wrong --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -184,8 +182,6 @@ def test_wrong_files(tmp_path, text, said):
 
 
 # ---- the scripts' own configs ----------------------------------------------------------------------------------------
-
-
 def script_config(name):
     module = __import__(name)
     return module.Config, getattr(module, "ALIASES", {}), getattr(module, "ACCEPTED", {})

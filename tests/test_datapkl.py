@@ -63,8 +63,6 @@ def actions_of(stamps, pose, tolerance=0.02):
 
 
 # ---- the motion ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("jitter_ms", [0, 4])
 @pytest.mark.parametrize("hz", [8, 9, 10, 11, 12.5, 13, 14.9, 15, 16, 16.7, 17, 20, 25, 50, 100])
 def test_every_rate_gives_motions_of_exactly_100_ms(hz, jitter_ms):
@@ -161,22 +159,7 @@ def test_rate_jitter_and_lost_time_are_told(tmp_path, capsys):
     assert out.count("LOST") == 1 and f"LOST {a['lost_seconds']:.2f} of" in out and "jitter ms" in out
 
 
-def test_what_comes_later_changes_nothing_before(tmp_path):
-    """Rows after t change no start, state or image list before t, and no action that ends before t."""
-    t = np.arange(0, 4, 0.01)
-    pose = np.random.default_rng(0).normal(size=(len(t), 6))
-    a = recording(tmp_path / "a", t, pose)
-    pose[251:] += 5
-    b = recording(tmp_path / "b", t, pose)
-    assert run(tmp_path) == 0
-    a, b = load_data_pkl(a / "data.pkl"), load_data_pkl(b / "data.pkl")
-    assert np.array_equal(a["action"][:25], b["action"][:25]) and not np.array_equal(a["action"], b["action"])
-    assert np.array_equal(a["robot_state"][:26], b["robot_state"][:26])
-
-
 # ---- the sensor ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("hz", [325, 650])
 @hypothesis.settings(max_examples=4)
 @hypothesis.given(st.lists(st.integers(1, 649), min_size=1, max_size=3), st.integers(0, 99))
@@ -320,8 +303,6 @@ def test_a_sensor_without_an_order_of_time_is_left_out(tmp_path, capsys, stamps,
 
 
 # ---- session.yaml, clocks, pictures ----------------------------------------------------------------------------------
-
-
 def test_offsets_stand_beside_the_recording_and_stay(tmp_path, capsys):
     """The sensor's clock is 10 s behind, the cameras' 2 s ahead: session.yaml repairs both, also at the next run."""
     folder = make_demo.write_session(tmp_path / "White/recv_all_1", "old", seconds=2.0, size=(24, 40), start=EPOCH)
@@ -389,8 +370,6 @@ def test_broken_pictures_are_listed_and_left_out(tmp_path, capsys):
 
 
 # ---- files, errors, the command --------------------------------------------------------------------------------------
-
-
 def test_a_second_run_does_nothing_and_a_change_is_noticed(tmp_path, capsys):
     """Nor does a copy that loses the files' times; another instruction, log or sensor is named."""
     folder = recording(tmp_path / "a", TWO_SECONDS)

@@ -10,15 +10,13 @@ import pytest
 import torch
 
 import train_diffusion as diffusion
-from common import UserError
 from common.config import parse_config
 from common.run import Run
 from test_async import STATS, config, load, metrics, open_data, run, sessions_root  # noqa: F401  a fixture
 from test_async import small_batch as async_batch
 
+
 # ---- mathematics -----------------------------------------------------------------------------------------------------
-
-
 def test_alpha_bar_table():
     """Squared cosine with s = 0.008, beta capped at 0.999: the published table's values at T = 100."""
     abar = diffusion.NoiseSchedule(100).abar
@@ -61,8 +59,6 @@ def test_ddim_steps_by_hand():
 
 
 # ---- expert ----------------------------------------------------------------------------------------------------------
-
-
 def small_model(width=32):
     torch.manual_seed(0)
     return diffusion.DiffusionVLA((1, 12), 24, width, 2, 4, 0.0, 8, STATS, 100).eval()
@@ -180,18 +176,8 @@ def test_the_same_observation_is_not_always_pulled_to_the_same_side(finished, se
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
-
-
 def test_the_guides_command_parses():
     words = "--dataset_dir /data --training-stage stage1 --batch_size 4 --grad_accum 8 --lr 1e-4 --epochs 20"
     cfg = parse_config(diffusion.Config, f"{words} --diffusion_timesteps 100".split(), diffusion.ALIASES)
     assert cfg == diffusion.Config(dataset_dir=["/data"])  # the guide's numbers are the defaults
     assert cfg.sensor_window_size == 650
-
-
-@pytest.mark.parametrize(
-    "key, value", dict(training_stage="stage2", ddim_steps=200, ema_decay=1, predict_draws=9).items()
-)
-def test_wrong_settings_are_explained(tmp_path, key, value):
-    with pytest.raises(UserError, match=f"{key} is {value}"):
-        diffusion.main(config(diffusion, tmp_path, "model", tmp_path, **{key: value}))

@@ -104,8 +104,6 @@ def test_the_instruction_is_text_however_it_is_stored(episode_path, form):
 
 
 # ---- finding files ---------------------------------------------------------------------------------------------------
-
-
 def test_files_are_found_at_any_depth_in_linked_folders_and_once(tmp_path, insertion_root):
     """Recordings on a NAS are usually linked into one data folder; a loop ends, no recording counts twice."""
     root, real = tmp_path / "root", tmp_path / "real"
@@ -132,8 +130,6 @@ def test_nothing_to_read_says_so(tmp_path):
 
 
 # ---- damaged files ---------------------------------------------------------------------------------------------------
-
-
 def refuses(path, *words):
     """read_episode raises BadEpisode with the path and every word."""
     with pytest.raises(BadEpisode) as error:
@@ -205,8 +201,6 @@ def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage):
 
 
 # ---- a folder of episodes --------------------------------------------------------------------------------------------
-
-
 def copies(root, folder, count=4):
     for path in [*ep.find_episodes(root)][:count]:
         shutil.copy(path, folder)
@@ -271,8 +265,6 @@ def test_hold_out_takes_the_newest_or_draws():
 
 
 # ---- files and processes ---------------------------------------------------------------------------------------------
-
-
 def open_h5(folder):
     """How many .h5 files below `folder` this process holds open."""
     links = [os.path.join("/proc/self/fd", n) for n in os.listdir("/proc/self/fd")]
@@ -325,8 +317,6 @@ def test_as_many_files_stay_open_as_the_machine_bears(monkeypatch):
 
 
 # ---- the index of a large folder -------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def indexed(tmp_path, insertion_root, monkeypatch):
     """(folder of four episodes that is large enough for an index, [files that were opened])."""
@@ -389,8 +379,6 @@ def test_rank_0_reads_for_all(indexed):
 
 
 # ---- pictures decoded once -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["jpeg", "gzip"])
 def test_a_frame_store_holds_the_pixels_that_the_reader_gives(tmp_path, layout, monkeypatch):
     write(tmp_path / "data", layout=layout, episodes=2, max_frames=9)
@@ -417,8 +405,6 @@ def test_a_picture_that_cannot_be_stored_ends_the_start_with_its_name(tmp_path):
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
-
-
 def pose_episode(pose, action=None, qpos=None):
     pose = np.asarray(pose, np.float32)
     action = pose if action is None else np.asarray(action, np.float32)
@@ -501,8 +487,6 @@ def test_a_flicker_of_the_last_bit_is_no_motion():
 
 
 # ---- statistics of a data set ----------------------------------------------------------------------------------------
-
-
 def test_statistics_of_training_episodes_by_hand(insertion_root):
     episodes, _ = ep.load_episodes(insertion_root)
     stats = ep.insertion_stats(episodes[:3], ep.define_action(episodes, True), ["held"], ("qpos", "ee_pose"))
@@ -516,8 +500,6 @@ def test_statistics_of_training_episodes_by_hand(insertion_root):
 
 
 # ---- recordings of the real collector --------------------------------------------------------------------------------
-
-
 def test_recordings_of_the_simulator(shared):
     episodes, excluded = ep.load_episodes(shared / "data" / "insertion_sim")
     assert len(episodes) == 6 and excluded == []

@@ -71,8 +71,6 @@ def summary(policy, **how):
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
-
-
 def test_errors_by_hand():
     """Units are never averaged; the constant dimension has nothing to be predicted, each other counts relative to its
     better baseline."""
@@ -112,8 +110,6 @@ def test_what_a_tokenizer_or_clipping_loses_is_the_floor():
 
 
 # ---- which checkpoint ------------------------------------------------------------------------------------------------
-
-
 def files(folder, *names):
     for number, name in enumerate(names):
         path = folder / name
@@ -163,8 +159,6 @@ def test_the_nearest_file_names_script_and_episodes(tmp_path, scripted):
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
-
 def test_the_report(tmp_path, scripted, capsys):
     """Of the run's best checkpoint, on its validation episodes; plots are limited, errors are over all."""
     about(tmp_path / "run/best/meta.json", validation=["a.h5", "sub/b.h5"])

@@ -59,8 +59,6 @@ def ids_of(fast, values):
 
 
 # ---- DCT and encoding ------------------------------------------------------------------------------------------------
-
-
 def test_the_dct_by_hand_and_orthonormal():
     np.testing.assert_allclose(dct_matrix(2), np.array([[1, 1], [1, -1]]) / ROOT2, atol=1e-15)
     # H = 3: cos(pi/6) = sqrt(3)/2, cos(pi/3) = 1/2; scales sqrt(1/3), sqrt(2/3)
@@ -104,8 +102,6 @@ def test_encode_codes_every_coefficient(tokenizers, kind):
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
-
-
 def test_short_is_filled_with_zero_coefficients_and_long_is_cut(fast):
     x = fast.decode(ids_of(fast, [4, 3, 3]), 2, 2)
     np.testing.assert_allclose(x, np.array([[7, 3], [1, 3]]) / ROOT2 / 10, atol=1e-6)
@@ -140,8 +136,6 @@ def test_no_answer_is_a_huge_motion(tokenizers, kind, numbers, horizon, dim):
 
 
 # ---- files and fit ---------------------------------------------------------------------------------------------------
-
-
 def test_saved_and_loaded_gives_the_same_ids_also_in_transformers(tmp_path, tokenizers):
     from transformers import PreTrainedTokenizerFast
 
@@ -160,8 +154,6 @@ def test_saved_and_loaded_gives_the_same_ids_also_in_transformers(tmp_path, toke
 def test_the_published_class_gives_the_same_ids_and_chunks(shared):
     """Fitted, saved and used by the published processor: our ids and chunks of its 300 chunks."""
     folder = shared / "fixtures" / "fast_upstream"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
     fast, io = FastTokenizer.load(folder / "model"), np.load(folder / "io.npz")
     assert (fast.scale, fast.min_token, fast.vocab_size) == (10, -354, 2048)
     for k in range(300):

@@ -186,8 +186,6 @@ def test_the_report_says_it(tmp_path, monkeypatch, capsys):
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
-
-
 def test_statistics_of_another_model_are_refused(tmp_path):
     """NORA's are a file of their own beside the weights."""
     definition = dict(source="ee_pose_delta", dim=3, rotation_unit="rad")

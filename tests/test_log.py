@@ -74,8 +74,6 @@ def test_a_last_row_without_its_newline_is_kept_whole(tmp_path):
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def fake_wandb(monkeypatch):
     """A module `wandb` of mocks."""
@@ -134,8 +132,6 @@ def test_a_resumed_run_continues_its_own_wandb_run(tmp_path, fake_wandb):
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------
-
-
 def test_plot_loss_writes_a_picture_of_the_values(tmp_path):
     for name, steps in (("a", range(1, 30)), ("b", [1, 29])):
         write(tmp_path / name, steps)

@@ -33,11 +33,10 @@ ROOT = Path(openvla.__file__).resolve().parent
 FLAGS = dict(lora_rank=4, batch_size=4, max_steps=4, log_steps=1, save_steps=100, val_steps=100, val_samples=5)
 FLAGS |= dict(num_workers=0, learning_rate=1e-2)
 PATH = "data/train-0.parquet"
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 # ---- parity with the original ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def original(shared, base_dir, tmp_path_factory):
     """What OpenVLA's own class saved and computed: (folder of the model, {name: array}). Its config leaves the sizes of
@@ -167,12 +166,6 @@ def make(tmp_path, base_dir, vamos_root):
     return lambda **flags: config(**paths | flags)
 
 
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """Drawing takes longer than a tiny run; the test of the guide's command looks at the real picture."""
-    monkeypatch.setattr(common.run, "plot_loss", lambda *_: "")
-
-
 def folders(cfg):
     return Path(cfg.run_root_dir) / openvla.exp_id(cfg), Path(cfg.adapter_tmp_dir) / openvla.exp_id(cfg)
 
@@ -209,8 +202,6 @@ def batch_of(cfg, indices=range(4), targets=1):
 
 
 # ---- reading parquet -------------------------------------------------------------------------------------------------
-
-
 def picture(color=(200, 30, 30), form="JPEG", mode="RGB"):
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), color).convert(mode).save(buffer, form)
@@ -363,16 +354,13 @@ def test_a_row_gives_different_steps_of_its_path_by_position_alone(tmp_path):
     assert names == ["row 0 step 0", "row 0 step 3", "row 1 step 0", "row 3 step 0"]
 
 
-def test_augmentation_changes_colours_by_position_alone():
+def test_augmentation_moves_colours_and_keeps_contours():
     image = np.random.default_rng(0).integers(60, 190, (9, 9, 3), np.uint8)
-    one, again, other = (openvla.augment_image(image, openvla.generator_at(7, p, "augment")) for p in (3, 3, 4))
-    assert np.array_equal(one, again) and not np.array_equal(one, other)
-    assert np.corrcoef(image.sum(2).ravel(), one.sum(2).ravel())[0, 1] > 0.9  # colours move, contours stay
+    one, other = (openvla.augment_image(image, openvla.generator_at(7, p, "augment")) for p in (3, 4))
+    assert not np.array_equal(one, other) and np.corrcoef(image.sum(2).ravel(), one.sum(2).ravel())[0, 1] > 0.9
 
 
 # ---- batch, loss, prediction -----------------------------------------------------------------------------------------
-
-
 def test_batch_is_prompt_space_actions_end(make):
     _, policy, dataset, batch = batch_of(make())
     item, action = dataset[(0, 0)], policy.stats["action"]
@@ -534,9 +522,8 @@ assert "timm" not in sys.modules
 """
 
 
-def test_the_guides_command_and_its_snippet(vamos_root, base_dir, tmp_path, monkeypatch):
+def test_the_guides_command_and_its_snippet(vamos_root, base_dir, tmp_path):
     """torchrun, 2 processes (gloo): the guide's files; the merged directory alone, in a fresh process."""
-    monkeypatch.undo()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node", "2"]
     guide = GUIDE.format(base=base_dir, data=vamos_root, out=tmp_path).split()
     command += [str(ROOT / "train_openvla_vamos.py"), *guide]
@@ -570,9 +557,7 @@ def trained(tmp_path_factory, base_dir, vamos_root):
     paths = dict(vla_path=base_dir, data_root_dir=vamos_root, run_root_dir=out / "runs", frame_dir=out / "frames")
     paths |= dict(adapter_tmp_dir=out / "adapter", val_steps=1)
     cfg = config(**paths, save_steps=2, save_latest_checkpoint_only=False, learning_rate=0.05)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(common.run, "plot_loss", lambda *_: "")
-        openvla.main(cfg)
+    openvla.main(cfg)
     return cfg, *folders(cfg)
 
 
@@ -715,14 +700,6 @@ def test_exported_files_are_openvlas(trained, base_dir):
     assert not [p.name for p in run.rglob(".tmp*")] + [p.name for p in run.rglob("merging")]
 
 
-def test_a_merged_model_can_be_trained_on(trained, make):
-    _, run, _ = trained
-    again = make(vla_path=run, max_steps=1, learning_rate=0.0)
-    openvla.main(again)
-    one, two = (openvla.load_policy(folder, "cpu").vla.state_dict() for folder in (run, folders(again)[0]))
-    close(one, two)
-
-
 def test_a_merge_that_failed_is_made_up_for_by_a_resume(make, monkeypatch, capsys):
     """No room at step 2 and at the end; then an interruption between two of its files."""
     cfg, space, replace, moved = make(save_steps=2), openvla.ckpt.require_space, os.replace, []
@@ -750,38 +727,18 @@ def test_a_merge_that_failed_is_made_up_for_by_a_resume(make, monkeypatch, capsy
         openvla.load_policy(run, "cpu")
     openvla.main(again)  # only merges
     close(openvla.load_policy(run, "cpu").vla.state_dict(), openvla.load_policy(adapter, "cpu").vla.state_dict())
-    with pytest.raises(UserError, match="data or its settings changed"):
-        openvla.main(dataclasses.replace(again, samples="first", max_steps=6))
-    with pytest.raises(UserError, match="another targets_per_picture 16 -> 1. Set it back"):
-        openvla.main(dataclasses.replace(again, targets_per_picture=1, max_steps=6))
 
 
-def test_a_run_without_validation_files(make, vamos_root, tmp_path):
+def test_a_merged_model_is_trained_on_without_validation_files(trained, make, vamos_root, tmp_path):
     for file in (vamos_root / "data").glob("train-*"):  # and with the files directly in the root
         shutil.copy(file, tmp_path)
-    cfg = make(data_root_dir=tmp_path, max_steps=2, val_steps=1)
+    cfg = make(vla_path=trained[1], data_root_dir=tmp_path, max_steps=2, val_steps=1, learning_rate=0.0)
     assert not any("val_loss" in r for r in train(cfg)[1]) and not (folders(cfg)[1] / "best").exists()
+    one, two = (openvla.load_policy(folder, "cpu").vla.state_dict() for folder in (trained[1], folders(cfg)[0]))
+    close(one, two)
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):  # before the first step
         train(make(adapter_tmp_dir=tmp_path / "file", max_steps=1))
-
-
-def test_wrong_settings_are_named(make, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    for flags, message in (
-        (dict(data_root_dir=""), "data_root_dir is not set"),
-        (dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"),
-        (dict(batch_size=0), "batch_size is 0"),
-        (dict(trajectory_hz=0), "trajectory_hz is 0"),
-        (dict(lora_dropout=1.0), "lora_dropout"),
-        (dict(targets_per_picture=0), "targets_per_picture is 0"),
-        # would turn the gradient round, and delete each checkpoint
-        (dict(max_grad_norm=-1.0, keep_checkpoints=-1), "max_grad_norm is -1.0, keep_checkpoints is -1: expected 0 or"),
-        (dict(learning_rate=float("nan")), "learning_rate is nan"),
-        (dict(use_quantization=True, data_root_dir="nowhere"), "pip install bitsandbytes"),  # before data is read
-    ):
-        with pytest.raises(UserError, match=message):
-            openvla.main(make(**flags))
 
 
 def test_exp_id_is_upstreams_and_the_learning_rate_is_known_by_hand():

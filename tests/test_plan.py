@@ -32,16 +32,6 @@ def planned(recipe, folder, monkeypatch, **changes):
     return seen[:4]
 
 
-@pytest.fixture(scope="module")
-def recipe_of(tmp_path_factory):
-    def get(name):
-        recipe = RECIPES[name]
-        recipe.written = recipe.written or recipe.write(tmp_path_factory.mktemp(name))
-        return recipe
-
-    return get
-
-
 def floats(tensors):
     """Bytes of what the plan counts: integers are small, and real."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if not plan.is_integer(t)}

@@ -209,11 +209,10 @@ def watched(recipe, method, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_policy_directory_alone_predicts_what_the_validation_did(name, tmp_path, tmp_path_factory, monkeypatch):
+def test_a_policy_directory_alone_predicts_what_the_validation_did(name, recipe_of, tmp_path, monkeypatch):
     """Moved, in a fresh process, from the pictures as they were recorded, in the batches of the validation. Pictures
     may be views, as docs/inference.md makes them of BGR."""
-    recipe, (method, last, where) = RECIPES[name], LAST[name]
-    recipe.written = recipe.written or recipe.write(tmp_path_factory.mktemp(name))
+    recipe, (method, last, where) = recipe_of(name), LAST[name]
     every = {key: 4 for key in ("val_frequency", "validation__val_freq", "val_steps") if key in recipe.values}
     predicted = watched(recipe, method, monkeypatch)
     recipe.script.main(recipe.config(tmp_path / "run", **dict(steps=4) | every | last))

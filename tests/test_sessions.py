@@ -52,8 +52,6 @@ def session(folder, rows=None, **what):
 
 
 # ---- ticks -----------------------------------------------------------------------------------------------------------
-
-
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.integers(1, 8), st.integers(0, 500))
 def test_a_tick_is_of_the_steps_own_segment_and_in_time(tmp_path, lengths, reuse, latency_ms):
@@ -87,8 +85,6 @@ def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
 
 
 # ---- sensor, targets -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("window", [65, 650])
 def test_sensor_windows_by_hand(tmp_path, window):
     """Row i is at i / 650 s and holds i. At step 0 there is one row, at step k the newest is 65 k (or, by a rounding
@@ -116,8 +112,6 @@ def test_a_sensor_that_stopped_is_absent_not_frozen(tmp_path):
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
-
-
 class Evil:
     def __init__(self, *call):
         self.call = call[0], call[1:]
@@ -188,8 +182,6 @@ def test_damaged_bytes_are_named_with_the_command(tmp_path, damage):
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "path, name",
     [
@@ -260,8 +252,6 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------
-
-
 @hypothesis.given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 40), min_size=1), st.floats(0.01, 0.9))
 def test_the_split_is_by_session_and_stable(sizes, fraction):
     """Each session on one side; data sets with two or more on both; one added to another data set moves nobody."""

@@ -25,13 +25,13 @@ from common.config import parse_config
 from common.log import read_metrics
 from common.run import Run
 from common.stats import save_stats
+from recipes import same
 
 VLM = "model.vlm_with_expert.vlm."
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 # ---- parity with LeRobot ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def lerobot(shared):
     """What LeRobot 0.4.4 saved and computed: (folder of the policy, {name: array})."""
@@ -117,8 +117,6 @@ def test_sampled_actions_equal_lerobots(lerobot, lerobot_policy, lerobot_batch):
 
 
 # ---- a tiny run ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def sim_root(tmp_path_factory):
     """5 episodes of 12 frames in the simulator's form: joint targets, metres, no instruction."""
@@ -170,14 +168,6 @@ def plain(tmp_path_factory, sim_root, vlm_dir):
     return out, *train(config(**flags, training__save_freq=2, validation__val_freq=2))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_plot():
-    """Drawing takes longer than a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "finish", lambda *args, **kwargs: None)
-        yield
-
-
 def read_checkpoint(path):
     """What a checkpoint holds, and the whole policy that it stands for, by LeRobot's names."""
     state = torch.load(path, weights_only=True)
@@ -190,12 +180,6 @@ def train(cfg):
     return read_checkpoint(Path(cfg.output_dir) / "checkpoints/checkpoint_latest.pt"), read_metrics(cfg.output_dir)
 
 
-def same(a, b):
-    """Bitwise equal tensors under equal names."""
-    assert a.keys() == b.keys()
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
-
-
 def batch_of(cfg, count=4, start=0, dtype=torch.float32):
     """(core model, collate, batch) with `count` samples of a config's training data."""
     data = smolvla.load_data(cfg)
@@ -206,8 +190,6 @@ def batch_of(cfg, count=4, start=0, dtype=torch.float32):
 
 
 # ---- files, resume, init_from ----------------------------------------------------------------------------------------
-
-
 def test_checkpoint_files_their_step_and_an_export_that_is_missing(make, plain, tmp_path, monkeypatch):
     folder = shutil.copytree(plain[0], tmp_path / "run") / "checkpoints"
     own = {"checkpoint_latest.pt", "checkpoint_step_2.pt", "checkpoint_step_4.pt", "best_hf", "final_hf", "meta.json"}
@@ -241,27 +223,12 @@ def test_resume_of_another_data_set_is_a_new_run_from_the_weights(make, plain, t
     assert 0 < moved < 4e-5  # three Adam steps of at most 1e-5 from the old weights
 
 
-def test_reset_scheduler_keeps_weights_and_moments_and_warms_up_again(make, tmp_path):
-    flags = dict(scheduler__num_warmup_steps=4, scheduler__num_decay_steps=8)
-    first, rows = train(make("run", steps=8, **flags))
-    latest = tmp_path / "run/checkpoints/checkpoint_latest.pt"
-    second, after = train(make("again", steps=16, resume=latest, reset_scheduler=True, **flags))
-    lrs = [[r["train/learning_rate"] for r in part if "train/loss" in r] for part in (rows, after)]
-    assert lrs[0] == pytest.approx(lrs[1]) and lrs[0][:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
-    name = "model.action_out_proj.weight"
-    assert second["optimizer_state_dict"][name]["step"] == 16 and second["schedule_begin"] == 8
-
-
-def test_a_resume_that_would_mean_something_else_is_refused(make, plain):
-    for flags, message in (
-        (dict(seed=1), "data or its settings changed"),  # the seed draws the split
-        (dict(train="lora"), "train full -> lora"),
-        (dict(normalization__mode="MIN_MAX"), "normalization.mode MEAN_STD -> MIN_MAX"),
-        (dict(policy__max_period=5), "policy.max_period 4.0 -> 5.0"),
-        (dict(init_from="x"), "give one of them"),
-    ):
-        with pytest.raises(UserError, match=message):
-            smolvla.main(make(**(dict(output_dir=plain[0], resume="auto", steps=6) | flags)))
+def test_reset_scheduler_keeps_weights_and_moments_and_warms_up_again(make, plain):
+    latest = plain[0] / "checkpoints/checkpoint_latest.pt"
+    state, rows = train(make("again", steps=8, resume=latest, reset_scheduler=True))
+    lrs = [[r["train/learning_rate"] for r in part if "train/loss" in r] for part in (plain[2], rows)]
+    assert lrs[0] == pytest.approx(lrs[1]) and lrs[0][:2] == pytest.approx([5e-4, 1e-3])
+    assert state["optimizer_state_dict"]["model.action_out_proj.weight"]["step"] == 8 and state["schedule_begin"] == 4
 
 
 def test_init_from_starts_from_exactly_these_weights(make, tmp_path):
@@ -329,8 +296,6 @@ def test_a_new_run_keeps_what_checkpoints_that_were_moved_away_stand_on(tmp_path
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-
-
 def test_padding_changes_no_loss(make):
     core, _, batch = batch_of(make(), count=2, start=9)  # frames 9 and 10 of 12: chunks of 4 run past the end
     assert batch["is_pad"].any() and not batch["is_pad"].all(1).any()
@@ -427,8 +392,6 @@ def test_rotary_tables_are_made_once_whatever_the_depth(make, monkeypatch):
 
 
 # ---- spikes, EMA, LoRA, schedule -------------------------------------------------------------------------------------
-
-
 def test_a_poisoned_episode_is_named_first(make, tmp_path, sim_root, capsys):
     """One frame's action x 100 in one of five episodes; the statistics are those of the clean recordings."""
     shutil.copytree(sim_root, tmp_path / "data")
@@ -516,8 +479,6 @@ def test_learning_rate_by_hand_and_for_a_shorter_training(make):
 
 
 # ---- export, load, predict -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, sim_root, vlm_dir):
     """(output_dir, config) of a finished short run."""
@@ -704,8 +665,6 @@ def test_a_camera_that_is_not_looked_at_is_named(make, weights):
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
     """Also where the run's split and state are not those of a ready-made YAML file."""
     flags = dict(normalization__stats_file=tmp_path / "it's/dataset_stats_sim.yaml", dataset__use_qpos=True, seed=3)
@@ -788,23 +747,3 @@ def test_check_prints_the_batch_and_needs_no_weights(make, capsys, tmp_path):
     smolvla.main(make(check=True, policy__vlm_model_name=tmp_path / "nowhere"))
     assert "tokens are not shown" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-
-
-WRONG = [
-    (dict(dataset__horizon=5), "policy.chunk_size is 4"),
-    (dict(policy__n_action_steps=5), "policy.n_action_steps is 5: expected 1 to 4"),
-    (dict(training__batch_size=0), "training.batch_size is 0: expected 1 or more"),
-    (dict(reset_scheduler=True), "--resume CHECKPOINT"),
-    (dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
-    (dict(dataset__state_dropout=2), "dataset.state_dropout 2.0: expected 0"),
-    (dict(dataset__cameras="top_camera top_camera"), "dataset.cameras"),
-    (dict(policy__num_vlm_layers=9), "has 3"),
-    (dict(policy__resize_imgs_with_padding="48 40"), "expected a square in multiples of 16 .* up to 64"),
-    (dict(policy__num_vlm_layers=3, policy__num_expert_layers=2), "must divide"),
-]
-
-
-@pytest.mark.parametrize("flags, message", WRONG)
-def test_wrong_values_are_named(make, flags, message):
-    with pytest.raises(UserError, match=message):
-        smolvla.main(make(**flags))

@@ -26,8 +26,6 @@ def file_of(**changes):
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
 def test_known_answers():
     """0..100: quantiles fall on data points. (1, 2, 3, 6): mean 3, population variance (4 + 1 + 0 + 9) / 4 = 3.5, q01 =
     1 + 0.03 * 1, q99 = 3 + 0.97 * 3."""
@@ -48,8 +46,6 @@ def test_sums_are_taken_in_double_precision():
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
-
-
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=6, max_size=6))
 def test_round_trip_is_exact_and_plain_in_both_forms(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("stats")
@@ -108,8 +104,6 @@ def test_a_file_that_holds_something_else(tmp_path, name, content):
 
 
 # ---- Normalizer ------------------------------------------------------------------------------------------------------
-
-
 def test_normalizer_known_answers():
     s = dict(mean=[1.0], std=[2.0], min=[-10.0], max=[30.0], q01=[-1.0], q99=[3.0])
     x = np.array([[-1.0], [1.0], [2.0], [3.0], [30.0], [-10.0], [50.0]])

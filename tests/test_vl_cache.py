@@ -107,8 +107,6 @@ def touch(path):
 
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
-
-
 def test_features_equal_transformers_own_processing(qwen_dir, encoder):
     """Image processor, token expansion, rope positions and forward of transformers on the squashed image, mean over all
     tokens: the same feature; below the last layer the same state."""
@@ -177,8 +175,6 @@ def test_a_model_that_lacks_a_tensor_and_wrong_settings_are_refused(qwen_dir, tm
 
 
 # ---- fingerprint -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def big(qwen_dir, tmp_path):
     """A model folder whose weights are random bytes, 8 MB."""
@@ -213,8 +209,6 @@ def test_only_files_that_shape_a_feature_count(big):
 
 
 # ---- build and read --------------------------------------------------------------------------------------------------
-
-
 def test_what_is_read_is_what_the_encoder_says(cached, qwen_dir, encoder, monkeypatch):
     """Every look of every session, in a root that was moved since; every file is read once, not by each worker."""
     files, recipe = read(cached, qwen_dir)
@@ -445,8 +439,6 @@ def test_check_needs_no_model_and_the_shipped_config_parses(root, capsys):
 
 
 # ---- several processes, killed ones ----------------------------------------------------------------------------------
-
-
 def test_a_stop_signal_keeps_what_is_finished(root, qwen_dir, capsys, monkeypatch):
     whole, calls = build_vl_cache.Builder.features, []
 
