@@ -4,6 +4,7 @@ import atexit
 import gc
 import multiprocessing.util  # whose own exit handler must be there before ours: the last one runs first
 import os
+import re
 import signal
 import sys
 import time
@@ -99,7 +100,7 @@ def _explain(error, cfg):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
         where = "The host is" if isinstance(error, MemoryError) else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
-    if dist.is_initialized() and ("Connection closed by peer" in text or "Connection reset by peer" in text):
+    if dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text):
         return "another process of this training ended first: its message says why"
     known = isinstance(error, (UserError, PermissionError, NotADirectoryError, FileExistsError))
     return text if known or "No space left" in text or "Read-only file system" in text else None
