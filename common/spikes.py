@@ -31,8 +31,8 @@ class Spikes:
         self.state["rows"].append(row | dict(sample_losses=[round(value, 6) for value, _ in worst]))
         self.write()
         values = {"spike/loss": loss, "spike/moving_avg": average, "spike/ratio": ratio, "spike/step": step}
-        line = f"⚠️  LOSS SPIKE at step {step}: {loss:.4f} (avg: {average:.4f}, {ratio:.1f}x) | Episodes: {episodes}"
-        return values, line
+        text = f"LOSS SPIKE at step {step}: {loss:.4f} (avg: {average:.4f}, {ratio:.1f}x) | Episodes: {episodes}"
+        return values, f"⚠️  {text}"
 
     def write(self):
         self.run.write("loss_spikes.csv", pd.DataFrame(self.state["rows"]).to_csv(index=False))
