@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
@@ -100,6 +99,8 @@ class FastTokenizer:
     def describe(self, chunks, normalizer, names, show):
         """Print what coding costs: per dimension the error that clipping and coding leave to a perfect policy, beside
         that of holding still. `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
+        import pandas as pd  # takes as long as all the rest
+
         errors, lengths, before = [], [], self.clipped
         for chunk, is_pad, still in chunks:
             unit = normalizer.normalize(chunk)
