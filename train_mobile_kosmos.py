@@ -9,18 +9,18 @@ sample is an episode with a window at each of its frames; every frame is encoded
     python train_mobile_kosmos.py --config configs/demo/mobile_kosmos.yaml         # on a CPU, make_demo.py's output
 
 Output, in output_dir: checkpoints/epoch_E-val_loss=L.ckpt (the best three; E counts from 0) and last.ckpt (both resume,
-and open with load_policy), config.yaml, metrics.jsonl, validation_episodes.txt, loss.png. A checkpoint holds what was
-trained; the backbone is opened again from its own directory or hub id, and refused if it is another.
+and open with load_policy), config.yaml, metrics.jsonl, validation_episodes.txt, loss.png. A checkpoint holds only what
+was trained; the backbone is read again from its own directory or hub id, and refused if its weights have changed.
 
-Which action is which: W = 8 frames are observed, N = 10 velocities follow each, and the LSTM answers at every one:
+Which action is which: a window observes W = 8 frames, and at each of them the LSTM predicts the next N = 10 velocities:
 
     step i   sees images   label_offset 1: supervised with actions   label_offset 0
     0        0             1 .. 10                                   0 .. 9
     7        0 .. 7        8 .. 17, action 0 unused                  7 .. 16, action 17 unused
 
-So S = 8 label steps; the guide's 7 drops one frame more, and the label of the newest step, the only one a robot uses.
-The recorder sends action t and then takes image t, which shows that motion already. With label_offset 1 the first
-velocity of a chunk is the next motion: send that row. With 0, the guide's, it is over: send the second row.
+So S = 8 label steps; the guide has 7, without a label for the newest frame, whose prediction is all that a robot uses.
+The recorder sends action t and then takes image t, which already shows that motion. With label_offset 1 the first
+velocity of a chunk is the next motion: send that row. With 0, as in the guide, it is over: send the second row.
 
 Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N frames of a window, n
 pictures, Q image tokens of each, L text tokens, D width of the text model, T frames of an episode."""
@@ -60,7 +60,7 @@ from common.sampler import GlobalOrder
 from common.stats import Normalizer, compute_stats
 
 SCRIPT, FORMAT = Path(__file__).stem, 3  # of a .ckpt
-SWAPPED, LOOKS = 16, 1.05  # episodes for val_swap_ratio; a policy that looks has more than this
+SWAPPED, LOOKS = 16, 1.05  # episodes measured for val_swap_ratio; below LOOKS the policy ignores its pictures
 ACTIONS = [("linear_x", "m/s"), ("linear_y", "m/s")]
 RATE_HZ = 2.5  # a key of the recorder moves the base for 0.4 s
 FIRST_ROW = ("the motion that the newest image shows: send row 1", "the motion after the newest image: send row 0")
@@ -174,7 +174,7 @@ def check_config(cfg):
 
 @dataclass
 class Episode:
-    """Everything of one file but its images."""
+    """One file, all but its images."""
 
     path: str
     name: str  # path relative to data_dir
@@ -192,7 +192,7 @@ class Episode:
 
     @property
     def side(self):
-        """1 left, -1 right, 0 neither: its first motion sideways, for at the end it is often back in the middle."""
+        """1 left, -1 right, 0 neither: its first motion sideways, as at the end it is often back in the middle."""
         sideways = self.actions[np.abs(self.actions[:, 1]) > 0.1, 1]  # m/s
         return int(np.sign(sideways[0])) if len(sideways) else 0
 
@@ -223,10 +223,10 @@ def read_episode(path, d):
 
 
 def leave_out(d, error, say):
-    """What is to be done with a recording that cannot be used."""
-    advice = "a training with --skip_bad_episodes, and its evaluation, leave such files out"
+    """Exclude a recording that cannot be used, with a message; an error unless skip_bad_episodes is set."""
+    hint = "a training with --skip_bad_episodes, and its evaluation, leave such files out"
     if not d.skip_bad_episodes:
-        raise ep.BadEpisode(f"{error} ({advice})")
+        raise ep.BadEpisode(f"{error} ({hint})")
     say(f"excluded  {error}")
 
 
@@ -249,8 +249,8 @@ def load_episodes(d, names=None, say=print):
 
 
 def split_episodes(episodes, train_split, how):
-    """-> (training, validation): sorted indices. n - int(n * train_split) episodes are held out (231 -> 184 and 47),
-    the newest ones: of every scenario in its share, or of all."""
+    """-> (training, validation): sorted indices. The newest n - int(n * train_split) episodes are held out (231 -> 184
+    and 47): `how` "group" takes them from every scenario in proportion, "chronological" from all together."""
     n = len(episodes)
     held, groups = n - int(n * train_split + 1e-9), {}
     for i, e in enumerate(episodes):
@@ -266,22 +266,22 @@ def split_episodes(episodes, train_split, how):
 
 
 def opposite_instructions(train, episodes):
-    """{instruction of `episodes`: what to say instead, to see whether the policy listens}: the most alike text of the
-    `train` episodes that drove to the other side; a text that has no such is left out."""
-    drifts, opposites = Counter(), {}
+    """-> {instruction of `episodes`: the opposite one, to test whether the policy listens}: the most similar text among
+    the `train` episodes that drove to the other side. Instructions without one are left out."""
+    sides, opposites = Counter(), {}
     for e in episodes:
-        drifts[e.instruction] += e.side
-    for text in sorted(drifts):
-        others = sorted({e.instruction for e in train if drifts[e.instruction] * drifts[text] < 0})
+        sides[e.instruction] += e.side
+    for text in sorted(sides):
+        others = sorted({e.instruction for e in train if sides[e.instruction] * sides[text] < 0})
         if others:
             opposites[text] = difflib.get_close_matches(text, others, 1, cutoff=0)[0]
     return opposites
 
 
-def load_data(cfg, store=None, say=print, first=0, then=None):
-    """Find, read, split -> train, validation: Episodes | stats of the training actions, m/s | opposites, contract: see
-    there | fingerprint: changes when the samples or their order would | episodes: {name: [hash of its content, "train"
-    or "validation"]}. `store`: decode all pictures into it, from the share `first` on. `then`: a resumed `episodes`."""
+def load_data(cfg, store=None, say=print, first=0, table=None):
+    """Find, read, split -> train, validation: Episodes | stats of the training actions, m/s | opposites, contract: of
+    the functions below | fingerprint: changes when the samples or their order would | episodes: {name: [hash, "train"
+    or "validation"]}. `store`: a FrameStore for all pictures, `first`: see its build. `table`: a resumed `episodes`."""
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
     if store:
         counts, side = {e.path: e.num_frames for e in found}, store.shape[0]
@@ -299,7 +299,7 @@ def load_data(cfg, store=None, say=print, first=0, then=None):
     require(episodes, f"none of the {len(found)} episodes of '{d.data_dir}' is usable")
     marks = {e.name: hashlib.sha256(e.instruction.encode() + e.actions.tobytes()).hexdigest() for e in episodes}
     split = functools.partial(split_episodes, episodes, d.train_split, d.split)
-    *parts, table, gone = ep.split_or_keep(marks, split, then if d.skip_bad_episodes else None)
+    *parts, table, gone = ep.split_or_keep(marks, split, table if d.skip_bad_episodes else None)
     train, validation = ([episodes[i] for i in part] for part in parts)
     for text in gone:
         say(f"excluded  {text}")
@@ -311,7 +311,7 @@ def load_data(cfg, store=None, say=print, first=0, then=None):
 
 
 def contract_of(cfg, train, action):
-    """What a robot sends and gets, as plain values."""
+    """What a robot sends and gets: the fields of common.policy.Contract, as plain values."""
     sizes, texts = {e.size for e in train}, sorted({e.instruction for e in train})
     about = dict(images=dict(camera=sizes.pop() if len(sizes) == 1 else None), actions=ACTIONS, instructions=texts)
     about |= dict(horizon=cfg.fwd_pred_next_n, rate_hz=RATE_HZ, first_row=FIRST_ROW[cfg.label_offset], kind="velocity")
@@ -320,20 +320,20 @@ def contract_of(cfg, train, action):
 
 
 def action_normalizer(cfg):
-    """m/s <-> [-1, 1], the network's unit; what exceeds dataset.action_scale is cut."""
+    """m/s <-> [-1, 1], the network's unit; larger velocities than dataset.action_scale are clipped."""
     scale = cfg.dataset.action_scale
     return Normalizer(dict(min=[-v for v in scale], max=scale), "min_max")
 
 
 def resize(image, side):
-    """(h, w, 3) uint8 RGB -> (side, side, 3), bicubic, whatever the aspect: of training and predict alike."""
+    """(h, w, 3) uint8 RGB -> (side, side, 3), bicubic, aspect not kept; the same in training and predict."""
     if side is None or image.shape[:2] == (side, side):
         return image
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((side, side), Image.BICUBIC))
 
 
 def picture_reader(path, colour_order, side=None):
-    """-> function of a frame's number that returns its picture, uint8 RGB, as the policy sees it or of its own size."""
+    """-> function: frame number -> its picture (h, w, 3) uint8 RGB, resized to `side` if there is one."""
     file = h5py.File(path, "r", locking=False, rdcc_nbytes=2**28, rdcc_nslots=10007)  # a chunk may span all frames
     order = slice(None, None, -1 if colour_order == "bgr" else 1)
     return lambda i: resize(file["images"][i][..., order], side)
@@ -341,9 +341,9 @@ def picture_reader(path, colour_order, side=None):
 
 class MobileVLAH5Dataset(Dataset):
     """One item per episode, or per stretch of a long one, with its K windows of F = W + N frames, one at every frame.
-    Item (position, i) has the guide's keys, K times, but for rgb and hand_rgb (n, 3, side, side) uint8, the n <= K+W-1
-    frames that are observed; frames (K, W) int64 says which of them a window sees. actions (K, F, 2) float32 in [-1, 1]
-    and the masks (K, F) bool, False beyond the episode's end, where the last frame is repeated."""
+    Item (position, i) has the guide's keys with a leading K, except rgb and hand_rgb (n, 3, side, side) uint8: the n <=
+    K+W-1 observed frames, once each; frames (K, W) int64 says which of them a window sees. actions (K, F, 2) float32 in
+    [-1, 1] and the masks (K, F) bool, False beyond the episode's end, where the last frame is repeated."""
 
     def __init__(self, episodes, cfg, read, prompt=None):
         """`read`(path, frames (n,)) -> (n, side, side, 3) uint8 RGB"""
@@ -389,11 +389,11 @@ class MobileVLAH5Dataset(Dataset):
     def collater(self, samples):
         """List of items -> batch, keys of the guide, B windows:
 
-        rgb, hand_rgb (n, 3, side, side) uint8, all frames once | frames (B, W) int64: rgb[frames] is the guide's (B, W,
+        rgb, hand_rgb (n, 3, side, side) uint8, each frame once | frames (B, W) int64: rgb[frames] is the guide's (B, W,
         3, side, side) | action (B, F-1, 2) float32 in [-1, 1], the last one dropped | text (B, 256) int64, text_mask
-        (B, 256) bool | fwd_mask (B, S, N) bool: is there an image i+1+j | action_chunck (B, S, N, 2), [i, j] = action
-        i+j+label_offset | chunck_mask (B, S, N) bool, of these actions | raw_text list of str | data_source str |
-        attention_mask (B, W) bool: which frames exist | names | text_len, of the longest text.
+        (B, 256) bool | fwd_mask (B, S, N) bool: does image i+1+j exist | action_chunck (B, S, N, 2), [i, j] = action
+        i+j+label_offset | chunck_mask (B, S, N) bool: do these exist | raw_text list of str | data_source str |
+        attention_mask (B, W) bool: which frames exist | names | text_len: tokens of the longest text
         """
         W, N, offset = self.cfg.window_size, self.cfg.fwd_pred_next_n, self.cfg.label_offset
 
@@ -427,11 +427,11 @@ class MobileVLAH5Dataset(Dataset):
 
 
 def process_batch(batch):
-    """Batch -> the guide's 19-tuple (its _process_batch), in the order of TUPLE; None: what the base does not have."""
+    """Batch -> the guide's 19-tuple (its _process_batch), in the order of TUPLE; None for what this robot lacks."""
     W, L = batch["attention_mask"].shape[1], batch["text_len"]
-    own = dict(language=batch["text"][:, :L], text_mask=batch["text_mask"][:, :L])  # cut to the longest text
-    own |= dict(velocity=batch["action"][:, :W], velocity_chunck=batch["action_chunck"])
-    return tuple((batch | own).get(name) for name in TUPLE)
+    renamed = dict(language=batch["text"][:, :L], text_mask=batch["text_mask"][:, :L])  # cut to the longest text
+    renamed |= dict(velocity=batch["action"][:, :W], velocity_chunck=batch["action_chunck"])
+    return tuple((batch | renamed).get(name) for name in TUPLE)
 
 
 class Prompt:
@@ -489,8 +489,8 @@ class MobileVLALSTMDecoder(nn.Module):
         return self.mlp(x).unflatten(-1, (self.fwd_pred_next_n, self.action_dim)), None
 
     def loss(self, pred_action, labels, attention_mask, count=None):
-        """Huber (delta 1) of (velocities, None) against (velocity_chunck, None) where attention_mask (B, S, N) is True:
-        its mean, 0 where there is nothing, or its sum / `count`. window_loss (B,): the mean of each window."""
+        """Huber loss (delta 1) of (velocities, None) against (velocity_chunck, None) where attention_mask (B, S, N) is
+        True: its mean (0 if it is nowhere), or its sum / `count`. window_loss (B,): the mean in each window."""
         error = F.huber_loss(pred_action[0].float(), labels[0], reduction="none") * attention_mask[..., None]
         counts = attention_mask.sum((1, 2)) * self.action_dim
         loss = error.sum() / (counts.sum().clamp(min=1) if count is None else count)
@@ -499,7 +499,7 @@ class MobileVLALSTMDecoder(nn.Module):
 
 
 class MobileVLA(nn.Module):
-    """Kosmos-2 per frame, the LSTM head over frames. Names and order of arguments are those of the guide's
+    """Kosmos-2 on every frame, then the LSTM head over frames. Names and order of arguments are those of the guide's
     BaseRoboVLM.forward_continuous. `vlm`: transformers' Kosmos2Model, or peft's wrapper of it."""
 
     def __init__(self, vlm, backbone, image_ids, cfg):
@@ -514,7 +514,7 @@ class MobileVLA(nn.Module):
         self.vision_trains = any("text_model" not in name for name in adapters)
 
     def train(self, mode=True):
-        """The backbone is frozen: its own dropout stays off, the adapters' follows `mode`."""
+        """The frozen backbone stays in eval mode, without dropout; only the adapters' dropout follows `mode`."""
         super().train(mode)
         self.backbone.eval()
         for name, module in self.backbone.named_modules():
@@ -530,19 +530,19 @@ class MobileVLA(nn.Module):
             return self.backbone.get_image_features(pixels, return_dict=True).pooler_output
 
     def encode(self, image_embeds, lang_x, text_mask):
-        """Frames (n, Q, D) with their text (n, L), text_mask (n, L) -> state of the action token (n, D).
+        """Frames (n, Q, D) with their text (n, L), text_mask (n, L) -> hidden state of the action token ACT (n, D).
 
-        <s> <image> Q image tokens </image> <grounding> text </s> ACT: Kosmos-2's own layout, and the action token right
-        behind the last valid one. Behind the padding its position would depend on the other texts of the batch.
-        """
+        <s> <image> Q image tokens </image> <grounding> text </s> ACT: Kosmos-2's own layout, and ACT right behind the
+        last valid token, since behind the padding its position would depend on the other texts of the batch."""
         n = len(lang_x)
         begin, end = (self.image_ids[k].expand(n, 1) for k in (0, 1))
         ids = torch.cat([lang_x[:, :1], begin, end, lang_x[:, 1:], lang_x[:, -1:]], dim=1)  # the last: room for ACT
         words = self.backbone.text_model.model.embed_tokens(ids).float()
         x = torch.cat([words[:, :2], image_embeds.float(), words[:, 2:]], dim=1)  # (n, Q + L + 3, D)
-        at, place = self.queries + 2 + text_mask.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
-        x = torch.where((place == at)[..., None], self.action_token, x)
-        mask = (place <= at).long()
+        at = self.queries + 2 + text_mask.sum(1, keepdim=True)  # (n, 1), where ACT goes
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = torch.where((positions == at)[..., None], self.action_token, x)
+        mask = (positions <= at).long()
         out = self.backbone.text_model(inputs_embeds=x, attention_mask=mask, use_cache=False, return_dict=True)
         return out.last_hidden_state.gather(1, at[..., None].expand(-1, 1, x.shape[-1]))[:, 0]
 
@@ -550,14 +550,14 @@ class MobileVLA(nn.Module):
         """vision_x (n, 3, side, side) uint8, each encoded once | lang_x, text_mask (B, L) | frames (B, W): which of
         them a window observes, oldest first -> (velocities (B, W, N, 2) in (-1, 1), None)."""
         windows = torch.arange(len(frames), device=frames.device)[:, None].expand_as(frames)
-        row = frames.new_zeros(len(vision_x)).index_put((frames,), windows)  # a window that sees the frame: its text
-        action_hs = self.encode(self.image_embeds(vision_x), lang_x[row], text_mask[row]).float()  # (n, D)
+        window = frames.new_zeros(len(vision_x)).index_put((frames,), windows)  # any that sees the frame has its text
+        action_hs = self.encode(self.image_embeds(vision_x), lang_x[window], text_mask[window]).float()  # (n, D)
         with torch.autocast(vision_x.device.type, enabled=False):  # the head is small: always fp32
             return self.act_head(action_hs[frames][:, :, None])  # padding is at the end: no real step sees it
 
     def forward(self, batch):
-        """Batch on the device -> loss_sum (): the Huber errors of all velocities that exist, to be divided by their
-        number in the whole optimizer step | sample_loss (B,): their mean in each window."""
+        """Batch on the device -> loss_sum (): Huber errors summed over all velocities that exist, for the caller to
+        divide by their number in the whole optimizer step | sample_loss (B,): their mean in each window."""
         rgb, _, _, language, text_mask, *rest = process_batch(batch)
         velocity_chunck, chunck_mask = rest[4], rest[6]
         prediction = self.forward_continuous(rgb, language, text_mask, batch["frames"])
@@ -569,11 +569,11 @@ class Policy:
     """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
 
     def __init__(self, model, prompt, cfg, image_size, about, bf16=False):
-        """`about`: stats, opposites and contract, as load_data gives them and a checkpoint keeps them."""
+        """`about`: stats, opposites and contract, from load_data or from a checkpoint."""
         self.model, self.prompt, self.cfg, self.image_size, self.bf16 = model, prompt, cfg, image_size, bf16
         self.stats, self.opposites, self.contract = about["stats"], about["opposites"], Contract(**about["contract"])
         self.normalizer = n = action_normalizer(cfg)
-        self.nearest = lambda actions: n.unnormalize(n.normalize(actions))  # the closest that can be answered
+        self.nearest = lambda actions: n.unnormalize(n.normalize(actions))  # the closest that predict can return
         self.reset()
 
     def reset(self):
@@ -582,30 +582,30 @@ class Policy:
 
     @torch.no_grad()
     def action_states(self, vision_x, instructions):
-        """Frames (n, 3, side, side) uint8, each under its instruction -> (n, D), 16 at a time."""
+        """Frames (n, 3, side, side) uint8, each with its instruction -> (n, D), 16 at a time."""
         device, states = self.model.action_token.device, []
         ids, masks = (torch.stack(part).to(device) for part in zip(*map(self.prompt.tokens, instructions), strict=True))
         words = slice(int(masks.sum(1).max()))  # of the longest text
         for i in range(0, len(vision_x), 16):
-            rgb, rows = vision_x[i : i + 16].to(device), slice(i, i + 16)
+            part = slice(i, i + 16)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                images = self.model.image_embeds(rgb)
-                states.append(self.model.encode(images, ids[rows, words], masks[rows, words]).float())
+                images = self.model.image_embeds(vision_x[part].to(device))
+                states.append(self.model.encode(images, ids[part, words], masks[part, words]).float())
         return torch.cat(states)
 
     @torch.no_grad()
     def velocities(self, rows):
-        """list of (t, D) states of 1 to W frames, oldest first -> (B, N, 2) float32 in [-1, 1], after their newest."""
+        """list of (t, D) states of 1 to W frames, oldest first -> (B, N, 2) float32 in [-1, 1], from the newest on."""
         answers = self.model.act_head(nn.utils.rnn.pad_sequence(rows, batch_first=True))[0]
         return answers[range(len(rows)), [len(row) - 1 for row in rows]].cpu().numpy()
 
     def predict(self, observations):
         """list of {images, instruction} -> (B, N, 2) float32 m/s, linear_x and linear_y of the next steps: see
-        label_offset. images: those of a drive, (h, w, 3) uint8 RGB, oldest first; the last W count. Or, for the only
-        drive of a robot, {"camera": the newest}: W are remembered since reset(). A changed instruction starts anew,
-        because no training window ever mixed two."""
+        label_offset. images: the frames of a drive, (h, w, 3) uint8 RGB, oldest first, of which the last W are used. Or
+        {"camera": the newest}, for a single drive: the last W since reset() are remembered, and forgotten when the
+        instruction changes, because no training window ever mixed two."""
         self.contract.check(observations, frames=True)
-        W, frames, rows = self.cfg.window_size, {}, []  # frames: what several observations show is encoded once
+        W, frames, rows = self.cfg.window_size, {}, []  # frames: one that several observations show is encoded once
         for o in observations:
             streamed, text = isinstance(o["images"], dict), o["instruction"]
             require(not streamed or len(observations) == 1, "several drives at once: give each a list of its images")
@@ -621,7 +621,7 @@ class Policy:
         return self.normalizer.unnormalize(self.velocities(rows))
 
     def rollout(self, vision_x, instruction):
-        """As the robot drives: (T, 3, side, side) -> (T, N, 2) float32 in [-1, 1], row t of the W frames up to t."""
+        """As on the robot: (T, 3, side, side) -> (T, N, 2) float32 in [-1, 1], row t from the W frames up to t."""
         W, states = self.cfg.window_size, self.action_states(vision_x, [instruction] * len(vision_x))
         return self.velocities([states[max(0, t - W + 1) : t + 1] for t in range(len(states))])
 
@@ -653,8 +653,8 @@ class Policy:
 
 
 def open_backbone(source, weights=True, why=""):
-    """-> what is known of a Kosmos-2 without its weights: folder, config, tokenizer, mean and std (3,) of its pixels in
-    0..1, image_size. `why`: see local_folder."""
+    """-> a Kosmos-2 without its weights: folder, config, tokenizer, mean and std (3,) of pixels in 0..1, image_size.
+    `why`: see local_folder."""
     from transformers import AutoConfig, AutoProcessor
 
     folder = local_folder(source, weights, why)
@@ -671,7 +671,7 @@ def open_backbone(source, weights=True, why=""):
 
 
 def read_backbone(backbone):
-    """Yield (name in Kosmos2Model, tensor); the language model's head is the tied embedding, or not used."""
+    """Yield (name in Kosmos2Model, tensor). No head; a file may hold the tied embedding under the head's name."""
     tied = backbone.config.text_config.tie_word_embeddings
     for name, tensor in read_tensors(backbone.folder):
         name = name.replace("lm_head.", "model.embed_tokens.") if tied else name
@@ -704,13 +704,13 @@ save_model = ckpt.save_state  # a .ckpt: trained weights, the optimizer's moment
 
 
 def best_files(folder, new=None):
-    """{path: val_loss} of the epoch checkpoints in `folder` and of a `new` one, the best first."""
+    """-> {path: val_loss} of the epoch checkpoints in `folder`, and those in `new`, the best first."""
     found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")} | (new or {})
     return {path: found[path] for path in sorted(found, key=lambda p: (math.isnan(found[p]), found[p]))}
 
 
 def keep_best(run, folder, about, k, write, size):
-    """Write the file of the epoch that was just validated if it is among the best `k`, then delete what fell out."""
+    """Write a checkpoint of the epoch just validated if it is among the best `k`, then delete those that are not."""
     own = folder / f"epoch_{about['epoch']:02d}-val_loss={about['val_loss']:.3f}.ckpt"
     ranked = list(run.once(best_files, folder, {own: about["val_loss"]}))
     if own not in ranked[:k] or run.save_as(own, write, size):
@@ -719,7 +719,7 @@ def keep_best(run, folder, about, k, write, size):
 
 
 def load_policy(path, device=None, model=None):
-    """Open a .ckpt, or the best one of an output_dir. `model`: where the backbone is, if no longer where it was."""
+    """Open a .ckpt, or the best one of an output_dir. `model`: where the backbone is now, if it has moved."""
     path = Path(path)
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -735,7 +735,7 @@ def load_policy(path, device=None, model=None):
     core = build_model(cfg, backbone, prompt, device, torch.bfloat16 if bf16 else torch.float32)
     frozen = tuple(name for name, p in core.named_parameters() if not p.requires_grad)
     load_weights(core, saved["trained"].items(), path, missing_ok=frozen)
-    core.eval()  # its weights could be trained on: without, an LSTM on a CPU rounds otherwise
+    core.eval()  # no requires_grad_(False): without gradients an LSTM on a CPU rounds differently
     return Policy(core, prompt, cfg, backbone.image_size, saved, bf16)
 
 
@@ -748,9 +748,9 @@ def check_backbone(path, saved, digest):
 
 
 def measure(predicted, target, mask, scale):
-    """(n, N, 2) in [-1, 1] twice, mask (n, N): the steps that count -> {loss (Huber), mae_linear_x, rmse_linear_x
-    (m/s), direction_accuracy: of the steps whose linear_y leaves the dead band, share with its sign}; what has no steps
-    is left out."""
+    """predicted, target (n, N, 2) in [-1, 1], mask (n, N): the steps that count -> {loss (Huber), mae_linear_x,
+    rmse_linear_x, ... (m/s), direction_accuracy: of the steps whose linear_y leaves the dead band, the share whose
+    sign is right}; a metric without steps is left out."""
     a, b = (v[mask].astype(np.float64) for v in (predicted, target))  # (k, 2)
     error, turns, out = np.abs(a - b), np.abs(b[:, 1]) > DEAD_BAND, {}
     if len(a):
@@ -763,8 +763,8 @@ def measure(predicted, target, mask, scale):
 
 
 def blind_table(episodes, cfg):
-    """What predictors that see nothing say: the mean action in [-1, 1] at every time of an episode, and in the last row
-    over all times -> (n + 1, 2)."""
+    """Predictions of baselines that see nothing: the mean action in [-1, 1] at every time of an episode, and as the
+    last row the mean over all times -> (n + 1, 2)."""
     actions, rows = [action_normalizer(cfg).normalize(e.actions) for e in episodes], []
     for t in range(max(e.num_frames for e in episodes)):
         rows.append(np.mean([a[t] for a in actions if t < len(a)], axis=0))
@@ -772,11 +772,11 @@ def blind_table(episodes, cfg):
 
 
 def validate(policy, dataset, blind, run):
-    """Drive every validation episode once, each frame with the last W up to it -> {val_loss, val_mae_linear_y, ...}.
+    """Run every validation episode once, each frame with the last W up to it -> {val_loss, val_mae_linear_y, ...}.
 
     swap_change: mean |velocity(text) - velocity(opposite text)| in m/s on the same frames; swap_flip: of the steps that
-    turn, how many turn the other way (linear_y changes its sign). A policy that does not read has 0 and 0.
-    val_swap_ratio: error with another episode's pictures / with its own. A policy that does not look has 1."""
+    turn, how many turn the other way (linear_y changes its sign). A policy that ignores the text has 0 and 0.
+    val_swap_ratio: error with another episode's pictures / with its own. A policy that ignores them has 1."""
     cfg, scale, rows = policy.cfg, np.array(policy.cfg.dataset.action_scale), []
     texts = sorted({e.instruction for e in dataset.episodes})
     others = partners([e.name for e in dataset.episodes], [texts.index(e.instruction) for e in dataset.episodes])
@@ -785,21 +785,21 @@ def validate(policy, dataset, blind, run):
         rgb = dataset.pictures(e, np.arange(e.num_frames))
         after = np.arange(e.num_frames)[:, None] + np.arange(cfg.fwd_pred_next_n) + cfg.label_offset  # (T, N)
         actions = policy.normalizer.normalize(e.actions)
-        answer, other = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
+        answer, opposite = policy.rollout(rgb, e.instruction), policy.opposites.get(e.instruction)
         row = dict(answer=answer, target=actions[np.minimum(after, len(actions) - 1)], exists=after < len(actions))
-        row["told"] = policy.rollout(rgb, other) if other else np.full_like(answer, np.nan)
-        row["shown"] = np.full_like(answer, np.nan)
+        row["other_text"] = policy.rollout(rgb, opposite) if opposite else np.full_like(answer, np.nan)
+        row["other_rgb"] = np.full_like(answer, np.nan)
         if others is not None and k < SWAPPED:  # of the same instruction where there is one, at the same progress
-            there = dataset.episodes[others[k]]
-            rgb = dataset.pictures(there, np.arange(e.num_frames) * there.num_frames // e.num_frames)
-            row["shown"] = policy.rollout(rgb, e.instruction)
+            other = dataset.episodes[others[k]]
+            rgb = dataset.pictures(other, np.arange(e.num_frames) * other.num_frames // e.num_frames)
+            row["other_rgb"] = policy.rollout(rgb, e.instruction)
         timed = blind[np.minimum(after, len(blind) - 1)]
         row |= dict(zeros=np.zeros_like(timed), mean=np.broadcast_to(blind[-1], timed.shape), per_time=timed)
         rows.append(row | dict(side=np.full(after.shape, e.side)))
     policy.model.train()
     rows = sum(run.gather(rows), [])
     v = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-    answer, told, target, exists, side = (v[key] for key in ("answer", "told", "target", "exists", "side"))
+    answer, flipped, target, exists, side = (v[key] for key in ("answer", "other_text", "target", "exists", "side"))
     out = {f"val_{name}": value for name, value in measure(answer, target, exists, scale).items()}
     out |= dict(val_loss_velocity_act=out["val_loss"], val_loss_arm_act=out["val_loss"])  # the guide's names
     parts = dict(val_left=(answer, exists & (side > 0)), val_right=(answer, exists & (side < 0)))
@@ -807,14 +807,15 @@ def validate(policy, dataset, blind, run):
     for prefix, (predicted, mask) in parts.items():
         values = measure(predicted, target, mask, scale)
         out |= {f"{prefix}_{name}": value for name, value in values.items() if "rmse" not in name}
-    error, change, far = (np.abs(x - y) * scale for x, y in ((answer, target), (told, answer), (v["shown"], target)))
+    error, change = np.abs(answer - target) * scale, np.abs(flipped - answer) * scale  # m/s; NaN: not measured
+    swapped = np.abs(v["other_rgb"] - target) * scale
     for j in range(cfg.fwd_pred_next_n):
         out |= {f"val_mae_step_{j + 1}": error[exists[:, j], j].mean()} if exists[:, j].any() else {}
-    other, shown = (exists & np.isfinite(x[..., 0]) for x in (change, far))
-    turns = other & (np.abs(target[..., 1]) > DEAD_BAND)
-    out |= dict(swap_change=change[other].mean()) if other.any() else {}
-    out |= dict(swap_flip=(np.sign(told[turns, 1]) == -np.sign(answer[turns, 1])).mean()) if turns.any() else {}
-    out |= dict(val_swap_ratio=far[shown].mean() / max(error[shown].mean(), 1e-9)) if shown.any() else {}
+    heard, seen = (exists & np.isfinite(x[..., 0]) for x in (change, swapped))
+    turns = heard & (np.abs(target[..., 1]) > DEAD_BAND)
+    out |= dict(swap_change=change[heard].mean()) if heard.any() else {}
+    out |= dict(swap_flip=(np.sign(flipped[turns, 1]) == -np.sign(answer[turns, 1])).mean()) if turns.any() else {}
+    out |= dict(val_swap_ratio=swapped[seen].mean() / max(error[seen].mean(), 1e-9)) if seen.any() else {}
     return {name: float(value) for name, value in out.items()}
 
 
@@ -836,7 +837,7 @@ def validation_text(v):
 
 
 def lr_at(step, total, cfg):
-    """Learning rate of update `step` (from 0) of `total`, which are max_epochs: warm-up, then constant or a cosine."""
+    """Learning rate of update `step` (from 0) of `total` (max_epochs, or max_steps): warm-up, then constant or cosine."""
     warmup, scale = cfg.warmup_epochs / cfg.trainer.max_epochs * total, 1.0
     if cfg.scheduler == "cosine":
         progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
@@ -845,7 +846,7 @@ def lr_at(step, total, cfg):
 
 
 def describe(cfg, data, dataset, say):
-    """Say what was found: episodes, scenarios, instructions and their sources, action ranges; and what looks wrong."""
+    """Print what was found: episodes, scenarios, instructions and their sources, action ranges; warn of what is odd."""
     d, train, held, texts = cfg.dataset, data.train, data.validation, {e.instruction for e in data.train}
     frames, windows = sum(e.num_frames for e in train), [len(starts) for _, starts in dataset.samples]
     say(f"data      {len(train)} training episodes, {frames} frames; {len(held)} validation episodes; {d.data_dir}")
@@ -909,11 +910,11 @@ def main(cfg):
         return check_data(cfg)
 
     # ---- inputs: everything that can be wrong is found before weights are loaded
-    t, wanted, folder = cfg.trainer, cfg.train_setup.precision, Path(cfg.output_dir) / "checkpoints"
+    t, precision, folder = cfg.trainer, cfg.train_setup.precision, Path(cfg.output_dir) / "checkpoints"
     cfg.model = stored_source(cfg.model)
-    bf16 = torch.cuda.is_available() and wanted != "32-true"
+    bf16 = torch.cuda.is_available() and precision != "32-true"
     run = Run(cfg, cfg.output_dir, cfg.batch_size, t.accumulate_grad_batches, bf16)
-    if run.bf16 and wanted == "16-mixed":
+    if run.bf16 and precision == "16-mixed":
         run.print("precision 16-mixed is run as bf16-mixed: as fast, and it needs no loss scale")
     path = run.find(cfg.resume, folder, ["last.ckpt", "epoch_*.ckpt"])
     saved = ckpt.read_checkpoint(path, SCRIPT, FORMAT) if path else None
@@ -923,7 +924,7 @@ def main(cfg):
     data = load_data(cfg, store, run.print, run.rank / run.world, saved and saved.get("episodes"))
     digest = run.once(weight_digest, backbone.folder)
     for e in [*data.train, *data.validation]:
-        prompt.tokens(e.instruction)  # too long a text is found now
+        prompt.tokens(e.instruction)  # a text that is too long is an error now, not in the middle of the run
     if saved:
         check_backbone(path, saved, digest)
         run.restore(path, saved, data.fingerprint, FIXED)
@@ -932,7 +933,7 @@ def main(cfg):
     dataset, held_out = (MobileVLAH5Dataset(part, cfg, store.read, prompt) for part in (data.train, data.validation))
     describe(cfg, data, dataset, run.print)
     n = len(dataset)
-    # positions go on over the end of an epoch: no sample is dropped
+    # an optimizer step may span two epochs: no sample is dropped
     total = run.step + math.ceil((t.max_epochs * n - run.position) / run.global_batch)
     if not run.plan(min(total, t.max_steps or total), f"trainer.max_epochs (now {t.max_epochs}) or max_steps"):
         return
@@ -949,7 +950,7 @@ def main(cfg):
     if saved:
         ckpt.restore_training_state(core, optimizer, saved["trained"], saved["moments"])
         about = {key: saved[key] for key in about}
-        saved = None  # the file's memory
+        saved = None  # frees what is mapped from the file
     meta = dict(script=SCRIPT, validation=[e.name for e in data.validation])
     about |= {key: value for key, value in vars(data).items() if key not in ("train", "validation")}
     about |= dict(format_version=FORMAT, meta=meta, backbone=digest)
@@ -982,7 +983,7 @@ def main(cfg):
         epoch_end = step.passed(n * t.every_n_epochs)
         if epoch_end and data.validation:
             values = validate(policy, held_out, blind, run)
-            # from 0: the one that this step finished, else the one it is in
+            # counted from 0: the epoch that this step completed, else the current one
             epoch = min(run.position // n - (run.position // n > step.first // n), t.max_epochs - 1)
             step.validated(values, values["val_loss"], f"epoch {epoch} | {validation_text(values)}")
             about |= dict(epoch=epoch, val_loss=values["val_loss"])

@@ -47,8 +47,8 @@ from common.stats import Normalizer, load_stats, save_stats
 
 FORMAT = 3  # of steps_N/state.pt and model/policy.json
 ACTION_TOKEN = "<robot_action_{}>"
-BLIND = 1.05  # an error with swapped pictures below this many times its own: the policy does not look at them
 NUM_ACTION_TOKENS = 2048  # nora's vocabulary: <robot_action_0> .. <robot_action_2047>
+BLIND = 1.05  # if swapping the pictures raises the error by less than this factor, the policy ignores them
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def check_config(cfg):
 
 @dataclass
 class Spec:
-    """What predict must know beside the weights; saved as model/policy.json and model/dataset_stats.json."""
+    """What predict needs beside the weights; saved as model/policy.json and model/dataset_stats.json."""
 
     image_size: list  # [height, width] that the model sees
     task_instruction: str  # where an observation has none
@@ -185,26 +185,26 @@ class Data:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_data(cfg, run=None, stats=None, then=None):
-    """Find, read, split and describe the episodes. `stats`, `then`: statistics and episodes of the checkpoint that is
-    resumed."""
+def load_data(cfg, run=None, stats=None, table=None):
+    """Find, read, split and describe the episodes. `stats`, `table`: statistics and episodes of a resumed checkpoint,
+    see Data."""
     d = cfg.dataset
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
-    n, frames = len(found), {e.name: e.num_frames for e in found}
-    split = partial(ep.hold_out, n, d.num_val_episodes)
-    *parts, table, gone = ep.split_or_keep(frames, split, then if d.skip_bad_episodes else None)
+    frames = {e.name: e.num_frames for e in found}
+    split = partial(ep.hold_out, len(found), d.num_val_episodes)
+    *parts, table, gone = ep.split_or_keep(frames, split, table if d.skip_bad_episodes else None)
     train, validation = ([found[i] for i in part] for part in parts)
     known = list(found[0].cameras)
     cameras = {f"camera{known.index(name) + 1}": name for name in ep.choose_cameras(found, d.cameras)}
-    fits = f"expected 1 to {len(cameras)}, as dataset.cameras is {list(cameras)}"
-    require(1 <= d.min_cameras <= len(cameras), f"dataset.min_cameras is {d.min_cameras}: {fits}")
+    expected = f"expected 1 to {len(cameras)}, as dataset.cameras is {list(cameras)}"
+    require(1 <= d.min_cameras <= len(cameras), f"dataset.min_cameras is {d.min_cameras}: {expected}")
     state_keys = [k for k, use in (("qpos", d.use_qpos), ("ee_pose", d.use_ee_pose)) if use and d.state_in_prompt]
     missing = [k for k in state_keys if getattr(found[0], k) is None]
-    have = f"chosen: {state_keys}, not in the files: {missing}; {found[0].path}"
-    fits = bool(state_keys) == d.state_in_prompt and not missing
-    require(fits, f"dataset.state_in_prompt needs use_ee_pose and/or use_qpos, and those arrays; {have}")
+    chosen = f"chosen: {state_keys}, not in the files: {missing}; {found[0].path}"
+    valid = bool(state_keys) == d.state_in_prompt and not missing
+    require(valid, f"dataset.state_in_prompt needs use_ee_pose and/or use_qpos, and those arrays; {chosen}")
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
-    keys = ["action", *["observation.state"][: len(state_keys)]]
+    keys = ["action", "observation.state"] if state_keys else ["action"]
     held_out, plain = [e.name for e in validation], dataclasses.asdict(definition)
     if stats is None and d.normalization_stats_path:
         stats = load_stats(d.normalization_stats_path, keys, plain, held_out, [e.name for e in train])
@@ -216,15 +216,15 @@ def load_data(cfg, run=None, stats=None, then=None):
 
 
 def make_contract(d, train, cameras, state_keys, definition, stats):
-    """What a robot must send, and what the answer means, as common/policy.py has it."""
-    e, first = train[0], "was recorded with the frame that is seen"
+    """What a robot must send, and what the answer means: the fields of common.policy.Contract."""
+    e, meaning = train[0], "was recorded with the frame that is seen"
     actions, states = ep.name_columns(train, definition, state_keys)
     if definition.source == "ee_pose_delta":
-        first = "is the motion to the next frame, to be added to the last target"
+        meaning = "is the motion to the next frame, to be added to the last target"
     about = dict(script=Path(__file__).stem, actions=actions, horizon=d.horizon, rate_hz=e.rate_hz or None)
     about |= dict(images={c: e.sizes[name] for c, name in cameras.items()}, recorded=cameras)
     about |= dict(kind="absolute" if definition.still(e).any() else "delta")
-    about |= dict(first_row=f"row 0 {first}. Send row k k frames after the picture was taken")
+    about |= dict(first_row=f"row 0 {meaning}. Send row k k frames after the picture was taken")
     about |= dict(instructions=sorted({e.instruction or d.task_instruction for e in train}))
     state = stats["observation.state"] if state_keys else {}
     about |= dict(state=states, low=state.get("min"), high=state.get("max"))
@@ -232,8 +232,8 @@ def make_contract(d, train, cameras, state_keys, definition, stats):
 
 
 def resize_image(image, size):
-    """(h, w, 3) uint8 or PIL -> (height, width, 3) uint8: squash to `size`, in training and in predict. Bicubic with
-    antialiasing by torch: a grey level or two from Pillow's here and there, in a seventh of the time."""
+    """(h, w, 3) uint8 or PIL -> (height, width, 3) uint8, squashed to `size`, in training and in predict. torch's
+    antialiased bicubic: within two grey levels of Pillow's, in a seventh of its time."""
     pixels = torch.from_numpy(np.array(image, order="C"))[None].permute(0, 3, 1, 2)  # (1, 3, h, w), channels last
     return F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
@@ -296,7 +296,7 @@ class NoraDataset(ep.Chunks):
 
 
 class Processor:
-    """Text and numbers of the backbone in `folder`, the same in training and predict: instruction -> token ids."""
+    """The backbone in `folder` without its weights: tokenizer, image statistics, token grid; makes the prompts."""
 
     def __init__(self, folder, spec):
         self.folder, self.spec = Path(folder), spec
@@ -305,8 +305,8 @@ class Processor:
         vocabulary = self.tokenizer.get_vocab()
         self.first_action, last = (vocabulary.get(token, -1) for token in ends)
         whole = self.first_action >= 0 and last - self.first_action + 1 == NUM_ACTION_TOKENS
-        has = f"the tokenizer of '{folder}' has no {NUM_ACTION_TOKENS} tokens {ends[0]} .. {ends[1]} in a row"
-        require(whole, f"{has}: NORA starts from declare-lab/nora or a model fine-tuned from it")
+        lacks = f"the tokenizer of '{folder}' has no {NUM_ACTION_TOKENS} tokens {ends[0]} .. {ends[1]} in a row"
+        require(whole, f"{lacks}: NORA starts from declare-lab/nora or a model fine-tuned from it")
         self.end, self.pad = vocabulary["<|im_end|>"], self.tokenizer.pad_token_id
         self.image_token_id = config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -321,9 +321,9 @@ class Processor:
         return qwen.chat_text(self.tokenizer, self.image_token, len(self.spec.cameras), instruction, answer=True)
 
     def ids(self, instruction, state=None):
-        """Token ids of the prompt, every image place expanded to its tokens."""
-        places, text = self.grid[0] * self.grid[1], self.text(instruction, state)
-        return qwen.prompt_ids(self.tokenizer, text, self.image_token, places)
+        """Token ids of the prompt, each <|image_pad|> expanded to all tokens of its image."""
+        tokens, text = self.grid[0] * self.grid[1], self.text(instruction, state)
+        return qwen.prompt_ids(self.tokenizer, text, self.image_token, tokens)
 
 
 @dataclass
@@ -332,8 +332,8 @@ class Collate:
     no mask is needed and the fast kernels stay usable.
 
     input_ids (B, L), position_ids (3, B, L) | images (B, K, height, width, 3) uint8 | names [(episode, frame)] * B |
-    targets, target_rows, target_sample (M,): label, place in the flattened (B*L) that predicts it, row
-    """
+    targets (M,): labels | target_rows (M,): the position, in the flattened (B * L), whose output predicts each of them
+    | target_sample (M,): which of the B rows it belongs to"""
 
     processor: Processor
     fast: FastTokenizer
@@ -367,30 +367,31 @@ class Collate:
 
 
 class Nora(nn.Module):
-    """Qwen2.5-VL seen from a batch of this script. forward(batch) is the loss, forward(batch, fast, count) decodes."""
+    """Qwen2.5-VL behind this script's batches. forward(batch) is the loss, forward(batch, fast, count) decodes."""
 
     def __init__(self, vlm, processor):
         from transformers import GenerationConfig
 
         super().__init__()
         self.vlm, self.processor = vlm, processor
-        # greedy, whatever the checkpoint's file says (Qwen's has a repetition penalty)
+        # greedy decoding, not the checkpoint's own settings: Qwen's have a repetition penalty
         vlm.generation_config = GenerationConfig(eos_token_id=processor.end, pad_token_id=processor.pad)
         self.register_buffer("mean", torch.tensor(processor.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(processor.std).view(3, 1, 1) * 255, persistent=False)
 
     def pictures(self, images):
-        """(B, K, height, width, 3) uint8 -> what the vision tower reads."""
+        """(B, K, height, width, 3) uint8 -> inputs of the vision tower."""
         patch, images = self.processor.patch, images.flatten(0, 1)
         grid = torch.tensor([[1, images.shape[1] // patch, images.shape[2] // patch]])  # on the CPU, where it is read
         patches = qwen.image_patches(images, self.mean, self.std, patch)
         return dict(pixel_values=patches, image_grid_thw=grid.repeat(len(images), 1))
 
     def compute_loss(self, batch):
-        """-> loss_sum (): cross entropy summed over the M supervised tokens | sample_loss (B,): its share per sample |
-        correct (): tokens right. The caller divides by the tokens of the whole step. Logits exist only at labels."""
-        seen = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"]) | self.pictures(batch["images"])
-        hidden = self.vlm.model(**seen, use_cache=False).last_hidden_state  # (B, L, D)
+        """-> loss_sum (): cross entropy summed over the M supervised tokens | sample_loss (B,): the same per sample |
+        correct (): number of right tokens. The head runs on the supervised positions only."""
+        inputs = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        inputs |= self.pictures(batch["images"])
+        hidden = self.vlm.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
         logits = self.vlm.lm_head(hidden.flatten(0, 1)[batch["target_rows"]]).float()  # (M, V)
         loss = F.cross_entropy(logits, batch["targets"], reduction="none")  # (M,)
         sample_loss = loss.new_zeros(len(batch["input_ids"])).index_add(0, batch["target_sample"], loss.detach())
@@ -402,16 +403,16 @@ class Nora(nn.Module):
         would have left the format)."""
         p = self.processor
         rule = ActionsOnly(fast, p.first_action, p.end, batch["input_ids"], count)
-        seen = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
-        most = 2 * count + 1  # a coefficient takes at most two tokens; FSDP's ranks decode apart: see fsdp.gathered
-        with self.vlm.lm_head.register_forward_hook(self.sharpen):
-            out = self.vlm.generate(**seen, max_new_tokens=most, logits_processor=[rule], synced_gpus=False)
+        inputs = {k: v for k, v in batch.items() if k != "images"} | self.pictures(batch["images"])
+        most = 2 * count + 1  # a coefficient takes at most two tokens, then the end
+        with self.vlm.lm_head.register_forward_hook(self.sharpen):  # not synced: see fsdp.gathered
+            out = self.vlm.generate(**inputs, max_new_tokens=most, logits_processor=[rule], synced_gpus=False)
         answers = (out[:, batch["input_ids"].shape[1] :] - p.first_action).tolist()
         return [[i for i in row if 0 <= i < fast.vocab_size] for row in answers], rule.malformed
 
     def sharpen(self, head, hidden, logits):
-        """Hook of the head -> its logits with those of actions computed in fp32: in bf16 neighbouring coefficients tie,
-        and argmax, which takes the first, would always answer the smaller one."""
+        """Forward hook of the head: recompute the action logits in fp32. In bf16 neighbouring coefficients tie, and
+        argmax, which takes the first, would always answer the smaller one."""
         logits, first = logits.float(), self.processor.first_action
         rows = slice(first, first + NUM_ACTION_TOKENS)
         with torch.autocast(logits.device.type, enabled=False):
@@ -433,10 +434,10 @@ class Policy:
         return self.contract.actions
 
     def reset(self):
-        """Before a new drive; a chunk depends on its observation alone, so there is nothing to forget."""
+        """Call it before a new drive. A chunk depends on its observation alone, so there is nothing to forget."""
 
     def describe(self):
-        """What it takes and gives, its rate, units, ranges and latency, as plain values."""
+        """Its inputs and outputs, rate, units, ranges and latency, as plain values."""
         return self.contract.describe(self)
 
     def predict(self, observations):
@@ -454,7 +455,7 @@ class Policy:
         """images (B, K, h, w, 3) uint8 at the model's size, prompt ids -> ((B, H, A) in data units, malformed (B,))."""
         length, p = max(map(len, prompts)), self.model.processor
         ids, mask = np.full((len(prompts), length), p.pad), np.zeros((len(prompts), length), np.int64)
-        for b, prompt in enumerate(prompts):  # padded on the left: the answer goes on at the right
+        for b, prompt in enumerate(prompts):  # padded on the left: the answer is appended on the right
             ids[b, length - len(prompt) :], mask[b, length - len(prompt) :] = prompt, 1
         batch = dict(images=images, input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == p.image_token_id) * 1)
         batch = to_device({k: torch.from_numpy(v) for k, v in batch.items()}, self.model.mean.device)
@@ -464,7 +465,7 @@ class Policy:
         return self.spec.normalizer.unnormalize(chunks), malformed.cpu().numpy()
 
     def nearest(self, chunks):
-        """(n, H, A) in data units -> the closest that can be answered: clipped, and through the tokens and back."""
+        """(n, H, A) in data units -> the nearest actions that predict can return: clipped, to tokens and back."""
         unit = self.spec.normalizer.normalize(chunks)
         coded = [self.fast.decode(self.fast.encode(chunk), *chunk.shape) for chunk in unit]
         return self.spec.normalizer.unnormalize(np.stack(coded))
@@ -486,21 +487,21 @@ def weights_source(cfg):
     path = Path(cfg.load_model_weights)
     path = next((path / name for name in ("merged", "model") if (path / name).is_dir()), path)
     whole = any(path.glob("*.safetensors")) and not (path / "adapter_config.json").exists()
-    how = f"Of a LoRA adapter, merge it first: python train_nora.py --merge {path.parent}"
-    require(whole, f"load_model_weights: {path} is no directory with the *.safetensors of a whole model. {how}")
+    hint = f"Merge a LoRA adapter first: python train_nora.py --merge {path.parent}"
+    require(whole, f"load_model_weights: {path} is no directory with the *.safetensors of a whole model. {hint}")
     return path
 
 
 def build_model(cfg, processor, device, dtype, attention):
-    """-> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`; with fsdp unfilled."""
-    large = cfg.train in ("full", "language")
-    vlm = qwen.load_backbone(processor.folder, torch.float32 if large else dtype, attention, device=device)
+    """-> (Nora, peft model or None). Trained weights fp32, frozen ones in `dtype`; no `device`: no values yet."""
+    mostly_trained = cfg.train in ("full", "language")
+    vlm = qwen.load_backbone(processor.folder, torch.float32 if mostly_trained else dtype, attention, device=device)
     peft_model = choose_trained(cfg, vlm, processor.first_action, dtype)
     return Nora(vlm, processor).to(device), peft_model
 
 
 def choose_trained(cfg, vlm, first_action, dtype):
-    """Set requires_grad for cfg.train, add the LoRA adapter, make what is trained fp32 -> peft model or None."""
+    """Set requires_grad for cfg.train, add the LoRA adapter, cast trained weights to fp32 -> peft model or None."""
     peft_model = None
     vlm.requires_grad_(cfg.train in ("full", "language"))
     if cfg.train == "language":
@@ -523,8 +524,8 @@ def choose_trained(cfg, vlm, first_action, dtype):
 
 
 def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
-    """Write the export: `weights` (or the policy's) in upstream's layout or as an adapter, tokenizer and image files
-    as the backbone has them, statistics, FAST, policy.json. `backbone`: {backbone, digest} of what it came from."""
+    """Write the export: `weights` (or the policy's) in upstream's layout or as an adapter, the backbone's own tokenizer
+    and image files, statistics, FAST, policy.json. `backbone`: {backbone, digest} of the model it was trained from."""
     folder, vlm = Path(folder), policy.model.vlm
     folder.mkdir(parents=True, exist_ok=True)
     if peft_model is not None:
@@ -536,7 +537,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
         if vlm.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
         vlm.save_pretrained(folder, state_dict=tensors)
-    for path in policy.model.processor.folder.iterdir():  # as they are: other releases read them as well as this one
+    for path in policy.model.processor.folder.iterdir():  # copied, so that every release of transformers reads them
         if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
@@ -549,7 +550,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
 
 
 def read_exported(folder):
-    """model/ directory -> (spec, fast, policy.json as dict, with the dtype of the weights)."""
+    """model/ directory -> (spec, fast, policy.json as a dict with the dtype of the weights added)."""
     path = Path(folder) / "policy.json"
     require(path.is_file(), f"{folder} has no policy.json: expected a steps_N directory of train_nora.py or its model/")
     about = json.loads(path.read_text())
@@ -557,7 +558,7 @@ def read_exported(folder):
     require(found == FORMAT, f"{path} has format_version {found}, this code reads {FORMAT}")
     stats = load_stats(path.with_name("dataset_stats.json"), definition=about["action_definition"])
     same = [stats["action"][k] for k in ("min", "max")] == [about["contract"][f"action_{k}"] for k in ("low", "high")]
-    require(same, f"{path.with_name('dataset_stats.json')} is not the one of this model: policy.json has other ranges")
+    require(same, f"{path.with_name('dataset_stats.json')} belongs to another model: policy.json has other ranges")
     values = {f.name: about[f.name] for f in dataclasses.fields(Spec) if f.name != "stats"}
     fast, config = FastTokenizer.load(path.with_name("fast")), json.loads(path.with_name("config.json").read_text())
     about["dtype"] = getattr(torch, config.get("dtype") or config["torch_dtype"])
@@ -586,8 +587,8 @@ def load_policy(path, device=None, dtype=None):
 
 
 def open_base(folder, about):
-    """Folder of the weights that the adapter in `folder` stands on; others are refused."""
-    where = f"{folder / 'policy.json'} names it as what the adapter stands on"
+    """-> folder of the weights that the adapter in `folder` was trained on; any others are refused."""
+    where = f"{folder / 'policy.json'} names it as the adapter's base model"
     found = local_folder(about["backbone"], why=f"; {where}: put it back there, or change the path in that file")
     same = weight_digest(found) == about["digest"]
     require(same, f"'{found}' holds other weights than those that the adapter was trained on; {where}")
@@ -595,11 +596,11 @@ def open_base(folder, about):
 
 
 def merge_adapter(folder):
-    """Write steps_N/merged: the adapter folded into a full model that needs neither peft nor the base. In the dtype of
-    the base: NORA's 7.5 GB in bf16 would be 15 GB of the host's memory in fp32."""
+    """Write steps_N/merged: the adapter folded into a full model that needs neither peft nor the base model. Merged in
+    the dtype of the base: NORA's 7.5 GB in bf16 would take 15 GB of host memory in fp32."""
     folder = Path(folder)
-    there = (folder / "model" / "adapter_config.json").is_file()
-    require(there, f"--merge {folder}: no model/adapter_config.json there; expected a steps_N of a --train lora run")
+    is_adapter = (folder / "model" / "adapter_config.json").is_file()
+    require(is_adapter, f"--merge {folder}: it has no model/adapter_config.json; expected a steps_N of --train lora")
     about = read_exported(folder / "model")[2]
     dtype = next(tensor.dtype for _, tensor in read_tensors(open_base(folder / "model", about)))
     policy = load_policy(folder, "cpu", dtype)
@@ -621,6 +622,7 @@ class Saver:
     meta: dict  # what is the same in every meta.json of the run
 
     def collect(self, resume=True):
+        """-> what write() gets; `resume`: with the training state."""
         model = self.peft_model or self.policy.model.vlm
         weights = {k: v for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad or not self.peft_model}
         state = dict(state=fsdp.state_of(self.policy.model, self.optimizer)) if resume else {}
@@ -655,7 +657,7 @@ def build_optimizer(cfg, parameters, fused):
 
 
 def fit_fast(cfg, data, folder=None, most=100_000):
-    """FAST trained on the normalised training chunks; written to `folder`, so that all ranks read the same."""
+    """Train FAST on at most `most` normalised training chunks -> it; with `folder` it is saved there, for all ranks."""
     dataset, normalize = NoraDataset(data.train, data.spec), data.spec.normalizer.normalize
     chunks = [normalize(dataset.chunk(i)[0]) for i in dataset.spread(most)]
     fast = FastTokenizer.fit(chunks, cfg.fast_scale, cfg.fast_vocab_size)
@@ -663,7 +665,7 @@ def fit_fast(cfg, data, folder=None, most=100_000):
 
 
 def describe(cfg, data, show):
-    """Say what was found: episodes, action meaning and ranges, instructions, and what has no effect."""
+    """Print what was found: episodes, meaning and ranges of the actions, instructions, settings without effect."""
     d, spec, action, frames = cfg.dataset, data.spec, data.spec.definition, sum(e.num_frames for e in data.train)
     counts = f"{len(data.train)} training episodes, {frames} frames; {len(data.validation)} validation episodes"
     show(f"data      {counts}; {d.root_dir}")
@@ -686,7 +688,7 @@ def describe(cfg, data, show):
 
 
 def describe_fast(data, fast, show):
-    """What coding costs: per dimension the error that it leaves to a perfect policy, beside that of holding still."""
+    """Print what FAST costs: per dimension the error of a perfect policy, beside that of holding still."""
     dataset, chunks = NoraDataset(data.train, data.spec), []
     stills = [data.spec.definition.still(e) for e in data.train]
     for i in dataset.spread(512):
@@ -697,7 +699,7 @@ def describe_fast(data, fast, show):
 
 def check_data(cfg):
     """--check: read the data, build one batch, print what the model would see. Needs no weights; without a tokenizer
-    the text stays unbuilt, and says so."""
+    prompt and action tokens are left out, with a note."""
     data, collate = load_data(cfg), None
     describe(cfg, data, print)
     try:
@@ -731,24 +733,24 @@ def validate(policy, dataset, collate, cfg, run):
     val_swap_ratio_<camera>: error of the normalised actions with another episode's picture / with its own}"""
     spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
     pick = dataset.spread(cfg.val_samples)
-    decoded = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)
-    decoded, few = set(decoded.tolist()), set(decoded[::4].tolist())  # of these few also with swapped pictures
+    to_decode = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)  # places in pick
+    to_decode, to_swap = set(to_decode.tolist()), set(to_decode[::4].tolist())  # the latter also with swapped pictures
     places = [(e, t / len(dataset.targets[e])) for e, t in map(dataset.locate, pick)]
-    others = partners(*zip(*places, strict=True))  # None: there is one episode
+    others = partners(*zip(*places, strict=True))  # None: there is only one episode
     counts, errors, steps = np.zeros(5), np.zeros(spec.normalizer.dim), 0  # loss, correct, tokens, malformed, decoded
-    swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors of few: own, each camera swapped
+    swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors: own pictures, camera k swapped
     model.eval()
     with fsdp.gathered(model):
         for first in progress(range(run.rank * size, len(pick), run.world * size), "validation", "batch"):
-            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, place in swaps)
+            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, index into swaps)
             items = [dataset[(0, pick[i])] for i in mine]
             batch = collate(items)
             with torch.no_grad():
                 out = model(to_device(batch, run.device))
             counts[:3] += out["loss_sum"].item(), out["correct"].item(), len(batch["targets"])
             for i, item in zip(mine, items, strict=True):
-                swap = i in few and others is not None
-                if i in decoded:
+                swap = i in to_swap and others is not None
+                if i in to_decode:
                     jobs.append((item, item["images"], 0 if swap else None))
                 for k in range(len(spec.cameras) if swap else 0):
                     pictures = item["images"].copy()
@@ -757,13 +759,14 @@ def validate(policy, dataset, collate, cfg, run):
             if jobs:
                 prompts = [model.processor.ids(item["instruction"], item["state"]) for item, _, _ in jobs]
                 predicted, malformed = policy.decode(np.stack([pictures for _, pictures, _ in jobs]), prompts)
-                for (item, _, place), chunk, left in zip(jobs, predicted, malformed, strict=True):
+                for (item, _, slot), chunk, bad in zip(jobs, predicted, malformed, strict=True):
                     real = ~item["is_pad"]
-                    if place is not None:
-                        swaps[place] += np.abs(unit(chunk) - unit(item["action"]))[real].sum()
-                    if not place:
-                        counts[3:] += left, 1
-                        errors, steps = errors + np.abs(chunk - item["action"])[real].sum(0), steps + int(real.sum())
+                    if slot is not None:
+                        swaps[slot] += np.abs(unit(chunk) - unit(item["action"]))[real].sum()
+                    if slot in (None, 0):  # its own pictures
+                        counts[3:] += bad, 1
+                        errors += np.abs(chunk - item["action"])[real].sum(0)
+                        steps += int(real.sum())
     model.train()
     loss, correct, tokens, malformed, decoded, steps, *sums = run.sum(*counts, steps, *errors, *swaps)
     own, *swapped = sums[len(errors) :]
@@ -777,18 +780,18 @@ def validate(policy, dataset, collate, cfg, run):
 
 
 def tell(values, show):
-    """What validate returned, in a line; a warning for every camera that the policy does not look at."""
+    """What validate returned -> a line for the log; shows a warning for every camera that the policy ignores."""
     text = f"loss {values['val_loss']:.4f} | acc {values['val_token_accuracy']:.3f} | malformed "
     text += f"{values['val_malformed_rate']:.1%} | action MAE {values['val_action_mae']:.4f} of half the range"
     for key in filter(lambda key: "swap" in key, values):
         text += f" | {key.removeprefix('val_')} {values[key]:.2f}"
         if values[key] < BLIND:
-            show(f"warning   {key} {values[key]:.2f}: no worse with another episode's picture, it does not look at it")
+            show(f"warning   {key} {values[key]:.2f}: no worse with another episode's picture, the policy ignores it")
     return text
 
 
 def finish(run, cfg):
-    """After the last step: the merged model of a LoRA run, if it is not there yet, and what to do next."""
+    """After the last step: merge a LoRA run if that was not done yet, and print the next command."""
     final = Path(cfg.output_dir) / f"steps_{run.step}"
     if run.main and run.step == run.total and cfg.train == "lora" and not (final / "merged").exists():
         print(f"merged model: {merge_adapter(final)}")
@@ -822,18 +825,18 @@ def main(cfg):
     if cfg.fast == "fit" and not path:
         run.once(fit_fast, cfg, data, out / "fast")
     fast = fast or FastTokenizer.load(out / "fast" if cfg.fast == "fit" else cfg.fast)
-    fits = f"FAST tokenizer '{cfg.fast}' has {fast.vocab_size} ids, the model has {NUM_ACTION_TOKENS} action tokens"
-    require(fast.vocab_size <= NUM_ACTION_TOKENS, f"{fits}: fit a smaller one (--fast fit --fast_vocab_size 1024)")
+    sizes = f"FAST tokenizer '{cfg.fast}' has {fast.vocab_size} ids, the model has {NUM_ACTION_TOKENS} action tokens"
+    require(fast.vocab_size <= NUM_ACTION_TOKENS, f"{sizes}: fit a smaller one (--fast fit --fast_vocab_size 1024)")
     lora = cfg.train == "lora"
-    if path and not lora:
+    if path and not lora:  # the checkpoint holds the whole model
         source, backbone = path / "model", {k: about[k] for k in ("backbone", "digest")}
     else:
         source = weights_source(cfg)
         backbone = dict(backbone=stored_source(source if cfg.load_model_weights else cfg.model))
         backbone["digest"] = run.once(weight_digest, source) if lora else None
     if path:
-        stands = f"--resume {path}: its adapter stands on the weights of {about['backbone']}"
-        require(backbone["digest"] == about["digest"], f"{stands}, those of {source} are others. Set the same again")
+        base = f"--resume {path}: its adapter was trained on the weights of {about['backbone']}"
+        require(backbone["digest"] == about["digest"], f"{base}, {source} has others. Give the same model again")
     processor = Processor(source, data.spec)
     describe(cfg, data, run.print)
     describe_fast(data, fast, run.print)
@@ -851,7 +854,7 @@ def main(cfg):
     core, peft_model = build_model(cfg, processor, None if cfg.fsdp else run.device, dtype, attention)
     layers = [*core.vlm.model.language_model.layers, *core.vlm.model.visual.blocks]
     model = run.prepare(core.train(), shards=layers if cfg.fsdp else ())
-    if cfg.fsdp:  # each rank reads its part
+    if cfg.fsdp:  # only now, so that each rank keeps its shard alone
         load_weights(core, read_tensors(source), source, lambda n: f"vlm.{qwen.module_name(n)}", device=run.device)
     trained = [p for p in core.parameters() if p.requires_grad]
     optimizer = build_optimizer(cfg, trained, fused=cuda or None)
@@ -870,7 +873,7 @@ def main(cfg):
 
     # ---- loop
     for step in run.steps(loader, cfg.wandb_project_name, cfg.wandb):
-        tokens = run.sum(sum(len(b["targets"]) for b in step.batches))  # of the whole step: what the loss is divided by
+        tokens = run.sum(sum(len(b["targets"]) for b in step.batches))  # of the whole step, over all ranks
         for batch in step.micro_batches(model):
             result = model(batch)
             step.backward(result["loss_sum"] / tokens, result["sample_loss"])

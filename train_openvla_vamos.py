@@ -55,8 +55,8 @@ from common.stats import Normalizer, compute_stats
 
 FORMAT = 3  # of steps_N/ and meta.json
 KEY = "vamos_dataset"  # of the statistics in the exported model
-GOAL_POINT = r"<point|<loc\d"  # an instruction that is coordinates, not language
-# what "all-linear" meant to OpenVLA's authors (peft 0.11): these leaf names, patch convolutions and head included
+GOAL_POINT = r"<point|<loc\d"  # in instructions that are coordinates, not language
+# the module names that "all-linear" meant when OpenVLA was released (peft 0.11), with patch convolutions and head
 LORA_LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # of the Llama
 LORA_LEAVES |= {"qkv", "proj", "fc1", "fc2", "fc3", "q", "kv", "lm_head"}
 
@@ -147,9 +147,9 @@ class Rows:
     table: pd.DataFrame  # R rows: path (of the file), row (in the file), lang_goal, text; later instruction
     actions: np.ndarray  # (N, 2) float32
     step: np.ndarray  # (N,) int32, index of the sample in its path
-    of: np.ndarray  # (N,) int32, its row of `table`
-    counts: Counter  # what was seen and left out
-    marks: dict  # {name of a file: hash of what is learned from it, but for the pictures}
+    row_of: np.ndarray  # (N,) int32, the row of `table` that the sample comes from
+    counts: Counter  # rows and steps seen and left out
+    marks: dict  # {file name: hash of everything that is learned from it but its pictures}
 
 
 def find_files(root):
@@ -163,8 +163,8 @@ def find_files(root):
 
 
 def steps_of(column):
-    """Arrow column of paths, list<list<number>> -> (lengths (R,), steps (M, 2) float64): p[t+1] - p[t] of neighbouring
-    points, path after path; NaN where a point is not finite or has fewer than 2 numbers."""
+    """Arrow column of paths, list<list<number>> -> (lengths (R,), steps (M, 2) float64): p[t+1] - p[t] of successive
+    points, path after path; NaN where a point is not finite or has fewer than 2 numbers. No Python loop over rows."""
     column = column.combine_chunks().cast(pa.list_(pa.list_(pa.float64())))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     points = column.flatten()
@@ -174,40 +174,40 @@ def steps_of(column):
     xy = np.stack([values[at], values[np.minimum(at + 1, len(values) - 1)]], axis=1)
     ends = np.cumsum(lengths)
     keep = np.ones(max(len(xy) - 1, 0), bool)
-    keep[ends[(ends > 0) & (ends < len(xy))] - 1] = False  # from the last point of a path to the first of the next
+    keep[ends[(ends > 0) & (ends < len(xy))] - 1] = False  # not from the end of a path to the start of the next
     return lengths, np.diff(xy, axis=0)[keep]
 
 
 def read_file(path, cfg):
-    """Everything of one parquet file but its pictures -> Rows"""
+    """One parquet file, all but its pictures -> Rows"""
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     if missing := [c for c in ("image", "trajectory_3d") if c not in names]:
         raise ValueError(f"no column '{missing[0]}'; it has {', '.join(names)}")
-    said = [c for c in ("lang_goal", "text") if c in names]
-    read = file.read(columns=["trajectory_3d", *said])
+    texts = [c for c in ("lang_goal", "text") if c in names]
+    read = file.read(columns=["trajectory_3d", *texts])
     lengths, steps = steps_of(read["trajectory_3d"])
     transitions = np.maximum(lengths - 1, 0)
-    of = np.repeat(np.arange(len(lengths)), transitions)
-    step = np.arange(len(of)) - np.repeat(np.cumsum(transitions) - transitions, transitions)
-    wanted = (step == 0) if cfg.samples == "first" else np.ones(len(step), bool)
+    row_of = np.repeat(np.arange(len(lengths)), transitions)
+    step = np.arange(len(row_of)) - np.repeat(np.cumsum(transitions) - transitions, transitions)
+    selected = (step == 0) if cfg.samples == "first" else np.ones(len(step), bool)
     steps = (steps * (cfg.trajectory_hz or 1.0)).astype(np.float32)
     finite = np.isfinite(steps).all(1)
-    counts = Counter(rows=len(lengths), short=int((lengths < 2).sum()), nonfinite=int((wanted & ~finite).sum()))
-    good = wanted & finite
+    counts = Counter(rows=len(lengths), short=int((lengths < 2).sum()), nonfinite=int((selected & ~finite).sum()))
+    good = selected & finite
     table = pd.DataFrame(dict(path=path, row=np.arange(len(lengths)), lang_goal=None, text=None))
-    for column in said:
+    for column in texts:
         table[column] = read[column].cast(pa.string()).to_pylist()
-    actions, of = steps[good], of[good].astype(np.int32)
-    content = json.dumps(table[["lang_goal", "text"]].to_numpy().tolist()).encode() + actions.tobytes() + of.tobytes()
-    marks = {path.name: hashlib.sha256(content).hexdigest()[:16]}
-    return Rows(table, actions, step[good].astype(np.int32), of, counts, marks)
+    actions, row_of = steps[good], row_of[good].astype(np.int32)
+    content = json.dumps(table[["lang_goal", "text"]].to_numpy().tolist()).encode()
+    marks = {path.name: hashlib.sha256(content + actions.tobytes() + row_of.tobytes()).hexdigest()[:16]}
+    return Rows(table, actions, step[good].astype(np.int32), row_of, counts, marks)
 
 
 def read_rows(paths, cfg):
     """-> (Rows of all files, messages of files left out by skip_bad_episodes)"""
-    none = pd.DataFrame(columns=["path", "row", "lang_goal", "text"], dtype=object)
-    parts, bad = [Rows(none, np.zeros((0, 2), np.float32), *np.zeros((2, 0), np.int32), Counter(), {})], []
+    empty = pd.DataFrame(columns=["path", "row", "lang_goal", "text"], dtype=object)
+    parts, bad = [Rows(empty, np.zeros((0, 2), np.float32), *np.zeros((2, 0), np.int32), Counter(), {})], []
     for path in paths:
         try:
             parts.append(read_file(path, cfg))
@@ -218,20 +218,20 @@ def read_rows(paths, cfg):
             bad.append(message)
     before, marks = 0, {}
     for part in parts:
-        part.of += np.int32(before)
+        part.row_of += np.int32(before)
         before += len(part.table)
         marks |= part.marks
-    actions, step, of = (np.concatenate([getattr(p, name) for p in parts]) for name in ("actions", "step", "of"))
+    arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("actions", "step", "row_of")]
     table = pd.concat([part.table for part in parts], ignore_index=True)
-    return Rows(table, actions, step, of, sum((part.counts for part in parts), Counter()), marks), bad
+    return Rows(table, *arrays, sum((part.counts for part in parts), Counter()), marks), bad
 
 
 def choose_instructions(rows, column):
-    """Fill table["instruction"] -> the column used. An empty cell takes the other column's, then "navigate"."""
+    """Fill table["instruction"] -> the column used. An empty cell takes the other column's text, else "navigate"."""
     goal, text = (rows.table[c].fillna("").astype(str).str.strip() for c in ("lang_goal", "text"))
-    used = np.unique(rows.of)
+    used = np.unique(rows.row_of)
     if column == "auto":
-        goals = goal.iloc[used].loc[lambda said: said != ""]
+        goals = goal.iloc[used].loc[lambda texts: texts != ""]
         column = "lang_goal" if len(goals) and goals.str.contains(GOAL_POINT).mean() <= 0.5 else "text"
     first, second = (goal, text) if column == "lang_goal" else (text, goal)
     rows.counts["other_column"] = int(((first == "") & (second != "")).iloc[used].sum())
@@ -241,15 +241,15 @@ def choose_instructions(rows, column):
 
 
 def picture_size(rows):
-    """(height, width) as recorded; None where the first pictures of 8 files differ in their aspect"""
-    first = rows.table.loc[np.unique(rows.of)].groupby("path")["row"].first()
+    """[height, width] as recorded, by the first picture of up to 8 files; None if their aspect ratios differ"""
+    first = rows.table.loc[np.unique(rows.row_of)].groupby("path")["row"].first()
     some = first.iloc[np.unique(np.linspace(0, len(first) - 1, 8).astype(int))]
     sizes = [picture_reader(path, lambda image: image.size[::-1])(row) for path, row in some.items()]
     return list(sizes[0]) if len({round(width / height, 2) for height, width in sizes}) == 1 else None
 
 
 def picture_reader(path, resize):
-    """-> function of a row that returns its picture decoded in full, as `resize` makes it: (h, w, 3) uint8 RGB"""
+    """-> function: row -> its picture, decoded in full and passed through `resize`: (h, w, 3) uint8 RGB"""
     try:
         file = pq.ParquetFile(path)  # in parts, as pyarrow reads no struct of more than 2 GB at once
         parts = [part["image"] for part in file.iter_batches(64, columns=["image"])]
@@ -268,16 +268,16 @@ def picture_reader(path, resize):
 
 
 def drop_bad_pictures(rows, store, skip):
-    """Leave out the samples whose pictures could not be decoded -> messages; without `skip` they are an error."""
+    """Drop the samples whose pictures could not be decoded -> messages; without `skip` that is an error."""
     bad = {}
     for path, part in rows.table.groupby("path"):
         bad |= {part.index[i]: why for i, why in store.about(path)["bad"].items()}
-    used = np.intersect1d(list(bad), rows.of).tolist()
+    used = np.intersect1d(list(bad), rows.row_of).tolist()
     hint = "Write the files again without these rows, or leave them out: --skip_bad_episodes"
     messages = [bad[row] for row in used]
     require(skip or not used, "\n".join([f"{len(used)} pictures cannot be decoded, e.g.", *messages[:20], hint]))
-    keep = ~np.isin(rows.of, used)
-    rows.actions, rows.step, rows.of = rows.actions[keep], rows.step[keep], rows.of[keep]
+    keep = ~np.isin(rows.row_of, used)
+    rows.actions, rows.step, rows.row_of = rows.actions[keep], rows.step[keep], rows.row_of[keep]
     return messages
 
 
@@ -288,16 +288,16 @@ class Data:
     train: Rows
     validation: Rows
     excluded: list  # messages of files and pictures left out
-    spec: dict  # what actions and instructions are; in every checkpoint and exported model
+    spec: dict  # meaning of actions and instructions; in every checkpoint and exported model
     stats: dict  # entry of dataset_statistics.json
     validation_files: list  # their names, relative to data_root_dir
     fingerprint: str  # changes when the training samples would, but for pictures that are left out
-    table: dict  # of the training files, for a checkpoint: see split_or_keep
+    table: dict  # of the training files, none of them held out, for a checkpoint: see split_or_keep
 
 
-def load_data(cfg, store=None, resize=None, run=None, then=None):
+def load_data(cfg, store=None, resize=None, run=None, table=None):
     """Find, index, split and describe the data set. With a FrameStore, which then holds all pictures, rows whose
-    picture cannot be decoded are an error or left out; without it nobody has looked. `then`: a resumed table."""
+    picture cannot be decoded are an error or left out; without one no picture is read. `table`: of a resumed run."""
     train_paths, validation_paths = find_files(cfg.data_root_dir)
     (train, bad), (validation, bad_too) = read_rows(train_paths, cfg), read_rows(validation_paths, cfg)
     excluded = bad + bad_too
@@ -318,12 +318,12 @@ def load_data(cfg, store=None, resize=None, run=None, then=None):
     for i, (low, high) in enumerate(zip(entry["q01"], entry["q99"], strict=True)):
         if low == high:  # only a rare jump moves: min and max keep it alive, and a constant stays one
             entry["q01"][i], entry["q99"][i] = entry["min"][i], entry["max"][i]
-    stats = dict(action=entry, num_transitions=len(train.actions), num_trajectories=len(np.unique(train.of)))
+    stats = dict(action=entry, num_transitions=len(train.actions), num_trajectories=len(np.unique(train.row_of)))
     names = [p.relative_to(cfg.data_root_dir).as_posix() for p in validation.table["path"].unique()]
-    *_, table, gone = split_or_keep(train.marks, lambda: (train.marks, []), then if cfg.skip_bad_episodes else None)
+    *_, table, gone = split_or_keep(train.marks, lambda: (train.marks, []), table if cfg.skip_bad_episodes else None)
     digest = hashlib.sha256(json.dumps([spec, trained_in(table)]).encode()).hexdigest()[:16]
-    said = sorted(train.table["instruction"][np.unique(train.of)].unique())
-    spec |= dict(instructions=said if len(said) <= 20 else [], picture_size=picture_size(train) if store else None)
+    texts = sorted(train.table["instruction"][np.unique(train.row_of)].unique())
+    spec |= dict(instructions=texts if len(texts) <= 20 else [], picture_size=picture_size(train) if store else None)
     return Data(train, validation, excluded + gone, spec, stats | dict(unit=spec["unit"]), names, digest, table)
 
 
@@ -340,8 +340,8 @@ def augment_image(image, rng):
 
 
 class VamosDataset(Dataset):
-    """One item per picture and instruction, with up to `targets` different steps of its path; with targets = 1 one item
-    per step. Item (position, i), where `position` seeds what is drawn:
+    """One item per picture and instruction, with up to `targets` steps drawn from its path; with targets = 1 one item
+    per step. Item (position, i), where `position` seeds the draw and the augmentation:
 
     image (h, w, 3) uint8 at the model's size | instruction str | actions (k, 2) float32 in the data's units |
     name (file, "row r step t ..."). picture(path, row) -> image
@@ -351,7 +351,7 @@ class VamosDataset(Dataset):
         self.rows, self.picture, self.targets, self.seed, self.augment = rows, picture, targets, seed, augment
         self.table = rows.table[["path", "row", "instruction"]].to_numpy()
         every = np.arange(len(rows.actions))
-        self.first = np.unique(rows.of, return_index=True)[1] if targets > 1 else every
+        self.first = np.unique(rows.row_of, return_index=True)[1] if targets > 1 else every
         self.after = np.append(self.first[1:], len(every))
 
     def __len__(self):
@@ -360,7 +360,7 @@ class VamosDataset(Dataset):
     def __getitem__(self, key):
         position, i = key
         first, steps = self.first[i], self.after[i] - self.first[i]
-        path, row, instruction = self.table[self.rows.of[first]]
+        path, row, instruction = self.table[self.rows.row_of[first]]
         image = self.picture(path, row)
         if self.augment:
             image = augment_image(image, generator_at(self.seed, position, "augment"))
@@ -378,9 +378,9 @@ class Collate:
 
     def __call__(self, items):
         """B items with N targets -> images (B, h, w, 3) uint8 | input_ids (B, T) int64, padded on the right: a prompt,
-        and behind it an answer for each target: two actions, end of sequence | answer (B, T): which one a token belongs
-        to, where any item has two | targets (N, 3): their tokens | rows (M,): where in the flattened (B, P + T) hidden
-        states these are predicted, at (N, 3): in which of `rows` | counts: targets of each item | names"""
+        then an answer per target: two action tokens, end of sequence | answer (B, T): which answer a token belongs to,
+        if any item has several | targets (N, 3): tokens of the answers | rows (M,): positions in the flattened
+        (B, P + T) hidden states that predict them, at (N, 3): which of `rows` | counts: targets of each item | names"""
         from modeling_openvla import side_by_side
 
         counts = [len(item["actions"]) for item in items]
@@ -389,7 +389,7 @@ class Collate:
         targets = torch.tensor([[*answer, end] for answer in self.config.encode_actions(actions).tolist()])
         prompts = [self.processor.prompt_ids(item["instruction"]) for item in items]
         ids, answer, before = side_by_side(prompts, targets.split(counts), self.config)
-        rows, at = before.unique(return_inverse=True)  # all answers of a prompt begin behind the same one
+        rows, at = before.unique(return_inverse=True)  # the first tokens of a prompt's answers share one position
         images = torch.from_numpy(np.stack([item["image"] for item in items]))
         batch = dict(images=images, input_ids=ids, targets=targets, rows=rows, at=at, counts=counts)
         batch |= dict(answer=answer) if max(counts) > 1 else {}
@@ -423,7 +423,7 @@ def read_folder(folder):
 
 
 def load_vla(folder, device, dtype):
-    """OpenVLA with the weights of a directory, tensor by tensor: no second copy in memory, here or on the GPU."""
+    """OpenVLA with the weights of a directory, loaded tensor by tensor: never a second copy on the host or the GPU."""
     from modeling_openvla import OpenVLAForActionPrediction
 
     vla = unfilled(OpenVLAForActionPrediction._from_config, read_folder(folder)[0], dtype=dtype).requires_grad_(False)
@@ -438,18 +438,18 @@ def load_4bit(folder, device):
     from modeling_openvla import OpenVLAForActionPrediction
 
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    how = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head"])
     options = dict(config=read_folder(folder)[0], dtype=torch.bfloat16, device_map={"": device})
-    return OpenVLAForActionPrediction.from_pretrained(folder, quantization_config=how, **options).requires_grad_(False)
+    options["quantization_config"] = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head"])
+    return OpenVLAForActionPrediction.from_pretrained(folder, **options).requires_grad_(False)
 
 
 def lora_layers(vla):
-    """Names of the layers that get an adapter: OpenVLA's, without the 13 that never run (the last block of each tower
-    and SigLIP's pooling head)."""
-    dead = ["vision_backbone.fused_featurizer.attn_pool."]
-    dead += [f"vision_backbone.{n}.blocks.{len(t.blocks) - 1}." for n, t in vla.vision_backbone.named_children()]
+    """Names of the layers that get an adapter: those of OpenVLA's code but the 13 that never run (the last block of
+    each tower and SigLIP's pooling head)."""
+    unused = ["vision_backbone.fused_featurizer.attn_pool."]
+    unused += [f"vision_backbone.{n}.blocks.{len(t.blocks) - 1}." for n, t in vla.vision_backbone.named_children()]
     linear = [n for n, m in vla.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return [n for n in linear if n.rsplit(".", 1)[-1] in LORA_LEAVES and not n.startswith(tuple(dead))]
+    return [n for n in linear if n.rsplit(".", 1)[-1] in LORA_LEAVES and not n.startswith(tuple(unused))]
 
 
 def build_model(cfg, folder, device, dtype):
@@ -462,8 +462,8 @@ def build_model(cfg, folder, device, dtype):
     lora = LoraConfig(**rank, target_modules=lora_layers(vla), init_lora_weights="gaussian")
     peft_model = get_peft_model(vla, lora)
     peft_model.peft_config["default"].base_model_name_or_path = cfg.vla_path
-    if dtype == torch.bfloat16 and not cfg.use_quantization:  # autocast runs the adapters in bf16:
-        for module in vla.modules():  # peft would first copy the input of each of them to fp32
+    if dtype == torch.bfloat16 and not cfg.use_quantization:  # autocast runs the adapters in bf16: do not let peft
+        for module in vla.modules():  # copy the input of each of them to fp32 first
             module.cast_input_dtype_enabled = False
     if cfg.gradient_checkpointing or cfg.use_quantization:
         vla.enable_checkpointing()
@@ -486,12 +486,12 @@ class LossModel(nn.Module):
         hidden = vla.hidden(batch["input_ids"], pixels, answer=batch.get("answer"))
         logits = vla.language_model.lm_head(hidden.flatten(0, 1)[batch["rows"]]).float()  # (M, V)
         losses = -F.log_softmax(logits, dim=1)[at, targets]  # (N, 3)
-        logits, at, wanted = logits.detach(), at[:, :-1], targets[:, :-1]  # without the end of sequence
-        chosen = config.action_begin + logits[:, config.action_begin : config.action_end].argmax(1)
-        last = config.n_action_bins - 2  # bins have centres 2 / (n - 1) apart; +1 shares the last one
-        apart = [(config.action_end - 1 - ids).clamp(0, last) for ids in (chosen[at], wanted)]
-        sums = dict(loss_sum=losses.sum(), correct=(logits.argmax(1)[at] == wanted).sum())
-        sums |= dict(l1_sum=(apart[0] - apart[1]).abs().sum() * 2 / (last + 1))
+        logits, at, target = logits.detach(), at[:, :-1], targets[:, :-1]  # without the end of sequence
+        answer = config.action_begin + logits[:, config.action_begin : config.action_end].argmax(1)
+        last = config.n_action_bins - 2  # bin centres are 2 / (n - 1) apart; +1 falls into the last bin, too
+        bins = [(config.action_end - 1 - ids).clamp(0, last) for ids in (answer[at], target)]
+        sums = dict(loss_sum=losses.sum(), correct=(logits.argmax(1)[at] == target).sum())
+        sums |= dict(l1_sum=(bins[0] - bins[1]).abs().sum() * 2 / (last + 1))
         return sums | dict(sample_loss=torch.stack([part.mean() for part in losses.detach().split(batch["counts"])]))
 
 
@@ -502,7 +502,7 @@ class Policy:
     def __init__(self, vla, processor, stats, spec, needs=None):
         self.vla, self.processor, self.stats, self.spec = vla, processor, stats, spec
         self.collate, action = Collate(processor, vla.config, stats), stats["action"]
-        to_unit, c = self.collate.normalizer.normalize, vla.config  # nearest: the closest that can be answered
+        to_unit, c = self.collate.normalizer.normalize, vla.config  # nearest: the closest that predict can return
         self.nearest = lambda a: vla.unnormalize(c.decode_actions(c.encode_actions(to_unit(a))), action)
         about = dict(script=Path(__file__).stem, images={"camera1": spec["picture_size"]}, actions=self.action_names())
         about |= dict(horizon=1, rate_hz=spec["trajectory_hz"], kind="velocity", instructions=spec["instructions"])
@@ -511,7 +511,7 @@ class Policy:
         self.contract = Contract(**about, first_row=first_row, needs=needs or {}, must_be_told=True)
 
     def reset(self):
-        """Each answer depends on its own observation alone: there is nothing to forget."""
+        """Nothing to forget: every prediction depends on its own observation alone."""
 
     def describe(self):
         return self.contract.describe(self)
@@ -526,7 +526,7 @@ class Policy:
 
     @torch.no_grad()
     def answer(self, items):
-        """B items of a VamosDataset, but for their actions -> (B, 2) float32"""
+        """B items of a VamosDataset, actions not needed -> (B, 2) float32 in the data's unit"""
         vla, action = self.vla, self.stats["action"]
         device, training = next(vla.parameters()).device, vla.training
         prompts = [self.processor.prompt_ids(item["instruction"]) for item in items]
@@ -539,7 +539,7 @@ class Policy:
         return vla.unnormalize(vla.config.decode_actions(answer.cpu().numpy()), action).astype(np.float32)
 
     def open_episodes(self, root, names=None):
-        """For evaluate.py: an episode is one parquet file (validation files by default), a frame is one of its rows,
+        """For evaluate.py: an episode is one parquet file (by default the validation files), a frame one of its rows,
         the target (M, 2) the first step of its path. Rows and files that cannot be read are listed and left out."""
         train, validation = find_files(root)
         known = {p.relative_to(root).as_posix(): p for p in train + validation}
@@ -552,19 +552,19 @@ class Policy:
                 print(f"left out  {bad[0]}")
                 continue
             choose_instructions(rows, self.spec["instruction_column"])
-            look, good = picture_reader(known[name], lambda image: np.array(image.convert("RGB"))), []
+            picture, good = picture_reader(known[name], lambda image: np.array(image.convert("RGB"))), []
 
-            def sample(i, rows=rows, look=look, file=name):
-                row, texts = int(rows.of[i]), rows.table["instruction"]
-                return dict(images=dict(camera1=look(row)), instruction=texts[row], name=(file, row))
+            def sample(i, rows=rows, picture=picture, file=name):
+                row, texts = int(rows.row_of[i]), rows.table["instruction"]
+                return dict(images=dict(camera1=picture(row)), instruction=texts[row], name=(file, row))
 
-            for i in range(len(rows.of)):
+            for i in range(len(rows.row_of)):
                 try:
                     sample(i)
                     good.append(i)
                 except UserError as error:
                     print(f"left out  {error}")
-            rows.of, target = rows.of[good], rows.actions[good]
+            rows.row_of, target = rows.row_of[good], rows.actions[good]
             yield dict(name=name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
     def action_names(self):
@@ -579,7 +579,7 @@ COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added
 
 
 def save_adapter(folder, content, peft_model, stats):
-    """Write what load_policy and peft need: adapter (content["trained"]), meta.json (content["meta"]), statistics."""
+    """Write what load_policy and peft read: adapter (content["trained"]), meta.json (content["meta"]), statistics."""
     tensors = {f"base_model.model.{name}": tensor for name, tensor in content["trained"].items()}
     peft_model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)  # else the whole embedding
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -594,16 +594,16 @@ def read_adapter(folder):
 
 
 def check_base(base, meta):
-    """-> digest of the weights in `base`, which must be those under the adapter of `meta` (an old one does not say)."""
+    """-> digest of the weights in `base`; it must be the one in `meta`, if there is one (older adapters have none)."""
     digest = weight_digest(base)
-    wrong = f"{base} holds other weights than those that this adapter was trained on. Put them back, or where they have"
-    require(meta.get("digest", digest) == digest, f"{wrong} moved: --merge steps_N --vla_path DIR")
+    wrong = f"{base} holds other weights than those that this adapter was trained on. Put those back; if they are"
+    require(meta.get("digest", digest) == digest, f"{wrong} elsewhere now: --merge steps_N --vla_path DIR")
     return digest
 
 
 def open_adapter(folder, meta, device, dtype=None, base=None):
-    """-> (model under the adapter in `folder` with the adapter folded in, directory of that model). dtype None: as its
-    weights are stored; base: where it is now, if no longer where it was."""
+    """-> (base model with the adapter in `folder` folded in, directory of the base model). dtype None: as its weights
+    are stored; `base`: where the base model is now, if it has moved."""
     from peft import PeftModel
 
     why = f"; {folder} was trained on it. If it has moved: --merge {folder} --vla_path DIR"
@@ -639,8 +639,8 @@ def save_model(folder, vla, base, meta, stats):
 
 
 def merge_adapter(source, target, base=None):
-    """Write the merged model of a steps_N or best to the directory `target`, which may hold other things (the log of a
-    run): config.json comes last, so a directory without one is no complete model. `base`: see open_adapter."""
+    """Write the merged model of a steps_N or best into the directory `target`, which may hold other things (a run's
+    log): config.json is moved there last, so without one the model is not complete. `base`: see open_adapter."""
     meta = read_meta(source)
     vla, base = open_adapter(source, meta, "cpu", base=base)
     target.mkdir(parents=True, exist_ok=True)
@@ -659,7 +659,7 @@ def merge_adapter(source, target, base=None):
 
 
 def checkpoint_folder(path):
-    """What a user names -> steps_N, best or a merged model: an adapter_tmp_dir/EXP_ID means its newest steps_N."""
+    """A path given by the user -> steps_N, best or a merged model; adapter_tmp_dir/EXP_ID means its newest steps_N."""
     path = next(reversed(ckpt.checkpoints_in(path)), Path(path))
     expected = "expected run_root_dir/EXP_ID after a merge, or adapter_tmp_dir/EXP_ID[/steps_N or /best]"
     require((path / "meta.json").is_file(), f"{path} has no meta.json: {expected}")
@@ -677,8 +677,8 @@ def load_policy(path, device=None):
     """Open a merged model, a steps_N or best, or an adapter_tmp_dir/EXP_ID (its newest) for inference."""
     path = checkpoint_folder(path)
     meta, adapted = read_meta(path), (path / "adapter_config.json").is_file()
-    how = "the run has not merged yet, or was interrupted; merge a checkpoint: --merge adapter_tmp_dir/EXP_ID/steps_N"
-    require(adapted or (path / "config.json").is_file(), f"{path} holds no complete model: {how}")
+    hint = "the run has not merged yet, or was interrupted; merge a checkpoint: --merge adapter_tmp_dir/EXP_ID/steps_N"
+    require(adapted or (path / "config.json").is_file(), f"{path} holds no complete model: {hint}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vla, base = open_adapter(path, meta, device, dtype) if adapted else (load_vla(path, device, dtype), path)
@@ -697,7 +697,7 @@ def lr_at(step, cfg):
 
 
 def describe(cfg, data, say):
-    """Say what was found: files, rows, what was left out, actions, instructions, how many targets share one input."""
+    """Print what was found: files, rows, what was left out, actions, instructions, targets that share one input."""
     t, v, action = data.train, data.validation, data.stats["action"]
     usable = f"{data.stats['num_trajectories']} of {t.counts['rows']} rows usable"
     say(f"data      {t.table['path'].nunique()} train files, {usable}, {len(t.actions)} samples ({cfg.samples} steps)")
@@ -714,9 +714,9 @@ def describe(cfg, data, say):
     size = np.abs(t.actions).sum(0)
     lost = np.abs(t.actions - np.clip(t.actions, action["q01"], action["q99"])).sum(0) / np.where(size > 0, size, 1)
     say(f"          clipping to them removes {lost[0]:.1%} of the motion in v_x, {lost[1]:.1%} in v_y")
-    said = t.table["instruction"][np.unique(t.of)].value_counts()
-    say(f"text      column {data.spec['instruction_column']}, {len(said)} instructions, e.g. {list(said.index[:3])}")
-    shared = pd.DataFrame(t.actions.astype(np.float64)).groupby(t.of)
+    texts = t.table["instruction"][np.unique(t.row_of)].value_counts()
+    say(f"text      column {data.spec['instruction_column']}, {len(texts)} instructions, e.g. {list(texts.index[:3])}")
+    shared = pd.DataFrame(t.actions.astype(np.float64)).groupby(t.row_of)
     (x, y), most = shared.std(ddof=0).mean(), shared.size().max()
     say(f"targets   at most {most} per picture and instruction, {cfg.targets_per_picture} of them in one forward; std")
     say(f"          within one {x:.3g}, {y:.3g}: where that is above 0, token accuracy cannot reach 1")
@@ -749,41 +749,41 @@ def check_data(cfg):
 
 
 def validate(core, policy, dataset, cfg, run):
-    """-> {val_loss: per token, val_action_accuracy, val_l1_loss: in [-1, 1], val_mae_vx, val_mae_vy: of predict, in the
-    data's unit, val_mae_mean_action: of answering the mean}, on samples spread evenly over the validation files;
-    val_swap_ratio: error with another row's picture / with its own, of a quarter of them"""
+    """On samples spread evenly over the validation files -> {val_loss: per token, val_action_accuracy, val_l1_loss: in
+    [-1, 1] units, val_mae_vx, val_mae_vy: of predict, in the data's unit, val_mae_mean_action: of always answering the
+    mean, val_swap_ratio: error with another row's picture / with its own, on a quarter of the samples}"""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int)).tolist()
     items, n, size = [dataset[(k, k)] for k in chosen], len(chosen), cfg.batch_size
     target, mean = np.concatenate([item["actions"] for item in items]), np.array(policy.stats["action"]["mean"])
-    # rows with the same picture, under other instructions, are one episode
+    # one picture may have rows with several instructions: partners must differ in the picture
     others = partners([zlib.crc32(item["image"].tobytes()) for item in items], dataset.rows.step[chosen])
     mine, sums, error, swapped = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros((n, 2)), 0.0
-    few = [k for k in mine if k // 8 % 4 == 0 and others is not None]  # the same ones for any number of ranks
+    to_swap = [k for k in mine if k // 8 % 4 == 0 and others is not None]  # the same ones for any number of ranks
     core.eval()
     for i in progress(range(0, len(mine), size), "validation", "batch"):
-        part, pairs = mine[i : i + size], few[i : i + size]
+        part, swaps = mine[i : i + size], to_swap[i : i + size]
         batch = [items[k] for k in part]
         with torch.no_grad(), run.autocast():
             out = core(to_device(policy.collate(batch), run.device))
         sums += [out[name].item() for name in ("loss_sum", "correct", "l1_sum")]
         error[part] = np.abs(policy.answer(batch) - target[part])
-        if pairs:
-            batch = [items[k] | dict(image=items[others[k]]["image"]) for k in pairs]
-            swapped += np.abs(policy.answer(batch) - target[pairs]).sum()
+        if swaps:
+            batch = [items[k] | dict(image=items[others[k]]["image"]) for k in swaps]
+            swapped += np.abs(policy.answer(batch) - target[swaps]).sum()
     core.train()
-    loss, correct, l1, vx, vy, same, swapped = run.sum(*sums, *error.sum(0), error[few].sum(), swapped)
+    loss, correct, l1, vx, vy, own, swapped = run.sum(*sums, *error.sum(0), error[to_swap].sum(), swapped)
     values = dict(val_loss=loss / n / 3, val_action_accuracy=correct / n / 2, val_l1_loss=l1 / n / 2)
     values |= dict(val_mae_vx=vx / n, val_mae_vy=vy / n, val_mae_mean_action=np.abs(mean - target).mean().item())
     if others is None:
         return values
-    ratio = swapped / max(same, 1e-9)
+    ratio = swapped / max(own, 1e-9)
     if ratio < 1.05:
         (run.log or run).print(f"warning: the model does not look at its pictures: others give {ratio:.2f} x the error")
     return values | dict(val_swap_ratio=ratio)
 
 
 def merge(run, source, target, last=False):
-    """Merge on rank 0, while the others wait. What fails costs the merge, not the training."""
+    """Merge on rank 0, while the others wait. A failed merge does not end the training, unless it is the `last`."""
     if last and run.once(lambda: (target / "config.json").is_file() and read_meta(target)["step"] == run.step):
         return
     try:
@@ -837,7 +837,7 @@ def main(cfg):
     model = run.prepare(core.train())
     trained = [p for p in vla.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)
-    if path:  # mapped from the files, which would keep their room when they are deleted: no name holds them
+    if path:  # no variable for what is loaded: it is mapped from files, which could not be freed after rotation
         ckpt.restore_training_state(vla, optimizer, read_adapter(path), ckpt.load_state(path / "state.pt")["moments"])
     held_out = VamosDataset(data.validation, store.read)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), policy.collate, cfg.num_workers)
@@ -867,7 +867,7 @@ def main(cfg):
         targets = run.sum(sum(len(batch["targets"]) for batch in step.batches))  # a short path has fewer
         for batch in step.micro_batches(model):
             out = model(batch)
-            step.backward(out["loss_sum"] / (3 * targets), out["sample_loss"])  # of each v_x, v_y, end of sequence
+            step.backward(out["loss_sum"] / (3 * targets), out["sample_loss"])  # 3 tokens each: v_x, v_y, the end
             step.add(accuracy=out["correct"] / (2 * targets), l1=out["l1_sum"] / (2 * targets))
         step.update(optimizer, lr_at(step.index, cfg), cfg.max_grad_norm)
 

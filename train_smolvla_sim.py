@@ -49,7 +49,7 @@ from common.spikes import Spikes
 from common.stats import Normalizer, load_stats, save_stats
 
 FORMAT = 3  # of checkpoint_step_N.pt and of meta.json in an exported folder
-ROPE_BASE = 10_000.0  # SmolVLA's own; the VLM's config says 100,000 and is not asked
+ROPE_BASE = 10_000.0  # SmolVLA's own, for VLM and expert; the 100,000 of the VLM's config is not used
 HEADS = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
 NORMALIZERS = dict(MEAN_STD="mean_std", MIN_MAX="min_max", QUANTILES="q01_q99", IDENTITY="identity")  # LeRobot's: ours
 
@@ -185,25 +185,23 @@ ACCEPTED |= {"training.pin_memory": None, "policy.n_obs_steps": (1,)}  # in the 
 PATTERNS = ("checkpoint_step_*.pt", "checkpoint_latest.pt")  # what can be resumed
 NAMES = dict(samples_per_s="train/samples_per_sec", data_wait="train/data_wait", skipped_steps="train/skipped_steps")
 NAMES["memory_gb"] = "system/vram_allocated_gb"
-# without these the moments, the noise or the order of the samples would belong to another run
-FREE = ("vlm_model_name", "pretrained_model_id", "num_steps", "noise_draws", "n_action_steps")
-FIXED = (
+FREE = ("vlm_model_name", "pretrained_model_id", "num_steps", "noise_draws", "n_action_steps")  # of policy
+FIXED = (  # what a resume must not change: moments, noise or sample order would belong to another run
     *("seed", "train", "lora_rank", "lora_alpha", "normalization.enable", "normalization.mode", "dataset.cameras"),
     *("dataset.use_qpos", "dataset.use_ee_pose", "dataset.use_ee_pose_delta_as_action", "dataset.rotation_unit"),
     *("dataset.state_noise", "dataset.state_dropout"),
     *(f"policy.{f.name}" for f in dataclasses.fields(PolicyConfig) if f.name not in FREE),
 )
-POSITIVE = ("training.steps", "training.batch_size", "training.gradient_accumulation_steps", "training.log_freq")
-POSITIVE += ("training.save_freq", "validation.val_freq", "validation.num_samples", "policy.num_steps")
-POSITIVE += ("policy.noise_draws",)
-# weights mean nothing with another value of these, though their shapes may fit
+POSITIVE = "training.steps training.batch_size training.gradient_accumulation_steps training.log_freq"
+POSITIVE += " training.save_freq validation.val_freq validation.num_samples policy.num_steps policy.noise_draws"
+# weights are useless with other values of these, even where their shapes fit
 SAME_NETWORK = ("num_vlm_layers", "attention_mode", "self_attn_every_n_layers", "min_period", "max_period")
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     d, p, t = cfg.dataset, cfg.policy, cfg.training
-    for key in POSITIVE:
+    for key in POSITIVE.split():
         value = operator.attrgetter(key)(cfg)
         require(value > 0, f"{key} is {value}: expected 1 or more")
     differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
@@ -224,7 +222,7 @@ def check_config(cfg):
 
 @dataclass
 class DataSpec:
-    """What one row of data means; in every checkpoint."""
+    """What a row of data means: cameras, state, action, normalisation. Saved in every checkpoint."""
 
     cameras: list  # recorded names in policy order: camera1, camera2, ...
     image_shapes: list  # [height, width] as recorded, per camera; None: not known
@@ -258,41 +256,41 @@ class Data:
     fingerprint: str  # changes when the training samples or their order would
     table: dict  # {name: [frames, "train" or "validation"]} of all episodes, for a checkpoint
 
-    def part(self, which):
-        return [self.episodes[i] for i in which]
+    def part(self, indices):
+        return [self.episodes[i] for i in indices]
 
 
 def load_data(cfg, run=None, saved=None):
-    """Find, read, split and describe the episodes. `saved`: a checkpoint, whose statistics are kept where this is its
-    data; with skip_bad_episodes also where files were left out since."""
+    """Find, read, split and describe the episodes. `saved`: a resumed checkpoint, whose statistics are kept if it was
+    trained on this data; with skip_bad_episodes also if files were left out since."""
     d, n = cfg.dataset, cfg.normalization
-    found, notes = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
+    found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     count = cfg.validation.num_episodes if cfg.validation.enable else 0
-    draw, then = functools.partial(ep.hold_out, len(found), count, cfg.seed), saved and saved["episodes"]
-    frames = {e.name: e.num_frames for e in found}
-    train, validation, table, gone = ep.split_or_keep(frames, draw, then if d.skip_bad_episodes else None)
+    split = functools.partial(ep.hold_out, len(found), count, cfg.seed)
+    before = saved["episodes"] if saved and d.skip_bad_episodes else None
+    train, validation, table, gone = ep.split_or_keep({e.name: e.num_frames for e in found}, split, before)
     trained, held_out = [found[i] for i in train], [found[i].name for i in validation]
     fingerprint = hashlib.sha256(json.dumps(ep.trained_in(table)).encode()).hexdigest()[:16]
     first, cameras = found[0], ep.choose_cameras(found, d.cameras)
     state_keys = [k for k in ("qpos", "ee_pose") if getattr(d, f"use_{k}")] or ["no_state"]
-    there = ["no_state", *(k for k in ("qpos", "ee_pose") if getattr(first, k) is not None)]
-    made = f"the state is made of {state_keys} (dataset.use_qpos, dataset.use_ee_pose); {first.path} has {there}"
-    require(set(state_keys) <= set(there), made)
+    present = ["no_state", *(k for k in ("qpos", "ee_pose") if getattr(first, k) is not None)]
+    made = f"the state is made of {state_keys} (dataset.use_qpos, dataset.use_ee_pose); {first.path} has {present}"
+    require(set(state_keys) <= set(present), made)
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
     plain = dataclasses.asdict(definition)
     if saved and saved["fingerprint"] == fingerprint:
         stats = saved["normalization_stats"]
     elif n.enable and n.stats_file:
-        about = plain, held_out, [e.name for e in trained], stats_command(cfg)
-        stats = load_stats(n.stats_file, ("action", "observation.state"), *about)
+        must_match = plain, held_out, [e.name for e in trained], stats_command(cfg)
+        stats = load_stats(n.stats_file, ("action", "observation.state"), *must_match)
     else:
         stats = ep.insertion_stats(trained, definition, held_out, state_keys)
     state_dim, has = ep.robot_state(first, state_keys).shape[1], len(stats["observation.state"]["mean"])
     wrong = f"the statistics have {has} dims for 'observation.state', the data has {state_dim}"
     require(has == state_dim, f"{wrong}. Make them with: {stats_command(cfg)}")
-    p, how = cfg.policy, "raise it (a pretrained policy does not fit then), or choose fewer"
+    p, hint = cfg.policy, "raise it (a pretrained policy does not fit then), or choose fewer"
     for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
-        require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {how}")
+        require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {hint}")
     names, state_names = ep.name_columns(found, definition, state_keys)
     texts = sorted({e.instruction or d.task_instruction for e in trained})
     about = dict(cameras=cameras, image_shapes=[first.sizes[c] for c in cameras])
@@ -301,11 +299,11 @@ def load_data(cfg, run=None, saved=None):
     about["rate_hz"] = float(np.median([e.rate_hz for e in found if e.rate_hz] or [0]))
     mode = n.mode if n.enable else "IDENTITY"
     spec = DataSpec(**about, normalization=mode, task_instruction=d.task_instruction)
-    return Data(found, train, validation, notes + gone, spec, fingerprint, table)
+    return Data(found, train, validation, excluded + gone, spec, fingerprint, table)
 
 
 def stats_command(cfg):
-    """The command that makes normalization.stats_file for exactly this run: its data, its split, its state."""
+    """The command that makes normalization.stats_file for exactly this run: its data, split and state."""
     v, keys = cfg.validation, ("root_dir", "use_qpos", "use_ee_pose", "use_ee_pose_delta_as_action", "rotation_unit")
     flags = {f"dataset.{k}": getattr(cfg.dataset, k) for k in (*keys, "skip_bad_episodes")}
     flags |= dict(seed=cfg.seed, num_episodes=v.num_episodes if v.enable else 0, output=cfg.normalization.stats_file)
@@ -345,10 +343,10 @@ class SmolVLADataset(ep.Chunks):
     str | name (episode index, episode, frame)
     """
 
-    def __init__(self, data, which, cfg, training=False, reader=None):
+    def __init__(self, data, indices, cfg, training=False, reader=None):
         self.spec, self.cfg, self.training = data.spec, cfg, training
-        self.which, self.reader = list(which), reader or ep.ImageReader()
-        super().__init__(data.part(which), data.spec.definition, cfg.policy.chunk_size)
+        self.indices, self.reader = list(indices), reader or ep.ImageReader()
+        super().__init__(data.part(indices), data.spec.definition, cfg.policy.chunk_size)
         self.states = [ep.robot_state(e, data.spec.state_keys) for e in self.episodes]
 
     def __getitem__(self, key):
@@ -364,7 +362,7 @@ class SmolVLADataset(ep.Chunks):
             noise=rng.standard_normal((p.chunk_size, p.max_action_dim), dtype=np.float32),
             time=0.001 + 0.999 * rng.beta(1.5, 1.0),
             instruction=episode.instruction or self.spec.task_instruction,
-            name=(self.which[e], episode.name, t),
+            name=(self.indices[e], episode.name, t),
         )
         images = [self.reader.read(episode, c, t) for c in self.spec.cameras]
         if self.training and d.augment:
@@ -373,7 +371,7 @@ class SmolVLADataset(ep.Chunks):
         return item | dict(images=images)
 
     def disturb(self, state, position):
-        """State noise and state dropout: a policy that is never sure of its state looks at its pictures."""
+        """State noise and state dropout: a policy that cannot rely on its state must look at its pictures."""
         d, stats = self.cfg.dataset, self.spec.stats["observation.state"]
         rng = generator_at(self.cfg.seed, position, "state")
         noise = d.state_noise * np.asarray(stats["std"]) * rng.standard_normal(len(state))
@@ -386,22 +384,22 @@ class Collate:
     def __init__(self, tokenizer, policy, spec):
         self.tokenizer, self.policy, self.spec = tokenizer, policy, spec
         for text in spec.instructions:
-            if len(tokenizer(text)["input_ids"]) >= policy.tokenizer_max_length:  # and a newline
+            if len(tokenizer(text)["input_ids"]) >= policy.tokenizer_max_length:  # not >: a newline follows
                 print(f"warning   policy.tokenizer_max_length {policy.tokenizer_max_length} cuts the end of {text!r}")
 
     def inputs(self, observations):
-        """images: the B*K pictures as one tensor (B*K, h, w, 3) in a list, or one each where sizes differ | tokens,
+        """images: list of one tensor (B*K, h, w, 3), or of B*K tensors (1, h, w, 3) if sizes differ | tokens,
         token_mask (B, L): the text ends with a newline, as in LeRobot's preprocessor | state (B, max_state_dim)
         normalised, zero-padded."""
         texts = [(o.get("instruction") or self.spec.task_instruction).rstrip("\n") + "\n" for o in observations]
         length = dict(padding="max_length", max_length=self.policy.tokenizer_max_length, truncation=True)
         tokens = self.tokenizer(texts, padding_side="right", return_tensors="pt", **length)
-        told = [np.asarray(o["state"]) if self.spec.state_names else np.zeros(1) for o in observations]
-        state = self.spec.state_scale.normalize(np.stack(told))
+        states = [np.asarray(o["state"]) if self.spec.state_names else np.zeros(1) for o in observations]
+        state = self.spec.state_scale.normalize(np.stack(states))
         images = list(itertools.chain(*(o["images"] for o in observations)))
-        together = len({(image.shape, image.dtype) for image in images}) == 1
+        same_size = len({(image.shape, image.dtype) for image in images}) == 1
         return dict(
-            images=[default_collate(part) for part in ([images] if together else [[image] for image in images])],
+            images=[default_collate(group) for group in ([images] if same_size else [[image] for image in images])],
             tokens=tokens["input_ids"],
             token_mask=tokens["attention_mask"].bool(),
             state=F.pad(torch.from_numpy(state), (0, self.policy.max_state_dim - state.shape[-1])),
@@ -443,42 +441,42 @@ def attend(q, k, v, mask):
 
 
 def heads(layer, name, x):
-    """Projection `name` of a Llama layer: x (B, n, width) -> (B, heads, n, head_dim)."""
+    """q_proj, k_proj or v_proj of a Llama layer, split into heads: x (B, n, width) -> (B, heads, n, head_dim)."""
     return getattr(layer.self_attn, name)(x).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
 
 
 def finish(layer, x, attended):
-    """What follows the attention in a Llama layer."""
+    """The rest of a Llama layer, after its attention."""
     x = x + layer.self_attn.o_proj(attended)
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def expert_attention(vlm, p):
     """-> per expert layer: True for joint self-attention, False for cross-attention to the prefix. Checks the sizes."""
-    most, side = vlm.text_config.num_hidden_layers, list(p.resize_imgs_with_padding)
-    has = f"policy.num_vlm_layers is {p.num_vlm_layers}: '{p.vlm_model_name}' has {most}"
-    require(1 <= p.num_vlm_layers <= most, has)
+    layers, side = vlm.text_config.num_hidden_layers, list(p.resize_imgs_with_padding)
+    wrong = f"policy.num_vlm_layers is {p.num_vlm_layers}: '{p.vlm_model_name}' has {layers}"
+    require(1 <= p.num_vlm_layers <= layers, wrong)
     unit, most = vlm.vision_config.patch_size * vlm.scale_factor, vlm.vision_config.image_size
     square = side[0] == side[1] and side[0] % unit == 0 and unit <= side[0] <= most
-    wanted = f"a square in multiples of {unit} (patch x shuffle) up to {most}, e.g. {most} {most}"
-    require(square, f"policy.resize_imgs_with_padding is {side}: expected {wanted}")
+    expected = f"a square in multiples of {unit} (patch x shuffle) up to {most}, e.g. {most} {most}"
+    require(square, f"policy.resize_imgs_with_padding is {side}: expected {expected}")
     count = p.num_expert_layers if p.num_expert_layers > 0 else p.num_vlm_layers
     every = 1 if p.attention_mode == "self_attn" else p.self_attn_every_n_layers
     joint = [every > 0 and layer % every == 0 for layer in range(p.num_vlm_layers)]
-    # LeRobot shapes an expert layer by its own number and uses it by the number of its VLM layer: both must agree
-    fits = p.num_vlm_layers % count == 0 and joint[:: p.num_vlm_layers // count] == joint[:count]
-    places = f"divide them and leave self- and cross-attention (self_attn_every_n_layers {every}) in their places"
-    layers = f"policy.num_expert_layers is {p.num_expert_layers} with {p.num_vlm_layers} VLM layers"
-    require(fits, f"{layers}: it must {places}, e.g. {p.num_vlm_layers}")
+    # LeRobot builds an expert layer by its own index but runs it by the index of its VLM layer: both must agree
+    agree = p.num_vlm_layers % count == 0 and joint[:: p.num_vlm_layers // count] == joint[:count]
+    rule = f"divide them and leave self- and cross-attention (self_attn_every_n_layers {every}) in their places"
+    wrong = f"policy.num_expert_layers is {p.num_expert_layers} with {p.num_vlm_layers} VLM layers"
+    require(agree, f"{wrong}: it must {rule}, e.g. {p.num_vlm_layers}")
     return joint[:count]
 
 
 class FlowModel(nn.Module):
     """The network, with LeRobot's parameter names (its VLAFlowMatching), made of transformers' modules: SmolVLM, and a
     LlamaModel as the expert. Image and text tokens attend to each other but never to the state token, and neither
-    attends to the noisy actions; so the prefix is run in two parts and then the actions, each on the keys and values of
-    what came before. Where the VLM is frozen autograd therefore records nothing of images and text, and sampling runs
-    the prefix once: both without a second code path."""
+    attends to the noisy actions. So images and text are run first, then the state, then the actions, each on the keys
+    and values of what came before: with a frozen VLM autograd records nothing of images and text, and sampling runs
+    the prefix once, all in one code path."""
 
     def __init__(self, vlm_config, p):
         super().__init__()
@@ -490,30 +488,32 @@ class FlowModel(nn.Module):
         vlm_config = copy.deepcopy(vlm_config)
         vlm_config.text_config.num_hidden_layers = p.num_vlm_layers
         vlm_config.tie_word_embeddings = vlm_config.text_config.tie_word_embeddings = False
-        text = copy.deepcopy(vlm_config.text_config)
-        D, W, kv = text.hidden_size, int(text.hidden_size * p.expert_width_multiplier), text.num_key_value_heads
-        text.hidden_size, text.num_hidden_layers, text.vocab_size, text.pad_token_id = W, len(self.joint), 1, None
-        text.intermediate_size = -(-4 * int(2 * W / 3) // 256) * 256  # Llama's 8/3 of the width, up to 256s
-        vlm, expert = SmolVLMForConditionalGeneration(vlm_config), LlamaModel(text)
-        expert.embed_tokens = expert.rotary_emb = vlm.model.text_model.rotary_emb = None  # what is not used here
+        expert_config = copy.deepcopy(vlm_config.text_config)  # the VLM's layers, but W wide
+        D, W = expert_config.hidden_size, int(expert_config.hidden_size * p.expert_width_multiplier)
+        mlp_width = -(-4 * int(2 * W / 3) // 256) * 256  # 8/3 W as in Llama, rounded up to a multiple of 256
+        sizes = dict(hidden_size=W, intermediate_size=mlp_width, num_hidden_layers=len(self.joint))
+        expert_config.update(sizes | dict(vocab_size=1, pad_token_id=None))  # it gets no tokens
+        vlm, expert = SmolVLMForConditionalGeneration(vlm_config), LlamaModel(expert_config)
+        expert.embed_tokens = expert.rotary_emb = vlm.model.text_model.rotary_emb = None  # not used here
+        kv = expert_config.num_key_value_heads * expert_config.head_dim
         for joint, layer in zip(self.joint, expert.layers, strict=True):
-            if not joint:  # reads the VLM's keys and values
-                layer.self_attn.k_proj = nn.Linear(kv * text.head_dim, kv * text.head_dim, bias=False)
-                layer.self_attn.v_proj = nn.Linear(kv * text.head_dim, kv * text.head_dim, bias=False)
+            if not joint:  # projects the VLM's keys and values
+                layer.self_attn.k_proj = nn.Linear(kv, kv, bias=False)
+                layer.self_attn.v_proj = nn.Linear(kv, kv, bias=False)
         self.vlm_with_expert = nn.ModuleDict(dict(vlm=vlm, lm_expert=expert))
         self.state_proj = nn.Linear(p.max_state_dim, D)
         self.action_in_proj, self.action_out_proj = nn.Linear(p.max_action_dim, W), nn.Linear(W, p.max_action_dim)
         self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * W, W), nn.Linear(W, W)
-        self.float()  # the published VLM's config says bfloat16, and parts of it are made so
+        self.float()  # transformers makes parts of the VLM in the bfloat16 of the published config
 
     @property
     def vlm(self):
         return self.vlm_with_expert.vlm.model
 
-    def keep_less(self, layer, *args):
-        """layer(*args); with `recompute` the backward pass computes what happened inside again."""
-        again = self.recompute and torch.is_grad_enabled()
-        return checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
+    def run_layer(self, layer, *args):
+        """layer(*args), under activation checkpointing if `recompute` is set."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
     def vlm_layer(self, i, x, table, mask, past):
         """Layer i of the VLM's text: tokens x (B, n, D) after `past` (keys, values) -> (x, keys, values)"""
@@ -531,20 +531,20 @@ class FlowModel(nn.Module):
         (B, kv_heads, n + past, d)."""
         kv = []
         for i in range(self.last_used + 1):
-            x, k, v = self.keep_less(self.vlm_layer, i, x, table, mask, past and past[i])
+            x, k, v = self.run_layer(self.vlm_layer, i, x, table, mask, past and past[i])
             kv.append((k, v))
         return kv
 
     def prefix(self, features, tokens, token_mask, state, draws=1):
-        """features (B, K*T, D), tokens and token_mask (B, L), state (B, max_state_dim) -> (per expert layer keys and
-        values, per kind of layer (joint: True, False) the table and mask of the actions), all `draws` times over."""
+        """features (B, K*T, D), tokens and token_mask (B, L), state (B, max_state_dim) -> (keys and values per expert
+        layer, {joint: (RoPE table, mask) of the actions}), each row repeated for `draws` samples."""
         text = self.vlm.text_model.embed_tokens(tokens)
         x = torch.cat([features.to(text.dtype), text], dim=1) * math.sqrt(text.shape[-1])  # the state is not scaled
         valid = torch.cat([token_mask.new_ones(features.shape[:2]), token_mask, token_mask.new_ones(len(x), 1)], dim=1)
         positions, width = (valid.cumsum(1) - 1).clamp(min=0), self.vlm.text_model.layers[0].self_attn.head_dim
-        # padded text is never seen; what it computes itself is never read
+        # padded text is masked for everything else; its own outputs are never read
         kv = self.vlm_layers(x, rotary(positions[:, :-1], width), valid[:, None, None, :-1])
-        with torch.autocast(state.device.type, enabled=False):  # in bf16 a millimetre of the state would be lost
+        with torch.autocast(state.device.type, enabled=False):  # bf16 would round a millimetre of the state away
             state = self.state_proj(state.float())[:, None]
         table = rotary(positions[:, -1:], width)
         kv = self.vlm_layers(state, table, valid[:, None, None], past=kv)[:: self.stride]
@@ -573,7 +573,7 @@ class FlowModel(nn.Module):
             return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([x, tau], dim=2))))
 
     def expert_layer(self, layer, x, k, v, joint, view):
-        """A layer of the expert: actions x (B, S, W) on the prefix's keys and values -> x"""
+        """A layer of the expert: actions x (B, S, W) on the prefix's keys k and values v; view: (table, mask) -> x"""
         y, (table, mask) = layer.input_layernorm(x), view
         if joint:
             k = torch.cat([k, rope(heads(layer, "k_proj", y), table).to(k.dtype)], dim=2)
@@ -584,22 +584,22 @@ class FlowModel(nn.Module):
         """Noisy actions x_t (B, S, A) at flow time t (B,) -> v (B, S, A) fp32."""
         (kv, views), x, expert = prefix, self.embed_actions(x_t, t), self.vlm_with_expert.lm_expert
         for joint, layer, (k, v) in zip(self.joint, expert.layers, kv, strict=True):
-            x = self.keep_less(self.expert_layer, layer, x, k, v, joint, views[joint])
+            x = self.run_layer(self.expert_layer, layer, x, k, v, joint, views[joint])
         with torch.autocast(x.device.type, enabled=False):
             return self.action_out_proj(expert.norm(x).float())
 
 
 class SmolVLA(nn.Module):
-    """FlowModel seen from a batch of this script. forward(batch) is the loss, sample(batch, noise) the actions."""
+    """FlowModel behind this script's batches. forward(batch) is the loss, sample(batch, noise) the actions."""
 
     def __init__(self, vlm_config, policy, action_dim):
         super().__init__()
         self.model, self.policy, self.action_dim = FlowModel(vlm_config, policy), policy, action_dim
 
     def prefix(self, batch, draws=1):
-        """-> FlowModel.prefix of a batch"""
+        """Images through resize, vision tower and connector -> FlowModel.prefix"""
         device, side, pictures = batch["state"].device, self.policy.resize_imgs_with_padding[0], []
-        for images in batch["images"]:  # each of another size
+        for images in batch["images"]:  # one tensor, or one per picture: see Collate.inputs
             x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
             pictures.append(resize_with_pad(x.float() / (255 if x.dtype == torch.uint8 else 1), side))
         vlm, x = self.model.vlm, torch.cat(pictures)
@@ -608,9 +608,9 @@ class SmolVLA(nn.Module):
         return self.model.prefix(features, batch["tokens"], batch["token_mask"], batch["state"], draws)
 
     def forward(self, batch):
-        """-> sums over the unpadded steps, to be divided by the caller's global counts: flow_sum () over A dims |
-        real_sum () over the real dims | temporal_sum () of squared jumps of the clean-action estimate, over real dims
-        and pairs of steps | sample_loss (B,) each sample's own flow loss, for reports.
+        """-> sums over the unpadded steps, for the caller to divide by global counts: flow_sum () of squared errors in
+        all A dims | real_sum () in the real dims | temporal_sum () of squared jumps of the clean-action estimate, over
+        real dims and pairs of steps | sample_loss (B,): the flow loss of each sample, for reports.
 
         x_t = t eps + (1 - t) a, target u = eps - a. The clean-action estimate is x_t - t v, so the temporal loss has a
         gradient. LeRobot samples all A dims, so all are trained, the padded ones (a = 0) as well."""
@@ -660,8 +660,8 @@ class Policy:
         the sampling; default: the same draws for every observation and call, so that equal observations give equal
         actions."""
         self.contract.check(observations)
-        own = functools.partial(np.array, order="C")  # image[..., ::-1] is a view that PyTorch does not take
-        inputs = [o | dict(images=[own(o["images"][c]) for c in self.contract.images]) for o in observations]
+        contiguous = functools.partial(np.array, order="C")  # PyTorch takes no image[..., ::-1]
+        inputs = [o | dict(images=[contiguous(o["images"][c]) for c in self.contract.images]) for o in observations]
         return self.decode(self.collate.inputs(inputs), noise)
 
     def decode(self, batch, noise=None):
@@ -676,7 +676,7 @@ class Policy:
         return self.spec.action_scale.unnormalize(actions.float().cpu().numpy())
 
     def reset(self):
-        """Nothing to forget: every prediction stands for itself."""
+        """Nothing to forget: every prediction depends on its own observation alone."""
 
     def describe(self):
         return self.contract.describe(self)
@@ -695,7 +695,7 @@ class Policy:
 
 
 def open_vlm(source, why=""):
-    """The VLM's folder or hub id -> (transformers config, tokenizer); no weights. `why`: who names it."""
+    """The VLM's folder or hub id -> (transformers config, tokenizer); no weights. `why`: see hub.local_folder."""
     from transformers import AutoConfig, AutoTokenizer
 
     folder = hub.local_folder(source, weights=False, why=why)
@@ -705,7 +705,7 @@ def open_vlm(source, why=""):
 
 
 class Unread:
-    """Stands for a numpy array in the guide's own checkpoints (action_mean, ...), which is not needed."""
+    """Placeholder for the NumPy arrays (action_mean, ...) in checkpoints of the guide's code: loaded, never used."""
 
     def __init__(self, *_): ...
 
@@ -718,7 +718,7 @@ for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
 
 
 def policy_weights(path, state):
-    """Checkpoint `path` of this script -> {LeRobot's name: tensor}, averaged where EMA is on."""
+    """Checkpoint `path` of this script, with content `state` -> {LeRobot's name: tensor}, the EMA where it is on."""
     raw = frozen.read(path, state) | state["model_state_dict"] | state["ema_state_dict"]
     return export_weights(raw, state["config"])
 
@@ -736,14 +736,14 @@ def read_source(source):
         folder = hub.local_folder(source)
         about = json.loads((folder / "config.json").read_text())
         tensors = dict(hub.read_tensors(folder))
-    # the prefixes of DDP and torch.compile; the normalisers inside the model are of LeRobot before 0.4
+    # drop the prefixes of DDP and torch.compile, and the normalisers that LeRobot before 0.4 had inside the model
     tensors = {k.removeprefix("module.").replace("_orig_mod.", ""): v for k, v in tensors.items()}
     skip = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
     return {k: v for k, v in tensors.items() if not k.startswith(skip)}, about
 
 
 def load_weights(core, cfg):
-    """Fill a new model from what the config starts from -> a line that says so."""
+    """Load the weights that a new run starts from -> a line that names them."""
     p, source = cfg.policy, cfg.init_from or cfg.policy.pretrained_model_id
     if source:
         tensors, about = read_source(source)
@@ -753,16 +753,16 @@ def load_weights(core, cfg):
         hub.load_weights(core, tensors.items(), source)
         return f"weights of {source}"
     vlm, tensors = core.model.vlm_with_expert.vlm, hub.read_tensors(hub.local_folder(p.vlm_model_name))
-    kinds = dict(missing_ok=("lm_head",), unused_ok=("model.text_model.layers.",))  # tied; layers that are not used
-    if hub.load_weights(vlm, tensors, p.vlm_model_name, **kinds):
+    allowed = dict(missing_ok=("lm_head",), unused_ok=("model.text_model.layers.",))  # tied; layers that are not used
+    if hub.load_weights(vlm, tensors, p.vlm_model_name, **allowed):
         vlm.lm_head.weight.data.copy_(vlm.model.text_model.embed_tokens.weight)
-    better = "for little data lerobot/smolvla_base is a better start (--policy.pretrained_model_id)"
-    return f"VLM of {p.vlm_model_name}; the expert and its heads are new, from random numbers: {better}"
+    hint = "with little data lerobot/smolvla_base is a better start (--policy.pretrained_model_id)"
+    return f"VLM of {p.vlm_model_name}; the expert and its heads are new, randomly initialised: {hint}"
 
 
 def choose_trained(core, cfg):
-    """Set requires_grad: what the config leaves free, minus what cannot reach the loss (its gradient would stay None
-    and DDP would wait for it). -> the peft model around `core` with train: lora, else None."""
+    """Set requires_grad: on for what the config trains, off for what the loss does not reach (its gradient would stay
+    None, and DDP would wait for it). -> the peft model around `core` with train: lora, else None."""
     p, model, adapters = cfg.policy, core.model, None
     vlm = model.vlm_with_expert.vlm
     core.requires_grad_(True)
@@ -778,20 +778,19 @@ def choose_trained(core, cfg):
         lora = LoraConfig(target_modules=where, modules_to_save=[f"model.{name}" for name in HEADS], **sizes)
         torch.manual_seed(cfg.seed)
         adapters = get_peft_model(core, lora)
-    text, last = vlm.model.text_model, vlm.model.text_model.layers[model.last_used]
-    behind = (*text.layers[model.last_used + 1 :], last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)
-    for unused in (vlm.lm_head, text.norm, *behind, last.post_attention_layernorm):
+    text, last = vlm.model.text_model, vlm.model.text_model.layers[model.last_used]  # of it only keys and values
+    after = (*text.layers[model.last_used + 1 :], last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)
+    for unused in (vlm.lm_head, text.norm, *after, last.post_attention_layernorm):
         unused.requires_grad_(False)
     return adapters
 
 
 def build_model(cfg, vlm_config, action_dim, dtype=torch.float32, saved=None):
     """-> (SmolVLA on the CPU, its peft model or None, a line on where its weights come from). Trained weights and
-    the small heads are fp32, what is frozen of VLM and expert in `dtype`. `saved`: the whole state dict of a resumed
-    run."""
+    the small heads are fp32, frozen weights of VLM and expert in `dtype`. `saved`: a resumed run's full state dict."""
     torch.manual_seed(cfg.seed)
-    core, said = SmolVLA(vlm_config, cfg.policy, action_dim), "weights of the checkpoint"
-    said = said if saved else load_weights(core, cfg)
+    core = SmolVLA(vlm_config, cfg.policy, action_dim)
+    origin = "weights of the checkpoint" if saved else load_weights(core, cfg)
     adapters = choose_trained(core, cfg)
     if saved:
         core.load_state_dict(saved)
@@ -801,7 +800,7 @@ def build_model(cfg, vlm_config, action_dim, dtype=torch.float32, saved=None):
     for parameter in core.model.vlm_with_expert.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return core, adapters, said
+    return core, adapters, origin
 
 
 def export_weights(tensors, config):
@@ -818,10 +817,10 @@ def export_weights(tensors, config):
 
 
 def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
-    """Write LeRobot's saved-policy format: config.json, model.safetensors (`tensors`: export_weights), pre- and
-    post-processor with the statistics. Beside it meta.json (what load_policy and evaluate.py need; `about`: step and
-    validation episodes), vlm/ (the backbone's config and tokenizer files, for use without the hub), and what these
-    weights answer to one item of the dataset, `example`, which check_in_lerobot.py compares with LeRobot's answer."""
+    """Write LeRobot's saved-policy format: config.json, model.safetensors (`tensors`: of export_weights), pre- and
+    post-processor with the statistics. Added are meta.json (what load_policy and evaluate.py need; `about`: step and
+    validation episodes), vlm/ (the backbone's config and tokenizer files, for use without the hub), and the prediction
+    for one item of the dataset, `example`, with which check_in_lerobot.py compares LeRobot's."""
     from safetensors.torch import save_file
 
     folder, spec, p = Path(folder), collate.spec, cfg.policy
@@ -843,17 +842,17 @@ def save_model(folder, tensors, cfg, collate, about, example, device="cpu"):
     about["bf16"] = cfg.training.use_bfloat16
     (folder / "meta.json").write_text(json.dumps(about, indent=2))
     observation = dict(example, images=dict(zip(cameras, example["images"], strict=True)))
-    answer = load_policy(folder, "cpu").predict([observation], example["noise"][None])  # one draw, as LeRobot's
-    shown = {f"observation.images.{name}": image for name, image in observation["images"].items()}
-    shown |= {"observation.state": example["state"], "noise": example["noise"][None], "actions": answer}
-    shown = {name: torch.tensor(value) for name, value in shown.items()}
-    save_file(shown, folder / "example.safetensors", metadata=dict(task=example["instruction"]))
+    actions = load_policy(folder, "cpu").predict([observation], example["noise"][None])  # one draw, as LeRobot's
+    arrays = {f"observation.images.{name}": image for name, image in observation["images"].items()}
+    arrays |= {"observation.state": example["state"], "noise": example["noise"][None], "actions": actions}
+    arrays = {name: torch.tensor(value) for name, value in arrays.items()}
+    save_file(arrays, folder / "example.safetensors", metadata=dict(task=example["instruction"]))
     shutil.copyfile(Path(__file__).with_name("check_in_lerobot.py"), folder / "check_in_lerobot.py")
 
 
 def read_lerobot(folder):
-    """A LeRobot policy directory -> (PolicyConfig, DataSpec, does a GPU compute in bf16). What LeRobot does not write
-    down (camera names, what the action is) is unknown without our meta.json: predict works then, open_episodes not."""
+    """A LeRobot policy directory -> (PolicyConfig, DataSpec, bf16: the autocast of a GPU). Without our meta.json camera
+    names and the meaning of the action are unknown: predict works then, open_episodes does not."""
     config = lerobot.read_config(folder)
     policy = config_from(PolicyConfig, config)
     if (folder / "meta.json").is_file():
@@ -868,8 +867,9 @@ def read_lerobot(folder):
     action = dict(source="action", dim=dim, rotation_unit="rad")
     names = [[f"action{i + 1}", ""] for i in range(dim)]
     state = [[f"state{i + 1}", ""] for i in range(inputs["observation.state"]["shape"][0])]
-    rest = [None] * len(cameras), [], state, action, names, True, 0.0, [], mode, "", stats
-    return policy, DataSpec(cameras, *rest), True
+    unknown = dict(image_shapes=[None] * len(cameras), state_keys=[], rate_hz=0.0, instructions=[], task_instruction="")
+    known = dict(cameras=cameras, state_names=state, action_definition=action, action_names=names, absolute=True)
+    return policy, DataSpec(**known, **unknown, normalization=mode, stats=stats), True
 
 
 def load_policy(path, device=None):
@@ -877,15 +877,15 @@ def load_policy(path, device=None):
     output_dir (its newest checkpoint)."""
     path = Path(path)
     if path.is_dir() and not (path / "config.json").is_file():
-        there = ckpt.checkpoints_in(path, PATTERNS) or ckpt.checkpoints_in(path / "checkpoints", PATTERNS)
-        require(there, f"{path} has neither config.json (a LeRobot policy) nor checkpoint_step_N.pt")
-        path = there[-1]
+        found = ckpt.checkpoints_in(path, PATTERNS) or ckpt.checkpoints_in(path / "checkpoints", PATTERNS)
+        require(found, f"{path} has neither config.json (a LeRobot policy) nor checkpoint_step_N.pt")
+        path = found[-1]
     needs = {}
     if path.is_dir():
         policy, spec, bf16 = read_lerobot(path)
         name = policy.vlm_model_name
-        beside = [folder for folder in (path / "vlm", path / name, path.parent / name) if folder.is_dir()]
-        tensors, vlm = dict(hub.read_tensors(path)), beside[0] if beside else name
+        vlm = next((folder for folder in (path / "vlm", path / name, path.parent / name) if folder.is_dir()), name)
+        tensors = dict(hub.read_tensors(path))
     else:
         state = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT)
         policy, spec = config_from(PolicyConfig, state["config"]["policy"]), DataSpec(**state["spec"])
@@ -907,8 +907,8 @@ def load_policy(path, device=None):
 
 
 def schedule(total, cfg):
-    """-> (warm-up steps, steps until the cosine ends) of `total` steps. As in LeRobot, both shrink where the training
-    is shorter than the schedule."""
+    """-> (warm-up steps, steps until the cosine ends) of `total` steps. As in LeRobot, both shrink if the run is
+    shorter than the schedule."""
     warmup, decay = cfg.scheduler.num_warmup_steps, cfg.scheduler.num_decay_steps
     return (int(warmup * total / decay), total) if total < decay else (warmup, decay)
 
@@ -923,7 +923,7 @@ def lr_at(step, total, cfg):
 
 
 def describe(cfg, data, say):
-    """Say what was found: episodes, cameras, state and action meaning and ranges."""
+    """Print what was found: episodes, cameras, meaning and ranges of state and action."""
     s, train = data.spec, data.part(data.train)
     counts = f"{len(train)} training episodes, {sum(e.num_frames for e in train)} frames"
     say(f"data      {counts}; {len(data.validation)} validation episodes; {cfg.dataset.root_dir}")
@@ -931,11 +931,10 @@ def describe(cfg, data, say):
         say(f"excluded  {message}")
     pairs = enumerate(zip(s.cameras, s.image_shapes, strict=True), 1)
     say(f"cameras   {', '.join(f'{name} -> camera{k} {h}x{w}' for k, (name, (h, w)) in pairs)}")
-    told = f"{' + '.join(s.state_keys)}, {s.state_scale.dim} dims (padded to {cfg.policy.max_state_dim})"
-    say(f"state     {told if s.state_names else 'none: the model sees pictures and text only'}")
-    names, most = f"{s.action_names[0][0]} .. {s.action_names[-1][0]}", cfg.policy.max_action_dim
-    what = f"{names} ({s.definition.source}), {s.definition.dim} dims (padded to {most})"
-    say(f"action    {what}, chunk {cfg.policy.chunk_size}; {s.normalization}")
+    state = f"{' + '.join(s.state_keys)}, {s.state_scale.dim} dims (padded to {cfg.policy.max_state_dim})"
+    say(f"state     {state if s.state_names else 'none: the model sees pictures and text only'}")
+    action = f"{s.action_names[0][0]} .. {s.action_names[-1][0]} ({s.definition.source}), {s.definition.dim} dims"
+    say(f"action    {action} (padded to {cfg.policy.max_action_dim}), chunk {cfg.policy.chunk_size}; {s.normalization}")
     for doubt in ep.doubts(train, s.definition):
         say(f"warning   {doubt}")
     for key in ("observation.state", "action"):
@@ -947,7 +946,7 @@ def describe(cfg, data, say):
 
 def check_data(cfg):
     """--check: read the data, build one batch, print what the model would see. Needs no weights; without a tokenizer
-    the text stays unbuilt, and says so."""
+    the tokens are left out, with a note."""
     data = load_data(cfg)
     describe(cfg, data, print)
     dataset = SmolVLADataset(data, data.train, cfg, True)
@@ -972,7 +971,7 @@ def check_data(cfg):
 
 
 def log_line(step, run):
-    """-> what Step.log takes, by the guide's names. Loss = Action + Temporal."""
+    """-> arguments of Step.log, under the guide's names. Loss = Action + Temporal."""
     mean, (speed, wait, memory) = step.mean(), step.speed()
     vram = memory if run.device.type == "cuda" else 0.0
     ram = psutil.virtual_memory().used / 1e9
@@ -988,7 +987,7 @@ def log_line(step, run):
 
 def validate(core, policy, dataset, cfg, run):
     """-> {val/loss = val/action_loss + val/temporal_loss, val/action_loss_real, val/action_mae_<unit>: mean over the
-    dims of a unit, val/mae_<dim>, val/swap_ratio_<camera>}. Noise and time belong to the frame, so that two validations
+    dims of a unit, val/mae_<dim>, val/swap_ratio_<camera>}. Noise and time are fixed per frame, so that validations
     differ by the weights alone."""
     size, names = cfg.training.batch_size, policy.action_names()
     chosen = dataset.spread(cfg.validation.num_samples).tolist()
@@ -1010,37 +1009,38 @@ def validate(core, policy, dataset, cfg, run):
     values = {"val/loss": action + temporal, "val/action_loss": action, "val/temporal_loss": temporal}
     values["val/action_loss_real"] = over_real / (steps * dims)
     for unit in {unit for _, unit in names}:
-        same = [e for e, (_, other) in zip(errors, names, strict=True) if other == unit]
-        values[f"val/action_mae_{unit}".rstrip("_")] = sum(same) / len(same) / steps
+        of_unit = [e for e, (_, other) in zip(errors, names, strict=True) if other == unit]
+        values[f"val/action_mae_{unit}".rstrip("_")] = sum(of_unit) / len(of_unit) / steps
     values |= {f"val/mae_{n}": e / steps for (n, _), e in zip(names, errors, strict=True)}
     return values | swapped
 
 
 def swap_cameras(policy, dataset, chosen, size, run):
-    """-> {val/swap_ratio_<camera>: error with the pictures of another episode at the same progress, in this camera
-    alone, over the error with its own}; 1 is a policy that does not look there. Normalised units. {} of one episode."""
+    """-> {val/swap_ratio_<camera>: error with another episode's pictures, at the same progress, in this camera alone,
+    over the error with its own; near 1 the policy ignores it}, in normalised units. {} if there is only one episode."""
     spec, places = policy.spec, [dataset.locate(k) for k in chosen]
-    progress = [t / dataset.episodes[e].num_frames for e, t in places]
-    others = partners([e for e, _ in places], progress)
-    mine, sums = range(len(chosen))[run.rank :: run.world], np.zeros(len(spec.cameras) + 1)
-    for i in range(0, 0 if others is None else len(mine), size):
+    others = partners([e for e, _ in places], [t / dataset.episodes[e].num_frames for e, t in places])
+    if others is None:
+        return {}
+    mine, sums = range(len(chosen))[run.rank :: run.world], np.zeros(len(spec.cameras) + 1)  # last: nothing swapped
+    for i in range(0, len(mine), size):
         items = [dataset[(chosen[j], chosen[j])] for j in mine[i : i + size]]
         real = ~np.stack([item["is_pad"] for item in items])
         target = spec.action_scale.normalize(np.stack([item["action"] for item in items]))
         theirs = [dataset[(chosen[others[j]], chosen[others[j]])]["images"] for j in mine[i : i + size]]
         for c in range(-1, len(spec.cameras)):  # -1: nothing is swapped
-            seen = []
+            shown = []
             for item, images in zip(items, theirs, strict=True):
                 own = item["images"]
-                seen.append(item | dict(images=[*own[:c], images[c], *own[c + 1 :]] if c >= 0 else own))
-            guess = spec.action_scale.normalize(policy.decode(policy.collate.inputs(seen)))
-            sums[c] += np.abs(guess - target)[real].sum()
+                shown.append(item | dict(images=[*own[:c], images[c], *own[c + 1 :]] if c >= 0 else own))
+            predicted = spec.action_scale.normalize(policy.decode(policy.collate.inputs(shown)))
+            sums[c] += np.abs(predicted - target)[real].sum()
     *swapped, own = run.sum(*sums)
     return {f"val/swap_ratio_{name}": e / own for name, e in zip(spec.cameras, swapped, strict=True) if own > 0}
 
 
 def validation_line(step, values, names):
-    """The guide's line, and a warning for each camera whose pictures the policy does not use."""
+    """The guide's line, and a warning for each camera that the policy ignores."""
     line = f"[VAL] Step {step.number} | Loss: {values['val/loss']:.4f} | Action Loss: {values['val/action_loss']:.4f}"
     for unit in dict.fromkeys(unit for _, unit in names):
         line += f" | Action MAE: {values[f'val/action_mae_{unit}'.rstrip('_')]:.4g} {unit}"
@@ -1053,7 +1053,7 @@ def validation_line(step, values, names):
 
 
 def open_run(cfg, run, folder):
-    """-> (config, path of the checkpoint to go on from or None, its content, data)"""
+    """-> (config, path and content of the checkpoint to resume, data); if its data differs it only gives its weights"""
     path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
     data = load_data(cfg, run, saved)
@@ -1086,7 +1086,7 @@ def main(cfg):
     describe(cfg, data, run.print)
     if saved:
         run.restore(path, saved, data.fingerprint, FIXED)
-    begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # of the schedule
+    begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # where the schedule starts
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
     collate, reader = Collate(tokenizer, cfg.policy, data.spec), ep.ImageReader()
     example = SmolVLADataset(data, data.train, cfg)[(0, 0)]
@@ -1096,11 +1096,11 @@ def main(cfg):
         save_model(path, tensors, cfg, collate, meta | dict(step=run.step), example, run.device.type)
 
     def export_final(tensors, size):
-        ok = run.save_as(folder / "final_hf", lambda path: export(path, tensors()), size)
-        require(ok, f"{folder}/final_hf could not be written. Free space; --resume auto writes it")
+        written = run.save_as(folder / "final_hf", lambda path: export(path, tensors()), size)
+        require(written, f"{folder}/final_hf could not be written. Free space; --resume auto writes it")
 
     if not run.plan(t.steps, "--steps"):
-        return export_final(lambda: policy_weights(path, saved), 0)  # it may be missing, or of a shorter run
+        return export_final(lambda: policy_weights(path, saved), 0)  # it may be missing, or from a shorter run
     if cfg.dataset.frame_dir:
         reader.keep(cfg.dataset.frame_dir, data.part(data.train + data.validation), data.spec.cameras, run=run)
 
@@ -1108,26 +1108,26 @@ def main(cfg):
     dims, A, o = data.spec.definition.dim, cfg.policy.max_action_dim, cfg.optimizer
     dataset = SmolVLADataset(data, data.train, cfg, True, reader)
     plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, vlm_config, dims, dtype)[0], run)
-    whole = saved and frozen.read(path, saved) | saved["model_state_dict"]
-    core, adapters, said = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, whole)
+    state_dict = saved and frozen.read(path, saved) | saved["model_state_dict"]
+    core, adapters, origin = build_model(cfg, vlm_config, dims, torch.bfloat16 if bf16 else torch.float32, state_dict)
     policy = Policy(core.to(run.device).train(), collate, bf16)
     trained = {n: p for n, p in core.named_parameters() if p.requires_grad}
-    kinds = dict(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=run.device.type == "cuda" or None)
-    optimizer = torch.optim.AdamW(trained.values(), o.lr, **kinds)
+    settings = dict(betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=run.device.type == "cuda" or None)
+    optimizer = torch.optim.AdamW(trained.values(), o.lr, **settings)
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
     spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved and saved["spikes"])
-    stood_on = saved and saved["frozen"]
-    model, saved, whole = run.prepare(core), None, None  # the mapped files may be rotated away
+    resumed = saved and saved["frozen"]
+    model, saved, state_dict = run.prepare(core), None, None  # both are mapped from files that rotation may delete
 
     # ---- data
     held_out = SmolVLADataset(data, data.validation, cfg, reader=reader)
     loader = run.loader(dataset, GlobalOrder(len(dataset), cfg.seed), collate, t.num_workers)
-    whole = sum(p.numel() * p.element_size() for p in core.parameters())
+    export_size = sum(p.numel() * p.element_size() for p in core.parameters())
     size = sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 12)  # fp32, two moments, an average
-    run.describe(core, len(dataset), size, folder, f"; {said}")
-    kept = frozen.keep(run, folder, core, stood_on)
+    run.describe(core, len(dataset), size, folder, f"; {origin}")
+    kept = frozen.keep(run, folder, core, resumed)
     warmup, decay = schedule(t.steps - begin, cfg)
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here
@@ -1181,15 +1181,15 @@ def main(cfg):
                 values = validate(core, policy, held_out, cfg, run)
             line = validation_line(step, values, policy.action_names())
             if step.validated(values, values["val/loss"], line=line):
-                run.save_best(folder / "best_hf", lambda path: export(path, weights()), whole)
+                run.save_best(folder / "best_hf", lambda path: export(path, weights()), export_size)
         if step.every(t.save_freq):
             run.save()
 
     if run.step == t.steps:
-        if adapters:  # opens with peft, on the weights that this run began with
+        if adapters:  # opens with peft, on the weights that this run started from
             with ema.swapped():
                 run.save_as(folder / "final_adapter", adapters.save_pretrained, size)
-        export_final(weights, whole)
+        export_final(weights, export_size)
     evaluate = command("evaluate.py", checkpoint=folder, data=cfg.dataset.root_dir)
     run.finish(f"model: {folder}/final_hf (LeRobot format)", f"evaluate: {evaluate}", plot=("train/loss", "val/loss"))
 

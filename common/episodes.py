@@ -1,4 +1,4 @@
-"""Insertion episodes in HDF5: one file is one episode, one sample dict whatever the recorder wrote.
+"""Insertion episodes in HDF5, one file per episode: found, checked, split, and served as frames with action chunks.
 
     action                       (N, A) float     what the recorder stored: a pose delta or a joint target
     observations/ee_pose         (N, 6) float     x y z, roll pitch yaw; optional
@@ -6,10 +6,9 @@
     observations/images/<cam>    (N,) variable-length uint8 (JPEG), or (N, H, W, 3) uint8 RGB, any compression
     phase (N,) int, timestamp (N,) float, language_instruction str      optional
 
-Camera names sorted alphabetically become camera1..K. Low-dimensional arrays are read once, of a large folder from an
-index; images lazily, through a bounded number of open files per process, or from a frame store (frames.py). Nothing is
-ever replaced by zeros: what cannot be read raises BadEpisode.
-"""
+Camera names sorted alphabetically become camera1..K. Low-dimensional arrays are read once (and cached in an index if
+the folder is large), images lazily, through a bounded number of open files per process, or from a frame store
+(frames.py). What cannot be read raises BadEpisode; nothing is ever replaced by zeros."""
 
 import contextlib
 import functools
@@ -33,9 +32,9 @@ from common.frames import FrameStore
 from common.log import progress
 from common.stats import FORMAT_VERSION, compute_stats
 
-INDEXED = 200  # files; fewer are read in a moment
-MATRICES = ("action", "ee_pose", "qpos")  # of an Episode
-FILE_BYTES = 4_000_000  # of memory that HDF5 takes for an open file with JPEG pictures: 2.5 to 3.7 MB
+INDEXED = 200  # a folder of at least this many files gets an index; fewer are read in a moment
+MATRICES = ("action", "ee_pose", "qpos")  # the 2-D fields of an Episode
+FILE_BYTES = 4_000_000  # memory that HDF5 takes for an open file with JPEG pictures: 2.5 to 3.7 MB
 NO_PICTURE = 100  # bytes; a JPEG is never that small, and recorders write one byte where its encoding failed
 DESCRIPTOR = [("size", "<u4"), ("heap", "<u8"), ("index", "<u4")]  # what HDF5 stores of a variable-length element
 
@@ -58,19 +57,19 @@ class Episode:
     qpos: np.ndarray | None  # (N, 6) float32
     phase: np.ndarray | None  # (N,) int
     instruction: str | None  # the file's own language_instruction
-    rate_hz: float  # frames per second by the file's timestamps; 0 where these do not tell
+    rate_hz: float  # frames per second by the file's timestamps; 0: unknown
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def find_episodes(root):
-    """-> {path: its size and time} of all *.h5 and *.hdf5 below `root`, sorted; through links, each folder once."""
+    """-> {path: its size and time} of all *.h5 and *.hdf5 below `root`, sorted; follows links, each folder once."""
+    problem = f"No HDF5 files found in '{root}' (dataset.root_dir, or evaluate.py's --data)"
 
     def refuse(error):
-        raise MissingFile(f"{none}: {error.strerror}: '{error.filename}'") from error
+        raise MissingFile(f"{problem}: {error.strerror}: '{error.filename}'") from error
 
-    none = f"No HDF5 files found in '{root}' (dataset.root_dir, or evaluate.py's --data)"
     paths, seen = [], set()
     for folder, subfolders, names in os.walk(str(root), onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -81,7 +80,7 @@ def find_episodes(root):
         # links last: a recording keeps its real name
         subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
-    require(paths, f"{none}, searched recursively for *.h5 and *.hdf5", MissingFile)
+    require(paths, f"{problem}, searched recursively for *.h5 and *.hdf5", MissingFile)
     odd = next((ascii(path) for path in paths if path != path.encode(errors="ignore").decode()), "")  # CP949
     require(not odd, f"{odd}: the name is not UTF-8: convmv -f cp949 -t utf8 -r --notest {root}", BadEpisode)
     facts = {path: os.stat(path, follow_symlinks=os.path.exists(path)) for path in sorted(paths)}
@@ -105,7 +104,7 @@ def _read_arrays(f, path, name):
     acts = "action" in f and len(f["action"])
     require(acts, f"{path}: no dataset 'action' or one with 0 rows; {has}", BadEpisode)
     n = len(f["action"])
-    images = {name: _look_at(path, f["observations/images"][name], n) for name in sorted(f["observations/images"])}
+    images = {name: _check_images(path, f["observations/images"][name], n) for name in sorted(f["observations/images"])}
     cameras, sizes = ({name: about[i] for name, about in images.items()} for i in range(2))
     action, phase = _lowdim(f, path, "action", n), _lowdim(f, path, "phase", n, 1, int)
     pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
@@ -113,8 +112,8 @@ def _read_arrays(f, path, name):
     return Episode(path, name, n, cameras, sizes, action, pose, qpos, phase, read_instruction(f, path), rate)
 
 
-def _look_at(path, images, n):
-    """A dataset of `n` pictures -> ("jpeg" or "raw", [height, width] of the first)"""
+def _check_images(path, images, n):
+    """A camera's dataset of `n` pictures -> ("jpeg" or "raw", [height, width] of the first)"""
     where = f"{path}: dataset '{images.name[1:]}'"
     require(len(images) == n, f"{where} has {len(images)} frames, 'action' has {n} rows", BadEpisode)
     if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
@@ -125,7 +124,7 @@ def _look_at(path, images, n):
     start = images.id.get_offset()  # None: stored in chunks
     if start is None:
         sizes = np.array([len(picture) for picture in images])
-    else:  # the descriptors tell, the pictures stay unread
+    else:  # contiguous: the descriptors hold the sizes, no picture is read
         sizes = np.fromfile(path, DESCRIPTOR, n, offset=start)["size"]
     if len(bad := np.flatnonzero(sizes < NO_PICTURE)):
         raise BadEpisode(f"{where} frame {bad[0]} is no picture: {sizes[bad[0]]} bytes ({len(bad)} such frames)")
@@ -135,7 +134,7 @@ def _look_at(path, images, n):
 
 
 def _lowdim(f, path, key, n, ndim=2, kind=np.float32):
-    """(n, dims) or with ndim 1 (n,), or None where there is none."""
+    """-> dataset `key`, finite, of shape (n, dims), or with ndim 1 (n,); None if the file has none."""
     if key not in f:
         return None
     array, where = f[key][:].astype(kind), f"{path}: dataset '{key}'"
@@ -148,7 +147,7 @@ def _lowdim(f, path, key, n, ndim=2, kind=np.float32):
 
 
 def _frames_per_second(timestamps):
-    """0 where the clock stands still: recorders also write epoch seconds as float32, which tick every 128 s."""
+    """By the median step; 0 if the clock stands still: epoch seconds stored as float32 tick every 128 s."""
     middle = float(np.median(np.diff(timestamps.astype(np.float64)))) if len(timestamps) > 1 else 0.0
     return 1 / middle if 1e-4 < middle < 100 else 0.0
 
@@ -165,9 +164,9 @@ def read_instruction(f, path):
 
 
 def load_episodes(root, skip_bad=False, run=None):
-    """Read every episode below `root` -> (episodes, excluded), excluded being the messages of files left out by
-    `skip_bad`. All must agree on cameras and dimensions. What is read of a large folder is kept, until a file in it has
-    another size or time. `run`: rank 0 reads for all."""
+    """Read every episode below `root` -> (episodes, excluded: messages about files that `skip_bad` left out). All must
+    agree on cameras and dimensions. A large folder is cached in an index, until the size or time of a file changes.
+    `run`: rank 0 reads for all."""
     if run:
         return run.once(load_episodes, root, skip_bad)
     episodes, excluded, stamps = [], [], find_episodes(root)
@@ -186,9 +185,9 @@ def load_episodes(root, skip_bad=False, run=None):
             if not skip_bad:
                 raise BadEpisode(f"{error} (--skip_bad_episodes leaves such files out and lists them)") from error
             excluded.append(str(error))
-    none = f"none of the {len(excluded)} files under '{root}' is usable; the first: {''.join(excluded[:1])}"
-    require(episodes, none, BadEpisode)
-    if large and not excluded:  # what is bad is looked at again
+    problem = f"none of the {len(excluded)} files under '{root}' is usable; the first: {''.join(excluded[:1])}"
+    require(episodes, problem, BadEpisode)
+    if large and not excluded:  # else the next run looks at the bad files again
         _write_index(index, episodes, stamps)
     return episodes, excluded
 
@@ -206,7 +205,7 @@ def _check_agreement(first, other):
 
 
 def _write_index(path, episodes, stamps):
-    """A table with a row per episode. Without room for it the files are read every time."""
+    """A table with a row per episode. If it cannot be written, the files are read every time."""
     import pandas as pd
 
     table = pd.DataFrame([vars(e) for e in episodes]).assign(stamp=stamps.values())
@@ -217,7 +216,7 @@ def _write_index(path, episodes, stamps):
 
 
 def _read_index(path, stamps):
-    """-> episodes of these files; none where a file is another than then, or the index is not there or damaged."""
+    """-> episodes of these files; [] if a file has changed, or the index is missing or damaged."""
     import pandas as pd
 
     try:
@@ -246,25 +245,25 @@ def choose_cameras(episodes, wanted):
 
 @functools.lru_cache(1)
 def _load_once(root, *_):
-    """Of an evaluation, which asks several times, until a file changes; what is left out is listed."""
+    """load_episodes for an evaluation, which asks several times; what is left out is printed."""
     found, excluded = load_episodes(root, skip_bad=True)
     print(*[f"excluded  {message}\n" for message in excluded], sep="", end="")
     return found
 
 
 def play(root, names, cameras, keys, definition):
-    """What a policy's open_episodes gives evaluate.py of each episode below `root`, or of those of these `names`:
+    """A policy's open_episodes: replay recordings to evaluate.py. Yields for each episode below `root` (or of `names`)
     {name, sample: callable(t) -> observation with images {policy's camera: (h, w, 3)}, state, instruction, target
     (M, A), hold (M, A): the action that stands still, phase (M,) or None}, in data units. Files that cannot be read are
     listed. `cameras` {policy's name: recorder's}, `keys`: see robot_state."""
     found, reader = _load_once(root, *find_episodes(root).items()), ImageReader()
-    first, there = found[0], {e.name: e for e in found}
-    unknown = sorted(set(names or []) - set(there))
-    have = f"it has {', '.join([*there][:5])}, ...: choose some with --episodes"
-    require(not unknown, f"'{root}' has no episode '{''.join(unknown[:1])}'; {have}")
-    have = [*first.cameras, *(key for key in MATRICES if getattr(first, key) is not None)]
-    wrong = {*cameras.values(), *keys, definition.source.removesuffix("_delta")} - {*have, "no_state"}
-    require(not wrong, f"'{root}' has {', '.join(have)}; the policy needs {', '.join(sorted(wrong))}")
+    first, by_name = found[0], {e.name: e for e in found}
+    unknown = sorted(set(names or []) - set(by_name))
+    known = f"it has {', '.join([*by_name][:5])}, ...: choose some with --episodes"
+    require(not unknown, f"'{root}' has no episode '{''.join(unknown[:1])}'; {known}")
+    present = [*first.cameras, *(key for key in MATRICES if getattr(first, key) is not None)]
+    missing = {*cameras.values(), *keys, definition.source.removesuffix("_delta")} - {*present, "no_state"}
+    require(not missing, f"'{root}' has {', '.join(present)}; the policy needs {', '.join(sorted(missing))}")
     dims = definition.targets(first).shape[1]
     require(dims == definition.dim, f"'{root}' has actions of {dims} dims, those of the policy have {definition.dim}")
 
@@ -272,7 +271,7 @@ def play(root, names, cameras, keys, definition):
         images = {camera: reader.read(e, recorded, t) for camera, recorded in cameras.items()}
         return dict(images=images, instruction=e.instruction, state=None if state is None else state[t])
 
-    for name, e in there.items():
+    for name, e in by_name.items():
         if names is None or name in names:
             target, state = definition.targets(e), robot_state(e, keys) if keys else None
             phase = None if e.phase is None else e.phase[: len(target)]
@@ -284,9 +283,9 @@ def play(root, names, cameras, keys, definition):
 
 
 class ImageReader:
-    """Reads single pictures: resize(picture), or as recorded without `resize`. As many files as this machine bears stay
-    open, and their datasets, as looking one up takes longer than reading from it. Each process opens its own: an HDF5
-    handle must not cross a fork. `store`: pictures that were decoded once, see keep."""
+    """Reads single pictures, through `resize` if given. Keeps as many files open as the machine allows, and their
+    datasets, since looking one up takes longer than reading from it. Each process opens its own: an HDF5 handle must
+    not cross a fork. `store`: a frame store to read from instead, see keep."""
 
     def __init__(self, resize=None):
         self.resize, self.store, self.cameras, self._open, self._pid = resize, None, [], None, None
@@ -303,19 +302,19 @@ class ImageReader:
                 picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         except (OSError, RuntimeError, KeyError, IndexError, ValueError, SyntaxError) as error:
             where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
-            how = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
-            raise BadEpisode(f"{where} is no readable {episode.cameras[camera]} picture ({error}). {how}") from error
+            hint = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
+            raise BadEpisode(f"{where} is no readable {episode.cameras[camera]} picture ({error}). {hint}") from error
         return self.resize(picture) if self.resize else np.array(picture)
 
     def keep(self, folder, episodes, cameras, recipe=(), run=None):
-        """From now on read the pictures of these episodes and cameras from a frame store in `folder`, on a local disk;
-        makes what is missing there. `recipe`: plain values, all that `resize` depends on."""
+        """Read the pictures of these episodes and cameras from a frame store in `folder` from now on, after building
+        what is missing there. `recipe`: plain values, everything that `resize` depends on."""
         by_path, shape = {e.path: e for e in episodes}, self.read(episodes[0], cameras[0], 0).shape
         store, rank = FrameStore(folder, shape, [*cameras, *recipe]), run.rank if run else 0
 
         def open_source(path):
             reader, episode = ImageReader(self.resize), by_path[path]
-            reader.read(episode, cameras[0], 0)  # opens the file before several threads want it
+            reader.read(episode, cameras[0], 0)  # opens the file before several threads read it
             return lambda i: reader.read(episode, cameras[i % len(cameras)], i // len(cameras))
 
         sources = {e.path: e.num_frames * len(cameras) for e in episodes}
@@ -326,7 +325,7 @@ class ImageReader:
         self.store, self.cameras = store, list(cameras)
 
     def _stored(self, path, camera, frame):
-        """What is stored of a frame: bytes of a JPEG, or pixels."""
+        """-> a frame as stored: the bytes of a JPEG, or pixels (h, w, 3)"""
         if self._pid != os.getpid():
             self._open = functools.lru_cache(files_to_keep())(open_images)
             self._pid = os.getpid()
@@ -350,8 +349,8 @@ def open_images(path):
 
 
 def files_to_keep():
-    """How many HDF5 files this process may hold open: half of `ulimit -n`, and an eighth of the free memory for all
-    loader workers of all ranks on this machine together."""
+    """How many HDF5 files this process may keep open: at most half of `ulimit -n`, and its share of an eighth of the
+    free memory, which all loader workers of all ranks on this machine divide."""
     worker = get_worker_info()
     processes = (worker.num_workers if worker else 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -383,8 +382,8 @@ class ActionDefinition:
         return np.where(np.abs(delta) <= 2 * np.spacing(np.abs(episode.ee_pose[1:])), np.float32(0), delta)
 
     def still(self, episode):
-        """(M, A), the target that stands still: whatever the recorded action is nearest to, no motion, the joints or
-        the pose."""
+        """(M, A), the target that holds the robot still. A recorded action may be a motion, a joint or a pose target:
+        of zeros, qpos and ee_pose the one that is nearest to it."""
         target = self.targets(episode)
         places = [np.zeros_like(target)]
         if self.source == "action":
@@ -400,9 +399,9 @@ def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
     if not use_ee_pose_delta:
         return ActionDefinition("action", episodes[0].action.shape[1], unit)
     shape = np.shape(episodes[0].ee_pose)
-    wanted = f"use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {shape}"
-    how = "Set it to false to train on the recorded 'action'"
-    require(shape[1:] == (6,), f"{episodes[0].path}: {wanted}. {how}", BadEpisode)
+    problem = f"use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {shape}"
+    hint = "Set it to false to train on the recorded 'action'"
+    require(shape[1:] == (6,), f"{episodes[0].path}: {problem}. {hint}", BadEpisode)
     return ActionDefinition("ee_pose_delta", 6, unit)
 
 
@@ -425,21 +424,21 @@ def detect_position_unit(episodes):
 
 def name_columns(found, definition, keys):
     """-> ([[name, unit]] per action dim, the same per state dim); an action is named after what it is a target for."""
-    first, position, turn = found[0], detect_position_unit(found) or "", definition.rotation_unit
-    pose = [["x", position], ["y", position], ["z", position], ["roll", turn], ["pitch", turn], ["yaw", turn]]
+    first, length, angle = found[0], detect_position_unit(found) or "", definition.rotation_unit
+    pose = [["x", length], ["y", length], ["z", length], ["roll", angle], ["pitch", angle], ["yaw", angle]]
     joints = 0 if first.qpos is None else first.qpos.shape[1]
     unit = _angle_unit(e.qpos for e in found if joints)
     names = dict(ee_pose=pose, no_state=[], qpos=[[f"q{i + 1}", unit] for i in range(joints)])
-    still, actions = definition.still(first), [[f"action{i + 1}", ""] for i in range(definition.dim)]
+    actions = [[f"action{i + 1}", ""] for i in range(definition.dim)]
     if definition.source == "ee_pose_delta":
         actions = [[f"d{name}", unit] for name, unit in pose]
     for key in ("qpos", "ee_pose"):
-        actions = names[key] if still is getattr(first, key) else actions
+        actions = names[key] if definition.still(first) is getattr(first, key) else actions
     return actions, sum((names[key] for key in keys), [])
 
 
 def doubts(episodes, definition):
-    """-> [] or [a sentence]: what a recorded `action` that seems to be a motion may be instead of the motion to come"""
+    """-> [] or [a sentence]: why a recorded `action` that looks like a motion may not be the motion to come"""
     e = episodes[0]
     if definition.source != "action" or definition.still(e).any():
         return []
@@ -448,14 +447,14 @@ def doubts(episodes, definition):
     if past.any() and np.allclose(e.action[1:, :3], past, atol=1e-3 * np.abs(past).max()):
         why = "the motion already made (pose[t] - pose[t-1]): yesterday's action"
     elif np.shape(e.qpos) != e.action.shape:
-        why = "taken for a motion: without qpos of its shape, a joint target looks alike"
+        why = "taken for a motion: without qpos of its shape, a joint target looks the same"
     else:
         return []
     return [f"the recorded 'action' is {why}; dataset.use_ee_pose_delta_as_action: true takes the motion that follows"]
 
 
 class Chunks(Dataset):
-    """The samples of some episodes: every frame that has a target. A script's dataset adds what it reads of a frame."""
+    """A dataset with a sample for every frame that has a target; a script's subclass adds __getitem__."""
 
     def __init__(self, episodes, definition, horizon):
         self.episodes, self.definition, self.horizon = episodes, definition, horizon
@@ -477,7 +476,7 @@ class Chunks(Dataset):
         return e, int(i - (self.ends[e - 1] if e else 0))
 
     def chunk(self, i):
-        """((H, A) in data units, is_pad (H,)); past the end it stands still: a delta is zero, a target stays."""
+        """-> ((H, A) in data units, is_pad (H,)); steps past the end hold still: a delta is zero, a target repeats."""
         e, t = self.locate(i)
         rows = t + np.arange(self.horizon)
         is_pad, last = rows >= len(self.targets[e]), len(self.targets[e]) - 1
@@ -497,8 +496,7 @@ def robot_state(episode, keys):
 
 
 def insertion_stats(train, definition, held_out, state_keys=()):
-    """Statistics of the training episodes in the file form of common/stats.py; `held_out`: names of the validation
-    episodes."""
+    """Statistics of the episodes `train` in common/stats.py's file format; `held_out`: names of validation episodes."""
     arrays = {"action": Chunks(train, definition, 1).targets}
     if state_keys:
         arrays["observation.state"] = [robot_state(e, state_keys) for e in train]
@@ -508,28 +506,28 @@ def insertion_stats(train, definition, held_out, state_keys=()):
 
 
 def hold_out(n, count, seed=None):
-    """`count` of `n` episodes for validation: the last by name, mostly the newest, as recorders put the time into it;
-    or drawn with `seed`, as guide 2 splits. -> (training, validation), sorted indices"""
+    """Hold `count` of `n` episodes out for validation: the last by name, mostly the newest, as names begin with a time;
+    with `seed` drawn at random, as guide 2 does. -> (training, validation), sorted indices"""
     key = "num_val_episodes" if seed is None else "validation.num_episodes"
     require(0 <= count < n, f"{key} is {count}, but there are {n} usable episodes: hold out fewer")
     held = range(n - count, n) if seed is None else sorted(random.Random(seed).sample(range(n), count))
     return [i for i in range(n) if i not in held], list(held)
 
 
-def split_or_keep(marks, split, then=None):
-    """Split usable episodes {name: what another file of that name would change} by split(). `then`: the table of the
-    checkpoint that is resumed, if bad files may be left out: where that is all that happened since, its split stays,
-    for it is the same run. -> (training, validation) indices, table {name: [mark, part]}, messages on what is gone"""
-    gone = [name for name in then or () if name not in marks]
-    if not (gone and all(name in then and then[name][0] == mark for name, mark in marks.items())):
+def split_or_keep(marks, split, table=None):
+    """Split the usable episodes {name: mark}, a mark changing with the file's content, by split(). `table`: that of the
+    resumed checkpoint, if bad files may be left out: where files are missing and nothing else has changed, its split is
+    kept. -> (training, validation) indices, table {name: [mark, part]}, messages about the missing files"""
+    gone = [name for name in table or () if name not in marks]
+    if not (gone and all(name in table and table[name][0] == mark for name, mark in marks.items())):
         held, gone = set(split()[1]), []
-        then = {name: [mark, "validation" if i in held else "train"] for i, (name, mark) in enumerate(marks.items())}
-    train = [i for i, name in enumerate(marks) if then[name][1] == "train"]
-    require(train, f"no training episode is left of {', '.join([*then][:5])}")
-    validation = [i for i, name in enumerate(marks) if then[name][1] == "validation"]
-    return train, validation, then, [f"{name}: left out since the checkpoint was written" for name in gone]
+        table = {name: [mark, "validation" if i in held else "train"] for i, (name, mark) in enumerate(marks.items())}
+    train = [i for i, name in enumerate(marks) if table[name][1] == "train"]
+    require(train, f"no training episode is left of {', '.join([*table][:5])}")
+    validation = [i for i, name in enumerate(marks) if table[name][1] == "validation"]
+    return train, validation, table, [f"{name}: left out since the checkpoint was written" for name in gone]
 
 
 def trained_in(table):
-    """[[name, mark]] of the training episodes of such a table: what a fingerprint of the data is made of."""
+    """[[name, mark]] of the training episodes in a table of split_or_keep, for a fingerprint of the data."""
     return [[name, mark] for name, (mark, part) in table.items() if part == "train"]

@@ -80,15 +80,15 @@ class FastTokenizer:
         return cls(Tokenizer.from_str(bpe.to_str()), scale, low)
 
     def encode(self, chunk):
-        """(H, A) -> ids. A coefficient without a symbol becomes the nearest one that has, counted in `clipped`."""
-        wanted = _quantise(np.asarray(chunk, np.float64), self.scale) - self.min_token
-        coded = self.nearest[np.clip(wanted, 0, NUM_IDS - 1)]
-        self.clipped += int((coded != wanted).sum())
+        """(H, A) -> ids. A coefficient that has no symbol becomes the nearest that has one, counted in `clipped`."""
+        exact = _quantise(np.asarray(chunk, np.float64), self.scale) - self.min_token
+        coded = self.nearest[np.clip(exact, 0, NUM_IDS - 1)]
+        self.clipped += int((coded != exact).sum())
         return self.bpe.encode("".join(map(chr, coded))).ids
 
     def decode(self, ids, horizon, dim):
-        """ids -> (H, A) float32. Too few are filled with zero coefficients, too many cut, bytes that are no UTF-8 are
-        zero; a coefficient is bounded by what |x| <= 1 allows, so a wrong token cannot become a huge motion."""
+        """ids -> (H, A) float32. Missing coefficients and invalid UTF-8 become zero, surplus ones are dropped; each
+        coefficient is clipped to what |x| <= 1 allows, so that a wrong token cannot become a huge motion."""
         count, characters = horizon * dim, np.array([ord(c) for c in self.text(ids)], np.int64)
         q = np.where(characters == 0xFFFD, 0, characters + self.min_token)
         q = np.pad(q[:count], (0, max(0, count - len(q))))
@@ -97,9 +97,9 @@ class FastTokenizer:
         return (dct_matrix(horizon).T @ c).astype(np.float32)
 
     def describe(self, chunks, normalizer, names, show):
-        """Print what coding costs: per dimension the error that clipping and coding leave to a perfect policy, beside
-        that of holding still. `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
-        import pandas as pd  # takes as long as all the rest
+        """Print the coding error: per dimension what clipping and FAST would cost a perfect policy, beside the error of
+        holding still. `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
+        import pandas as pd  # imported here: it would double the start-up time of the script
 
         errors, lengths, before = [], [], self.clipped
         for chunk, is_pad, still in chunks:
@@ -119,7 +119,7 @@ class FastTokenizer:
             if coded > 0.5 * still > 0:
                 worst.append(f"{name} {coded / still:.0%} (clipping alone {limited / still:.0%})")
         if worst:
-            show(f"warning   the best that a policy can reach, of the error of holding still: {', '.join(worst)}")
+            show(f"warning   even a perfect policy keeps this share of the error of holding still: {', '.join(worst)}")
             show("          Use deltas, another horizon, or --fast fit with a larger --fast_scale")
 
 
@@ -158,8 +158,8 @@ def _utf8_shape(b):
 
 
 class ActionsOnly:
-    """Logits processor for greedy generation: leaves only action ids that keep the answer on `count` coefficients, then
-    the end. malformed (B,): where free decoding would have left the format."""
+    """Logits processor for greedy generation: allows only action ids that can still add up to exactly `count`
+    coefficients, then only the end token. malformed (B,): rows where free decoding would have left that format."""
 
     def __init__(self, fast, first_action, end, prompts, count):
         self.first, self.end, self.count, self.length = first_action, end, count, prompts.shape[1]
@@ -172,9 +172,9 @@ class ActionsOnly:
         done = (answer == self.end).any(1)
         ids = (answer - self.first).clamp(0, len(self.valid) - 1)
         remaining = self.count - self.starts[ids].sum(1)
-        open_ = self.tail[ids[:, -1]] if ids.shape[1] else torch.zeros_like(remaining)  # a second byte is missing
-        allowed = self.valid & (self.lead == open_[:, None]) & (self.starts <= remaining[:, None])
-        finished = done | (remaining == 0) & (open_ == 0)
+        half = self.tail[ids[:, -1]] if ids.shape[1] else torch.zeros_like(remaining)  # 1: a second byte must follow
+        allowed = self.valid & (self.lead == half[:, None]) & (self.starts <= remaining[:, None])
+        finished = done | (remaining == 0) & (half == 0)
         masked, actions = torch.full_like(scores, -torch.inf), slice(self.first, self.first + len(self.valid))
         masked[:, actions] = scores[:, actions].masked_fill(~allowed | finished[:, None], -torch.inf)
         masked[:, self.end] = torch.where(finished, scores[:, self.end], -torch.inf)

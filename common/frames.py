@@ -1,10 +1,10 @@
-"""Pictures decoded in full and resized once, kept as raw uint8 on a local disk: a training then reads any of them, in
-any order, at the speed of that disk.
+"""The frame store: pictures decoded and resized once, kept as raw uint8 on a local disk, so that a training run reads
+them in any order at the speed of that disk.
 
-Of every source file (a parquet file, a recording) there is KEY.u8, its pictures in order, and KEY.json, which says how
-many and which of them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of resizing,
-version of Pillow): a copy of the data finds its frames again, another recipe never meets them. Both appear whole or not
-at all, so a build that was stopped goes on where it stood, and several processes may build side by side."""
+Every source file (a parquet file, a recording) gets KEY.u8, its pictures in order, and KEY.json, which says how many
+there are and which of them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of
+resizing, version of Pillow): a copy of the data finds its frames again, another recipe never does. Both files are
+written atomically, so an interrupted build continues where it stopped, and several processes may build side by side."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ VERSION = 1
 
 
 class FrameStore:
-    """`shape` (h, w, 3) of a frame; `recipe`: plain values, all that shapes a pixel beside the file."""
+    """`shape` (h, w, 3) of a frame; `recipe`: plain values, everything but the file that a pixel depends on."""
 
     def __init__(self, folder, shape, recipe):
         self.folder, self.shape, self.bytes_per_frame = Path(folder), tuple(shape), int(np.prod(shape))
@@ -54,9 +54,9 @@ class FrameStore:
         return about if file.stat().st_size == about["count"] * self.bytes_per_frame else None
 
     def build(self, sources, open_source, first=0, threads=8):
-        """Make what is missing of `sources` {path: pictures in it}, after saying how large it will be.
-        open_source(path) -> function of an index that returns a frame or raises why there is none. Each of several
-        processes begins at its own share `first` (0 to 1) of the list and leaves out what the others have made."""
+        """Make what is missing of `sources` {path: number of pictures}, after printing how large it will be.
+        open_source(path) -> function of an index that returns the frame, or raises if it cannot be decoded. Each rank
+        starts at its own fraction `first` (0 to 1) of the list and skips what the others have made meanwhile."""
         missing = [path for path in sources if self.about(path) is None]
         if not missing:
             return
@@ -66,7 +66,7 @@ class FrameStore:
         free = shutil.disk_usage(self.folder).free / 1e9
         size = f"{needed:.2f} GB of decoded pictures"
         require(needed < free, f"{size} do not fit into {self.folder}, {free:.2f} GB are free: give another local disk")
-        if not first:
+        if first == 0:  # one process tells
             print(f"frames    {size}, {len(missing)} files, go to {self.folder}", flush=True)
         begin = int(first * len(missing))
         for path in progress(missing[begin:] + missing[:begin], "decoding pictures", "file"):
@@ -82,16 +82,16 @@ class FrameStore:
             except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
                 cause = error.__cause__ or error
                 if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
-                    raise  # the machine's fault, not the picture's: it would be kept as bad for good
+                    raise  # the machine's fault, not the picture's, which must not be recorded as bad for good
                 bad[i] = str(error) or type(error).__name__
-                return blank  # holds the place, is never read
+                return blank  # a placeholder that is never read
 
         file, note = self.files(path)
         with ckpt.atomic_path(file) as temporary, ThreadPoolExecutor(threads) as pool, open(temporary, "wb") as out:
             for start in range(0, count, 256):
                 for pixels in pool.map(frame, range(start, min(start + 256, count))):
-                    one_size = f"{path} has a picture of {pixels.shape}, a frame store holds one size: {self.shape}"
-                    require(pixels.shape == self.shape and pixels.dtype == np.uint8, f"{one_size}. Train without it")
+                    wrong = f"{path} has a picture of {pixels.shape}, a frame store holds one size: {self.shape}"
+                    require(pixels.shape == self.shape and pixels.dtype == np.uint8, f"{wrong}. Train without it")
                     out.write(np.ascontiguousarray(pixels).data)
         write_json(note, dict(source=str(path), recipe=self.recipe, count=count, bad=bad))
 

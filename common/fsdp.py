@@ -1,5 +1,5 @@
-"""FSDP2: weights, gradients and moments sharded over the ranks. And what a resume needs of a run that may use it: then
-each rank writes its part, and any number of ranks can read it."""
+"""FSDP2 (weights, gradients and moments sharded over the ranks), and the training state of a run with or without it:
+with it each rank writes its own shard, which any number of ranks can read again."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ from common import checkpoint as ckpt
 
 
 def shard_layers(model, layers, bf16, autocast):
-    """Split `layers`, and the rest of the model, over the ranks; -> the model, with `autocast` in its forward."""
+    """Shard each of `layers`, and the rest of the model, over the ranks -> the model, its forward under `autocast`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, like the others here
 
     kinds = (torch.bfloat16, torch.float32) if bf16 else ()
-    policy = MixedPrecisionPolicy(*kinds, cast_forward_inputs=False)  # targets stay as they are, autocast does the rest
+    policy = MixedPrecisionPolicy(*kinds, cast_forward_inputs=False)  # autocast casts what must be cast
     for module in [*layers, model]:
         fully_shard(module, mp_policy=policy)
     model.forward = autocast(model.forward)
@@ -25,8 +25,8 @@ def shard_layers(model, layers, bf16, autocast):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Within it every rank has all of FSDP's weights, gathered once: else each layer is, for every token that is
-    decoded. A forward needs no other rank meanwhile."""
+    """Inside, every rank holds all weights of an FSDP model, gathered once instead of layer by layer for every decoded
+    token. So a forward is no collective call meanwhile: ranks may decode different numbers of samples."""
     sharded = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
@@ -38,8 +38,8 @@ def gathered(model):
 
 
 def state_of(model, optimizer):
-    """-> what a resume needs: {trained, moments} of ckpt.training_state, or where FSDP2 has sharded them this rank's
-    parts, {"trained.NAME" or "moments.NAME.exp_avg": (tensor, where it begins in the whole)}."""
+    """-> training state for a checkpoint: {trained, moments} of ckpt.training_state, or with FSDP2 this rank's shards,
+    {"trained.NAME" or "moments.NAME.exp_avg": (tensor, its offsets in the whole tensor)}."""
     trained, moments = ckpt.training_state(model, optimizer)
     if not any(hasattr(p, "device_mesh") for p in model.parameters()):
         return dict(trained=trained, moments=moments)
@@ -49,36 +49,36 @@ def state_of(model, optimizer):
     for name, state in moments.items():
         flat |= {f"moments.{name}.{key}": tensor for key, tensor in state.items()}
     for name, tensor in flat.items():
-        begins = [0] * tensor.dim()
+        offsets = [0] * tensor.dim()
         if hasattr(tensor, "device_mesh"):
-            begins = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+            offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
             tensor = tensor.to_local()
         if tensor.numel():
-            parts[name] = tensor, list(begins)
+            parts[name] = tensor, list(offsets)
     return parts
 
 
 @contextlib.contextmanager
 def atomic_folder(final, group):
-    """ckpt.atomic_path of all ranks of `group` together: each gets rank 0's temporary folder, to make and to write its
-    part in; it is renamed when all have. What one of them raises becomes an OSError of all."""
+    """ckpt.atomic_path for all ranks of `group` together: each gets rank 0's temporary folder to create and write its
+    part in; it is renamed when all are done. An error on one rank becomes an OSError on all."""
     with contextlib.ExitStack() as stack:
-        folder, said = None, None
+        folder, failure = None, None
         try:
             if dist.get_rank(group) == 0:
                 folder = stack.enter_context(ckpt.atomic_path(final))
         except OSError as error:
-            said = str(error)
-        folder, said = _exchange((folder, said), group)[0]
-        if said:
-            raise OSError(said)
+            failure = str(error)
+        folder, failure = _exchange((folder, failure), group)[0]
+        if failure:
+            raise OSError(failure)
         try:
             yield folder
-        except Exception as error:  # safetensors and torch have their own for a full disk, and the others wait
-            said = str(error) or repr(error)
-        said = [text for text in _exchange(said, group) if text]
-        if said:
-            raise OSError(said[0])
+        except Exception as error:  # any type (safetensors and torch have their own): the other ranks are waiting
+            failure = str(error) or repr(error)
+        failures = [text for text in _exchange(failure, group) if text]
+        if failures:
+            raise OSError(failures[0])
 
 
 def _exchange(value, group):
@@ -88,8 +88,8 @@ def _exchange(value, group):
 
 
 def write_state(folder, state, rank=0):
-    """Write what state_of() gave: state.pt, or each rank its own file of shards/, in the format of
-    torch.distributed.checkpoint's HuggingFaceStorageReader."""
+    """Write the result of state_of(): state.pt, or with FSDP2 each rank its own file in shards/, in the format that
+    torch.distributed.checkpoint's HuggingFaceStorageReader reads."""
     folder.mkdir(exist_ok=True)
     if "trained" in state:
         return ckpt.save_state(folder / "state.pt", state)
@@ -97,13 +97,13 @@ def write_state(folder, state, rank=0):
 
     (folder / "shards").mkdir(exist_ok=True)
     parts = {name: part for name, part in state.items() if part[0].dim() or rank == 0}  # counts are the same on all
-    about = {name: dict(saved_offsets=begins) for name, (_, begins) in parts.items()}
+    about = {name: dict(saved_offsets=offsets) for name, (_, offsets) in parts.items()}
     tensors = {name: tensor.contiguous() for name, (tensor, _) in parts.items()}
     save_file(tensors, folder / "shards" / f"rank_{rank}.safetensors", dict(DCP_SHARDING_INFO=json.dumps(about)))
 
 
 def restore_state(model, optimizer, folder, group=None):
-    """Put back what write_state wrote, on any number of ranks, with FSDP2 or without. A collective call of `group`."""
+    """Restore what write_state wrote, on any number of ranks, with or without FSDP2. A collective call on `group`."""
     if not (folder / "shards").is_dir():
         return ckpt.restore_training_state(model, optimizer, **ckpt.load_state(folder / "state.pt"))
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load

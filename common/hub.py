@@ -1,5 +1,5 @@
-"""Backbones on disk and on the hub: where their files are, and their weights, read by one function that asserts that
-every tensor found its place. Import it before transformers."""
+"""Backbones on disk and on the hub: find their files, and load their weights through one function that refuses missing,
+unknown and misshapen tensors. Import it before transformers."""
 
 import contextlib
 import hashlib
@@ -18,15 +18,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not s
 try:
     import torchvision  # noqa: F401  not used here, but transformers imports it where it is installed ...
 except (ImportError, OSError, RuntimeError, AttributeError):
-    sys.modules["torchvision"] = None  # ... and would break over one that does not fit this torch
+    sys.modules["torchvision"] = None  # ... and one that does not fit this torch would break that import
 
-NO_VALUES = False  # True while common/plan.py builds models that get none: no weights are looked for or read
+NO_VALUES = False  # True while common/plan.py builds models without values: no weight file is looked for or read
 TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
 def local_folder(source, weights=True, why="", **how):
     """Directory or hub id -> local directory with config and tokenizer files, and with `weights` the weight files.
-    `why`: said where there is none, e.g. that a checkpoint named it."""
+    `why`: added to the error message, e.g. which checkpoint refers to it. `how`: options of snapshot_download."""
     weights = ["*.safetensors", "pytorch_model*.bin"] if weights and not NO_VALUES else []
     return _folder(source, [*TEXTS, *weights], why, **how)
 
@@ -53,8 +53,8 @@ def _folder(source, patterns, why="", **how):
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns, **how))
     except Exception as error:  # the hub client raises a dozen types; all mean that the files cannot be had
-        said = f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}){why}"
-        raise MissingFile(f"{said}. Give a local directory; python make_demo.py --help lists tiny ones") from error
+        problem = f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}){why}"
+        raise MissingFile(f"{problem}. Give a local directory; python make_demo.py --help lists tiny ones") from error
 
 
 def stored_source(source):
@@ -66,16 +66,16 @@ def weight_files(folder):
     """Directory -> its weight files: safetensors, or else pytorch_model.bin, in shards or whole."""
     if NO_VALUES:
         return []
-    folder, again = Path(folder), "not a complete model. Copy or download it again"
+    folder, hint = Path(folder), "not a complete model. Copy or download it again"
     for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors"):
         index = sorted(folder.glob(f"{pattern}.index.json"))
         named = set(json.loads(index[0].read_text())["weight_map"].values()) if index else ()
         files = sorted(folder / name for name in named) or sorted(folder.glob(pattern))
         lost = ", ".join(file.name for file in files if not file.is_file())
-        require(not lost, f"{folder} lacks {lost}: {again}", MissingFile)
+        require(not lost, f"{folder} lacks {lost}: {hint}", MissingFile)
         if files:
             return files
-    raise MissingFile(f"{folder} has no weights (model*.safetensors): {again}")
+    raise MissingFile(f"{folder} has no weights (model*.safetensors): {hint}")
 
 
 def read_tensors(folder):
@@ -92,8 +92,8 @@ def read_tensors(folder):
 
 
 def unfilled(make, *args, **kwargs):
-    """make(...) -> its model without memory for the parameters, which are on the meta device until load_weights fills
-    them; the buffers, such as rotary tables, are computed."""
+    """make(*args) -> the model with its parameters on the meta device, without memory until load_weights fills them;
+    buffers, such as rotary tables, are computed."""
     if NO_VALUES:
         return make(*args, **kwargs)
     with init_empty_weights(include_buffers=False):
@@ -104,7 +104,7 @@ def unfilled(make, *args, **kwargs):
 
 
 def materialize(model, device):
-    """Memory on `device` for what is on the meta device; the rest moves there. Tied parameters stay tied."""
+    """Allocate on `device` what is on the meta device, and move the rest there. Tied parameters stay tied."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -115,26 +115,26 @@ def materialize(model, device):
 
 @torch.no_grad()
 def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(), device=None):
-    """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name) (None: left out).
+    """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name); None skips it.
 
-    UserError names what is missing in `source`, left over, or of another shape; names that begin with one of
-    `missing_ok` (of the model) or `unused_ok` (of the source) may be. Tied weights count as one. `device`: where one
-    that is unfilled() goes; if FSDP2 has sharded it since, each rank takes its part. -> names not found."""
+    UserError names tensors that `source` lacks, that the model does not know, or of another shape; allowed are missing
+    names with a prefix in `missing_ok`, and unknown ones with a prefix in `unused_ok`. Tied weights count as one.
+    `device`: where to put an unfilled() model; under FSDP2 each rank copies its shard. -> missing names"""
     if device is not None:
         materialize(model, device)
     if NO_VALUES:
         return []
-    wanted, found, unused = model.state_dict(keep_vars=True), set(), []
+    own, found, unused = model.state_dict(keep_vars=True), set(), []
     for name, tensor in tensors:
         name = rename(name) if rename else name
-        if name in wanted:
-            shapes = f"{source}: {name} is {tuple(tensor.shape)}, the model's is {tuple(wanted[name].shape)}"
-            require(wanted[name].shape == tensor.shape, f"{shapes}: another model")
-            wanted[name].copy_(laid_out(tensor, wanted[name]))
-            found.add(_where(wanted[name]))
+        if name in own:
+            shapes = f"{source}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+            require(own[name].shape == tensor.shape, f"{shapes}: another model")
+            own[name].copy_(laid_out(tensor, own[name]))
+            found.add(_storage(own[name]))
         elif name is not None and not name.startswith(tuple(unused_ok)):
             unused.append(name)
-    missing = [name for name, p in wanted.items() if p.numel() and _where(p) not in found]
+    missing = [name for name, p in own.items() if p.numel() and _storage(p) not in found]
     lost = [name for name in missing if not name.startswith(tuple(missing_ok))]
     for kind, names in (("lacks", lost), ("has unknown", unused)):
         shown = f"{len(names)} tensors: {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
@@ -142,27 +142,27 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
     return missing
 
 
-def _where(tensor):
-    """The same for tied parameters."""
+def _storage(tensor):
+    """A key that tied parameters share."""
     return id(tensor) if hasattr(tensor, "device_mesh") else tensor.data_ptr()
 
 
 def weight_digest(folder):
-    """Hash of all bytes of the weight files: what an adapter, or a feature, stands on. Each sha256 is kept beside
-    them, and a file is read again only where its size or time moved."""
-    kept, known = Path(folder) / ".sha256.json", {}
+    """Hash of all bytes of the weight files, by which an adapter or a cached feature knows its backbone. The sha256 of
+    each file is cached beside them; a file is read again only if its size or time changed."""
+    cache, known = Path(folder) / ".sha256.json", {}
     with contextlib.suppress(OSError, ValueError):  # none yet, or one that only its owner may read
-        known = json.loads(kept.read_text())
+        known = json.loads(cache.read_text())
     facts = {path.name: content_facts(path, known.get(path.name)) for path in weight_files(folder)}
     if facts != known:
-        # where they cannot be kept, in a folder of others, the files are read every time
-        with contextlib.suppress(OSError), atomic_path(kept) as temporary:
+        # without write access to the folder the files are read every time
+        with contextlib.suppress(OSError), atomic_path(cache) as temporary:
             temporary.write_text(json.dumps(facts))
     return hashlib.sha256(json.dumps([digest for _, _, digest in facts.values()]).encode()).hexdigest()
 
 
 def content_facts(path, known=None):
-    """-> [bytes, mtime_ns, sha256] of a file; where size and time are those in `known` it is not read again."""
+    """-> [bytes, mtime_ns, sha256] of a file, which is not read if its size and time are those in `known`."""
     about = os.stat(path)
     facts = [about.st_size, about.st_mtime_ns]
     return known if known and known[:2] == facts else [*facts, sha256_of(path)]

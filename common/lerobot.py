@@ -1,4 +1,4 @@
-"""The files of a policy that LeRobot saved, 0.3.4 to 0.6.2: settings, processors, statistics; weights are the script's.
+"""Write and read a policy directory as LeRobot 0.3.4 to 0.6.2 saves it, all but its weights, which the script handles.
 
 config.json | policy_preprocessor.json, policy_postprocessor.json: steps | a .safetensors of the statistics for each."""
 
@@ -56,8 +56,8 @@ def write(folder, network, cameras, state, action, stats, mode, device):
 
 
 def _statistics(state, action, stats):
-    """{"action.mean": tensor, ...} with which LeRobot computes what ours does, also in a dimension that never moves:
-    the constant comes back whatever was sampled, the state's noise is not divided by 1e-8."""
+    """{"action.mean": tensor, ...} with which LeRobot normalises exactly as common/stats.py does, also in a constant
+    dimension: an action comes back as that constant whatever was sampled, a state's noise is not divided by 1e-8."""
     out = {}
     for key, n, spread in (("action", action, 0.0), ("observation.state", state, 1.0)):
         half, values = np.where(n.constant, spread, n.half), dict(stats[key])
@@ -86,6 +86,6 @@ def read_statistics(folder, config):
     for key, value in hub.read_tensors(file) if one_way else ():
         stats.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value.tolist()
     unknown = "so the units of its actions are unknown. Fine-tune from it instead: --init_from"
-    has = f"{folder} has statistics of {sorted(stats) or 'nothing'}, not one of action and observation.state"
-    require({"action", "observation.state"} <= set(stats), f"{has}, {unknown} {folder}")
+    problem = f"{folder} has statistics of {sorted(stats) or 'nothing'}, not of action and observation.state"
+    require({"action", "observation.state"} <= set(stats), f"{problem}, {unknown} {folder}")
     return stats, mapping["STATE"]

@@ -1,6 +1,6 @@
-"""What every policy takes and gives, said once and checked: the contract between a checkpoint and a robot.
+"""The contract between a policy and a robot: what predict takes and returns, checked at every call.
 
-    policy = load_policy(path, device)             policy.reset()      # forget everything of the drive so far
+    policy = load_policy(path, device)             policy.reset()      # forget the drive so far
     policy.predict(observations) -> (B, H, A) float32, physical units   policy.describe() -> dict of plain values
 
 A script builds its Contract from what the checkpoint holds, calls check() in predict and describe() in describe."""
@@ -14,9 +14,9 @@ import numpy as np
 
 from common import require
 
-ASPECT = 0.02  # a picture's width / height may differ by this share: recorders round
-FAR = 0.5  # of the training range: further outside is a warning, mostly another unit or another frame
-SAID = "script recorded sensor instructions kind horizon rate_hz skip first_row needs"  # by describe(), as they are
+ASPECT = 0.02  # relative tolerance of a picture's width / height: recorders round
+FAR = 0.5  # of the training range: a state further outside is a warning, mostly another unit or reference frame
+DESCRIBED = "script recorded sensor instructions kind horizon rate_hz skip first_row needs"  # copied by describe()
 
 
 @dataclass
@@ -30,17 +30,17 @@ class Contract:
     rate_hz: float | None  # rows per second; None: the recordings have no clock
     kind: str  # "delta": a motion per row; "absolute": a target; "velocity"
     first_row: str  # what row 0 means in time, and which row to send when
-    skip: int = 0  # rows at the chunk's begin that are over when it is there: the one to be sent first is row `skip`
+    skip: int = 0  # first rows that already lie in the past when a chunk is ready: row `skip` is the first to send
     state: list = field(default_factory=list)  # [(name, unit)]; empty: the policy takes none
     low: list | None = None  # smallest state in training, one per name
     high: list | None = None
     recorded: dict = field(default_factory=dict)  # {name: the recorder's name of this camera}, where it is another
     sensor: str | None = None  # what the observation's sensor must hold
     instructions: list = field(default_factory=list)  # all of the training; empty: not known, any is taken
-    must_be_told: bool = False  # pictures come with an instruction; False: without one it is the training's
+    must_be_told: bool = False  # an observation needs an instruction; False: without one the default task is used
     action_low: list | None = None  # smallest action in training, one per name
     action_high: list | None = None
-    needs: dict = field(default_factory=dict)  # {what is not in the policy's directory: where it was}
+    needs: dict = field(default_factory=dict)  # {what the policy needs from outside its directory: where it was}
 
     def __post_init__(self):
         for name in ("low", "high", "action_low", "action_high"):
@@ -51,14 +51,14 @@ class Contract:
         self.warned = Counter()  # kind of warning -> how often
 
     def check(self, observations, frames=False):
-        """UserError for an observation that the policy cannot take; a warning for one that is unlike the training.
-        `frames`: images may be a list, the newest of the only camera, oldest first."""
-        right = isinstance(observations, (list, tuple)) and all(isinstance(o, dict) for o in observations)
-        require(right and observations, "no observation was given: predict takes a list of one or more dicts")
+        """UserError for an observation that the policy cannot take; a warning for one unlike its training data.
+        `frames`: images may be a list instead, the last frames of the only camera, oldest first."""
+        dicts = isinstance(observations, (list, tuple)) and all(isinstance(o, dict) for o in observations)
+        require(dicts and observations, "no observation was given: predict takes a list of one or more dicts")
         for o in observations:
             if self.state:
                 self._check_state(o.get("state"))
-            if "vl_features" not in o:  # else pictures and text were encoded before
+            if "vl_features" not in o:  # else pictures and text are encoded already
                 images = o.get("images")
                 several = frames and isinstance(images, (list, tuple)) and images
                 for shown in [dict.fromkeys(self.images, frame) for frame in images] if several else [images]:
@@ -66,19 +66,19 @@ class Contract:
                 self._check_text(o.get("instruction"))
 
     def _check_images(self, images):
-        given = sorted(images) if isinstance(images, dict) else f"a {type(images).__name__}, not of a dict"
+        given = sorted(images) if isinstance(images, dict) else f"a {type(images).__name__}, not a dict"
         for name, size in self.images.items():
-            wrong = f"the observation has images of {given}, needed are {', '.join(self.images)}: {name} is missing"
+            wrong = f"the observation's images are {given}, expected {', '.join(self.images)}: {name} is missing"
             require(isinstance(images, dict) and name in images, wrong)
             picture = np.asarray(images[name])
-            right = picture.ndim == 3 and picture.shape[-1] == 3 and picture.dtype == np.uint8
+            valid = picture.ndim == 3 and picture.shape[-1] == 3 and picture.dtype == np.uint8
             wrong = f"{name} is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3), RGB"
-            require(right and picture.size, wrong)
+            require(valid and picture.size, wrong)
             if size is not None:
                 (height, width), (rows, columns) = size, picture.shape[:2]
                 wrong = f"{name} is {columns}x{rows}, in training it was {width}x{height}: another aspect ratio"
-                same = abs(columns / rows * height / width - 1) <= ASPECT
-                require(same, f"{wrong}. Send the whole picture of the same camera, not cropped or squeezed")
+                same_aspect = abs(columns / rows * height / width - 1) <= ASPECT
+                require(same_aspect, f"{wrong}. Send the whole picture of the same camera, not cropped or squeezed")
 
     def _check_text(self, text):
         known = ", ".join(map(repr, self.instructions[:3]))
@@ -92,7 +92,7 @@ class Contract:
         require(shape == (len(self.state),), f"the observation's state has shape {shape}, the policy needs {names}")
         state = np.asarray(state, np.float64)
         require(np.isfinite(state).all(), f"the observation's state is not finite: {state.tolist()}")
-        # without a range there is nothing to compare with
+        # without the training's range there is nothing to compare with
         for (name, unit), value, low, high in zip(self.state, state, self.low or [], self.high or [], strict=False):
             beyond = max(low - value, value - high)
             if beyond > FAR * (high - low) + 1e-3 * max(abs(low), abs(high)) + 1e-6:
@@ -113,8 +113,8 @@ class Contract:
         return dict(images=images, state=state.astype(np.float32) if self.state else None, instruction=text)
 
     def describe(self, policy, example=None):
-        """-> dict that json can write. The latency is measured here, with `example` or example(); the policy then
-        begins anew."""
+        """-> JSON-serialisable dict. Measures the latency with `example`, by default example(), and resets the policy
+        afterwards."""
         example, seconds = example or self.example(), []
         for _ in range(4):
             begin = time.perf_counter()
@@ -123,7 +123,7 @@ class Contract:
         policy.reset()
         expected = (1, self.horizon, len(self.actions))
         assert np.shape(chunk) == expected, f"predict gave {np.shape(chunk)}, the contract says {expected}"
-        about = {key: getattr(self, key) for key in SAID.split()}
+        about = {key: getattr(self, key) for key in DESCRIBED.split()}
         sizes = {name: size or (None, None) for name, size in self.images.items()}
         about["cameras"] = {name: dict(height=height, width=width) for name, (height, width) in sizes.items()}
         about["pictures"] = "uint8 (height, width, 3), RGB"
@@ -142,14 +142,14 @@ def _columns(named, low, high):
 
 
 def partners(episodes, progress):
-    """For each sample the index of one of another episode at the nearest progress, for a test that swaps inputs; of
-    equally near ones the next in order. `episodes` (n,): names or numbers, `progress` (n,): phase, or share of the
-    episode that is over. None where there is only one episode."""
+    """Partner of each sample in a test that swaps inputs: the index of the sample nearest in progress among those of
+    other episodes (of equally near ones the next in order). `episodes` (n,): names or numbers, `progress` (n,): phase,
+    or fraction of the episode that is over. None if there is only one episode."""
     names, episodes = np.unique(episodes, return_inverse=True)
     progress, found = np.asarray(progress, np.float64), []
     if len(names) < 2:
         return None
-    for i in range(len(episodes)):  # a table of all pairs would not fit into memory
-        away = np.where(episodes == episodes[i], math.inf, np.abs(progress - progress[i]))
-        found.append((i + np.roll(away, -i).argmin()) % len(away))  # the next one first
+    for i in range(len(episodes)):  # row by row: a matrix of all pairs might not fit into memory
+        distance = np.where(episodes == episodes[i], math.inf, np.abs(progress - progress[i]))
+        found.append((i + np.roll(distance, -i).argmin()) % len(distance))  # rolled: argmin takes the next in order
     return np.array(found)

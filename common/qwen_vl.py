@@ -1,4 +1,4 @@
-"""Qwen2.5-VL without its processor classes: prompt ids, image patches, rope positions, vision attention.
+"""Qwen2.5-VL without its processor classes: prompt ids, image patches, RoPE positions, vision attention.
 
 Images are squashed to one fixed size first, so all of a batch have the same patch grid. The numbers (mean, std, patch
 14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and rope code.
@@ -65,26 +65,26 @@ def rope_positions(ids, image_token_id, grid):
 
 
 def pick_attention(choice, device, dtype):
-    """attn_implementation "auto" -> flash_attention_2 where `dtype` runs, else sdpa; flash that cannot is an error."""
+    """attn_implementation "auto" -> flash_attention_2 if it runs here in `dtype`, else sdpa; explicit, it must run."""
     if choice not in ("auto", "flash_attention_2"):
         return choice
-    try:  # an installed flash_attn may be broken, or too new for the GPU, and none computes in fp32
+    try:  # try it: an installed flash_attn may be broken, or too new for the GPU, and never runs in fp32
         from flash_attn import flash_attn_func
 
         flash_attn_func(*torch.zeros(3, 1, 16, 1, 64, dtype=dtype, device=device))
         return "flash_attention_2"
     except Exception as error:
-        how = "Use --attn_implementation auto (sdpa where it is missing)"
-        require(choice == "auto", f"Flash Attention not supported here: {error!r}. {how}")
+        hint = "Use --attn_implementation auto (sdpa where it is missing)"
+        require(choice == "auto", f"Flash Attention not supported here: {error!r}. {hint}")
         return "sdpa"
 
 
 def batch_vision_attention():
-    """Let the vision tower attend to all windows of one length in one call, as a batch dimension, and derive windows
-    and positions from the grid once per grid. transformers loops over the windows unless flash attention is used
-    (10,000 calls for 20 pictures of 616x336), and waits for the GPU to hear their sizes. Same result.
+    """Patch transformers' vision tower: attend to all windows of one length in one call, as a batch dimension, and
+    compute windows and positions once per grid. transformers loops over the windows unless flash attention is used
+    (10,000 calls for 20 pictures of 616x336), and synchronises with the GPU to read their sizes. Same result.
 
-    Give the grid on the CPU: reading it is what would wait."""
+    Pass grid_thw on the CPU: reading it from the GPU would be such a synchronisation."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
     attention, tower = qwen.Qwen2_5_VLVisionAttention, qwen.Qwen2_5_VisionTransformerPretrainedModel
@@ -96,15 +96,16 @@ def batch_vision_attention():
         if self.config._attn_implementation != "sdpa":
             return self.looped_forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         order, back, groups = _windows_by_length(tuple(cu_seqlens.tolist()), hidden_states.device)
-        x, *turns = (t.index_select(0, order) if len(groups) > 1 else t for t in (hidden_states, *position_embeddings))
+        inputs = (hidden_states, *position_embeddings)
+        x, cos, sin = (t.index_select(0, order) if len(groups) > 1 else t for t in inputs)
         q, k, v = self.qkv(x).reshape(len(x), 3, self.num_heads, -1).unbind(1)
-        q, k = qwen.apply_rotary_pos_emb_vision(q, k, *turns)
+        q, k = qwen.apply_rotary_pos_emb_vision(q, k, cos, sin)
         parts = [t.split([count * length for count, length in groups]) for t in (q, k, v)]
         out = []
         for (count, length), *qkv in zip(groups, *parts, strict=True):
             qkv = (t.reshape(count, length, self.num_heads, -1).transpose(1, 2) for t in qkv)  # (windows, heads, ...)
-            seen = F.scaled_dot_product_attention(*qkv, scale=self.scaling)
-            out.append(seen.transpose(1, 2).reshape(count * length, -1))
+            attended = F.scaled_dot_product_attention(*qkv, scale=self.scaling)
+            out.append(attended.transpose(1, 2).reshape(count * length, -1))
         out = self.proj(torch.cat(out))
         return out.index_select(0, back) if len(groups) > 1 else out
 
@@ -170,13 +171,13 @@ def module_name(name):
 
 
 def load_backbone(folder, dtype, attention, missing_ok=(), device="cpu"):
-    """Qwen2.5-VL with every tensor from `folder`, none made up but those of `missing_ok`: one after the other straight
-    to `device`; None: the model stays unfilled, for FSDP."""
+    """Qwen2.5-VL with all its weights from `folder`, but for names in `missing_ok`; one tensor at a time straight to
+    `device`. None: the parameters stay on the meta device, for FSDP."""
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
     batch_vision_attention()
-    kind = dict(dtype=dtype, attn_implementation=attention)
-    vlm = unfilled(Qwen2_5_VLForConditionalGeneration._from_config, AutoConfig.from_pretrained(folder), **kind)
+    options = dict(dtype=dtype, attn_implementation=attention)
+    vlm = unfilled(Qwen2_5_VLForConditionalGeneration._from_config, AutoConfig.from_pretrained(folder), **options)
     if device is not None:
         load_weights(vlm, read_tensors(folder), folder, module_name, missing_ok, device=device)
     return vlm.eval()

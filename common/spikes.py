@@ -1,11 +1,11 @@
-"""Loss spikes of a run: found by a moving average, written down with the samples behind them."""
+"""Loss spikes of a run: detected against a moving average, and recorded with the samples behind them."""
 
 import pandas as pd
 
 
 class Spikes:
-    """Steps with a loss above `threshold` times the mean of the last 100: loss_spikes.txt to read, loss_spikes.csv to
-    filter. `state` is for the checkpoint: the newest losses, and a row per spike."""
+    """Steps with a loss above `threshold` times the mean of the last 100 (this step included): loss_spikes.txt to read,
+    loss_spikes.csv to filter. `state` goes into the checkpoint: the last 100 losses, and a row per spike."""
 
     def __init__(self, run, threshold, episodes, saved=None):
         self.run, self.threshold, self.episodes = run, threshold, episodes
@@ -13,17 +13,18 @@ class Spikes:
         self.write()
 
     def check(self, losses, samples):
-        """Take the newest `losses`, by name, and this rank's samples [(loss of each, names)] -> None, or of a spike
-        (metrics, line). The samples of all ranks are listed, worst first: a collective call."""
-        loss, step, history = losses["loss"], self.run.step, [*self.state["history"], losses["loss"]][-100:]
-        average, self.state["history"] = sum(history) / len(history), history
+        """After each update: its `losses`, by name, and this rank's samples [(loss per sample, names)] of every
+        micro-batch -> (metrics, log line) of a spike, else None. A collective call: samples of all ranks are listed."""
+        loss, step = losses["loss"], self.run.step
+        self.state["history"] = history = [*self.state["history"], loss][-100:]
+        average = sum(history) / len(history)
         if len(history) < 50 or loss <= self.threshold * average:
             return None
-        own = []
+        ratio, own = loss / average, []
         for values, names in samples:
             own += zip(values.tolist(), names, strict=True)
         worst = sorted(sum(self.run.gather(own), []), key=lambda sample: -sample[0])
-        episodes, ratio = list(dict.fromkeys(name[0] for _, name in worst)), loss / average
+        episodes = list(dict.fromkeys(name[0] for _, name in worst))
         row = dict(step=step) | {k: f"{losses[k]:.6f}" for k in ("loss", "action_loss", "temporal_loss")}
         row |= dict(moving_avg=f"{average:.6f}", ratio=f"{ratio:.2f}", episode_indices=[name[0] for _, name in worst])
         row["frame_indices"] = [name[2] for _, name in worst]

@@ -1,4 +1,4 @@
-"""Normalisation statistics: computed by one function, stored in one file form, applied by one class.
+"""Normalisation statistics: computed by one function, stored in one file format, applied by one class.
 
 File (YAML or JSON by suffix): format_version, num_episodes, num_frames, action_definition {source, dim, rotation_unit},
 episodes [names it was computed over], excluded_episodes [names held out], and for action and observation.state
@@ -39,8 +39,8 @@ def save_stats(path, stats):
 
 
 def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(), command=None):
-    """Read and check a statistics file. `definition` (a dict) must equal its action_definition; none of the episodes
-    `held_out` may be in its numbers; of those `trained` on at least one must. `command` makes the right file."""
+    """Read and check a statistics file. `definition` (a dict) must equal its action_definition; it must not have been
+    computed over any of the episodes `held_out`, but over at least one of `trained`. `command`: how to make it."""
     path = Path(path)
     again = f"Make it with: {command or f'python compute_stats.py --dataset.root_dir DATA --output {path}'}"
 
@@ -55,8 +55,8 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
         raise UserError(f"{path} is not a statistics file ({' '.join(str(error).split())}). {again}") from error
     check(isinstance(stats, dict), f"is not a statistics file (it holds a {type(stats).__name__})")
     for key in keys:
-        wanted = f"{', '.join(LISTS)}: lists of the same length, of finite numbers"
-        check(_is_table(stats.get(key)), f"has no complete '{key}' ({wanted}); it has {sorted(stats)}")
+        expected = f"{', '.join(LISTS)}: lists of the same length, of finite numbers"
+        check(_is_table(stats.get(key)), f"has no complete '{key}' ({expected}); it has {sorted(stats)}")
     version, made_for = stats.get("format_version"), stats.get("action_definition")
     check(version == FORMAT_VERSION, f"has format_version {version}, this code reads {FORMAT_VERSION}")
     check(definition in (None, made_for), f"was computed for actions {made_for}, this run trains on {definition}")
@@ -80,7 +80,7 @@ class Normalizer:
     """Maps data to training units and back, per dimension, for arrays (..., D) in NumPy.
 
     "q01_q99" and "min_max" map [low, high] to [-1, 1] and clip, unless `clip` is false; "mean_std" subtracts and
-    divides; "identity" and a dimension whose mask is False pass unchanged. A constant dimension maps to 0 and back to
+    divides; "identity", and dimensions whose mask is False, pass through. A constant dimension maps to 0 and back to
     its constant. Where q01 = q99 although the data moves (a rare jump), min and max are used, so that it survives."""
 
     def __init__(self, entry, mode="q01_q99", clip=True):

@@ -489,7 +489,7 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
         assert again["val_loss"] == pytest.approx(first[-1]["val_loss"], rel=1e-4), name
     assert policy.predict([observation(parts, i) for i in items]).shape == (2, 3, 6)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="stands on the weights of .*first/steps_4/model"):
+    with pytest.raises(UserError, match="trained on the weights of .*first/steps_4/model"):
         run([*base, *LORA, "--output_dir", "second"], "--max_steps", 3, "--resume", "auto")
     assert len(losses(run(flags, "--max_steps", 3, "--resume", "auto"))) == 3
     tensors = load_file("first/steps_4/model/model.safetensors")

@@ -229,7 +229,7 @@ def test_steps_by_hand_with_everything_that_can_be_wrong(tmp_path):
     write(tmp_path / PATH, [row(p) for p in paths])
     rows, bad = openvla.read_rows([tmp_path / PATH], openvla.Config())
     np.testing.assert_array_equal(rows.actions, [[1, 2], [2, 1], [1, 2], [1, 3], [0, 1], [0, 1]])
-    assert not bad and rows.step.tolist() == [0, 1, 2, 0, 2, 1] and rows.of.tolist() == [0, 0, 4, 5, 6, 9]
+    assert not bad and rows.step.tolist() == [0, 1, 2, 0, 2, 1] and rows.row_of.tolist() == [0, 0, 4, 5, 6, 9]
     assert dict(rows.counts) == dict(rows=10, short=3, nonfinite=2 + 2 + 2 + 1 + 1)
     write(tmp_path / PATH, [row([[0, 0, 0], [1, 2, 0], [2, 3, 0], tail]) for tail in ([9.0, 9, 0], [2.0, -4, 0])])
     later, _ = openvla.read_rows([tmp_path / PATH], openvla.Config())  # what comes later changes no earlier step
@@ -271,7 +271,7 @@ def test_missing_and_damaged_pictures_are_named_or_left_out(tmp_path, make, caps
         openvla.main(make(**flags))  # at the start, and all of them
     many = SimpleNamespace(about=lambda _: dict(bad={i: f"row {i}" for i in range(25)}))
     with pytest.raises(UserError, match=r"^25 pictures(.*\n){20}row 19\nWrite"):  # a line for each fills no screen
-        openvla.drop_bad_pictures(SimpleNamespace(table=pd.DataFrame(dict(path=["x"] * 25)), of=range(25)), many, False)
+        openvla.drop_bad_pictures(SimpleNamespace(table=pd.DataFrame(dict(path=["x"] * 25)), row_of=range(25)), many, 0)
     _, metrics = train(make(**flags, skip_bad_episodes=True))
     said = capsys.readouterr().out
     assert said.count("excluded  train-0.parquet: the picture of row") == 4 and len(metrics) == 1

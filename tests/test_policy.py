@@ -53,13 +53,13 @@ class Doubling:
 
 
 WRONG = [
-    (observation(images={"camera1": np.zeros((96, 128, 3), np.uint8)}), "images of .'camera1'., .*camera2 is missing"),
+    (observation(images={"camera1": np.zeros((96, 128, 3), np.uint8)}), "images are .'camera1'., .*camera2 is missing"),
     (with_image(np.zeros((48, 64, 3), np.float32)), "camera2 is float32 .48, 64, 3., expected uint8"),
     (with_image(np.zeros((3, 48, 64), np.uint8)), r"camera2 is uint8 \(3, 48, 64\)"),
     (with_image(np.zeros((64, 64, 3), np.uint8)), "camera2 is 64x64, in training it was 64x48: another aspect"),
-    (observation(images=None), "images of ...*camera1 is missing"),
-    (observation(images=[with_image(0)["images"]["camera1"]]), "images of a list, not of a dict, .* camera1 is miss"),
-    (observation(images=with_image(0)["images"]["camera1"]), "images of a ndarray, not of a dict"),
+    (observation(images=None), "images are ....*camera1 is missing"),
+    (observation(images=[with_image(0)["images"]["camera1"]]), "images are a list, not a dict, .* camera1 is miss"),
+    (observation(images=with_image(0)["images"]["camera1"]), "images are a ndarray, not a dict"),
     (observation(instruction=7), "instruction is 7, the policy needs a text, e.g. 'insert'"),
     (observation(state=[0.0, 0.0, 0.0]), r"state has shape \(3,\), the policy needs x \(mm\), y \(mm\)"),
     (observation(state=None), r"state has shape \(\), the policy needs"),
