@@ -837,7 +837,7 @@ def validation_text(v):
 
 
 def lr_at(step, total, cfg):
-    """Learning rate of update `step` (from 0) of `total` (max_epochs, or max_steps): warm-up, then constant or cosine."""
+    """Learning rate of update `step` (from 0) of `total` (max_epochs, or max_steps): warm-up, then the scheduler."""
     warmup, scale = cfg.warmup_epochs / cfg.trainer.max_epochs * total, 1.0
     if cfg.scheduler == "cosine":
         progress = min(1.0, max(0.0, (step - warmup) / max(1.0, total - warmup)))
