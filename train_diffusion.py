@@ -422,7 +422,7 @@ def main(cfg):
     folder = Path(cfg.checkpoint_dir)
     bf16 = cfg.use_bfloat16 and torch.cuda.is_available()
     run = Run(cfg, folder / NAME, cfg.batch_size, cfg.grad_accum_steps, bf16)
-    path = run.find(cfg.resume, folder, [LATEST], beside=[BEST])
+    path = run.find(cfg.resume, folder, [LATEST], exports=[BEST])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, resume=True) if path else None
     start = saved
     if cfg.init_from and not saved:
