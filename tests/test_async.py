@@ -254,12 +254,17 @@ def test_the_terminal_of_rank_0_sees_how_far_it_is(sessions_root, qwen_dir, monk
     assert ss.find_sessions([sessions_root]) and not terminal.getvalue()
 
 
-def test_actions_of_another_rate_are_refused(sessions_root, qwen_dir, monkeypatch):
+def test_sessions_that_do_not_fit_are_refused(sessions_root, qwen_dir, monkeypatch):
     """A step is 100 ms everywhere: in the reuse of features, in the sensor's window, on the robot."""
     found = ss.find_sessions([sessions_root])
     found[1].metadata["action_hz"] = 20.0
     monkeypatch.setattr(ss, "find_sessions", lambda roots: found)
     with pytest.raises(UserError, match=f"{found[1].name} has actions at 20 Hz, expected 10: python create_datapkl.py"):
+        open_data(sessions_root, qwen_dir)
+    found[1].metadata["action_hz"] = 10
+    for s in ss.split_sessions(found, 0.3)[1]:  # no picture is of its time: nothing to validate on
+        s._images = {view: (paths, stamps - 100) for view, (paths, stamps) in s._images.items()}
+    with pytest.raises(UserError, match="no step of the [1-9] validation sessions has an image of View1, View5"):
         open_data(sessions_root, qwen_dir)
 
 
