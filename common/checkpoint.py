@@ -91,9 +91,8 @@ def require_space(folder, needed_bytes):
 
 
 def remove_temporaries(folder):
-    """Delete what a killed process left half-written, never what a living one is writing: of another machine's
-    processes only what has not changed for a day. A folder that was moved aside goes back if its successor never
-    came."""
+    """Delete what a killed process left half-written; of other machines, whose processes may live, only what has not
+    changed for a day. A folder that was moved aside goes back if its successor never came."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         owner = OWNED.fullmatch(path.name)
         if owner and owner["host"] == socket.gethostname():
@@ -310,8 +309,7 @@ def training_state(model, optimizer):
 
 
 def check_trained(model, shapes):
-    """-> {name: parameter} of what is trained; UserError unless each is in the checkpoint's {name: shape}, with its
-    shape, for copy_ would broadcast."""
+    """-> {name: parameter} of what is trained; each must be in `shapes` {name: shape}, as copy_ would broadcast."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     wrong = [n for n, p in trained.items() if n not in shapes or shapes[n] != p.shape]
     lacks = f"the checkpoint lacks {len(wrong)} trained tensors or has them in another shape, e.g. {''.join(wrong[:1])}"

@@ -48,9 +48,7 @@ class RunLog:
         lines = path.read_text(errors="replace").splitlines() if path.exists() and start_step else []
         with atomic_path(path) as temporary:  # a kill here must not cost the history
             temporary.write_text("".join(line + "\n" for line in lines if _step_of(line) <= start_step))
-        return io.TextIOWrapper(
-            path.open("ab", 2**20), line_buffering=True
-        )  # the buffer holds rows while a disk is full
+        return io.TextIOWrapper(path.open("ab", 2**20), line_buffering=True)  # buffers rows while the disk is full
 
     def _start_wandb(self, project, cfg, config):
         import wandb  # optional at run time, and slow to import

@@ -46,8 +46,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 
 
 class Shapes(TorchDispatchMode):
-    """Within it operations on floats run on fake tensors, those on integers on real ones. live, peak: bytes of all fake
-    storages, now and at most."""
+    """Within it floats are fake tensors, integers real ones. live, peak: bytes of all fake storages."""
 
     def __init__(self):
         super().__init__()
@@ -265,8 +264,7 @@ def flags(cfg, values):
 
 
 def ways(cfg, build, batch_of, room, ranks):
-    """Try CHANGES of the config -> [(flags, bytes)] of those that fit into `room` bytes, each with the largest
-    micro-batch that does."""
+    """Try CHANGES of the config -> [(flags, bytes)] of those that fit `room`, with the largest micro-batch each."""
     size, accumulation, tried, out = get(cfg, BATCH), get(cfg, ACCUMULATION), [], []
     for change in CHANGES:
         new = new_run(cfg, change)

@@ -1,5 +1,4 @@
-"""How a program starts and ends: launch() parses the command line, runs main(cfg) and turns a user's mistake into one
-line; StopSignal lets SIGTERM and Ctrl-C finish the step first."""
+"""How a program starts and ends: launch(main, Config) for the command line and errors, StopSignal for Ctrl-C."""
 
 import atexit
 import gc

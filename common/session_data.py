@@ -1,5 +1,4 @@
-"""Robot sessions as training samples: data set, collate, policy and validation, which train_async.py and
-train_diffusion.py share.
+"""Robot sessions as training samples: data set, collate, policy and validation of train_async.py, train_diffusion.py.
 
 One sample is one 100 ms step k: the VL feature of the newest tick, the newest sensor rows -> the next H actions.
 Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), H actions (the chunk).
@@ -225,8 +224,7 @@ class Collate:
 
 class SessionPolicy:
     """What a policy on sessions does around its network; a script adds predict(observations) -> (B, H, 7) in mm and
-    degrees, dataset_class and collate_class. `about`: Data.about, or a checkpoint's copy of it; `vlm`: hub id or folder
-    of the VLM, if not the recipe's."""
+    degrees, dataset_class and collate_class. `about`: Data.about, also from a checkpoint; `vlm`: where the VLM is."""
 
     several_roots = True  # open_episodes takes a list of folders
 

@@ -1,5 +1,4 @@
-"""Robot sessions: folders with a data.pkl (written by create_datapkl.py), robot, sensor and cameras on one clock. How
-to find, open and split them, and what belongs to which step.
+"""Robot sessions: folders with a data.pkl (written by create_datapkl.py), robot, sensor and cameras on one clock.
 
 Step k of a session starts at starts[k]; action[k] is the motion of the TCP pose from there to ends[k], exactly 0.1 s
 later. A gap in the robot log begins a new segment; nothing reaches across. What a policy sees at step k (VLM feature,
@@ -217,8 +216,7 @@ def common_views(sessions):
 
 
 class Ticks(NamedTuple):
-    """When the VLM runs: every so many steps, from each segment's first. A look is what it sees at a tick: the newest
-    image of every view."""
+    """When the VLM runs: every so many steps from each segment's first. A look: the newest image of every view."""
 
     start: np.ndarray  # (n,) step of the tick
     looks: list  # per tick: tuple of paths in the session, or None where an image is too old
