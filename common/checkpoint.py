@@ -76,11 +76,10 @@ def _beside(final, old=""):
 
 def _disk_is_full(error, folder):
     """Is that why `error` was raised? torch.save ("[enforce fail at inline_container.cc") and safetensors hide it."""
-    if isinstance(error, DiskFull) or not isinstance(error, Exception):  # says so itself, or a KeyboardInterrupt
-        return False
+    other = isinstance(error, DiskFull) or not isinstance(error, Exception)  # it says so itself; KeyboardInterrupt
     named = re.search("No space left|quota exceeded|inline_container|I/O error", str(error))
     by_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return by_number or named or shutil.disk_usage(folder).free < 2**20
+    return not other and (by_number or named or shutil.disk_usage(folder).free < 2**20)
 
 
 def require_space(folder, needed_bytes):

@@ -22,8 +22,8 @@ run = None  # the common.run.Run of this process
 
 class StopSignal:
     """Context in which SIGTERM, SIGINT and, without nohup, SIGHUP (a closed terminal) only set `received`, which the
-    loop reads after every step. Launchers and batch systems may send a signal twice, so after the first one they stay
-    ignored until the process ends; but a second Ctrl-C, at least two seconds later, interrupts."""
+    loop reads after every step. Launchers and batch systems send them twice, so after the first they stay ignored until
+    the process ends; a second Ctrl-C, two seconds later, interrupts."""
 
     def __enter__(self):
         self.received, self.at = None, 0.0
@@ -103,6 +103,5 @@ def _explain(error, cfg):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
         where = "The host is" if isinstance(error, MemoryError) else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
-    if dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text):
-        return "another process of this training ended first: its message says why"
-    return None
+    alone = dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text)
+    return "another process of this training ended first: its message says why" if alone else None

@@ -2,8 +2,7 @@
 
 Position p counts the samples that training has consumed since step 0, over all ranks. The sample at p is
 epoch_order(n, seed, p // n)[p % n]. An optimizer step takes `global_batch` consecutive positions, and every micro-batch
-of every rank its own slice of them: together they are exactly one big batch.
-"""
+of every rank its own slice of them: together they are exactly one big batch."""
 
 import hashlib
 

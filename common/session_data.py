@@ -1,8 +1,7 @@
 """Robot sessions as training samples: data set, collate, policy and validation of train_async.py, train_diffusion.py.
 
 One sample is one 100 ms step k: the VL feature of the newest tick, the newest sensor rows -> the next H actions.
-Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), H actions (the chunk).
-"""
+Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), H actions (chunk)."""
 
 import contextlib
 import dataclasses
@@ -89,11 +88,12 @@ def load_data(cfg, run=None, saved=None, optional=()):
     train, validation = ss.split_sessions(sessions, cfg.val_split)
     features = Features(cfg, sessions, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
-    advice = "choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
+    old = (
+        f"at most {cfg.max_image_age:g} s old: choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
+    )
     for kind, part in dict(training=train, validation=validation).items():
-        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} that is at most"
-        usable = any(len(features.usable(s)[0]) for s in part)
-        require(usable or not part, f"{none} {cfg.max_image_age:g} s old: {advice}")
+        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} that is {old}"
+        require(not part or any(len(features.usable(s)[0]) for s in part), none)
     ages = np.concatenate([features.ages(s) for s in train])
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
     for s in train:

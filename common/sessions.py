@@ -2,8 +2,7 @@
 
 Step k of a session starts at starts[k]; action[k] is the motion of the TCP pose from there to ends[k], exactly 0.1 s
 later. A gap in the robot log begins a new segment; nothing reaches across. What a policy sees at step k (VLM feature,
-images, sensor rows) was recorded at starts[k] or earlier; only the targets lie ahead.
-"""
+images, sensor rows) was recorded at starts[k] or earlier; only the targets lie ahead."""
 
 import contextlib
 import functools
@@ -143,9 +142,8 @@ def read_notes(folder):
 
 
 def find_recordings(roots):
-    """Find folders at or below `roots` that hold a recording, by its name, its robot CSV or a data.pkl -> (sorted real
-    paths, each once, however many links lead there; those whose session.yaml says exclude). Hidden folders, whose name
-    begins with a dot, are skipped."""
+    """Folders at or below `roots` that hold a recording, by its name, its robot CSV or a data.pkl -> (sorted paths,
+    each once; those whose session.yaml says exclude). Hidden folders (a dot before the name) are skipped."""
     found, seen = set(), set()
     for root in roots:
         wrong = f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*)"

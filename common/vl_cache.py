@@ -5,8 +5,7 @@ File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<digest of the
     meta {recipe, keys: n digests of instruction and images' contents, pictures {path: [bytes, mtime_ns, sha256]}}
     checksum of both
 A feature of another image, instruction or setting has another key, so nothing stale can be served. A reader needs no
-VLM and opens no image: one whose size and time are those in `pictures` is not even read.
-"""
+VLM and opens no image: one whose size and time are those in `pictures` is not even read."""
 
 import functools
 import glob
@@ -162,7 +161,6 @@ def model_digest(model):
 
 
 def digest_of(values):
-    """JSON-able values -> 24 hex digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 
