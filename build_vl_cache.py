@@ -208,9 +208,8 @@ def main(cfg):
     advice = f"other --views, a larger --max-image-age (now {cfg.max_image_age} s), or leave them out"
     require(not bare, f"{len(bare)} sessions have no tick with a fresh image of every view, e.g. {bare[:1]}: {advice}")
     total = sum(map(len, looks))
-    print0(
-        f"data      {len(sessions)} sessions, {total} looks at {', '.join(views)}, every {cfg.vlm_reuse_count} steps"
-    )
+    shown = f"{total} looks at {', '.join(views)}, every {cfg.vlm_reuse_count} steps"
+    print0(f"data      {len(sessions)} sessions, {shown}")
     folder = Path(cfg.cache_root or Path(cfg.dataset_dirs[0]) / "cache") / vl_cache.FOLDER
     if cfg.check:
         rows, columns = cfg.image_resize_height // 28, cfg.image_resize_width // 28  # patch 14, merge 2
@@ -245,9 +244,8 @@ def main(cfg):
 
     # ---- report
     disk = sum(path.stat().st_size for path in builder.paths) / 1e6
-    print(
-        f"cache     {len(sessions)} sessions, {total} features, {disk:.2f} MB in {folder}; {builder.built} built here"
-    )
+    shown = f"{total} features, {disk:.2f} MB in {folder}; {builder.built} built here"
+    print(f"cache     {len(sessions)} sessions, {shown}")
     if builder.built:
         each = builder.seconds / builder.computed
         print(f"speed     {1 / each:.2f} features/s ({1000 * each:.1f} ms each) in this one of {world} processes")

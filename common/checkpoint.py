@@ -238,7 +238,7 @@ def checkpoints_in(folder, patterns=("steps_*",)):
 
 def find_checkpoint(resume, folder, patterns, exports=()):
     """`resume`: None (a new run; UserError if `folder` has one already), "auto" (the newest checkpoint) or a path ->
-    path to resume from, or None. `patterns`: names of what can be resumed; `exports`: of what cannot, but is its own"""
+    path to resume from, or None. `patterns`: names of what can be resumed; `exports`: of weights alone, which cannot"""
     own, exported = checkpoints_in(folder, patterns), checkpoints_in(folder, exports)
     if resume == "auto" and own:
         return own[-1]
@@ -330,9 +330,7 @@ def restore_moments(model, optimizer, saved):
     optimizer.state.clear()
     for name, moments in saved.items():
         p = parameters[name]
-        device = {
-            k: "cpu" if k == "step" and not fused else p.device for k in moments
-        }  # only fused AdamW counts on the GPU
+        device = {k: "cpu" if k == "step" and not fused else p.device for k in moments}  # counted on the CPU
         plain = {k: v for k, v in moments.items() if not isinstance(v, torch.Tensor)}  # bitsandbytes counts in an int
         moments = {k: laid_out(v, p) if v.dim() else v for k, v in moments.items() if k not in plain}
         optimizer.state[p] = plain | {k: v.to(device[k], copy=True) for k, v in moments.items()}

@@ -103,5 +103,5 @@ def _explain(error, cfg):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
         where = "The host is" if isinstance(error, MemoryError) else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
-    alone = dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text)
-    return "another process of this training ended first: its message says why" if alone else None
+    peer_gone = dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text)
+    return "another process of this training ended first: its message says why" if peer_gone else None

@@ -87,7 +87,8 @@ class Run:
         self.best_val_loss, self.best_step, self.skipped, self.skipped_in_row = None, None, 0, 0
         self.window, self.logged = [], 0  # metrics of every update since the last log line; the step of that line
         self.time, self.wait, self.stall = 0.0, 0.0, 0.0  # seconds since then: in all, for data, for saving
-        self.log, self.error, self.consistent = None, None, True  # error: of the data; consistent: no half-made update
+        self.log, self.error = None, None  # error: raised by the data, kept until the weights are saved
+        self.consistent = True  # False while the optimizer is changing the weights
         self.saved, self.saved_step, self._saving, self._keep = None, 0, None, 0
         self._thread, self._writing, self._record = ThreadPoolExecutor(1), None, {}
         self.sharded, self._writers = False, None
@@ -150,7 +151,7 @@ class Run:
 
     def find(self, resume, folder, patterns, exports=()):
         """--resume (a path, "auto", or nothing) -> the checkpoint in `folder` to go on from, or None for a new run.
-        `patterns`: names of what can be resumed; `exports`: of what cannot, but belongs to the run, too."""
+        `patterns`: names of what can be resumed; `exports`: of weights alone, which cannot, but belong to the run."""
         if self.main:
             self._lock = ckpt.claim(self.out)
             ckpt.remove_temporaries(folder)

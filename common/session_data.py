@@ -88,12 +88,11 @@ def load_data(cfg, run=None, saved=None, optional=()):
     train, validation = ss.split_sessions(sessions, cfg.val_split)
     features = Features(cfg, sessions, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
-    old = (
-        f"at most {cfg.max_image_age:g} s old: choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
-    )
+    advice = "choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
     for kind, part in dict(training=train, validation=validation).items():
-        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} that is {old}"
-        require(not part or any(len(features.usable(s)[0]) for s in part), none)
+        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} that is at most"
+        usable = not part or any(len(features.usable(s)[0]) for s in part)
+        require(usable, f"{none} {cfg.max_image_age:g} s old: {advice}")
     ages = np.concatenate([features.ages(s) for s in train])
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
     for s in train:
@@ -115,9 +114,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
     about["sensor_hz"] = float(np.median([s.sensor_hz for s in train if s.has_sensor] or [ss.SENSOR_HZ]))
     about["oldest_image_s"] = float(ages.max()) + (max(late) - min(late)) / ss.ACTION_HZ
     about["instructions"] = sorted({s.instruction for s in train})
-    about["image_sizes"] = {
-        view: list(*different) if len(different) == 1 else None for view, different in sizes.items()
-    }
+    about["image_sizes"] = {view: list(*known) if len(known) == 1 else None for view, known in sizes.items()}
     return Data(train, validation, features, about)
 
 
