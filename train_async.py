@@ -128,7 +128,8 @@ def check_config(cfg):
     require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
     latency = cfg.vlm_latency_ms
     require(len(latency) in (1, 2) and min(latency) >= 0, f"vlm_latency_ms is {latency}: expected a number, or a range")
-    require(cfg.sensor_loss_weight > 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0")
+    for key in ("lr", "sensor_loss_weight"):
+        require(getattr(cfg, key) > 0, f"{key} is {getattr(cfg, key)}: expected more than 0")
     low, both = min(cfg.warmup_ratio, cfg.hold_ratio), cfg.warmup_ratio + cfg.hold_ratio
     require(low >= 0 and both < 1, f"warmup_ratio + hold_ratio is {both}: expected shares below 1")
 

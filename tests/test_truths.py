@@ -336,11 +336,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("openvla", dict(trajectory_hz=0), "trajectory_hz is 0"),
     ("openvla", dict(lora_dropout=1.0), "lora_dropout"),
     # would turn the gradient round, and delete each checkpoint
-    (
-        "openvla",
-        dict(max_grad_norm=-1.0, keep_checkpoints=-1),
-        "max_grad_norm is -1.0, keep_checkpoints is -1: expected",
-    ),
+    ("openvla", dict(max_grad_norm=-1.0, keep_checkpoints=-1), "max_grad_norm is -1.0, keep_checkpoints is -1: exp"),
     ("openvla", dict(learning_rate=float("nan")), "learning_rate is nan"),
     ("openvla", dict(use_quantization=True, data_root_dir="no"), "pip install bitsandbytes"),  # before data is read
     ("mobile", dict(window_size=0), "window_size is 0"),
@@ -353,6 +349,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
         ("async", dict(dataset_weight=[text]), "dataset_weight")
         for text in ("OCT=2", "OCT_insertion=0", "OCT_insertion")
     ),
+    ("async", dict(lr=0.0), "lr is 0.0: expected more than 0"),
     ("diffusion", dict(training_stage="stage2"), "training_stage is stage2"),
     ("diffusion", dict(ddim_steps=200), "ddim_steps is 200"),
     ("diffusion", dict(ema_decay=1), "ema_decay is 1"),
