@@ -306,7 +306,8 @@ class Run:
         self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         self.write(self.script.name, self.script.read_text(encoding="utf-8"))
         self.log = RunLog(self.out, self.total, self.step, self.main, project, wandb, config)
-        self.metrics, self.queue, self.left = None, deque(), (self.total - self.step) * self.accumulation
+        self.metrics = None  # the names of the first step's sums, which every other step must have, too
+        self.queue, self.left = deque(), (self.total - self.step) * self.accumulation  # micro-batches: ready, to come
         self.iterator = iter(loader)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise in mid-step for a killed worker
         with StopSignal() as self.signal:
@@ -399,7 +400,8 @@ class Step:
 
     def __init__(self, run, batches):
         self.run, self.batches, self.index, self.number = run, batches, run.step, run.step + 1
-        self.first, self.shown, self._sums, self._sample_losses = run.position, None, {"loss": 0.0}, []
+        self.first, self.shown = run.position, None  # position of its first sample; what the bar shows, set by log()
+        self._sums, self._sample_losses = {"loss": 0.0}, []
 
     def micro_batches(self, model):
         """Yield the batches on the device, dropout seeded by their position; the last backward averages the ranks."""

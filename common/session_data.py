@@ -233,12 +233,12 @@ class SessionPolicy:
         self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, self.collate_class(cfg, self.stats)
         rows = f"(n, {ss.CHANNELS}) raw rows (force, A-scan) up to now, newest last, or None;"
         rows += f" the newest {cfg.sensor_window_size} at {self.sensor_hz:.0f} Hz are used"
-        about = dict(script=type(self).__module__, images=about["image_sizes"], actions=ACTIONS, horizon=cfg.horizon)
-        about |= dict(rate_hz=ss.ACTION_HZ, kind="delta", sensor=rows if cfg.sensor_enabled else None)
-        about["first_row"] = "the motion of the TCP in the 0.1 s that begin now: send row 0 at once, then predict again"
-        about |= dict(instructions=self.instructions, must_be_told=True, needs=dict(vlm=vlm or self.recipe["model"]))
-        about |= dict(action_low=self.stats["action"]["min"], action_high=self.stats["action"]["max"])
-        self.contract = Contract(**about)
+        facts = dict(script=type(self).__module__, images=about["image_sizes"], actions=ACTIONS, horizon=cfg.horizon)
+        facts |= dict(rate_hz=ss.ACTION_HZ, kind="delta", sensor=rows if cfg.sensor_enabled else None)
+        facts["first_row"] = "the motion of the TCP in the 0.1 s that begin now: send row 0 at once, then predict again"
+        facts |= dict(instructions=self.instructions, must_be_told=True, needs=dict(vlm=vlm or self.recipe["model"]))
+        facts |= dict(action_low=self.stats["action"]["min"], action_high=self.stats["action"]["max"])
+        self.contract = Contract(**facts)
         self.reset()
 
     def reset(self):
