@@ -121,15 +121,15 @@ class Builder:
                     require(self.micro_batch > 1, f"CUDA out of memory at {name} with one feature at a time: {less}")
                     torch.cuda.empty_cache()
                     self.micro_batch //= 2
-                    print(f"warning   memory ran out, goes on with micro_batch {self.micro_batch}")
+                    print(f"warning   out of GPU memory, going on with micro_batch {self.micro_batch}")
                     continue
                 batch = batch[len(parts[-1]) :]
                 if not self.go_on(len(parts[-1])):
                     return None
         self.computed += len(looks)
         features = torch.cat(parts).to(self.encoder.dtype)
-        how = "Build with --dtype fp32, or look at the images of this session"
-        require(features.isfinite().all(), f"{session.name}: a feature is not finite in {features.dtype}. {how}")
+        advice = "Build with --dtype fp32, or look at the images of this session"
+        require(features.isfinite().all(), f"{session.name}: a feature is not finite in {features.dtype}. {advice}")
         return features
 
 

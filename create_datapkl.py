@@ -119,10 +119,10 @@ def read_robot(path):
         table.columns = [name.strip().lower() for name in table.columns]
         chosen = []
         for names in (TIMES, *JOINTS, *POSE):
-            there = [name for name in names if name in table.columns]
+            present = [name for name in names if name in table.columns]
             lacks = f"it has no column {' or '.join(names)} among {', '.join(table.columns)}"
-            require(there, lacks, ValueError)
-            chosen.append(there[0])
+            require(present, lacks, ValueError)
+            chosen.append(present[0])
         rows = table[chosen].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
         if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
             lines = [(i + 1, line) for i, line in enumerate(text.splitlines()) if line.strip()]
@@ -351,9 +351,9 @@ def describe(folder):
     """Recording folder -> (format, robot CSV, sensor files, images, warnings); BadSession without log or image."""
     names = sorted(os.listdir(folder))
     logs = [folder / n for n in names if ss.ROBOT_CSV.fullmatch(n)]
-    there = f"has {len(logs)} robot logs ({', '.join(p.name for p in logs) or 'none'})"
+    listed = f"has {len(logs)} robot logs ({', '.join(p.name for p in logs) or 'none'})"
     expected = "expected one robot_state_*.csv, robot_states.csv or robot_rt_*.csv"
-    require(len(logs) == 1, f"{there}; {expected}", BadSession)
+    require(len(logs) == 1, f"{listed}; {expected}", BadSession)
     images, nameless, broken = list_images(folder)
     warnings = []
     if nameless:
@@ -660,7 +660,7 @@ def main(cfg):
     for folder in excluded:
         print(f"{folder}: left out, for its {ss.NOTES_FILE} says exclude")
     for name in sorted({r["name"].split("/")[0] for r in reports} - {"", *ss.GUIDE}):
-        weight = f"its samples get weight 1, unless the training is told --dataset-weight {name}=W"
+        weight = f"its samples get weight 1, unless the training gets --dataset-weight {name}=W"
         print(f"warning: data set '{name}' is none of the guide's: {weight}, or {ss.NOTES_FILE} names another data set")
     counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in reports).items())
     minutes = facts["duration_seconds"].sum() / 60

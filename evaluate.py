@@ -479,16 +479,16 @@ def report_on(cfg, policy, folder, about, names):
     if cfg.replay:
         return replay(policy, root, cfg.replay)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = None if names == ["all"] else names
+    selected = None if names == ["all"] else names
     try:
-        records = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
+        records = evaluate(policy, root, selected, cfg.stride, cfg.batch_size)
     except UserError as error:
         others = "These are the checkpoint's validation episodes; others: --episodes NAME ..., or all"
         require(cfg.episodes or "has no" not in str(error), f"{error}. {others}")
         raise
     columns, text = policy.action_names(), io.StringIO()
     report = summarise(records, columns)
-    uses = find_uses(policy, root, wanted, records, report, cfg.uses, cfg.batch_size) if cfg.uses else {}
+    uses = find_uses(policy, root, selected, records, report, cfg.uses, cfg.batch_size) if cfg.uses else {}
     faults = find_faults(records, columns, report, uses, np.asarray(policy.stats["action"]["std"]))
     with contextlib.redirect_stdout(text):
         print_table(report, columns, records)
@@ -501,10 +501,10 @@ def report_on(cfg, policy, folder, about, names):
     about = about | dict(data=cfg.data, frames=len(records), episodes=sorted(episodes), units=dict(columns))
     about |= dict(mean_absolute_error=report, uses=uses, faults=faults)
     (folder / "report.json").write_text(json.dumps(about, indent=2))
-    save_predictions(folder / "predictions.npz", records, wanted, cfg)
+    save_predictions(folder / "predictions.npz", records, selected, cfg)
     pictures = [folder / "closed_loop.png", folder / "summary.png", folder / "worst.png"]
     draw_summary(report, columns, folder / "summary.png")
-    draw_worst(policy, root, wanted, records, report, columns, folder / "worst.png")
+    draw_worst(policy, root, selected, records, report, columns, folder / "worst.png")
     for name in episodes[: cfg.plots]:
         pictures.append(folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png")
         draw_episode([r for r in records if r["episode"] == name], columns, pictures[-1])
@@ -549,7 +549,7 @@ def run(cfg):
     require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
     for flag, names in IDLE.items():
         idle = [f"--{n}" for n in names.split() if getattr(cfg, flag) and getattr(cfg, n) != getattr(Config(), n)]
-        require(not idle, f"{', '.join(idle)} would do nothing beside --{flag}: leave it out")
+        require(not idle, f"{', '.join(idle)} would have no effect with --{flag}: leave it out")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError) as error:

@@ -35,14 +35,14 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         words += _yaml_flags(path, _read_yaml(path), kinds, partial, accepted or {})
     for name, given in flags:
         words += [] if name == "config" else _flag(name, given, kinds, aliases or {})
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             cfg = tyro.cli(cls, args=words, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # some locales have no lines
+        box = [line.strip("│ ") for line in stderr.getvalue().splitlines()[1:]]  # some locales have no lines
         text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
     for key, read in zip(kinds, map(operator.attrgetter, kinds), strict=True):  # a path "" would be the current folder
@@ -68,8 +68,8 @@ def fields_of(cls, prefix=""):
 
 def _flag(name, given, kinds, aliases):
     """One of the user's flags -> words for tyro."""
-    whole = aliases.get(name, name)
-    leaves = [key for key in kinds if key == whole] or [key for key in kinds if key.rpartition(".")[2] == whole]
+    field = aliases.get(name, name)
+    leaves = [key for key in kinds if key == field] or [key for key in kinds if key.rpartition(".")[2] == field]
     require(len(leaves) < 2, f"--{name} could be {' or '.join(f'--{key}' for key in leaves)}: write one of them")
     if leaves or name == "help":
         return _words(leaves[0] if leaves else name, given, kinds)

@@ -57,9 +57,9 @@ class RunLog:
         if mode == "online" and not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):
             self.print(f"W&B: not logged in, recording offline; upload later with: wandb sync {self.folder / 'wandb'}")
             mode = "offline"
-        known = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
-        run_id = known.read_text().strip() if self.start and known.exists() else secrets.token_hex(4)
-        known.write_text(run_id + "\n")
+        id_file = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
+        run_id = id_file.read_text().strip() if self.start and id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id + "\n")
         name, notes = cfg.name or self.folder.resolve().name, cfg.notes or None
         about = dict(project=project, entity=cfg.entity, name=name, tags=cfg.tags, notes=notes, config=config)
         resume = "allow" if self.start else None

@@ -335,8 +335,8 @@ def check(cfg, dataset, collate, build, run=None):
     for text, peak in found:
         say(f"fits      {gb(peak):<8} {text}")
     what = f"this training needs {gb(need.peak)} of GPU memory, {gb(room)} can be used"
-    how = " | ".join(text for text, _ in found) or "a larger card"
-    require(fits or need.peak <= 1.1 * room, f"{what}. What fits: {how}")  # within the plan's error it may still fit
+    fit = " | ".join(text for text, _ in found) or "a larger card"
+    require(fits or need.peak <= 1.1 * room, f"{what}. What fits: {fit}")  # within the plan's error it may still fit
 
 
 def _say(cfg, need, batch, read, ranks, room, say):

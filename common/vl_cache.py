@@ -124,9 +124,9 @@ class VLEncoder:
         positions = pad_sequence(positions).permute(2, 1, 0).to(self.device)  # (3, B, L)
         grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]])  # stays on the CPU
         patches = qwen_vl.image_patches(pictures, self.mean, self.std, self.patch, self.merge)
-        seen = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
-        embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, D); seen is (B * views * tokens per image, D)
-        embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], seen.to(embeds.dtype))
+        image_states = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
+        embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, D); image_states (B * views * tokens per image, D)
+        embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], image_states.to(embeds.dtype))
         inputs = dict(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)
         hidden = self.vlm.language_model(**inputs).last_hidden_state.float()  # (B, L, D)
         pooled = torch.stack([hidden[b, : len(row)].mean(0, keepdim=True) for b, row in enumerate(rows)])

@@ -298,9 +298,9 @@ WRONG = {
     "--data b --stride 0": "--stride 0",
     "--data b --device gpu": "--device gpu: Expected one of cpu, cuda",
     "--data b --device cuda:99": "--device cuda:99: ",
-    "--data b --scenes 3 --ensemble 0": "--scenes, --ensemble would do nothing beside --data",
-    "--data b --closed-loop demo_scenes:Turntable": "--data would do nothing beside --closed_loop",
-    "--data b --replay c --output d": "--output would do nothing beside --replay",
+    "--data b --scenes 3 --ensemble 0": "--scenes, --ensemble would have no effect with --data",
+    "--data b --closed-loop demo_scenes:Turntable": "--data would have no effect with --closed_loop",
+    "--data b --replay c --output d": "--output would have no effect with --replay",
 }
 
 
