@@ -103,5 +103,7 @@ def _explain(error, cfg):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
         where = "The host is" if isinstance(error, MemoryError) else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
+    if text.startswith("DataLoader worker ("):  # in a validation; a training's are Run._fetch's
+        return f"DataLoader worker crashed: {text}. Lower num_workers, or load in the main process: --num_workers 0"
     peer_gone = dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text)
     return "another process of this training ended first: its message says why" if peer_gone else None
