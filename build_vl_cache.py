@@ -96,7 +96,8 @@ class Builder:
                 if features is None:
                     return True
                 rows |= zip(todo, features, strict=True)
-                self.seconds, self.built = self.seconds + time.perf_counter() - began, self.built + 1
+                self.seconds += time.perf_counter() - began
+                self.built += 1
             if todo or not pictures.items() <= known.items():  # or images have new times: the next run need not read
                 meta = dict(recipe=self.encoder.recipe, keys=list(rows), pictures=known | pictures)
                 write_features(path, torch.stack(list(rows.values())), meta)

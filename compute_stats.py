@@ -44,7 +44,8 @@ class Config:
 
 
 def main(cfg):
-    d, drawn = cfg.dataset, cfg.validation.num_episodes if cfg.validation.enable else 0
+    d = cfg.dataset
+    drawn = cfg.validation.num_episodes if cfg.validation.enable else 0
     both = f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}"
     require(not (d.num_val_episodes and drawn), f"{both}: a training has one of them, set the other to 0")
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes)

@@ -245,7 +245,8 @@ class NoSensor(BadSession):
 def read_file(path, scratch):
     """One npz, its rows appended to the file `scratch` as float32 -> (its form, stamps (n,) in order, the rows in
     `scratch` they belong to (n,), names of the rows left out because a value is not finite)."""
-    begin, read = scratch.tell() // (4 * CHANNELS), [(np.zeros(0), np.zeros(0, bool))]
+    begin = scratch.tell() // (4 * CHANNELS)  # number of this file's first row in `scratch`
+    read = [(np.zeros(0), np.zeros(0, bool))]  # (stamps, are they and their rows finite?)
     with reading(path), np.load(path) as arrays:
         form = next((form for form, keys in FORMS.items() if keys <= set(arrays)), None)
         expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
@@ -371,7 +372,8 @@ def describe(folder):
 
 def shift(images, offset, warnings):
     """{view: [(stamp, path)]} and session.yaml's camera_offset_s -> {view: stamps (M,) on the robot's clock}."""
-    by_view, out, used = offset if isinstance(offset, dict) else dict.fromkeys(images, offset), {}, set()
+    by_view = offset if isinstance(offset, dict) else dict.fromkeys(images, offset)
+    out, used = {}, set()
     for view, shots in images.items():
         key = view if view in by_view else view.partition("_")[0]  # View1 is for View1_left and View1_right
         out[view] = np.array([t for t, _ in shots]) + by_view.get(key, 0.0)
@@ -578,7 +580,8 @@ def estimate(folder, cfg):
 
 def image_changes(folder, shots):
     """[(stamp, path)] -> (stamps (m,), mean change of a pixel between neighbours (m - 1,))."""
-    small, middle = [], np.median([t for t, _ in shots])
+    small = []
+    middle = np.median([t for t, _ in shots])
     shots = [(t, path) for t, path in shots if abs(t - middle) < 3600]  # not strays of another recording
     for _, path in shots:
         with Image.open(folder / path) as image:
