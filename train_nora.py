@@ -185,9 +185,9 @@ class Data:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_data(cfg, run=None, stats=None, table=None):
-    """Find, read, split and describe the episodes. `stats`, `table`: statistics and episodes of a resumed checkpoint,
-    see Data."""
+def load_data(cfg, run=None, stats=None, table=None, contract=None):
+    """Find, read, split and describe the episodes. `stats`, `table`, `contract`: of a resumed checkpoint; the contract
+    is kept if bad files were left out since, as it may come from one of them."""
     d = cfg.dataset
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     frames = {e.name: e.num_frames for e in found}
@@ -210,7 +210,7 @@ def load_data(cfg, run=None, stats=None, table=None):
         stats = load_stats(d.normalization_stats_path, keys, plain, held_out, [e.name for e in train])
     if stats is None or not set(keys) <= set(stats):
         stats = ep.insertion_stats(train, definition, held_out, state_keys)
-    contract = make_contract(d, train, cameras, state_keys, definition, stats)
+    contract = dataclasses.asdict(contract) if gone else make_contract(d, train, cameras, state_keys, definition, stats)
     spec = Spec(list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
     return Data(train, validation, excluded + gone, spec, table)
 
@@ -815,7 +815,7 @@ def main(cfg):
     path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], beside=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
     saved = json.loads((path / "meta.json").read_text()) if path else {}
-    data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"))
+    data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"), spec and spec.contract)
     if path:
         run.restore(path, saved, data.fingerprint(), FIXED)
     if not run.plan(cfg.max_train_steps, "--max_train_steps"):
