@@ -438,8 +438,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for key in (unnorm_key, f"{unnorm_key}_dataset", str(unnorm_key).removesuffix("_dataset")):
             if key in known:
                 return key, known[key]["action"]
-        there = ", ".join(sorted(known)) or "no data set"
-        raise ValueError(f"unnorm_key is {unnorm_key!r}; this model has statistics of: {there}")
+        names = ", ".join(sorted(known)) or "no data set"
+        raise ValueError(f"unnorm_key is {unnorm_key!r}; this model has statistics of: {names}")
 
     def unnormalize(self, values, stats):
         """(..., A) in [-1, 1] -> float64 in the data's units; a dimension whose mask is False passes"""

@@ -203,8 +203,8 @@ def read_episode(path, d):
     try:
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             for key in ("images", "actions"):
-                there = f"{path}: no dataset '{key}'; it has {sorted(f)}"
-                check(key in f, f"{there}, expected images (T, H, W, 3), actions (T, 3)")
+                problem = f"{path}: no dataset '{key}'; it has {sorted(f)}"
+                check(key in f, f"{problem}, expected images (T, H, W, 3), actions (T, 3)")
             images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep.read_instruction(f, path)
             shape, n = images.shape, len(images)
             kind = f"{path}: dataset 'images' is {images.dtype} {shape}; expected uint8 (T, H, W, 3)"
@@ -237,8 +237,8 @@ def load_episodes(d, names=None, say=print):
     for name in names or ():
         require(name in found, f"'{d.data_dir}' has no episode '{name}'; it has {', '.join([*found][:5])}, ...")
     paths = [path for path in found.values() if Path(path).match(d.episode_pattern)]
-    how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
-    require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
+    none = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
+    require(paths, f"No HDF5 files found: {none}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
     episodes, paths = [], paths if names is None else [found[name] for name in names]
     for path in progress(paths, "reading episodes", "file"):
         try:

@@ -137,8 +137,8 @@ def check_config(cfg):
         require(large, f"fsdp shards a full training; train is {cfg.train}: drop --fsdp or use --train full")
         require(not cfg.adamw_8bit, "adamw_8bit cannot be sharded: drop --fsdp or --adamw_8bit")
         require(ranks > 1, "fsdp needs several processes: bash shells/train_nora.sh --multi-gpu --fsdp")
-    there = not cfg.adamw_8bit or find_spec("bitsandbytes")
-    require(there, "adamw_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or drop the key")
+    found = not cfg.adamw_8bit or find_spec("bitsandbytes")
+    require(found, "adamw_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or drop the key")
     require(cfg.dataset.horizon >= 1, f"dataset.horizon is {cfg.dataset.horizon}: expected 1 (one action) or more")
     size = cfg.dataset.resize_resolution
     fits = len(size) == 2 and all(s >= 28 and s % 28 == 0 for s in size)

@@ -48,9 +48,9 @@ class FastTokenizer:
             name = "tokenizer.json"
             bpe = Tokenizer.from_file(str(hub_file(source, name)))
         except Exception as error:  # tokenizers raises nothing more specific
-            how = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
+            hint = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
             layout = "the public layout is processor_config.json with scale and min_token, and tokenizer.json"
-            raise UserError(f"FAST tokenizer '{source}', {name}: {error}; {layout}: {how}") from error
+            raise UserError(f"FAST tokenizer '{source}', {name}: {error}; {layout}: {hint}") from error
         return cls(bpe, scale, min_token)
 
     def save(self, folder):
