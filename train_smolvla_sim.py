@@ -194,21 +194,24 @@ FIXED = (  # what a resume must not change: moments, noise or sample order would
 )
 POSITIVE = "training.steps training.batch_size training.gradient_accumulation_steps training.log_freq"
 POSITIVE += " training.save_freq validation.val_freq validation.num_samples policy.num_steps policy.noise_draws"
+POSITIVE += " lora_rank lora_alpha policy.expert_width_multiplier scheduler.peak_lr policy.min_period"
 # weights are useless with other values of these, even where their shapes fit
 SAME_NETWORK = ("num_vlm_layers", "attention_mode", "self_attn_every_n_layers", "min_period", "max_period")
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    d, p, t = cfg.dataset, cfg.policy, cfg.training
+    d, p = cfg.dataset, cfg.policy
     for key in POSITIVE.split():
         value = operator.attrgetter(key)(cfg)
-        require(value > 0, f"{key} is {value}: expected 1 or more")
+        require(value > 0, f"{key} is {value}: expected more than 0")
     differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
     require(d.horizon == p.chunk_size, differ)
     sent = f"policy.n_action_steps is {p.n_action_steps}: expected 1 to {p.chunk_size}, the actions of a chunk"
     require(1 <= p.n_action_steps <= p.chunk_size, sent)  # LeRobot opens no other
-    require(0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1")
+    for key in ("lora_dropout", "training.ema_decay"):
+        value = operator.attrgetter(key)(cfg)
+        require(0 <= value < 1, f"{key} is {value}: expected 0 (off) to below 1")
     told = f"dataset.state_noise is {d.state_noise} and dataset.state_dropout {d.state_dropout}"
     require(d.state_noise >= 0 and 0 <= d.state_dropout <= 1, f"{told}: expected 0 (off) or more, and a share, 0 to 1")
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"

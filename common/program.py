@@ -59,17 +59,17 @@ def end_workers():
 atexit.register(end_workers)
 
 
-def launch(main, config, aliases=None, accepted=None):
+def launch(main, config, aliases=None, accepted=None, partial=False):
     """Run main(config of the command line). A user's mistake ends it with one line and exit code 2, a defect of ours
-    with a traceback; where a training was under way, its last complete step is saved first. `accepted`: see
+    with a traceback; where a training was under way, its last complete step is saved first. `accepted`, `partial`: see
     parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
     global run
     rank, cfg = int(os.environ.get("RANK", 0)), None
     if hasattr(sys.stdout, "reconfigure"):  # a log file has a line when it is said; a terminal in EUC-KR knows no emoji
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        argv, plan.card = plan.asked_card(sys.argv[1:])
-        cfg = parse_config(config, argv, aliases=aliases, accepted=accepted)
+        argv, plan.card = plan.asked_card(sys.argv[1:]) if hasattr(config, "check") else (sys.argv[1:], None)
+        cfg = parse_config(config, argv, aliases, partial, accepted)
         if plan.card is not None:
             cfg.check = True
         main(cfg)
@@ -97,10 +97,10 @@ def launch(main, config, aliases=None, accepted=None):
 def _explain(error, cfg):
     """One line for what a user can change; None for a defect."""
     text = str(error).strip()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
-        where = "The host is" if isinstance(error, MemoryError) else "CUDA"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|CPUAllocator", text):
+        where = "The host is" if isinstance(error, MemoryError) or "CPUAllocator" in text else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
     if dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text):
         return "another process of this training ended first: its message says why"
     known = isinstance(error, (UserError, PermissionError, NotADirectoryError, FileExistsError))
-    return text if known or "No space left" in text or "Read-only file system" in text else None
+    return text if known or re.search("No space left|Read-only file system|File name too long", text) else None

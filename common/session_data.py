@@ -88,8 +88,8 @@ def load_data(cfg, run=None, saved=None, optional=()):
     train, validation = ss.split_sessions(found, cfg.val_split)
     features = Features(cfg, found, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
-    none = f"no step of the {len(train)} training sessions has an image of {', '.join(views)} that is at most"
-    how = f"{none} {cfg.max_image_age:g} s old: choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
+    none = f"no step of the {len(train)} training sessions has an image of {', '.join(views)} of at most"
+    how = f"{none} {cfg.max_image_age:g} s: change --views, --max-image-age, --vlm-reuse-count or --vlm-latency-ms"
     ages = np.concatenate([features.ages(s) for s in train])
     require(len(ages), how)
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
@@ -151,9 +151,10 @@ class SessionDataset(Dataset):
         """{data set: weight} (others 1), changes ["NAME=W"] -> (n,) weight of each sample."""
         weights = {s.dataset: table.get(s.dataset, 1.0) for s in self.sessions}
         wanted = f"expected NAME=W: one of {', '.join(sorted(weights))}, and a weight above 0"
-        for name, _, value in (text.rpartition("=") for text in changes):
-            number = float(value) if value.replace(".", "", 1).isdecimal() else 0.0
-            require(name in weights and 0 < number < math.inf, f"dataset_weight '{name}={value}': {wanted}")
+        for text in changes:
+            name, _, value = text.rpartition("=")
+            number = float(pd.to_numeric(value, errors="coerce"))
+            require(name in weights and 0 < number < math.inf, f"dataset_weight '{text}': {wanted}")
             weights[name] = number
         return np.array([weights[name] for name in self.datasets], np.float64)
 

@@ -325,7 +325,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("nora", dict(load_model_weights="/no/weights"), "load_model_weights: /no/weights"),
     ("smolvla", dict(dataset__horizon=5), "policy.chunk_size is 4"),
     ("smolvla", dict(policy__n_action_steps=5), "policy.n_action_steps is 5: expected 1 to 4"),
-    ("smolvla", dict(batch=0), "training.batch_size is 0: expected 1 or more"),
+    ("smolvla", dict(batch=0), "training.batch_size is 0: expected more than 0"),
     ("smolvla", dict(reset_scheduler=True), "--resume CHECKPOINT"),
     ("smolvla", dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
     ("smolvla", dict(dataset__state_dropout=2.0), "dataset.state_dropout 2.0: expected 0"),
@@ -337,7 +337,6 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("openvla", dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"),
     ("openvla", dict(batch=0), "batch_size is 0"),
     ("openvla", dict(trajectory_hz=0), "trajectory_hz is 0"),
-    ("openvla", dict(lora_dropout=1.0), "lora_dropout"),
     # would turn the gradient round, and delete each checkpoint
     (
         "openvla",
@@ -352,15 +351,18 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("mobile", dict(dataset__train_split=0.01), "leaves 0 to train"),
     ("mobile", dict(dataset__max_text_len=5), "max_text_len is 5"),
     ("mobile", dict(train_setup__lora_dropout=1.0), "lora_dropout"),
-    *(
-        ("async", dict(dataset_weight=[text]), "dataset_weight")
-        for text in ("OCT=2", "OCT_insertion=0", "OCT_insertion")
-    ),
+    ("async", dict(dataset_weight=["OCT=2"]), "dataset_weight 'OCT=2'"),
+    ("async", dict(dataset_weight=["OCT_insertion=1e-9", "OCT_insertion=0"]), "dataset_weight 'OCT_insertion=0'"),
+    ("async", dict(dataset_weight=["OCT_insertion"]), "dataset_weight 'OCT_insertion'"),
     ("diffusion", dict(training_stage="stage2"), "training_stage is stage2"),
     ("diffusion", dict(ddim_steps=200), "ddim_steps is 200"),
     ("diffusion", dict(ema_decay=1), "ema_decay is 1"),
     ("diffusion", dict(predict_draws=9), "predict_draws is 9"),
+    ("nora", dict(lora_rank=0), "lora_rank is 0"),
+    ("smolvla", dict(lora_rank=0), "lora_rank is 0"),
 ]
+WRONG += [(name, dict(lora_dropout=1.0), "lora_dropout is 1.0") for name in ("nora", "smolvla", "openvla")]
+WRONG += [(name, dict(dropout=1.0), "dropout is 1.0") for name in ("async", "diffusion")]
 
 
 @pytest.mark.parametrize("name, settings, said", WRONG)
