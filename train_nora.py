@@ -130,7 +130,7 @@ FIXED = ("seed", "train", "lora_rank", "lora_alpha", "adamw_8bit")  # what a res
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     ones = "per_device_batch_size gradient_accumulation_steps max_train_steps checkpoint_save_frequency"
-    for key in (ones + " logging_frequency val_frequency val_samples val_decode_samples lora_rank").split():
+    for key in (ones + " logging_frequency val_frequency val_samples val_decode_samples lora_rank lora_alpha").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(0 <= cfg.lora_dropout < 1, f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
     if cfg.fsdp:

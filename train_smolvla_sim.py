@@ -212,8 +212,7 @@ def check_config(cfg):
     for key in ("lora_dropout", "training.ema_decay"):
         value = operator.attrgetter(key)(cfg)
         require(0 <= value < 1, f"{key} is {value}: expected 0 (off) to below 1")
-    told = f"dataset.state_noise is {d.state_noise} and dataset.state_dropout {d.state_dropout}"
-    require(d.state_noise >= 0 and 0 <= d.state_dropout <= 1, f"{told}: expected 0 (off) or more, and a share, 0 to 1")
+    require(0 <= d.state_dropout <= 1, f"dataset.state_dropout is {d.state_dropout}: expected a share, 0 to 1")
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"
     require(not (cfg.resume and cfg.init_from), both)
     alone = "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"
