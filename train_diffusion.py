@@ -136,8 +136,8 @@ def check_config(cfg):
     for key in (ones + " grad_accum_steps eval_epochs log_steps noise_draws").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
-    for key in ("val_split", "dropout"):
-        require(0 <= getattr(cfg, key) < 1, f"{key} is {getattr(cfg, key)}: expected a share from 0 to below 1")
+    require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
+    require(cfg.min_lr <= cfg.lr, f"min_lr is {cfg.min_lr}: expected at most lr, {cfg.lr}")
     require(0 < cfg.predict_draws <= cfg.noise_draws, f"predict_draws is {cfg.predict_draws}: expected 1..noise_draws")
     require(0 <= cfg.ema_decay < 1, f"ema_decay is {cfg.ema_decay}: expected 0 (off) to below 1")
     width, heads = cfg.hidden_dim, 4 * cfg.num_heads

@@ -157,16 +157,16 @@ FIXED = (
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    d, dropout = cfg.dataset, cfg.train_setup.lora_dropout
+    d = cfg.dataset
     for group in (cfg, d, cfg.train_setup, cfg.act_head, cfg.trainer):
         for name, value in vars(group).items():
             least = 0 if name in ("seed", "label_offset", "num_workers", "max_steps", "save_top_k") else 1
             require(type(value) is not int or value >= least, f"{name} is {value}: expected {least} or more")
     share = f"dataset.train_split is {d.train_split}: expected a share above 0, up to 1 (no validation)"
     require(0 < d.train_split <= 1, share)
+    require(cfg.min_lr_scale <= 1, f"min_lr_scale is {cfg.min_lr_scale}: expected a share of learning_rate, up to 1")
     speeds = f"dataset.action_scale is {d.action_scale}: expected two speeds above 0, of linear_x and linear_y"
     require(len(d.action_scale) == 2 and min(d.action_scale) > 0, speeds)
-    require(0 <= dropout < 1, f"train_setup.lora_dropout is {dropout}: expected 0 to below 1")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

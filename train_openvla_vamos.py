@@ -122,7 +122,6 @@ def check_config(cfg):
     require(cfg.dataset_name in ("vamos", KEY), f"dataset_name is '{cfg.dataset_name}': expected vamos")
     hz = cfg.trajectory_hz
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
-    require(0 <= cfg.lora_dropout < 1, f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
     hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
     available = cfg.check or not cfg.use_quantization or find_spec("bitsandbytes")
     require(available, f"use_quantization needs bitsandbytes, which is not installed. {hint}")

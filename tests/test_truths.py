@@ -328,7 +328,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("smolvla", dict(batch=0), "training.batch_size is 0: expected more than 0"),
     ("smolvla", dict(reset_scheduler=True), "--resume CHECKPOINT"),
     ("smolvla", dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
-    ("smolvla", dict(dataset__state_dropout=2.0), "dataset.state_dropout is 2.0: expected a share"),
+    ("smolvla", dict(dataset__state_dropout=2.0), "dataset.state_dropout is 2.0: expected a share below 1"),
     ("smolvla", dict(dataset__cameras=["top_camera", "top_camera"]), "dataset.cameras"),
     ("smolvla", dict(policy__num_vlm_layers=9), "has 3"),
     ("smolvla", dict(policy__resize_imgs_with_padding=(48, 40)), "a square in multiples of 16 .* up to 64"),
@@ -359,11 +359,17 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("diffusion", dict(ema_decay=1), "ema_decay is 1"),
     ("diffusion", dict(predict_draws=9), "predict_draws is 9"),
     ("nora", dict(lora_rank=0), "lora_rank is 0"),
+    ("nora", dict(fast_scale=0.0), "fast_scale is 0"),
+    ("mobile", dict(min_lr_scale=10.0), "min_lr_scale is 10"),
     ("smolvla", dict(lora_alpha=0), "lora_alpha is 0"),
     ("smolvla", dict(scheduler__peak_lr=0.0), "scheduler.peak_lr is 0"),
+    ("smolvla", dict(optimizer__eps=0.0), "optimizer.eps is 0"),  # 0 / 0 where a gradient is 0
+    ("smolvla", dict(optimizer__betas=(0.9, 1.0)), r"optimizer.betas are \[0.9, 1.0\]"),
+    ("smolvla", dict(policy__expert_width_multiplier=0.33), "the expert 15 wide"),
 ]
 WRONG += [(name, dict(lora_dropout=1.0), "lora_dropout is 1.0") for name in ("nora", "smolvla", "openvla")]
 WRONG += [(name, dict(dropout=1.0), "dropout is 1.0") for name in ("async", "diffusion")]
+WRONG += [(name, dict(min_lr=0.1), "min_lr is 0.1: expected at most lr") for name in ("async", "diffusion")]
 
 
 @pytest.mark.parametrize("name, settings, said", WRONG)
