@@ -124,7 +124,7 @@ def check_config(cfg):
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
-    require(cfg.min_lr <= cfg.lr, f"min_lr is {cfg.min_lr}: expected at most lr, {cfg.lr}")
+    require(0 < cfg.lr >= cfg.min_lr, f"lr is {cfg.lr}, min_lr is {cfg.min_lr}: expected lr above 0, min_lr up to lr")
     width, heads = cfg.hidden_dim, 4 * cfg.num_heads
     require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
     latency = cfg.vlm_latency_ms

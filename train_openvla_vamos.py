@@ -122,6 +122,7 @@ def check_config(cfg):
     require(cfg.dataset_name in ("vamos", KEY), f"dataset_name is '{cfg.dataset_name}': expected vamos")
     hz = cfg.trajectory_hz
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
+    require("/" not in (cfg.run_id_note or ""), f"run_id_note is '{cfg.run_id_note}': a folder's name can have no /")
     hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
     available = cfg.check or not cfg.use_quantization or find_spec("bitsandbytes")
     require(available, f"use_quantization needs bitsandbytes, which is not installed. {hint}")

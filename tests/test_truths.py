@@ -337,6 +337,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("openvla", dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"),
     ("openvla", dict(batch=0), "batch_size is 0"),
     ("openvla", dict(trajectory_hz=0), "trajectory_hz is 0"),
+    ("openvla", dict(run_id_note="a/b"), "run_id_note is 'a/b'"),
     # would turn the gradient round, and delete each checkpoint
     (
         "openvla",
@@ -369,7 +370,9 @@ WRONG = [  # recipe, setting, what is said before anything is trained
 ]
 WRONG += [(name, dict(lora_dropout=1.0), "lora_dropout is 1.0") for name in ("nora", "smolvla", "openvla")]
 WRONG += [(name, dict(dropout=1.0), "dropout is 1.0") for name in ("async", "diffusion")]
-WRONG += [(name, dict(min_lr=0.1), "min_lr is 0.1: expected at most lr") for name in ("async", "diffusion")]
+WRONG += [
+    (name, dict(min_lr=0.1), "min_lr is 0.1: expected lr above 0, min_lr up to lr") for name in ("async", "diffusion")
+]
 
 
 @pytest.mark.parametrize("name, settings, said", WRONG)
