@@ -57,8 +57,9 @@ def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     first = "preprocessed by: python create_datapkl.py --dataset-dirs DATA"
     require(cfg.dataset_dirs, f"dataset_dirs is empty: --dataset-dirs DATA, the folders with the sessions, {first}")
-    for key in ("vlm_reuse_count", "image_resize_height", "image_resize_width", "micro_batch", "num_workers"):
-        require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
+    least = dict(vlm_reuse_count=1, image_resize_height=28, image_resize_width=28, micro_batch=1, num_workers=1)
+    for key, low in least.items():
+        require(getattr(cfg, key) >= low, f"{key} is {getattr(cfg, key)}: expected {low} or more")
     require(cfg.max_image_age > 0, f"max_image_age is {cfg.max_image_age}: expected more than 0 seconds")
 
 
@@ -206,7 +207,8 @@ def main(cfg):
         print0(f"warning   left out, for not every session has it: {', '.join(left_out)}. Choose with --views")
     looks = [session.ticks(cfg.vlm_reuse_count, views, cfg.max_image_age).unique() for session in sessions]
     bare = [session.name for session, own in zip(sessions, looks, strict=True) if not own]
-    advice = f"other --views, a larger --max-image-age (now {cfg.max_image_age} s), or leave them out"
+    advice = f"other --views, a larger --max-image-age (now {cfg.max_image_age} s), a smaller --vlm-reuse-count "
+    advice += f"(now {cfg.vlm_reuse_count}), or leave them out"
     require(not bare, f"{len(bare)} sessions have no tick with a fresh image of every view, e.g. {bare[:1]}: {advice}")
     total = sum(map(len, looks))
     shown = f"{total} looks at {', '.join(views)}, every {cfg.vlm_reuse_count} steps"

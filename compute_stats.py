@@ -8,13 +8,12 @@ and writes mean, std, min, max, q01, q99 per dimension of action and state (form
 no such file, for it computes the same numbers itself: use one to look at the data, or to share its statistics.
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common import UserError, require
 from common import episodes as ep
-from common.config import parse_config
+from common import require
+from common.program import launch
 from common.stats import LISTS, save_stats
 
 
@@ -68,8 +67,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_config(Config, partial=True))
-    except UserError as error:
-        print(f"compute_stats.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch(main, Config, partial=True)

@@ -665,6 +665,8 @@ def main(cfg):
     for name in sorted({r["name"].split("/")[0] for r in reports} - {"", *ss.GUIDE}):
         weight = f"its samples get weight 1, unless the training gets --dataset-weight {name}=W"
         print(f"warning: data set '{name}' is none of the guide's: {weight}, or {ss.NOTES_FILE} names another data set")
+    for name in sorted(set(cfg.instruction).difference(*(r["name"].split("/")[:2] for r in reports))):
+        print(f"warning: no recording is of a data set or task '{name}': its instruction is not used")
     counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in reports).items())
     minutes = facts["duration_seconds"].sum() / 60
     dry = "; nothing written (--dry-run)" if cfg.dry_run else ""

@@ -50,7 +50,7 @@ CLEAR = 0.7  # a suspected mistake is reported if undoing it leaves less than th
 SHIFTS = range(-2, 3)  # rows by which chunks are shifted against the recording, to find an off-by-one
 BASELINES = ("hold still", "mean action")
 # {flag: flags that have no effect together with it}
-IDLE = dict(data="scenes execute ensemble", closed_loop="data replay episodes stride plots uses")
+IDLE = dict(closed_loop="data replay episodes stride plots uses", data="scenes execute ensemble")
 IDLE["replay"] = "episodes stride batch_size plots uses output"
 HANGUL = {"NanumGothic", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans KR", "Malgun Gothic", "AppleGothic"}
 rcParams["font.family"] = ["DejaVu Sans", *sorted(HANGUL & {font.name for font in font_manager.fontManager.ttflist})]
@@ -545,13 +545,13 @@ def run(cfg):
     """Evaluate and report -> the report; of several checkpoints {checkpoint: report}."""
     needed = "--checkpoint and --data are needed, e.g. --checkpoint outputs/nora --data D"
     require(cfg.checkpoint and (cfg.data or cfg.closed_loop), f"{needed}; or --closed-loop MODULE:CLASS")
-    least = f"--stride {cfg.stride} and --batch_size {cfg.batch_size} must be 1 or more, --plots {cfg.plots} 0 or more"
-    require(min(cfg.stride, cfg.batch_size) >= 1 and min(cfg.plots, cfg.uses) >= 0, least)
+    for key, least in dict(stride=1, batch_size=1, plots=0, uses=0).items():
+        require(getattr(cfg, key) >= least, f"--{key} is {getattr(cfg, key)}: expected {least} or more")
     for flag, names in IDLE.items():
         idle = [f"--{n}" for n in names.split() if getattr(cfg, flag) and getattr(cfg, n) != getattr(Config(), n)]
         require(not idle, f"{', '.join(idle)} would have no effect with --{flag}: leave it out")
     try:
-        torch.empty(0, device=cfg.device)
+        torch.zeros(1, device=cfg.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from error
     if cfg.closed_loop:

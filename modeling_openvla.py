@@ -41,7 +41,7 @@ AUTO_MAP = {
     "AutoProcessor": "modeling_openvla.PrismaticProcessor",
     "AutoImageProcessor": "modeling_openvla.PrismaticImageProcessor",
 }
-# the towers behind config.timm_model_ids; sizes of other ones stand in config.json as vision_sizes
+# sizes of the towers that config.timm_model_ids names; for others config.json has them as vision_sizes
 TOWERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0),
     "vit_so400m_patch14_siglip_224": dict(embed_dim=1152, depth=27, num_heads=16, mlp_ratio=3.7362),
@@ -49,12 +49,12 @@ TOWERS = {
 
 
 def prompt_of(instruction):
-    """What is asked, as in OpenVLA's training."""
+    """The prompt of OpenVLA's training."""
     return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
 
 
 class OpenVLAConfig(PretrainedConfig):
-    """config.json of an OpenVLA directory; keys that are not listed here are kept as they are."""
+    """config.json of an OpenVLA directory; keys that are not listed here are preserved."""
 
     model_type = "openvla"
 
@@ -72,7 +72,7 @@ class OpenVLAConfig(PretrainedConfig):
         **kwargs,
     ):
         if not isinstance(text_config, PretrainedConfig):
-            # what the released config leaves out, written down: transformers' defaults of its time
+            # what the released config leaves out: the defaults of transformers at that time
             text = dict(rms_norm_eps=1e-6, max_position_embeddings=2048, rope_theta=10000.0, vocab_size=32064)
             text |= dict(pad_token_id=pad_token_id) | (text_config or {})
             text.pop("model_type", None)
@@ -125,8 +125,8 @@ class OpenVLAConfig(PretrainedConfig):
 
 
 class PrismaticImageProcessor(ImageProcessingMixin):
-    """Images -> pixel_values (B, 6, h, w): resized without regard to the aspect, bicubic, channels 0-2 normalised for
-    DINOv2, 3-5 for SigLIP. Neither torchvision nor timm; Pillow's bicubic resize is what torchvision calls."""
+    """Images -> pixel_values (B, 6, h, w): resized to the model's size (bicubic, aspect not kept), channels 0-2
+    normalised for DINOv2, 3-5 for SigLIP. Needs neither torchvision, which calls the same Pillow resize, nor timm."""
 
     model_input_names = ["pixel_values"]
 
@@ -145,7 +145,7 @@ class PrismaticImageProcessor(ImageProcessingMixin):
         self.image_resize_strategy, self.input_sizes = image_resize_strategy, [list(size) for size in input_sizes]
         self.means, self.stds = [list(m) for m in means], [list(s) for s in stds]
         self.tvf_normalize_params = tvf_normalize_params
-        # the released file holds rounded numbers in tvf_normalize_params, and those were trained with
+        # tvf_normalize_params of the released file are rounded, and they are what the model was trained with
         used = tvf_normalize_params or [dict(mean=m, std=s) for m, s in zip(means, stds, strict=True)]
         self._mean = np.array([value for tower in used for value in tower["mean"]], np.float32)
         self._std = np.array([value for tower in used for value in tower["std"]], np.float32)
@@ -185,7 +185,7 @@ class PrismaticProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path, **kwargs):
-        """The same in every version of transformers: both halves from files of a directory (or hub id)."""
+        """Read both halves from the files of a directory or hub id, the same way in every version of transformers."""
         names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
         hub = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
         settings = read_image_settings(path, **hub)
@@ -228,10 +228,10 @@ def pad_right(rows, value):
 
 
 def side_by_side(prompts, answers, config):
-    """Several answers behind one prompt, each of which sees the prompt and itself, as if it were alone. B lists of ids,
-    B tensors (k, n) -> ids (B, T), padded on the right | answer (B, T): 0 in a prompt, 1 .. k in its answers |
-    before (N, n): which of the flattened (B, P + T) hidden states predicts a token, of all answers: the one before it,
-    and for the first of an answer the prompt's last"""
+    """Pack several answers behind one prompt; each attends to the prompt and to itself, as if it were alone. B lists of
+    ids, B tensors (k, n) -> ids (B, T), padded on the right | answer (B, T): 0 in a prompt, 1 .. k in its answers |
+    before (N, n): the position, in the flattened (B, P + T) hidden states, that predicts each token of each answer: the
+    one before it, for the first token the prompt's last"""
     ids, _ = pad_right(
         [[*p, *a.flatten().tolist()] for p, a in zip(prompts, answers, strict=True)], config.pad_token_id
     )
@@ -298,7 +298,7 @@ class PatchEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling head: in the file, never run."""
+    """SigLIP's pooling head: never run, here because the weight files contain it."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -309,7 +309,7 @@ class AttentionPool(nn.Module):
 
 class Tower(nn.Module):
     """One vision transformer. (B, 3, h, w) -> (B, P, embed_dim): the output of the second-to-last block, without prefix
-    tokens and final norm. The last block, `norm` and `attn_pool` are there because the file has them."""
+    tokens and final norm. The last block, `norm` and `attn_pool` exist because the weight files contain them."""
 
     def __init__(self, patches, embed_dim, depth, num_heads, mlp_ratio, dino):
         super().__init__()
@@ -326,7 +326,7 @@ class Tower(nn.Module):
 
     def forward(self, x):
         x = self.patch_embed(x) + self.pos_embed
-        if self.dino:  # prefix tokens have no positions
+        if self.dino:  # prefix tokens get no position embedding
             prefix = torch.cat([self.cls_token, self.reg_token], dim=1)
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks[:-1]:
@@ -372,9 +372,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """A new model (demo, benchmark): 0.02 everywhere; the towers' other parameters stay 0 or 1."""
+        """For a new model (demo, benchmark): std 0.02 everywhere; the towers' other parameters stay 0 or 1."""
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
-            return super()._init_weights(module)  # knows Llama's rotary buffers, which no file holds
+            return super()._init_weights(module)  # also fills Llama's rotary buffers, which are in no file
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -407,21 +407,21 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         embedded, llama, positions = self.embed(input_ids, pixel_values), self.language_model.model, None
         if answer is not None:
             if llama.config._attn_implementation not in ("sdpa", "eager"):
-                how = f"{llama.config._attn_implementation} has no mask for several answers behind one prompt"
-                raise ValueError(f"{how}: load the model with attn_implementation='sdpa', or train on one target each")
+                problem = f"{llama.config._attn_implementation} has no mask for several answers behind one prompt"
+                raise ValueError(f"{problem}: load with attn_implementation='sdpa', or train on one target per picture")
             answer = F.pad(answer, (self.vision_backbone.patches, 0))
             seen = ((answer[:, None] == 0) | (answer[:, None] == answer[:, :, None])).tril()  # (B, P + T, P + T)
             positions = seen.sum(-1) - 1
             attention_mask = torch.zeros_like(seen, dtype=embedded.dtype).masked_fill(~seen, -torch.inf)[:, None]
-        how = dict(attention_mask=attention_mask, position_ids=positions, use_cache=False)
-        return llama(inputs_embeds=embedded, **how).last_hidden_state
+        inputs = dict(inputs_embeds=embedded, attention_mask=attention_mask, position_ids=positions)
+        return llama(**inputs, use_cache=False).last_hidden_state
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, **kwargs):
-        """Logits (B, P + T, V) of every position; with labels (B, T) the mean cross-entropy where not -100."""
+        """Logits (B, P + T, V) at every position; with labels (B, T) the mean cross-entropy where they are not -100."""
         patches, loss = self.vision_backbone.patches, None
-        if attention_mask is not None:  # the image is always seen
-            seen = attention_mask.new_ones(len(attention_mask), patches)
-            attention_mask = torch.cat([attention_mask[:, :1], seen, attention_mask[:, 1:]], dim=1)
+        if attention_mask is not None:  # the image is never masked
+            image = attention_mask.new_ones(len(attention_mask), patches)
+            attention_mask = torch.cat([attention_mask[:, :1], image, attention_mask[:, 1:]], dim=1)
         logits = self.language_model.lm_head(self.hidden(input_ids, pixel_values, attention_mask))
         if labels is not None:  # position P + j predicts token j + 1
             predicted = logits[:, patches:-1].flatten(0, 1).float()
@@ -438,8 +438,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for key in (unnorm_key, f"{unnorm_key}_dataset", str(unnorm_key).removesuffix("_dataset")):
             if key in known:
                 return key, known[key]["action"]
-        there = ", ".join(sorted(known)) or "no data set"
-        raise ValueError(f"unnorm_key is {unnorm_key!r}; this model has statistics of: {there}")
+        names = ", ".join(sorted(known)) or "no data set"
+        raise ValueError(f"unnorm_key is {unnorm_key!r}; this model has statistics of: {names}")
 
     def unnormalize(self, values, stats):
         """(..., A) in [-1, 1] -> float64 in the data's units; a dimension whose mask is False passes"""
@@ -448,23 +448,25 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return np.where(mask, 0.5 * (np.asarray(values, np.float64) + 1) * (high - low) + low, values)
 
     def action_logits(self, hidden):
-        """(B, D) -> logits of the action ids (B, bins), in fp32 whatever the autocast: in bf16 bins next to each other
-        tie, and argmax, which takes the first, would always answer the larger velocity."""
+        """(B, D) -> logits of the action ids (B, bins), in fp32 whatever the autocast: in bf16 neighbouring bins tie,
+        and argmax, which takes the first, would always answer the larger velocity."""
         head, bins = self.language_model.lm_head, slice(self.action_begin, self.action_end)
+        # an adapter on the head comes along: of each parameter the rows of the bins, if it has a row per token
         rows = {n: (p[bins] if len(p) == head.out_features else p).float() for n, p in head.named_parameters()}
-        with torch.autocast(hidden.device.type, enabled=False):  # an adapter's layers come along
+        with torch.autocast(hidden.device.type, enabled=False):
             return torch.func.functional_call(head, rows, hidden.float())
 
     @torch.no_grad()
     def generate_action_ids(self, prompts, pixel_values, dims):
-        """B lists of ids, with or without the empty token, (B, 6, h, w) -> greedy answer of `dims` tokens (B, dims),
-        chosen among the action ids only: any other token would decode to full speed."""
+        """B lists of ids, with or without the empty token, (B, 6, h, w) -> greedy answers (B, dims), chosen among the
+        action ids only: any other token would decode to full speed."""
         llama, patches = self.language_model.model, self.vision_backbone.patches
         rows = [row if row[-1] == EMPTY_TOKEN else [*row, EMPTY_TOKEN] for row in prompts]
         ids, mask = (x.to(pixel_values.device) for x in pad_right(rows, self.config.pad_token_id))
-        every, length = torch.arange(len(ids), device=ids.device), mask.sum(1)
+        rows, length = torch.arange(len(ids), device=ids.device), mask.sum(1)
+        # no mask here: what comes before a prompt's last token is never padding
         out = llama(inputs_embeds=self.embed(ids, pixel_values), use_cache=True)
-        last, chosen = out.last_hidden_state[every, patches + length - 1], []
+        last, chosen = out.last_hidden_state[rows, patches + length - 1], []
         mask = torch.cat([mask.new_ones(len(ids), patches), mask], dim=1)
         while True:
             chosen.append(self.action_begin + self.action_logits(last).argmax(-1))

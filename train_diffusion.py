@@ -137,14 +137,14 @@ def check_config(cfg):
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
+    require(0 < cfg.lr >= cfg.min_lr, f"lr is {cfg.lr}, min_lr is {cfg.min_lr}: expected lr above 0, min_lr up to lr")
     require(0 < cfg.predict_draws <= cfg.noise_draws, f"predict_draws is {cfg.predict_draws}: expected 1..noise_draws")
     require(0 <= cfg.ema_decay < 1, f"ema_decay is {cfg.ema_decay}: expected 0 (off) to below 1")
     width, heads = cfg.hidden_dim, 4 * cfg.num_heads
     require(width % heads == 0, f"hidden_dim is {width}: expected a multiple of 4 * num_heads ({heads})")
     latency = cfg.vlm_latency_ms
     require(len(latency) in (1, 2) and min(latency) >= 0, f"vlm_latency_ms is {latency}: expected a number, or a range")
-    for key in ("lr", "sensor_loss_weight"):
-        require(getattr(cfg, key) > 0, f"{key} is {getattr(cfg, key)}: expected more than 0")
+    require(cfg.sensor_loss_weight > 0, f"sensor_loss_weight is {cfg.sensor_loss_weight}: expected more than 0")
     low, both = min(cfg.warmup_ratio, cfg.hold_ratio), cfg.warmup_ratio + cfg.hold_ratio
     require(low >= 0 and both < 1, f"warmup_ratio + hold_ratio is {both}: expected shares below 1")
 

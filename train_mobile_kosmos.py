@@ -157,16 +157,16 @@ FIXED = (
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    d, dropout = cfg.dataset, cfg.train_setup.lora_dropout
+    d = cfg.dataset
     for group in (cfg, d, cfg.train_setup, cfg.act_head, cfg.trainer):
         for name, value in vars(group).items():
             least = 0 if name in ("seed", "label_offset", "num_workers", "max_steps", "save_top_k") else 1
             require(type(value) is not int or value >= least, f"{name} is {value}: expected {least} or more")
     share = f"dataset.train_split is {d.train_split}: expected a share above 0, up to 1 (no validation)"
     require(0 < d.train_split <= 1, share)
+    require(cfg.min_lr_scale <= 1, f"min_lr_scale is {cfg.min_lr_scale}: expected a share of learning_rate, up to 1")
     speeds = f"dataset.action_scale is {d.action_scale}: expected two speeds above 0, of linear_x and linear_y"
     require(len(d.action_scale) == 2 and min(d.action_scale) > 0, speeds)
-    require(0 <= dropout < 1, f"train_setup.lora_dropout is {dropout}: expected 0 to below 1")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def read_episode(path, d):
     try:
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             for key in ("images", "actions"):
-                there = f"{path}: no dataset '{key}'; it has {sorted(f)}"
-                check(key in f, f"{there}, expected images (T, H, W, 3), actions (T, 3)")
+                problem = f"{path}: no dataset '{key}'; it has {sorted(f)}"
+                check(key in f, f"{problem}, expected images (T, H, W, 3), actions (T, 3)")
             images, actions, text = f["images"], np.asarray(f["actions"][:], np.float32), ep.read_instruction(f, path)
             shape, n = images.shape, len(images)
             kind = f"{path}: dataset 'images' is {images.dtype} {shape}; expected uint8 (T, H, W, 3)"
@@ -237,8 +237,8 @@ def load_episodes(d, names=None, say=print):
     for name in names or ():
         require(name in found, f"'{d.data_dir}' has no episode '{name}'; it has {', '.join([*found][:5])}, ...")
     paths = [path for path in found.values() if Path(path).match(d.episode_pattern)]
-    how = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
-    require(paths, f"No HDF5 files found: {how}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
+    none = f"none of the {len(found)} files under '{d.data_dir}' matches dataset.episode_pattern '{d.episode_pattern}'"
+    require(paths, f"No HDF5 files found: {none}; the first is {[*found][0]}. Try --episode_pattern 'episode_*.h5'")
     episodes, paths = [], paths if names is None else [found[name] for name in names]
     for path in progress(paths, "reading episodes", "file"):
         try:

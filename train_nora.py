@@ -66,8 +66,8 @@ class DatasetConfig:
     state_in_prompt: bool = False  # append the robot state, in 256 bins, to the instruction
     use_ee_pose: bool = True  # with state_in_prompt: the state contains ee_pose
     use_qpos: bool = False  # with state_in_prompt: the state contains qpos, before ee_pose
-    state_noise: float = 0.0  # std of Gaussian noise on the training's state, of half its range
-    state_dropout: float = 0.0  # chance that a training prompt has no state
+    state_noise: float = 0.0  # with state_in_prompt: std of noise on the training's state, of half its range
+    state_dropout: float = 0.0  # with state_in_prompt: chance that a training prompt has no state
     num_val_episodes: int = 0  # the last N files by name are held out
     normalization_stats_path: str | None = None  # file of compute_stats.py; null: from the training episodes
     frame_store: str | None = None  # folder on a local disk: decode and resize every picture once, read it from there
@@ -130,15 +130,15 @@ FIXED = ("seed", "train", "lora_rank", "lora_alpha", "adamw_8bit")  # what a res
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     ones = "per_device_batch_size gradient_accumulation_steps max_train_steps checkpoint_save_frequency"
-    for key in (ones + " logging_frequency val_frequency val_samples val_decode_samples").split():
+    for key in (ones + " logging_frequency val_frequency val_samples val_decode_samples lora_rank lora_alpha").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     if cfg.fsdp:
         large, ranks = cfg.train in ("full", "language"), int(os.environ.get("WORLD_SIZE", 1))
         require(large, f"fsdp shards a full training; train is {cfg.train}: drop --fsdp or use --train full")
         require(not cfg.adamw_8bit, "adamw_8bit cannot be sharded: drop --fsdp or --adamw_8bit")
         require(ranks > 1, "fsdp needs several processes: bash shells/train_nora.sh --multi-gpu --fsdp")
-    there = not cfg.adamw_8bit or find_spec("bitsandbytes")
-    require(there, "adamw_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or drop the key")
+    found = not cfg.adamw_8bit or find_spec("bitsandbytes")
+    require(found, "adamw_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or drop the key")
     require(cfg.dataset.horizon >= 1, f"dataset.horizon is {cfg.dataset.horizon}: expected 1 (one action) or more")
     size = cfg.dataset.resize_resolution
     fits = len(size) == 2 and all(s >= 28 and s % 28 == 0 for s in size)
@@ -185,9 +185,9 @@ class Data:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_data(cfg, run=None, stats=None, table=None):
-    """Find, read, split and describe the episodes. `stats`, `table`: statistics and episodes of a resumed checkpoint,
-    see Data."""
+def load_data(cfg, run=None, stats=None, table=None, contract=None):
+    """Find, read, split and describe the episodes. `stats`, `table`, `contract`: of a resumed checkpoint; the contract
+    is kept if bad files were left out since, as it may come from one of them."""
     d = cfg.dataset
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes, run)
     frames = {e.name: e.num_frames for e in found}
@@ -210,7 +210,7 @@ def load_data(cfg, run=None, stats=None, table=None):
         stats = load_stats(d.normalization_stats_path, keys, plain, held_out, [e.name for e in train])
     if stats is None or not set(keys) <= set(stats):
         stats = ep.insertion_stats(train, definition, held_out, state_keys)
-    contract = make_contract(d, train, cameras, state_keys, definition, stats)
+    contract = dataclasses.asdict(contract) if gone else make_contract(d, train, cameras, state_keys, definition, stats)
     spec = Spec(list(d.resize_resolution), d.task_instruction, state_keys, plain, contract, stats)
     return Data(train, validation, excluded + gone, spec, table)
 
@@ -815,7 +815,7 @@ def main(cfg):
     path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], exports=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
     saved = json.loads((path / "meta.json").read_text()) if path else {}
-    data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"))
+    data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"), spec and spec.contract)
     if path:
         run.restore(path, saved, data.fingerprint(), FIXED)
     if not run.plan(cfg.max_train_steps, "--max_train_steps"):

@@ -122,10 +122,10 @@ def check_config(cfg):
     require(cfg.dataset_name in ("vamos", KEY), f"dataset_name is '{cfg.dataset_name}': expected vamos")
     hz = cfg.trajectory_hz
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
-    require(0 <= cfg.lora_dropout < 1, f"lora_dropout is {cfg.lora_dropout}: expected 0 to below 1")
+    require("/" not in (cfg.run_id_note or ""), f"run_id_note is '{cfg.run_id_note}': a folder's name can have no /")
     hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
-    there = cfg.check or not cfg.use_quantization or find_spec("bitsandbytes")
-    require(there, f"use_quantization needs bitsandbytes, which is not installed. {hint}")
+    available = cfg.check or not cfg.use_quantization or find_spec("bitsandbytes")
+    require(available, f"use_quantization needs bitsandbytes, which is not installed. {hint}")
     require(cfg.data_root_dir or cfg.merge, "data_root_dir is not set: the folder with data/train-*.parquet")
 
 
@@ -159,7 +159,7 @@ def find_files(root):
         if train := sorted(folder.glob("train-*.parquet")):
             return train, sorted(folder.glob("validation-*.parquet"))
     found = ", ".join(sorted(p.name for p in Path(root).iterdir())[:5]) if Path(root).is_dir() else "no such folder"
-    raise UserError(f"no train-*.parquet in '{root}/data' or '{root}' (there: {found or 'nothing'}). {hint}")
+    raise UserError(f"no train-*.parquet in '{root}/data' or '{root}' (found: {found or 'nothing'}). {hint}")
 
 
 def steps_of(column):
@@ -798,13 +798,13 @@ def main(cfg):
     check_config(cfg)
     if cfg.check:
         return check_data(cfg)
-    if cfg.merge:  # of one checkpoint, beside the run's own
+    if cfg.merge:  # one checkpoint, into a folder of its own
         meta = read_meta(source := checkpoint_folder(cfg.merge))
         expected = f"--merge {cfg.merge} has no adapter_config.json; expected adapter_tmp_dir/EXP_ID/steps_N or best"
         require((source / "adapter_config.json").is_file(), expected)
-        then = config_from(Config, meta["config"])
+        saved = config_from(Config, meta["config"])
         given = {key: value for key, value in vars(cfg).items() if value != getattr(Config, key)}
-        target = Path(given.get("run_root_dir", then.run_root_dir)) / f"{exp_id(then)}--{meta['step']}_chkpt"
+        target = Path(given.get("run_root_dir", saved.run_root_dir)) / f"{exp_id(saved)}--{meta['step']}_chkpt"
         return print(f"merged model: {merge_adapter(source, target, given.get('vla_path'))}")
 
     # ---- inputs: everything that can be wrong is found before weights are loaded

@@ -194,23 +194,24 @@ FIXED = (  # what a resume must not change: moments, noise or sample order would
 )
 POSITIVE = "training.steps training.batch_size training.gradient_accumulation_steps training.log_freq"
 POSITIVE += " training.save_freq validation.val_freq validation.num_samples policy.num_steps policy.noise_draws"
+POSITIVE += " lora_rank lora_alpha scheduler.peak_lr optimizer.eps policy.min_period policy.max_period"
 # weights are useless with other values of these, even where their shapes fit
 SAME_NETWORK = ("num_vlm_layers", "attention_mode", "self_attn_every_n_layers", "min_period", "max_period")
 
 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
-    d, p, t = cfg.dataset, cfg.policy, cfg.training
+    d, p = cfg.dataset, cfg.policy
     for key in POSITIVE.split():
         value = operator.attrgetter(key)(cfg)
-        require(value > 0, f"{key} is {value}: expected 1 or more")
+        require(value > 0, f"{key} is {value}: expected more than 0")
     differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
     require(d.horizon == p.chunk_size, differ)
     sent = f"policy.n_action_steps is {p.n_action_steps}: expected 1 to {p.chunk_size}, the actions of a chunk"
     require(1 <= p.n_action_steps <= p.chunk_size, sent)  # LeRobot opens no other
-    require(0 <= t.ema_decay < 1, f"training.ema_decay is {t.ema_decay}: expected 0 (off) to below 1")
-    told = f"dataset.state_noise is {d.state_noise} and dataset.state_dropout {d.state_dropout}"
-    require(d.state_noise >= 0 and 0 <= d.state_dropout <= 1, f"{told}: expected 0 (off) or more, and a share, 0 to 1")
+    shares = [cfg.training.ema_decay, *cfg.optimizer.betas]
+    told = f"training.ema_decay is {shares[0]}, optimizer.betas are {shares[1:]}: expected 0 to below 1"
+    require(0 <= min(shares) <= max(shares) < 1, told)
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"
     require(not (cfg.resume and cfg.init_from), both)
     alone = "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"
@@ -465,9 +466,8 @@ def expert_attention(vlm, p):
     joint = [every > 0 and layer % every == 0 for layer in range(p.num_vlm_layers)]
     # LeRobot builds an expert layer by its own index but runs it by the index of its VLM layer: both must agree
     agree = p.num_vlm_layers % count == 0 and joint[:: p.num_vlm_layers // count] == joint[:count]
-    rule = f"divide them and leave self- and cross-attention (self_attn_every_n_layers {every}) in their places"
-    wrong = f"policy.num_expert_layers is {p.num_expert_layers} with {p.num_vlm_layers} VLM layers"
-    require(agree, f"{wrong}: it must {rule}, e.g. {p.num_vlm_layers}")
+    rule = f"it must divide the {p.num_vlm_layers} VLM layers and leave self- and cross-attention in their places"
+    require(agree, f"policy.num_expert_layers is {count}: {rule} (self_attn_every_n_layers is {every})")
     return joint[:count]
 
 
@@ -490,6 +490,7 @@ class FlowModel(nn.Module):
         vlm_config.tie_word_embeddings = vlm_config.text_config.tie_word_embeddings = False
         expert_config = copy.deepcopy(vlm_config.text_config)  # the VLM's layers, but W wide
         D, W = expert_config.hidden_size, int(expert_config.hidden_size * p.expert_width_multiplier)
+        require(W > 1 and W % 2 == 0, f"policy.expert_width_multiplier: the expert {W} wide, expected an even width")
         mlp_width = -(-4 * int(2 * W / 3) // 256) * 256  # 8/3 W as in Llama, rounded up to a multiple of 256
         sizes = dict(hidden_size=W, intermediate_size=mlp_width, num_hidden_layers=len(self.joint))
         expert_config.update(sizes | dict(vocab_size=1, pad_token_id=None))  # it gets no tokens

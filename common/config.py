@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import operator
+import os
 import re
 import sys
 import typing
@@ -45,9 +47,12 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         box = [line.strip("│ ") for line in stderr.getvalue().splitlines()[1:]]  # some locales have no lines
         text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
-    for key, read in zip(kinds, map(operator.attrgetter, kinds), strict=True):  # a path "" would be the current folder
-        empty = "" in (read(cfg) if isinstance(read(cfg), list) else [read(cfg)])
-        require(not empty or read(cls()) == "", f"--{key} is empty: expected a text, or leave it out")
+    for key, read in zip(kinds, map(operator.attrgetter, kinds), strict=True):
+        value = list(read(cfg).values()) if isinstance(read(cfg), dict) else read(cfg)
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            empty = v in ("", "~", "null") and read(cls()) != ""  # a path "" would be the current folder
+            require(not empty, f"--{key} is empty: expected a text, or leave it out")
+            require(not isinstance(v, float) or math.isfinite(v), f"--{key} is {v}: expected a finite number")
     return cfg
 
 
@@ -80,6 +85,7 @@ def _flag(name, given, kinds, aliases):
 
 def _words(name, given, kinds):
     kinds = (kinds.get(name), *typing.get_args(kinds.get(name)))
+    given = [os.path.expanduser(word) if word.startswith("~/") else word for word in given]  # no shell has seen a YAML
     if type(None) in kinds:
         given = ["None" if word in ("", "~", "null", "none") else word for word in given]
     if bool in kinds:

@@ -509,7 +509,7 @@ def hold_out(n, count, seed=None):
     """Hold `count` of `n` episodes out for validation: the last by name, mostly the newest, as names begin with a time;
     with `seed` drawn at random, as guide 2 does. -> (training, validation), sorted indices"""
     key = "num_val_episodes" if seed is None else "validation.num_episodes"
-    require(0 <= count < n, f"{key} is {count}, but there are {n} usable episodes: hold out fewer")
+    require(0 <= count < n, f"{key} is {count}: expected 0 to {n - 1}, of {n} usable episodes")
     held = range(n - count, n) if seed is None else sorted(random.Random(seed).sample(range(n), count))
     return [i for i in range(n) if i not in held], list(held)
 

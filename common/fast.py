@@ -48,9 +48,9 @@ class FastTokenizer:
             name = "tokenizer.json"
             bpe = Tokenizer.from_file(str(hub_file(source, name)))
         except Exception as error:  # tokenizers raises nothing more specific
-            how = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
+            hint = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
             layout = "the public layout is processor_config.json with scale and min_token, and tokenizer.json"
-            raise UserError(f"FAST tokenizer '{source}', {name}: {error}; {layout}: {how}") from error
+            raise UserError(f"FAST tokenizer '{source}', {name}: {error}; {layout}: {hint}") from error
         return cls(bpe, scale, min_token)
 
     def save(self, folder):
@@ -69,6 +69,7 @@ class FastTokenizer:
         (the published fit leaves out bytes it did not see)."""
         sizes = f"256 (one per byte) to {NUM_IDS} (the model's action tokens)"
         require(256 <= vocab_size <= NUM_IDS, f"fast_vocab_size is {vocab_size}: expected {sizes}")
+        require(scale > 0, f"fast_scale is {scale}: expected more than 0")
         quantised = [_quantise(c, scale) for c in chunks]
         low, high = min(q.min() for q in quantised), max(q.max() for q in quantised)
         # room below for actions that the fit did not see: |x| <= 1 bounds a coefficient by scale * sqrt(H)

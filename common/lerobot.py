@@ -13,8 +13,8 @@ from common.stats import LISTS, MODES
 
 NORMALIZER = "policy_preprocessor_step_5_normalizer_processor.safetensors"
 UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
-# of LeRobot's config where its default is another; an unknown field is an error there, a missing one takes its default.
-# As smolvla_base: LeRobot then makes the VLM in bf16; from the config alone, in fp32, 0.4.4 misplaces its patches
+# where ours differ from the defaults of LeRobot's config; it takes its default for a missing field, but refuses unknown
+# ones. load_vlm_weights as in smolvla_base, for a VLM in bf16: in fp32 LeRobot 0.4.4 misplaces the image patches
 SETTINGS = dict(type="smolvla", push_to_hub=False, pad_language_to="max_length", load_vlm_weights=True)
 
 

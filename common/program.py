@@ -59,17 +59,17 @@ def end_workers():
 atexit.register(end_workers)
 
 
-def launch(main, config, aliases=None, accepted=None):
+def launch(main, config, aliases=None, accepted=None, partial=False):
     """Run main(cfg) with the `config` of the command line. A user's mistake ends it with one line and exit code 2, a
-    defect of ours with a traceback; a training saves its last complete step first. `aliases`, `accepted`: see
+    defect of ours with a traceback; a training saves its last complete step first. `aliases` to `partial`: see
     parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
     global run
     rank, cfg = int(os.environ.get("RANK", 0)), None
     if hasattr(sys.stdout, "reconfigure"):  # log files get every line at once; a terminal in EUC-KR has no emoji
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        argv, plan.card = plan.asked_card(sys.argv[1:])
-        cfg = parse_config(config, argv, aliases=aliases, accepted=accepted)
+        argv, plan.card = plan.asked_card(sys.argv[1:]) if hasattr(config, "check") else (sys.argv[1:], None)
+        cfg = parse_config(config, argv, aliases, partial, accepted)
         if plan.card is not None:
             cfg.check = True
         main(cfg)
@@ -98,10 +98,10 @@ def _explain(error, cfg):
     """-> one line for what a user can change; None for a defect."""
     text = str(error).strip()
     known = isinstance(error, (UserError, PermissionError, NotADirectoryError, FileExistsError))
-    if known or "No space left" in text or "Read-only file system" in text:
+    if known or re.search("No space left|Read-only file system|File name too long", text):
         return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in text:
-        where = "The host is" if isinstance(error, MemoryError) else "CUDA"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|CPUAllocator", text):
+        where = "The host is" if isinstance(error, MemoryError) or "CPUAllocator" in text else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
     if text.startswith("DataLoader worker ("):  # in a validation; a training's are Run._fetch's
         return f"DataLoader worker crashed: {text}. Lower num_workers, or load in the main process: --num_workers 0"

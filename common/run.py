@@ -65,6 +65,8 @@ class Run:
         numbers = {k: v for k, v in values.items() if type(v) in (int, float)}  # a negative clip would climb
         negative = [f"{k} is {v}" for k, v in numbers.items() if not v >= 0 and str(defaults.get(k))[0] != "-"]
         require(not negative, f"{', '.join(negative)}: expected 0 or more")
+        too_large = [f"{k} is {v}" for k, v in numbers.items() if k.endswith("dropout") and v >= 1]
+        require(not too_large, f"{', '.join(too_large)}: expected a share below 1")
         cuda = torch.cuda.is_available()
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         stale = sorted({"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys())

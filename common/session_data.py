@@ -88,11 +88,11 @@ def load_data(cfg, run=None, saved=None, optional=()):
     train, validation = ss.split_sessions(sessions, cfg.val_split)
     features = Features(cfg, sessions, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
-    advice = "choose other --views, raise --max-image-age, or lower --vlm-reuse-count"
+    advice = "change --views, --max-image-age, --vlm-reuse-count or --vlm-latency-ms"
     for kind, part in dict(training=train, validation=validation).items():
-        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} that is at most"
+        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} of at most"
         usable = not part or any(len(features.usable(s)[0]) for s in part)
-        require(usable, f"{none} {cfg.max_image_age:g} s old: {advice}")
+        require(usable, f"{none} {cfg.max_image_age:g} s: {advice}")
     ages = np.concatenate([features.ages(s) for s in train])
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
     for s in train:
@@ -153,9 +153,10 @@ class SessionDataset(Dataset):
         """{data set: weight} (others 1), changes ["NAME=W"] -> (n,) weight of each sample."""
         weights = {s.dataset: table.get(s.dataset, 1.0) for s in self.sessions}
         expected = f"expected NAME=W: one of {', '.join(sorted(weights))}, and a weight above 0"
-        for name, _, value in (text.rpartition("=") for text in changes):
-            number = float(value) if value.replace(".", "", 1).isdecimal() else 0.0
-            require(name in weights and 0 < number < math.inf, f"dataset_weight '{name}={value}': {expected}")
+        for text in changes:
+            name, _, value = text.rpartition("=")
+            number = float(pd.to_numeric(value, errors="coerce"))
+            require(name in weights and 0 < number < math.inf, f"dataset_weight '{text}': {expected}")
             weights[name] = number
         return np.array([weights[name] for name in self.datasets], np.float64)
 

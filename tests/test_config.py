@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import os
 import re
 import subprocess
 import sys
@@ -73,6 +74,7 @@ FLAGS = [  # (ways to write it, what they mean)
     ("--cameras", dict(data=Data(cameras=[]))),
     ("--name=--foo", dict(model=Model("--foo"))),
     ("--name=-1x | --name -1x", dict(model=Model("-1x"))),
+    ("--name=~/x", dict(model=Model(os.path.expanduser("~/x")))),
     ("--clip -1", dict(clip=-1.0)),
     ("--clip null", dict(clip=None)),
 ]
@@ -141,6 +143,9 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("--augment maybe", "True"),
         ("train", "unexpected argument 'train'"),
         ("--name=", "--model.name is empty"),
+        ("--name null", "--model.name is empty"),  # as YAML writes it
+        ("--weights a nan", "--data.weights is nan: expected a finite number"),
+        ("--clip inf", "--clip is inf"),
         ("--cameras=", "--data.cameras is empty"),
         ("--config", "ready-made files are in configs/"),
         ("--config nowhere.yaml", "nowhere.yaml"),

@@ -383,7 +383,8 @@ def test_a_second_run_does_nothing_and_a_change_is_noticed(tmp_path, capsys):
     for path in (tmp_path / "b").rglob("*.*"):
         os.utime(path, (1, 1))
     assert find_sessions([tmp_path / "b"]) and "1 unchanged" in again(side="b")
-    out = again("--instruction", "White_silicone_white_circle", "Go on, then")
+    out = again("--instruction", "White_silicone_white_circle", "Go on, then", "White", "Stop")
+    assert "of a data set or task 'White': its instruction is not used" in out
     assert "instruction (was Insert the needle into the white circle, is Go on, then)" in out
     assert Session(folder).instruction == "Go on, then" and "1 made" in again()
     log, sensor = next(folder.glob("*.csv")), next((tmp_path / "b").rglob("*.npz"))

@@ -41,10 +41,7 @@ def open_variant(folder, monkeypatch, *which):
 
 def test_the_variant_of_the_page_trains(sessions_root, qwen_dir, tmp_path, monkeypatch):  # noqa: F811
     mine = open_variant(tmp_path, monkeypatch)
-    noise, action = (
-        torch.randn(3, 8, 7),
-        torch.rand(3, 8, 7) * 2 - 1,
-    )  # a velocity that knows the action leads back to it
+    noise, action = torch.randn(3, 8, 7), torch.rand(3, 8, 7) * 2 - 1  # the true velocity leads back to the action
     assert torch.allclose(mine.Flow(100).walk(lambda x, t: noise - action, noise, 4), action, atol=1e-5)
     run(sessions_root, qwen_dir, tmp_path / "out", mine, max_steps=30, log_steps=10, lr=3e-3, num_layers=1)
     losses = [row["train/noise_loss"] for row in metrics(tmp_path / "out") if "train/noise_loss" in row]

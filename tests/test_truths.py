@@ -255,6 +255,9 @@ def test_4_a_resume_leaves_out_a_file_that_turned_out_bad(recipe, tmp_path):
     files = sorted([*folder.rglob("*.h5"), *folder.rglob("train-*.parquet")])
     if not files:
         pytest.skip("recordings have their own session.yaml to leave them out")
+    for i, file in enumerate(folder.rglob("*.h5")):
+        with h5py.File(file, "r+") as f:  # no two files have the same clock
+            f["timestamp"] = f.pop("timestamp", np.arange(9.0))[:] * (1 + i / 100)
     flags = dict(resume="auto", steps=4) | {recipe.root: str(folder)}
     first = train(recipe, out, **flags | dict(steps=2, resume=None))
     policies = [recipe.script.load_policy(recipe.newest(out))]
@@ -322,10 +325,10 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("nora", dict(load_model_weights="/no/weights"), "load_model_weights: /no/weights"),
     ("smolvla", dict(dataset__horizon=5), "policy.chunk_size is 4"),
     ("smolvla", dict(policy__n_action_steps=5), "policy.n_action_steps is 5: expected 1 to 4"),
-    ("smolvla", dict(batch=0), "training.batch_size is 0: expected 1 or more"),
+    ("smolvla", dict(batch=0), "training.batch_size is 0: expected more than 0"),
     ("smolvla", dict(reset_scheduler=True), "--resume CHECKPOINT"),
     ("smolvla", dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
-    ("smolvla", dict(dataset__state_dropout=2.0), "dataset.state_dropout 2.0: expected 0"),
+    ("smolvla", dict(dataset__state_dropout=2.0), "dataset.state_dropout is 2.0: expected a share below 1"),
     ("smolvla", dict(dataset__cameras=["top_camera", "top_camera"]), "dataset.cameras"),
     ("smolvla", dict(policy__num_vlm_layers=9), "has 3"),
     ("smolvla", dict(policy__resize_imgs_with_padding=(48, 40)), "a square in multiples of 16 .* up to 64"),
@@ -334,7 +337,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("openvla", dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"),
     ("openvla", dict(batch=0), "batch_size is 0"),
     ("openvla", dict(trajectory_hz=0), "trajectory_hz is 0"),
-    ("openvla", dict(lora_dropout=1.0), "lora_dropout"),
+    ("openvla", dict(run_id_note="a/b"), "run_id_note is 'a/b'"),
     # would turn the gradient round, and delete each checkpoint
     ("openvla", dict(max_grad_norm=-1.0, keep_checkpoints=-1), "max_grad_norm is -1.0, keep_checkpoints is -1: exp"),
     ("openvla", dict(learning_rate=float("nan")), "learning_rate is nan"),
@@ -345,15 +348,26 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("mobile", dict(dataset__train_split=0.01), "leaves 0 to train"),
     ("mobile", dict(dataset__max_text_len=5), "max_text_len is 5"),
     ("mobile", dict(train_setup__lora_dropout=1.0), "lora_dropout"),
-    *(
-        ("async", dict(dataset_weight=[text]), "dataset_weight")
-        for text in ("OCT=2", "OCT_insertion=0", "OCT_insertion")
-    ),
-    ("async", dict(lr=0.0), "lr is 0.0: expected more than 0"),
+    ("async", dict(dataset_weight=["OCT=2"]), "dataset_weight 'OCT=2'"),
+    ("async", dict(dataset_weight=["OCT_insertion=1e-9", "OCT_insertion=0"]), "dataset_weight 'OCT_insertion=0'"),
+    ("async", dict(dataset_weight=["OCT_insertion"]), "dataset_weight 'OCT_insertion'"),
     ("diffusion", dict(training_stage="stage2"), "training_stage is stage2"),
     ("diffusion", dict(ddim_steps=200), "ddim_steps is 200"),
     ("diffusion", dict(ema_decay=1), "ema_decay is 1"),
     ("diffusion", dict(predict_draws=9), "predict_draws is 9"),
+    ("nora", dict(lora_rank=0), "lora_rank is 0"),
+    ("nora", dict(fast_scale=0.0), "fast_scale is 0"),
+    ("mobile", dict(min_lr_scale=10.0), "min_lr_scale is 10"),
+    ("smolvla", dict(lora_alpha=0), "lora_alpha is 0"),
+    ("smolvla", dict(scheduler__peak_lr=0.0), "scheduler.peak_lr is 0"),
+    ("smolvla", dict(optimizer__eps=0.0), "optimizer.eps is 0"),  # 0 / 0 where a gradient is 0
+    ("smolvla", dict(optimizer__betas=(0.9, 1.0)), r"optimizer.betas are \[0.9, 1.0\]"),
+    ("smolvla", dict(policy__expert_width_multiplier=0.33), "the expert 15 wide"),
+]
+WRONG += [(name, dict(lora_dropout=1.0), "lora_dropout is 1.0") for name in ("nora", "smolvla", "openvla")]
+WRONG += [(name, dict(dropout=1.0), "dropout is 1.0") for name in ("async", "diffusion")]
+WRONG += [
+    (name, dict(min_lr=0.1), "min_lr is 0.1: expected lr above 0, min_lr up to lr") for name in ("async", "diffusion")
 ]
 
 
