@@ -215,8 +215,7 @@ def film(make_scene, run, count):
 
 
 def draw_strip(make_scene, found, path, count=5, width=320):
-    """A row of pictures per drive: a success and a failure of the policy, then the baselines in the first of these
-    scenes."""
+    """A row of pictures per drive: a success and a failure of the policy, the baselines in the first one's scene."""
     policy, hz, rows = found["policy"], getattr(make_scene(), "hz", None), []
     outcomes = [bool(run["success"]) for run in policy]
     chosen = [policy[outcomes.index(outcome)] for outcome in (True, False) if outcome in outcomes]

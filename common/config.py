@@ -3,8 +3,7 @@
 A --config file becomes flags in front of the user's own; of two equal flags the later one wins; tyro parses the types.
 
     --dataset.horizon 10   --horizon 10 (a name that only one group has)   --grad-clip=1 (- is _)   --resume null
-    --augment   --augment true   --no-augment   --cameras camera1 camera3
-"""
+    --augment   --augment true   --no-augment   --cameras camera1 camera3"""
 
 import contextlib
 import dataclasses

@@ -1,8 +1,7 @@
 """FAST action tokens (Pertsch et al. 2025, arXiv 2501.09747), re-implemented from the published description.
 
 A chunk (H, A) in [-1, 1] -> DCT along time -> rounding -> one character per coefficient -> byte-level BPE. The files
-are the public ones: tokenizer.json and processor_config.json (scale, min_token).
-"""
+are the public ones: tokenizer.json and processor_config.json (scale, min_token)."""
 
 import json
 import math

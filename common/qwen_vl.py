@@ -1,8 +1,7 @@
 """Qwen2.5-VL without its processor classes: prompt ids, image patches, RoPE positions, vision attention.
 
 Images are squashed to one fixed size first, so all of a batch have the same patch grid. The numbers (mean, std, patch
-14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and rope code.
-"""
+14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and RoPE."""
 
 import functools
 import json

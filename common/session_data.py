@@ -88,11 +88,10 @@ def load_data(cfg, run=None, saved=None, optional=()):
     train, validation = ss.split_sessions(sessions, cfg.val_split)
     features = Features(cfg, sessions, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
-    advice = "change --views, --max-image-age, --vlm-reuse-count or --vlm-latency-ms"
+    old = f"at most {cfg.max_image_age:g} s: change --views, --max-image-age, --vlm-reuse-count or --vlm-latency-ms"
     for kind, part in dict(training=train, validation=validation).items():
-        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} of at most"
-        usable = not part or any(len(features.usable(s)[0]) for s in part)
-        require(usable, f"{none} {cfg.max_image_age:g} s: {advice}")
+        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} of {old}"
+        require(not part or any(len(features.usable(s)[0]) for s in part), none)
     ages = np.concatenate([features.ages(s) for s in train])
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
     for s in train:

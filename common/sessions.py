@@ -231,8 +231,7 @@ class Session:
     path | dataset, task, name ("<dataset>/<task or ->/<episode>") | instruction | action (N, 7) float32, starts, ends
     (N,) float64, segment (N,) int32, robot_state (N, 12) float32 joints and pose | has_sensor, sensor_stamps (Ns,)
     float64 or None, sensor_hz, sensor {mean, std (1026,) of the rows before they were rounded, dtype, ...} |
-    view_names. The sensor rows stay on disk, mapped by the process that reads them.
-    """
+    view_names. The sensor rows stay on disk, mapped by the process that reads them."""
 
     def __init__(self, folder):
         self.path = Path(os.path.realpath(folder))
@@ -366,8 +365,7 @@ def session_stats(train):
 
     action: {mean, std, min, max, q01, q99, mask, count, constant}; a dim whose range is below 1e-4 (the gripper) is
     flagged constant, and its limits are set to its mean. sensor: {mean, std (1026), count, dtype: float16 if the rows
-    of all sessions are, else float32}; None if no session has one.
-    """
+    of all sessions are, else float32}; None if no session has one."""
     action = compute_stats(dict(action=[s.action for s in train]))["action"]
     action["constant"] = [high - low < 1e-4 for low, high in zip(action["min"], action["max"], strict=True)]
     for d in np.flatnonzero(action["constant"]):

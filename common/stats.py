@@ -2,8 +2,7 @@
 
 File (YAML or JSON by suffix): format_version, num_episodes, num_frames, action_definition {source, dim, rotation_unit},
 episodes [names it was computed over], excluded_episodes [names held out], and for action and observation.state
-{mean, std, min, max, q01, q99, mask, count}, lists of one number per dimension in the data's own units.
-"""
+{mean, std, min, max, q01, q99, mask, count}, lists of one number per dimension in the data's own units."""
 
 import json
 from pathlib import Path

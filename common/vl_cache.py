@@ -45,8 +45,7 @@ class VLEncoder:
     The prompt is one user turn: the images, sorted by view, then the instruction, in the chat template, without a
     generation prompt. Every image is resized, whatever its aspect, to height x width rounded down to whole tokens (28
     pixels): 360 x 640 gives 336 x 616, 264 tokens. `layer` -1: the last hidden state, normed; k: that after k layers
-    (later ones are dropped). The feature is its mean over all tokens.
-    """
+    (later ones are dropped). The feature is its mean over all tokens."""
 
     def __init__(self, model, views, height=360, width=640, layer=-1, dtype="fp16", device="cpu", compute_dtype=None):
         self.device, self.views, self.layer = torch.device(device), sorted(set(views)), layer
@@ -101,8 +100,7 @@ class VLEncoder:
         return torch.tensor(ids), torch.from_numpy(qwen_vl.rope_positions(ids, self.image_token_id, self.grid).T)
 
     def load(self, image):
-        """Path or (h, w, 3) uint8 RGB -> (height, width, 3) uint8, the size the model sees. Cache and predict share
-        this preprocessing."""
+        """Path or (h, w, 3) uint8 RGB -> (height, width, 3) uint8, as the model sees it, in cache and predict alike."""
         image = image if isinstance(image, np.ndarray) else read_image(image)
         wrong = f"an image is {image.dtype} {image.shape}: expected uint8 (height, width, 3), RGB"
         require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, wrong)
