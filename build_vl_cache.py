@@ -1,12 +1,12 @@
-"""Features of a frozen Qwen2.5-VL for every VLM tick of every session, once, so that training opens no image and loads
-no VLM.
+"""Compute the features of a frozen Qwen2.5-VL for every VLM tick of every session once, so that training opens no image
+and loads no VLM.
 
     python build_vl_cache.py --dataset-dirs DATA                            # after create_datapkl.py
     torchrun --nproc_per_node=4 build_vl_cache.py --dataset-dirs DATA       # four processes share one queue
 
-One file per session below <cache_root>/qwen_vl_features/ (form: common/vl_cache.py), written whole or not at all; a
-feature that is there, of the same images with the same settings, is kept. The processes share nothing but that folder:
-each takes the next session whose lock is free, so more may be started at any time, on any machine that sees it.
+Writes one file per session below <cache_root>/qwen_vl_features/ (format: common/vl_cache.py), atomically; features of
+the same images with the same settings are kept. The processes share nothing but that folder: each takes the next
+session whose lock is free, so more can be started at any time, on any machine that has the folder.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ ALIASES = dict(dataset_dir="dataset_dirs", resize_height="image_resize_height", 
 
 @dataclass
 class Config:
-    dataset_dirs: list[str] = field(default_factory=list)  # folders with sessions that have a data.pkl, also deep below
+    dataset_dirs: list[str] = field(default_factory=list)  # folders with preprocessed sessions, searched recursively
     cache_root: str | None = None  # folder that gets qwen_vl_features/; null: cache/ in the first of dataset_dirs
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id or directory
-    views: list[str] = field(default_factory=list)  # View1 is the left one of a pair; empty: those of every session
-    vlm_reuse_count: int = 3  # steps per look; a training may use any multiple of it
+    views: list[str] = field(default_factory=list)  # View1 is the left one of a pair; empty: those in all sessions
+    vlm_reuse_count: int = 3  # steps per feature; a training may use any multiple of it
     image_resize_height: int = 360  # pixels, rounded down to a multiple of 28
     image_resize_width: int = 640  # pixels, rounded down to a multiple of 28
-    max_image_age: float = 1.5  # seconds; a look with an older newest image is left out
+    max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is left out
     layer: int = -1  # -1: the last hidden state; k: the state after k layers, which is cheaper
     dtype: Literal["fp16", "fp32"] = "fp16"  # of the stored numbers
-    micro_batch: int = 1  # features per forward pass; halved when memory runs out
+    micro_batch: int = 1  # features per forward pass; halved when GPU memory runs out
     num_workers: int = 4  # threads that read images ahead, per process
-    prune: bool = False  # afterwards delete these sessions' files of other settings, and what kills left
+    prune: bool = False  # afterwards delete these sessions' files of other settings, and leftovers of killed processes
     check: bool = False  # read the sessions, show what would be done, stop
 
 
@@ -67,9 +67,9 @@ def check_config(cfg):
 
 
 class Builder:
-    """Makes what is missing, session after session. Remembers the micro batch that fits, `paths` of the files, and
-    what it took: `built` sessions, `computed` features, `seconds`. `go_on`, called with the number of features that are
-    there now, says whether to go on."""
+    """Computes what is missing, session by session. Keeps the micro batch that fits, `paths` of the files, and the
+    effort: `built` sessions, `computed` features, `seconds`. `go_on` is called with the number of features that are
+    done since the last call, and returns False to stop."""
 
     def __init__(self, encoder, root, micro_batch=1, workers=4, go_on=lambda n: True):
         self.encoder, self.root, self.micro_batch, self.go_on = encoder, root, micro_batch, go_on
@@ -77,13 +77,13 @@ class Builder:
         self.paths, self.built, self.computed, self.seconds = [], 0, 0, 0.0
 
     def make(self, session, looks):
-        """-> False where another process is at work on this session; True: its file is there, or go_on said no."""
+        """-> False if another process is working on this session; True: its file is complete, or go_on said stop."""
         path = vl_cache.file_of(self.root, session, self.encoder.recipe)
         with claimed(path) as mine:
             if not mine:
                 return False
             rows, known = {}, {}
-            with contextlib.suppress(vl_cache.CacheMismatch):  # none, or a damaged one: as if it were not there
+            with contextlib.suppress(vl_cache.CacheMismatch):  # no file, or a damaged one: start from nothing
                 file = vl_cache.FeatureFile(path)
                 rows, known = dict(zip(file.rows, file.features, strict=True)), file.meta["pictures"]
             pictures = vl_cache.picture_facts(session, looks, known)
@@ -91,20 +91,22 @@ class Builder:
             todo = {key: look for look, key in keys.items() if key not in rows}
             self.go_on(len(looks) - len(todo))
             if todo:
-                _, began = self.encoder.vlm, time.perf_counter()  # loading is no part of the speed
+                _ = self.encoder.vlm  # load it now: that does not count as computing
+                began = time.perf_counter()
                 features = self.features(session, list(todo.values()))
                 if features is None:
                     return True
                 rows |= zip(todo, features, strict=True)
-                self.seconds, self.built = self.seconds + time.perf_counter() - began, self.built + 1
-            if todo or not pictures.items() <= known.items():  # times that moved are noted
+                self.seconds += time.perf_counter() - began
+                self.built += 1
+            if todo or not pictures.items() <= known.items():  # or images have new times: the next run need not read
                 meta = dict(recipe=self.encoder.recipe, keys=list(rows), pictures=known | pictures)
                 write_features(path, torch.stack(list(rows.values())), meta)
             self.paths.append(path)
             return True
 
     def features(self, session, looks):
-        """-> (n, 1, D) in the stored dtype; None if go_on said no."""
+        """-> (n, 1, D) in the stored dtype; None if go_on said stop."""
 
         def read(look):
             images = {view: session.path / name for view, name in zip(self.encoder.views, look, strict=True)}
@@ -121,15 +123,15 @@ class Builder:
                     require(self.micro_batch > 1, f"CUDA out of memory at {name} with one feature at a time: {less}")
                     torch.cuda.empty_cache()
                     self.micro_batch //= 2
-                    print(f"warning   memory ran out, goes on with micro_batch {self.micro_batch}")
+                    print(f"warning   out of GPU memory, going on with micro_batch {self.micro_batch}")
                     continue
                 batch = batch[len(parts[-1]) :]
                 if not self.go_on(len(parts[-1])):
                     return None
         self.computed += len(looks)
         features = torch.cat(parts).to(self.encoder.dtype)
-        how = "Build with --dtype fp32, or look at the images of this session"
-        require(features.isfinite().all(), f"{session.name}: a feature is not finite in {features.dtype}. {how}")
+        advice = "Build with --dtype fp32, or look at the images of this session"
+        require(features.isfinite().all(), f"{session.name}: a feature is not finite in {features.dtype}. {advice}")
         return features
 
 
@@ -139,7 +141,7 @@ def write_features(path, features, meta):
 
 
 def read_ahead(pool, function, items, ahead):
-    """Yield function(item) of every item, in order, begun by the pool's threads up to `ahead` items early."""
+    """Yield function(item) of every item, in order; the pool's threads are up to `ahead` items ahead."""
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -154,9 +156,8 @@ def read_ahead(pool, function, items, ahead):
 
 @contextlib.contextmanager
 def claimed(path):
-    """Yield True while this process is the only one at work on the file `path`, on any machine; False: another one is.
-    The system frees the lock of a process that died. Where the disk knows no locks, work may be done twice, never
-    wrong."""
+    """Yield True if this process, alone of all machines, may work on the file `path`; False if another one does. The
+    lock of a process that died is free. On a disk without locks work may be done twice, never wrong."""
     lock = path.with_name(f".lock-{path.stem}")
     with open(lock, "ab") as f:
         try:
@@ -170,8 +171,8 @@ def claimed(path):
 
 
 def work_through(builder, sessions, looks, everything):
-    """Make every session's file, the longest first. `everything`: also wait for those that other processes make, and
-    take them over where one dies."""
+    """Make every session's file, the longest first. `everything`: also wait for those that other processes are making,
+    and take over from one that dies."""
     todo = sorted(zip(sessions, looks, strict=True), key=lambda pair: -len(pair[1]))
     while todo:
         taken = [pair for pair in todo if builder.go_on(0) and not builder.make(*pair)]
@@ -180,7 +181,7 @@ def work_through(builder, sessions, looks, everything):
 
 
 def prune(root, sessions, keep):
-    """Delete files of `sessions` other than those in `keep`, and what killed processes left -> number of files."""
+    """Delete the files of `sessions` that are not in `keep`, and leftovers of killed processes -> number of files."""
     ckpt.remove_temporaries(root / vl_cache.FOLDER)
     files = set().union(*(vl_cache.files_of(root, session) for session in sessions))
     for path in files.difference(keep):
@@ -205,32 +206,32 @@ def main(cfg):
     if left_out:
         print0(f"warning   left out, for not every session has it: {', '.join(left_out)}. Choose with --views")
     looks = [session.ticks(cfg.vlm_reuse_count, views, cfg.max_image_age).unique() for session in sessions]
-    bare = [session.name for session, seen in zip(sessions, looks, strict=True) if not seen]
-    how = f"other --views, a larger --max-image-age (now {cfg.max_image_age} s), a smaller --vlm-reuse-count "
-    how += f"(now {cfg.vlm_reuse_count}), or leave them out"
-    require(not bare, f"{len(bare)} sessions have no tick with a fresh image of every view, e.g. {bare[:1]}: {how}")
-    size = sum(map(len, looks))
-    seen = f"{size} looks at {', '.join(views)}, every {cfg.vlm_reuse_count} steps"
-    print0(f"data      {len(sessions)} sessions, {seen}")
+    bare = [session.name for session, own in zip(sessions, looks, strict=True) if not own]
+    advice = f"other --views, a larger --max-image-age (now {cfg.max_image_age} s), a smaller --vlm-reuse-count "
+    advice += f"(now {cfg.vlm_reuse_count}), or leave them out"
+    require(not bare, f"{len(bare)} sessions have no tick with a fresh image of every view, e.g. {bare[:1]}: {advice}")
+    total = sum(map(len, looks))
+    shown = f"{total} looks at {', '.join(views)}, every {cfg.vlm_reuse_count} steps"
+    print0(f"data      {len(sessions)} sessions, {shown}")
     folder = Path(cfg.cache_root or Path(cfg.dataset_dirs[0]) / "cache") / vl_cache.FOLDER
     if cfg.check:
         rows, columns = cfg.image_resize_height // 28, cfg.image_resize_width // 28  # patch 14, merge 2
         height, width, _ = vl_cache.read_image(sessions[0].path / looks[0][0][0]).shape
-        seen = f"{width}x{height} is seen as {columns * 28}x{rows * 28}: {rows * columns} tokens"
-        print0(f"          {views[0]} of {sessions[0].name}: {seen}, {rows * columns * len(views)} per feature")
-        megabytes = size * 2048 * (2 if cfg.dtype == "fp16" else 4) / 1e6
+        shown = f"{width}x{height} is seen as {columns * 28}x{rows * 28}: {rows * columns} tokens"
+        print0(f"          {views[0]} of {sessions[0].name}: {shown}, {rows * columns * len(views)} per feature")
+        megabytes = total * 2048 * (2 if cfg.dtype == "fp16" else 4) / 1e6
         print0(f"cache     {folder}: about {megabytes:.1f} MB with the 3B model's width of 2048")
         print0(f"text      {sorted({session.instruction for session in sessions})}\ncheck passed")
         return
 
     # ---- build
-    asked = (cfg.image_resize_height, cfg.image_resize_width, cfg.layer, cfg.dtype)
-    encoder = vl_cache.VLEncoder(cfg.model, views, *asked, device)
+    settings = (cfg.image_resize_height, cfg.image_resize_width, cfg.layer, cfg.dtype)
+    encoder = vl_cache.VLEncoder(cfg.model, views, *settings, device)
     (height, width), tokens, kind = encoder.size, encoder.grid[0] * encoder.grid[1], encoder.recipe["compute_dtype"]
     shown = f"images as {width}x{height}, {tokens} tokens per view, {tokens * len(views)} per feature"
     print0(f"model     {cfg.model}, layer {cfg.layer}, {kind} on {world} x {device.type}; {shown}")
     folder.mkdir(parents=True, exist_ok=True)
-    with StopSignal() as stop, tqdm(total=size, unit="feature", disable=None if rank == 0 else True) as bar:
+    with StopSignal() as stop, tqdm(total=total, unit="feature", disable=None if rank == 0 else True) as bar:
 
         def go_on(n):
             bar.update(n)
@@ -246,7 +247,8 @@ def main(cfg):
 
     # ---- report
     disk = sum(path.stat().st_size for path in builder.paths) / 1e6
-    print(f"cache     {len(sessions)} sessions, {size} features, {disk:.2f} MB in {folder}; {builder.built} built here")
+    shown = f"{total} features, {disk:.2f} MB in {folder}; {builder.built} built here"
+    print(f"cache     {len(sessions)} sessions, {shown}")
     if builder.built:
         each = builder.seconds / builder.computed
         print(f"speed     {1 / each:.2f} features/s ({1000 * each:.1f} ms each) in this one of {world} processes")

@@ -1,11 +1,11 @@
-"""Normalisation statistics of insertion episodes, by the same reader, split and action definition as the training.
+"""Normalisation statistics of insertion episodes, with the reader, split and action definition of the training.
 
     python compute_stats.py --config configs/smolvla_sim.yaml --output dataset_stats_sim.yaml
     python compute_stats.py --dataset.root_dir DATA --use_ee_pose_delta_as_action --num_val_episodes 20
 
-Reads `dataset`, `validation` and `seed` of a training's YAML and leaves the other keys alone, holds out the same
-episodes, and writes mean, std, min, max, q01, q99 per dimension of the action and the state (form: common/stats.py). A
-training needs no such file, it computes the same numbers itself; use one to look at the data, or to share its numbers.
+Reads `dataset`, `validation` and `seed` of a training's YAML and ignores the other keys, holds out the same episodes,
+and writes mean, std, min, max, q01, q99 per dimension of action and state (format: common/stats.py). A training needs
+no such file, for it computes the same numbers itself: use one to look at the data, or to share its statistics.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,8 @@ class Config:
 
 
 def main(cfg):
-    d, drawn = cfg.dataset, cfg.validation.num_episodes if cfg.validation.enable else 0
+    d = cfg.dataset
+    drawn = cfg.validation.num_episodes if cfg.validation.enable else 0
     both = f"dataset.num_val_episodes is {d.num_val_episodes} and validation.num_episodes {drawn}"
     require(not (d.num_val_episodes and drawn), f"{both}: a training has one of them, set the other to 0")
     found, excluded = ep.load_episodes(d.root_dir, d.skip_bad_episodes)
@@ -51,8 +52,8 @@ def main(cfg):
         print(f"excluded  {message}")
     parts = ep.hold_out(len(found), drawn, cfg.seed) if drawn else ep.hold_out(len(found), d.num_val_episodes)
     train, validation = ([found[i] for i in part] for part in parts)
-    wanted = [key for key in ("qpos", "ee_pose") if getattr(d, f"use_{key}")]
-    keys = [key for key in wanted if getattr(found[0], key) is not None] or ["no_state"]
+    used = [key for key in ("qpos", "ee_pose") if getattr(d, f"use_{key}")]
+    keys = [key for key in used if getattr(found[0], key) is not None] or ["no_state"]
     definition = ep.define_action(found, d.use_ee_pose_delta_as_action, d.rotation_unit)
     stats = ep.insertion_stats(train, definition, [e.name for e in validation], keys)
     save_stats(cfg.output, stats)

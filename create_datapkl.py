@@ -1,4 +1,5 @@
-"""Robot recordings -> data.pkl: motions of exactly 0.1 s, images and sensor on one clock. The first step of guide 5.
+"""Preprocess robot recordings: write a data.pkl into each, with actions of exactly 0.1 s, images and sensor rows on one
+clock. The first step of guide 5.
 
     python create_datapkl.py --dataset-dirs /data --new-dataset-dir /data/Make_dataset/New_dataset
     python create_datapkl.py --dataset-dirs /data --dry-run            # read all, write nothing: rates, gaps, overlap
@@ -17,10 +18,10 @@ camera_offset_s, instruction, dataset, exclude; see common.sessions.read_notes.
 data.pkl, beside the recording's files (plain values, arrays as (dtype, shape, bytes); N actions):
     schema_version 4 | action (N, 7) float32: pose delta in mm and degrees, and the constant 1.0 | action_timestamps,
     action_end_timestamps (N,) float64, 0.1 s apart | segment_id (N,) int32 | robot_state (N, 12) float32: joints and
-    pose, newest at the start | image {view: [paths relative to the folder]}, image_timestamps {view: (M,) float64},
-    image_size {view: [height, width]} | sensor_data None or {file, timestamps (Ns,) float64 on the robot's clock,
-    rate_hz, channels, dtype, mean, std (1026,) float64}; the file, sensor_stream.npy, holds the rows (Ns, 1026): force,
-    A-scan; fp16 where that is exact enough (FP16_ERROR), else fp32 | instruction | metadata
+    pose, the newest row at the action's start | image {view: [paths relative to the folder]}, image_timestamps {view:
+    (M,) float64}, image_size {view: [height, width]} | sensor_data None or {file, timestamps (Ns,) float64 on the
+    robot's clock, rate_hz, channels, dtype, mean, std (1026,) float64}; the file, sensor_stream.npy, holds the rows
+    (Ns, 1026): force, A-scan; fp16 where that is exact enough (FP16_ERROR), else fp32 | instruction | metadata
 The actions of a segment add up to the difference of its end poses. A gap in the log begins a new segment.
 """
 
@@ -69,7 +70,7 @@ class Config:
     dataset_dirs: list[str] = field(default_factory=list)  # folders with recordings, searched recursively
     new_dataset_dir: str | None = None  # one more: Make_dataset/New_dataset
     action_hz: float = 10.0  # actions per second; the trainings expect 10
-    tolerance_ms: float = 20.0  # a pause of the robot log this much longer than an action is a gap
+    tolerance_ms: float = 20.0  # two rows of the robot log further apart than an action and this are a gap
     min_sensor_overlap: float = 0.9  # share of the actions that the sensor must cover, else it is left out
     instruction: dict[str, str] = field(default_factory=dict)  # {data set or task: text}, else from their names
     workers: int = 4  # processes; 0: in this one
@@ -94,14 +95,14 @@ def check_config(cfg):
 
 TIMES = ("origin_timestamp", "timestamp", "recv_timestamp")  # recv stamps come last: several rows share one
 JOINTS = [(f"joint_{i}", f"joint_angle_{i}") for i in range(1, 7)]
-SECONDS = 1e10  # stamps from here on are milli- or nanoseconds
-SLACK = 1e-5  # seconds; the stamps of our time are good to 0.3 us
+SECONDS = 1e10  # larger stamps are milli- or nanoseconds
+SLACK = 1e-5  # seconds; float64 resolves today's epoch stamps to 0.3 us
 POSE = [(f"pose_{c}", f"ee_{c}") for c in "xyzabr"]
 
 
 @contextlib.contextmanager
 def reading(path):
-    """What a damaged file raises -> BadSession that names it."""
+    """Turn what a damaged file raises into a BadSession that names the file."""
     try:
         yield
     except (ValueError, TypeError, KeyError, EOFError, ParserWarning, zipfile.BadZipFile, zlib.error) as error:
@@ -112,16 +113,16 @@ def read_robot(path):
     """CSV -> (stamps (n,) float64, rows (n, 12) float64 joints and pose), in the order of the file."""
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")
-        text = text[: text.rfind("\n") + 1]  # a last row without an end: the recorder was stopped in the middle of it
+        text = text[: text.rfind("\n") + 1]  # without a last row that the recorder could not finish
         with catch_warnings(action="error", category=ParserWarning):  # rows longer than the header
             table = pd.read_csv(io.StringIO(text), index_col=False)
         table.columns = [name.strip().lower() for name in table.columns]
         chosen = []
         for names in (TIMES, *JOINTS, *POSE):
-            there = [name for name in names if name in table.columns]
+            present = [name for name in names if name in table.columns]
             lacks = f"it has no column {' or '.join(names)} among {', '.join(table.columns)}"
-            require(there, lacks, ValueError)
-            chosen.append(there[0])
+            require(present, lacks, ValueError)
+            chosen.append(present[0])
         rows = table[chosen].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
         if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
             lines = [(i + 1, line) for i, line in enumerate(text.splitlines()) if line.strip()]
@@ -133,18 +134,18 @@ def read_robot(path):
 
 
 def find_stretches(stamps, period, tolerance):
-    """Stamps (n,) in the order of the file -> (list of row numbers, each of one clock, rising, without a gap; rows at
-    which the clock steps back; number of gaps). Left out: rows that are not newer than those before, for the publisher
-    resends its newest pose and packets overtake each other."""
+    """Stamps (n,) in the order of the file -> (stretches: arrays of row numbers with rising stamps and no gap; rows at
+    which the clock steps back; number of gaps). Rows that are not newer than all before are left out: the publisher
+    resends its newest pose, and packets overtake each other."""
     after = np.r_[stamps[2:], -np.inf]
-    back = np.flatnonzero((stamps[1:] < stamps[:-1]) & (after < stamps[:-1])) + 1  # and stays back
+    back = np.flatnonzero((stamps[1:] < stamps[:-1]) & (after < stamps[:-1])) + 1  # for more than one row
     clocks = []
     for rows in np.split(np.arange(len(stamps)), back):
         newest = np.maximum.accumulate(stamps[rows])
         clocks.append(rows[np.r_[True, stamps[rows[1:]] > newest[:-1]]])
     steps = np.concatenate([np.diff(stamps[rows]) for rows in clocks])
-    usual = np.median(steps) if len(steps) else 0.0
-    longest = max(period, 1.5 * usual) + tolerance + SLACK
+    typical = np.median(steps) if len(steps) else 0.0
+    longest = max(period, 1.5 * typical) + tolerance + SLACK
     stretches = []
     for rows in clocks:
         stretches += np.split(rows, np.flatnonzero(np.diff(stamps[rows]) > longest) + 1)
@@ -152,8 +153,8 @@ def find_stretches(stamps, period, tolerance):
 
 
 def make_actions(stamps, rows, stretches, period):
-    """-> dict of data.pkl's arrays. In every stretch the pose is interpolated at the first row's time and every period
-    after it; an action is the difference of two neighbours."""
+    """-> dict of data.pkl's arrays. In every stretch the pose is interpolated at its first row's time and every period
+    after that; an action is the difference of two such poses."""
     parts = {key: [] for key in ss.ARRAYS}
     long = [chosen for chosen in stretches if stamps[chosen[-1]] - stamps[chosen[0]] >= period - SLACK]
     for segment, chosen in enumerate(long):
@@ -161,17 +162,18 @@ def make_actions(stamps, rows, stretches, period):
         grid = t[0] + period * np.arange(int((t[-1] - t[0] + SLACK) / period) + 1)
         pose[:, 3:] = np.unwrap(pose[:, 3:], period=360, axis=0)
         delta = np.diff([np.interp(grid, t, column) for column in pose.T]).T
-        newest = np.searchsorted(t, grid[:-1] + SLACK, side="right") - 1  # the state knows nothing of later rows
-        moves, numbers = np.c_[delta, np.ones(len(delta))], np.full(len(delta), segment)
-        for key, part in zip(ss.ARRAYS, (moves, grid[:-1], grid[1:], numbers, rows[chosen[newest]]), strict=True):
-            parts[key].append(part)
+        newest = np.searchsorted(t, grid[:-1] + SLACK, side="right") - 1  # causal: no row after the action's start
+        action, segment_id = np.c_[delta, np.ones(len(delta))], np.full(len(delta), segment)
+        arrays = (action, grid[:-1], grid[1:], segment_id, rows[chosen[newest]])
+        for key, array in zip(ss.ARRAYS, arrays, strict=True):
+            parts[key].append(array)
     return {key: np.concatenate(part).astype(ss.ARRAYS[key][0]) for key, part in parts.items()}
 
 
 # ---- sensor ----------------------------------------------------------------------------------------------------------
 
-FP16_ERROR = 0.01  # of a channel's standard deviation, root mean square
-BLOCK = 4096  # rows at a time: a recording's sensor rows can be more than the memory
+FP16_ERROR = 0.01  # largest RMS rounding error, as a share of a channel's standard deviation
+BLOCK = 4096  # rows at a time: a recording's sensor rows may not fit into memory
 
 
 def read_array(arrays, name, size):
@@ -209,7 +211,7 @@ def read_windows(arrays):
 
 
 def new_rows(before, window, expected):
-    """Number of rows at the end of `window` that `before` did not have; of several that fit (a resting sensor) the one
+    """-> number of rows at the end of `window` that `before` does not have; if several fit (a sensor at rest), the one
     nearest to `expected`."""
     size, old, new, last = len(window), before.tobytes(), window.tobytes(), before[-1].tobytes()
     ends = [n for n in range(size) if new.startswith(last, (size - n - 1) * len(last))]
@@ -218,10 +220,10 @@ def new_rows(before, window, expected):
 
 
 def spread(stamps, windows=False):
-    """Stamps (n,) that do not fall, of which neighbours may be equal -> (stamps that differ, rows per second).
+    """Non-decreasing stamps (n,) -> (strictly rising stamps, rows per second).
 
-    Rows share a stamp where the clock ticks slower than they come: they lie between it and the next one, so that none
-    is known too early. A window's stamp is that of its last row: there they lie between it and the one before."""
+    Rows share a stamp where the clock ticks slower than they come: they are spread from it to the next one, never
+    earlier, for causality. A window's stamp is that of its last row: its rows are spread back to the one before."""
     if windows:
         turned, rate = spread(-stamps[::-1])
         return -turned[::-1], rate
@@ -237,13 +239,14 @@ FORMS = {read_windows: {"timestamps", "data"}, read_stream: {"timestamps", "forc
 
 
 class NoSensor(BadSession):
-    """The sensor's rows cannot be put in an order of time; the recording is good without."""
+    """The sensor's rows cannot be put into temporal order; the recording is usable without them."""
 
 
 def read_file(path, scratch):
     """One npz, its rows appended to the file `scratch` as float32 -> (its form, stamps (n,) in order, the rows in
     `scratch` they belong to (n,), names of the rows left out because a value is not finite)."""
-    begin, read = scratch.tell() // (4 * CHANNELS), [(np.zeros(0), np.zeros(0, bool))]
+    begin = scratch.tell() // (4 * CHANNELS)  # number of this file's first row in `scratch`
+    read = [(np.zeros(0), np.zeros(0, bool))]  # (stamps, are they and their rows finite?)
     with reading(path), np.load(path) as arrays:
         form = next((form for form, keys in FORMS.items() if keys <= set(arrays)), None)
         expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
@@ -264,9 +267,9 @@ def read_file(path, scratch):
 
 
 def read_sensor(paths):
-    """npz files of one recording -> (stamps (n,) that rise; rows (m, 1026) float32, mapped from a temporary file that
-    goes with them; list of arrays, the numbers of the rows that the stamps belong to; rows per second; names of the
-    rows left out). BadSession where they cannot be read or put in order."""
+    """npz files of one recording -> (rising stamps (n,); rows (m, 1026) float32, mapped from a temporary file that is
+    deleted with them; list of arrays, the numbers of the rows that the stamps belong to; rows per second; names of the
+    rows left out). BadSession if they cannot be read, NoSensor if they cannot be put in order."""
     with tempfile.TemporaryFile() as scratch:
         files = [read_file(path, scratch) for path in sorted(paths)]
         scratch.flush()
@@ -276,14 +279,14 @@ def read_sensor(paths):
         require(len(forms) == 1, f"{', '.join(path.name for path in paths)} hold {found}", NoSensor)
         rows = np.memmap(scratch, np.float32, "r").reshape(-1, CHANNELS)
     stamps, chosen = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-    kept = stamps >= np.maximum.accumulate(stamps)  # the others are of a file that overlaps the one before
+    kept = stamps >= np.maximum.accumulate(stamps)  # drop what overlaps with the file before
     stamps, rate = spread(stamps[kept], read_windows in forms)
     blocks = np.split(chosen[kept], range(BLOCK, kept.sum(), BLOCK))
     return stamps, rows, blocks, rate, sum((spoiled for *_, spoiled in files), [])
 
 
 def compress(rows, blocks):
-    """rows (m, 1026) float32, of which the numbers in `blocks` -> (float16 where that rounds no channel by more than
+    """The rows (m, 1026) float32 with the numbers in `blocks` -> (dtype: float16 if that rounds no channel by more than
     FP16_ERROR of its standard deviation (A-scans are integers: exact up to 2,048), else float32; mean, std (1026,)
     float64)."""
     n = sum(map(len, blocks))
@@ -302,8 +305,8 @@ IMAGE = re.compile(rf"{PLACE}(?:[^/]*_)?(?:{STAMP}|[^/_]*)\.(?:jpe?g|png)", re.I
 
 
 def list_images(folder):
-    """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time, broken pictures). View
-    names: View1..; with _left, _right for stereo folders."""
+    """Recording folder -> ({view: [(stamp, path relative to it)] by time}, names without a time, broken images). Views
+    are View1, ..., with _left, _right for stereo folders."""
     views, nameless, broken, patterns = {}, [], [], ("*/*.*", "*/*/*.*", "*/*/*/*.*")
     names = itertools.chain(*(glob.glob(pattern, root_dir=folder) for pattern in patterns))
     for name in filter(IMAGE.fullmatch, names):
@@ -331,7 +334,7 @@ def is_whole(path):
 
 
 def instruction_of(dataset, task, given):
-    """Text for a recording: given for its task or data set, else from the names."""
+    """-> the recording's instruction: `given` {task or data set: text}, else a guess from the names."""
     for name in (task, dataset):
         if name in given:
             return str(given[name])
@@ -349,9 +352,9 @@ def describe(folder):
     """Recording folder -> (format, robot CSV, sensor files, images, warnings); BadSession without log or image."""
     names = sorted(os.listdir(folder))
     logs = [folder / n for n in names if ss.ROBOT_CSV.fullmatch(n)]
-    there = f"has {len(logs)} robot logs ({', '.join(p.name for p in logs) or 'none'})"
+    listed = f"has {len(logs)} robot logs ({', '.join(p.name for p in logs) or 'none'})"
     expected = "expected one robot_state_*.csv, robot_states.csv or robot_rt_*.csv"
-    require(len(logs) == 1, f"{there}; {expected}", BadSession)
+    require(len(logs) == 1, f"{listed}; {expected}", BadSession)
     images, nameless, broken = list_images(folder)
     warnings = []
     if nameless:
@@ -369,9 +372,10 @@ def describe(folder):
 
 def shift(images, offset, warnings):
     """{view: [(stamp, path)]} and session.yaml's camera_offset_s -> {view: stamps (M,) on the robot's clock}."""
-    by_view, out, used = offset if isinstance(offset, dict) else dict.fromkeys(images, offset), {}, set()
+    by_view = offset if isinstance(offset, dict) else dict.fromkeys(images, offset)
+    out, used = {}, set()
     for view, shots in images.items():
-        key = view if view in by_view else view.partition("_")[0]
+        key = view if view in by_view else view.partition("_")[0]  # View1 is for View1_left and View1_right
         out[view] = np.array([t for t, _ in shots]) + by_view.get(key, 0.0)
         used.add(key)
     if unknown := ", ".join(map(str, set(by_view) - used)):
@@ -383,14 +387,14 @@ OTHER_CLOCK = "other clock? --estimate-offsets proposes what to write into sessi
 
 
 def process(folder, cfg):
-    """Preprocess one recording -> report {name, folder, status made | unchanged | read | failed, error, lines to print,
-    changes since the data.pkl that was there, metadata}."""
+    """Preprocess one recording -> report {name, folder, status: made | unchanged | read | failed, error, lines to
+    print, changes since the last data.pkl, metadata}."""
     report = dict(name=str(folder), folder=str(folder), status="failed", error="", lines=[], changes=[], metadata={})
     try:
         report["name"] = "/".join(ss.identity(folder))
         return report | (estimate if cfg.estimate_offsets else preprocess)(folder, cfg)
     except (OSError, BadSession, MemoryError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC  # of our own files DiskFull says which
+        full = getattr(error, "errno", None) == errno.ENOSPC  # of the temporary file; DiskFull names our own
         return report | dict(error=f"{error}: {tempfile.gettempdir()} (set TMPDIR)" if full else str(error))
 
 
@@ -407,7 +411,7 @@ def preprocess(folder, cfg):
     for path in (log, *sensor_files):
         with reading(path):
             given["sources"].append([path.name, ss.content_of(path)])
-    before = existing(folder)
+    before = read_existing(folder)
     names = dict(sources="robot log or sensor file", image="pictures")
     changed = {key: (before.get(key), new) for key, new in given.items() if before and before.get(key) != new}
     changes = [names.get(key, f"{key} (was {old}, is {new})") for key, (old, new) in changed.items()]
@@ -449,7 +453,7 @@ def preprocess(folder, cfg):
 
 
 def save_data_pkl(path, data):
-    """dict (see above), with arrays -> file."""
+    """Write data.pkl's dict (see the head of this file), arrays as numpy arrays, to `path`."""
     path.write_bytes(pickle.dumps(pack(data | dict(schema_version=ss.SCHEMA)), protocol=4))
 
 
@@ -461,11 +465,11 @@ def pack(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def existing(folder):
-    """What the data.pkl that is there was made from, and its report; None where there is none that can be used."""
+def read_existing(folder):
+    """-> metadata, instruction and images of the folder's data.pkl; None if there is none that can be used."""
     try:
         session = ss.Session(folder)
-    except (OSError, BadSession):  # missing, damaged or of another version: make it
+    except (OSError, BadSession):  # missing, damaged or of another version: make it again
         return None
     image = {view: session.view(view)[0] for view in session.view_names}
     return session.metadata | dict(instruction=session.instruction, image=image)
@@ -485,7 +489,7 @@ def read_motion(log, stamps, rows, cfg, warnings):
     require(max(spans) >= period - SLACK, short, BadSession)
     motion = make_actions(stamps, rows, stretches, period)
     seconds = float(np.maximum(np.diff(stamps[np.concatenate(stretches)]), 0).sum())
-    lost = max(0.0, seconds - len(motion["action"]) * period - spans[-1] % period)  # the end is shorter than an action
+    lost = max(0.0, seconds - len(motion["action"]) * period - spans[-1] % period)  # the rest at its end is no loss
     for row in back:
         step = f"the robot's clock steps back by {stamps[row - 1] - stamps[row]:.3f} s at line {row + 2}"
         warnings.append(f"warning: {step}: split there, but images and sensor can fit one side only")
@@ -526,7 +530,7 @@ def make_sensor(folder, files, offset, motion, cfg, warnings):
     dtype, mean, std = compress(rows, blocks)
     if not cfg.dry_run:
         require_space(folder, len(stamps) * CHANNELS * dtype.itemsize)
-        (folder / ss.DATA_PKL).unlink(missing_ok=True)  # a kill from here on must not leave it beside another stream
+        (folder / ss.DATA_PKL).unlink(missing_ok=True)  # a kill must not leave an old one beside the new stream
         with atomic_path(folder / ss.SENSOR_FILE) as target, open(target, "wb") as f:
             header = dict(descr=dtype.str, fortran_order=False, shape=(len(stamps), CHANNELS))
             np.lib.format.write_array_header_1_0(f, header)
@@ -545,8 +549,8 @@ def make_sensor(folder, files, offset, motion, cfg, warnings):
 
 
 def estimate(folder, cfg):
-    """Propose what to add to the cameras' and the sensor's time: where the robot moves fast the pictures change, and so
-    does the force. -> report, its lines the proposals."""
+    """Propose what to add to the cameras' and the sensor's time: while the robot moves fast, the images and the force
+    change fast, too. -> report, with the proposals as its lines."""
     _, log, files, images, lines = describe(folder)
     stamps, rows = read_robot(log)
     stretches, *_ = find_stretches(stamps, 1 / cfg.action_hz, cfg.tolerance_ms / 1000)
@@ -559,7 +563,7 @@ def estimate(folder, cfg):
     try:
         if files:
             found["sensor_offset_s"] = find_offset(stamps[longest], travelled, [force_changes(files)])
-    except NoSensor as error:  # the cameras' proposal is good without
+    except NoSensor as error:  # the cameras' proposal does not need it
         lines.append(f"sensor_offset_s: none proposed, {error}")
     for key, (offset, here, elsewhere) in found.items():
         if here > 0.5 and here - elsewhere > 0.1:
@@ -576,8 +580,9 @@ def estimate(folder, cfg):
 
 def image_changes(folder, shots):
     """[(stamp, path)] -> (stamps (m,), mean change of a pixel between neighbours (m - 1,))."""
-    small, middle = [], np.median([t for t, _ in shots])
-    shots = [(t, path) for t, path in shots if abs(t - middle) < 3600]  # the others are strays
+    small = []
+    middle = np.median([t for t, _ in shots])
+    shots = [(t, path) for t, path in shots if abs(t - middle) < 3600]  # not strays of another recording
     for _, path in shots:
         with Image.open(folder / path) as image:
             image.draft("L", (128, 72))
@@ -595,8 +600,8 @@ def force_changes(files):
 
 
 def find_offset(t, travelled, series):
-    """Robot's times and path (n,); series [(stamps (m,), change (m - 1,))] of another clock -> (seconds to add to that
-    clock, correlation there, best correlation elsewhere). At least half of the shorter recording must overlap."""
+    """Robot's times and travelled path (n,), series [(stamps (m,), change (m - 1,))] on another clock -> (seconds to
+    add to that clock, correlation there, best correlation elsewhere). Half of the shorter recording must overlap."""
     begin, end = min(s[0] for s, _ in series), max(s[-1] for s, _ in series)
     half = min(t[-1] - t[0], end - begin) / 2
     offsets = np.arange(t[0] - end + half, t[-1] - begin - half + 0.02, 0.02)
@@ -618,14 +623,14 @@ def find_offset(t, travelled, series):
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-# {metadata: title}
+# of the printed table, {metadata key: title}
 COLUMNS = dict(format="format", robot_hz="rows/s", jitter_ms="jitter ms", duration_seconds="seconds")
 COLUMNS |= dict(lost_seconds="lost", num_actions="actions", n_segments="segments", n_duplicates="repeated")
 COLUMNS |= dict(num_images="images", has_sensor="sensor", sensor_overlap="share", sensor_hz="sensor/s")
 
 
 def run_all(function, folders, workers):
-    """[function(folder)], in processes."""
+    """-> [function(folder)], computed by `workers` processes."""
     bar = partial(tqdm, total=len(folders), desc="recordings", unit="recording", disable=None)
     if not workers or len(folders) == 1:
         return list(bar(map(function, folders)))
@@ -658,14 +663,14 @@ def main(cfg):
     for folder in excluded:
         print(f"{folder}: left out, for its {ss.NOTES_FILE} says exclude")
     for name in sorted({r["name"].split("/")[0] for r in reports} - {"", *ss.GUIDE}):
-        weight = f"its samples get weight 1, unless the training is told --dataset-weight {name}=W"
+        weight = f"its samples get weight 1, unless the training gets --dataset-weight {name}=W"
         print(f"warning: data set '{name}' is none of the guide's: {weight}, or {ss.NOTES_FILE} names another data set")
     for name in sorted(set(cfg.instruction).difference(*(r["name"].split("/")[:2] for r in reports))):
         print(f"warning: no recording is of a data set or task '{name}': its instruction is not used")
     counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in reports).items())
     minutes = facts["duration_seconds"].sum() / 60
     dry = "; nothing written (--dry-run)" if cfg.dry_run else ""
-    print(f"{len(reports)} recordings: {counts}; {facts['num_actions'].sum():g} actions, {minutes:.1f} min{dry}")
+    print(f"{len(reports)} recordings: {counts}; {facts['num_actions'].sum():.0f} actions, {minutes:.1f} min{dry}")
     failed = [r for r in reports if r["status"] == "failed"]
     for r in failed:
         print(f"FAILED {r['folder']}: {r['error']}", file=sys.stderr)

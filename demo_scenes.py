@@ -1,11 +1,11 @@
-"""The scenes of make_demo.py as environments that a policy can drive: does it do the task?
+"""make_demo.py's scenes as environments for closed-loop evaluation, and a recorder of corrections by their expert.
 
 Each class is an environment as common/closed_loop.py describes it.
 
     python evaluate.py --checkpoint outputs/demo_nora --closed-loop demo_scenes:Insertion --scenes 50 --execute 4
-    python demo_scenes.py --scene InsertionSim --episodes 200 --noise 1 --out demo/corrections    # to be trained on
+    python demo_scenes.py --scene InsertionSim --episodes 200 --noise 1 --out demo/corrections    # more training data
 
-Scene number k is the same everywhere and never a scene of the training: see scene_rng.
+Scene number k is the same on every machine and never a scene of the training: see scene_rng.
 """
 
 import argparse
@@ -19,27 +19,27 @@ from tqdm import tqdm
 
 import make_demo as demo
 
-CLOSED_LOOP, CORRECTIONS = 20261121, 20261122  # third words of the seed, where make_demo has none or a small one
+CLOSED_LOOP, CORRECTIONS = 20261121, 20261122  # third part of the seeds, where make_demo has none or a small number
 
 
 def scene_rng(seed, *more):
-    """Generator of closed-loop scene `seed`: a stream that no recording uses."""
+    """-> generator of closed-loop scene `seed`: a random stream that no recording uses."""
     return np.random.default_rng([seed, 1, CLOSED_LOOP, *more])
 
 
 # ---- needle insertion ------------------------------------------------------------------------------------------------
 
-TUBE_MM, TUBE_RAD = 3.0, 0.15  # the needle goes through: off the axis, and tilted against it
-REACH_MM = 6.0  # below the entry: inserted
+TUBE_MM, TUBE_RAD = 3.0, 0.15  # how far off the axis, and tilted against it, the needle still fits into the trocar
+REACH_MM = 6.0  # this far below the entry it is inserted
 EYE_MM = 15.0  # radius of the eye, whose centre is 16 mm below the entry
-ARM_MM, ARM_RAD = 4.0, 0.1  # largest motion of a frame that the arm can do
+ARM_MM, ARM_RAD = 4.0, 0.1  # largest motion of the arm in a frame
 ARM_REACH = np.array([[-80, -80, -20, -1.2, -1.2, -9.0], [80, 80, 90, 1.2, 1.2, 9.0]])  # mm, rad
-FUNNEL_MM = 2.0  # off the axis: the expert goes on inserting
+FUNNEL_MM = 2.0  # up to this far off the axis the expert goes on inserting
 
 
 def insertion_law(pose, entry):
-    """(6,) mm/rad, the motion that follows: that of make_demo.simulate where the needle is on the way that it takes;
-    elsewhere back to it, straight up first if it is low beside the trocar."""
+    """-> (6,) mm/rad, the expert's next motion: that of make_demo.simulate while the needle is on its path, else back
+    to that path, first straight up if the needle is low beside the trocar."""
     target, goal = entry + [0, 0, demo.STANDOFF_MM], entry - [0, 0, demo.DEPTH_MM]
     gap, way, tilt, motion = target - pose[:3], goal - pose[:3], pose[3:5], np.zeros(6)
     aside, height, off = np.hypot(*gap[:2]), pose[2] - entry[2], np.abs(tilt).max()
@@ -47,7 +47,7 @@ def insertion_law(pose, entry):
     inserting = height < demo.STANDOFF_MM - 0.5 and off < 0.1 and aside < (TUBE_MM if height < 0 else FUNNEL_MM)
     if aligned or inserting:
         motion[:3] = way * min(1.0, demo.INSERT_MM / max(np.linalg.norm(way), 1e-9))
-        if off < 0.02:  # it never was smaller in the recordings
+        if off < 0.02:  # the recordings never correct a smaller tilt
             return motion
     elif height < 1.0:
         motion[2] = demo.INSERT_MM
@@ -71,12 +71,14 @@ class Insertion:
 
     units = ["mm"] * 3 + ["rad"] * 3  # of the action
     hz, verb = demo.HZ, "inserted"
-    meters, joints, yaw_home = False, False, False  # of state and deltas; joint targets; the wrist also turns home
+    meters = False  # of state and deltas; else mm
+    joints = False  # actions are joint targets; else pose deltas
+    yaw_home = False  # the expert also turns the wrist to zero
     instruction = demo.INSTRUCTION
     state = ("ee_pose",)  # of "qpos", "ee_pose"
-    lag = 0.0  # share of the commanded motion that the arm is short of at the next frame
-    anchor = "target"  # a delta is added to the last commanded pose; "measured": to where the arm is
-    near = 0.0  # share of scenes that start low and off the way, for recordings of corrections
+    lag = 0.0  # share of the commanded motion that is still missing at the next frame
+    anchor = "target"  # a delta is added to the last commanded pose; "measured": to the arm's own
+    near = 0.0  # share of scenes that start low and off the path, for recordings of corrections
     size, limit, looking = (96, 128), 80, True
 
     def reset(self, seed):
@@ -124,7 +126,7 @@ class Insertion:
         return self.observe(), self.frame >= self.limit or (self.inserted and self.rest >= 4)
 
     def _touch(self, pose):
-        """What the tip has come to: the mouth, the eye, the depth."""
+        """Update what the tip has reached: the trocar's mouth, the eye, the depth."""
         (x, y, height), axis = pose[:3] - self.entry, demo.needle_axis(pose)
         aside = float(np.hypot(x, y))
         fits = aside <= TUBE_MM and np.arccos(np.clip(-axis[2], -1, 1)) <= TUBE_RAD
@@ -140,14 +142,14 @@ class Insertion:
         return about | dict(at_entry_mm=self.at_entry, hit_eye=bool(self.hit_eye))
 
     def motion(self):
-        """(6,) mm/rad, what the expert does now."""
+        """-> (6,) mm/rad, the expert's motion from here."""
         motion = insertion_law(self.pose, self.entry)
         if self.yaw_home:
             motion[5] = -np.clip(0.3 * self.pose[5], -demo.ALIGN_RAD, demo.ALIGN_RAD)
         return motion
 
     def action_of(self, motion):
-        """The action that makes this motion, mm/rad, from where the arm is."""
+        """-> the action that moves the arm by `motion` (6,) mm/rad."""
         return demo.joint_angles((self.pose + motion)[None])[0] if self.joints else motion * self.scale()
 
     def expert(self):
@@ -200,9 +202,9 @@ class InsertionSimDelta(InsertionSim):
 
 
 class TwoPosts:
-    """A red and a blue post, one of them named, and a base that drives by velocities in m per step of a path. Recorded
-    paths lead to the post in 15 steps, and no picture is from nearer than 2.5 m; so the base looks three times, goes
-    for 4, 4 and 15 steps, and should then stand at the post. Success: within its width, and the other one is not."""
+    """A red and a blue post, one of them named in the instruction, and a base driven by velocities in m per step of a
+    path. Recorded paths lead to the post in 15 steps, with pictures from 2.5 m away or more; so the base looks three
+    times, drives 4, 4 and 15 steps, and should then be at the post. Success: within its width, and not at the other."""
 
     units, steps, size, looking = ["m/step"] * 2, (4, 4, 15), (112, 160), True
     fastest = 0.6  # m per step
@@ -255,9 +257,9 @@ class TwoPosts:
 
 
 class MobileBase:
-    """Two bottles and a box; the instruction names a side, and the base drives there by velocities, one per picture, as
-    in make_demo's mobile recordings: the picture is taken in the middle of the motion. Success: after 24 of them the
-    base is within 0.25 m of where the recordings stop, 0.45 m before the bottle."""
+    """Two bottles and a box. The instruction names a side, and the base drives there by velocities, one per picture; as
+    in make_demo's mobile recordings pictures are taken in the middle of a motion. Success: after 24 motions the base is
+    within 0.25 m of where the recordings stop, 0.45 m before the bottle."""
 
     units, size, limit, looking = ["m/s"] * 2, (72, 128), 24, True
     window = 8  # newest pictures in an observation
@@ -315,10 +317,10 @@ class MobileBase:
 
 class Turntable:
     """The trocar goes round on a turntable and the tissue below it breathes; the tip has to follow both, by pose deltas
-    of 100 ms in mm and degrees, for six seconds. The right way is the one that the recordings' controller would take
-    from the same start. Success: over the last three seconds the tip is on the mean within FOLLOW_MM of it, and less
-    than half as far off as an arm that held still. A height or twist that is off by the same all the time does not
-    count: the sensor tells how the tissue moves, and nothing tells where the tip stands above it."""
+    of 100 ms in mm and degrees, for six seconds. The reference path is what the recordings' controller would do from
+    the same start. Success: over the last three seconds the tip's mean distance from it is below FOLLOW_MM, and below
+    half of that of an arm that holds still. A constant offset in height or twist does not count: the sensor shows how
+    the tissue moves, and nothing shows how high above it the tip is."""
 
     units, hz, seconds, size, looking = ["mm"] * 3 + ["deg"] * 3 + [""], 10.0, 6.0, (72, 128), True
     breathes = True  # False: the stiff phantom of the recordings without a sensor
@@ -350,8 +352,8 @@ class Turntable:
         motion = np.asarray(action, float)[:6]
         motion = np.clip(motion, -8, 8)  # mm, degrees: what the arm can do in 100 ms
         self.pose, self.frame = self.pose + motion, self.frame + 1
-        self.errors.append(turned(self.pose - self.run["pose"][self.now()]))
-        self.held.append(turned(self.run["pose"][0] - self.run["pose"][self.now()]))
+        self.errors.append(wrapped(self.pose - self.run["pose"][self.now()]))
+        self.held.append(wrapped(self.run["pose"][0] - self.run["pose"][self.now()]))
         return self.observe(), self.frame >= self.seconds * self.hz
 
     def success(self):
@@ -364,14 +366,14 @@ class Turntable:
         return about | {name: float(size.mean()) for name, size in sizes.items()}
 
     def expert(self):
-        """What the controller does from here in 100 ms: xy as it goes, the rest to where it belongs."""
-        here, now, there = self.pose[:2].copy(), self.now(), self.run["pose"]
+        """What the recordings' controller does from here in 100 ms: xy by its own law, the rest to the reference."""
+        xy, now = self.pose[:2].copy(), self.now()
         for i in range(now, now + 10):
-            here = here + 2.5 * (self.trocar[i] - here) / 100
-        after = there[now + 10].copy()
-        after[3:6] += [0.3 * (here[1] - after[1]), -0.3 * (here[0] - after[0]), 0.1 * (here[0] - after[0])]
-        after[:2] = here
-        return np.append(turned(after - self.pose), 1.0)
+            xy = xy + 2.5 * (self.trocar[i] - xy) / 100
+        after = self.run["pose"][now + 10].copy()
+        after[3:6] += [0.3 * (xy[1] - after[1]), -0.3 * (xy[0] - after[0]), 0.1 * (xy[0] - after[0])]
+        after[:2] = xy
+        return np.append(wrapped(after - self.pose), 1.0)
 
     def picture(self):
         """The table with trocar and tip, and from the side the tissue and the tip's height."""
@@ -394,8 +396,8 @@ class Turntable:
 FOLLOW_MM = 3.0
 
 
-def turned(error):
-    """Rotations of a pose difference within half a turn."""
+def wrapped(error):
+    """-> the pose difference with its rotations wrapped to -180..180 degrees."""
     return np.concatenate([error[:3], (error[3:6] + 180) % 360 - 180])
 
 
@@ -403,7 +405,7 @@ def turned(error):
 
 
 class Sheet:
-    """A light square to draw on; `at` maps a place of the scene to pixels."""
+    """A light square to draw on; at(*place in the scene) -> pixels."""
 
     def __init__(self, title, at, side=240):
         self.picture, self.at = Image.new("RGB", (side, side), (244, 244, 240)), at
@@ -435,10 +437,10 @@ def beside(sheet, camera):
 
 
 def write_corrections(folder, scene, episodes=200, seed=0, noise=0.0, near=0.7):
-    """Insertion episodes in make_demo's file form. A share `near` of them starts low and off the way, and every frame
-    the arm is pushed by `noise` mm and `noise` / 30 rad, on every sixth frame by 3 x that. The recorded `action` is the
-    expert's own, of the motion that follows. Without noise it is the difference of the poses, too, so that the files
-    can be trained on together with make_demo's."""
+    """Insertion episodes in make_demo's file format. A share `near` of them starts low and off the path, and in every
+    frame the arm is pushed by `noise` mm and `noise` / 30 rad, in one of six by 3 x that. The recorded `action` is the
+    expert's own, for the motion that follows. Without noise the poses differ by just that, so that these files and
+    make_demo's can be trained on together."""
     folder, spread = Path(folder), noise * np.array([1, 1, 1, 1 / 30, 1 / 30, 0])
     folder.mkdir(parents=True, exist_ok=True)
     scene.near = near

@@ -1,18 +1,18 @@
-"""Open-loop error of any checkpoint of this collection on recorded episodes; or does it do the task?
+"""Evaluate any checkpoint of this collection: open loop on recorded episodes, or closed loop in an environment.
 
     python evaluate.py --checkpoint outputs/nora --data DATA [--episodes a.h5 b.h5]
     python evaluate.py --checkpoint outputs/nora --data DATA --replay outputs/nora/evaluation/predictions.npz
     python evaluate.py --checkpoint outputs/nora --closed-loop demo_scenes:Insertion --scenes 50 --execute 4
 
-For every frame the policy predicts its chunk of actions from what it would have seen, and the chunk is compared with
-what was recorded. Errors are in the data's own physical units, per dimension, per step of the horizon and per phase,
-beside two baselines, "hold still" and "mean action" (of the training statistics), and beside the "floor": what is lost
-when the recorded chunk itself goes through the policy's tokenizer or clipping. Metres and radians are never averaged
-into one number: "relative" divides each dimension by its better baseline first. Steps beyond an episode's end do not
-count. Writes report.json, summary.png, one plot per episode, and predictions.npz, which --replay compares with what
-the policy predicts on another machine. Driving through an environment: common/closed_loop.py.
+Open loop: for every frame the policy predicts its chunk of actions from what it would have seen, and the chunk is
+compared with the recording. Errors are in the data's own physical units, per dimension, per step of the horizon and per
+phase, next to two baselines, "hold still" and "mean action" (of the training statistics), and to the "floor": what is
+lost when the recorded chunk itself goes through the policy's tokenizer or clipping. Metres and radians are never
+averaged into one number: "relative" divides each dimension by its better baseline first. Steps beyond an episode's end
+do not count. Writes report.html, report.json, summary.png, worst.png, one plot per episode, and predictions.npz, which
+--replay compares with what the policy predicts on another machine. Closed loop: common/closed_loop.py.
 
-The checkpoint names its script; that script provides
+The checkpoint names its script, which provides
     load_policy(path, device) -> policy
     policy.predict(list of observations) -> (B, H, A)    policy.reset()    policy.describe()
     policy.open_episodes(root, names) -> dicts {name, sample(t) -> observation, target, hold (M, A), phase (M,) or None}
@@ -46,10 +46,11 @@ from common.policy import partners
 from common.program import launch
 
 ROOT = Path(__file__).resolve().parent
-CLEAR = 0.7  # another reading of the same numbers is the right one if its error is less than this share
-SHIFTS = range(-2, 3)  # rows by which a chunk is moved against the recording, to find one that is off by some
+CLEAR = 0.7  # a suspected mistake is reported if undoing it leaves less than this share of the error
+SHIFTS = range(-2, 3)  # rows by which chunks are shifted against the recording, to find an off-by-one
 BASELINES = ("hold still", "mean action")
-IDLE = dict(closed_loop="data replay episodes stride plots uses", data="scenes execute ensemble")  # beside these flags
+# {flag: flags that have no effect together with it}
+IDLE = dict(closed_loop="data replay episodes stride plots uses", data="scenes execute ensemble")
 IDLE["replay"] = "episodes stride batch_size plots uses output"
 HANGUL = {"NanumGothic", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans KR", "Malgun Gothic", "AppleGothic"}
 rcParams["font.family"] = ["DejaVu Sans", *sorted(HANGUL & {font.name for font in font_manager.fontManager.ttflist})]
@@ -65,13 +66,13 @@ class Config:
     stride: int = 1  # evaluate every n-th frame
     batch_size: int = 16  # frames
     plots: int = 20  # draw at most this many episodes; the errors are over all
-    uses: int = 64  # frames on which inputs are swapped and blanked, to see which ones the policy uses; 0: do not
+    uses: int = 64  # frames on which inputs are swapped and blanked, to see which ones the policy uses; 0: skip this
     device: str | None = None  # cpu, cuda, ...; null: cuda if there is one
     replay: str | None = None  # predictions.npz of another evaluation: predict the same again and compare every bit
     closed_loop: str | None = None  # module:Class of an environment to drive through, instead of recordings
     scenes: int = 50  # seeds 0, 1, ... of the environment
     execute: int = 0  # rows of a chunk that are sent before the next prediction; 0: half of it
-    ensemble: float | None = None  # average overlapping chunks, weights exp(-this x order), oldest first; ACT: 0.01
+    ensemble: float | None = None  # m: average overlapping chunks with weights exp(-m i), i = 0 the oldest; ACT: 0.01
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------
@@ -93,17 +94,17 @@ def find_checkpoint(path):
 
 
 def read_about(checkpoint):
-    """-> {script, validation: names of the held-out episodes}, as far as the checkpoint and its run say."""
+    """-> {script, validation: names of the held-out episodes}, as far as the checkpoint and its run have them."""
     about, path = {}, Path(checkpoint)
-    near = [path.parent / "meta.json", path / "model/policy.json", path / "policy.json", path / "meta.json"]
-    for file in filter(Path.is_file, near):  # the nearest last
+    files = [path.parent / "meta.json", path / "model/policy.json", path / "policy.json", path / "meta.json"]
+    for file in filter(Path.is_file, files):  # the checkpoint's own last: it counts
         about |= json.loads(file.read_text())
     if path.is_file():
         about |= load_state(path).get("meta", {})
-    named = f"--checkpoint {path}: nothing there names its script; expected a checkpoint of a train_*.py"
-    require("script" in about, f"{named}, e.g. outputs/nora/steps_20000")
-    here = (ROOT / f"{about['script']}.py").is_file()
-    require(here, f"--checkpoint {path} was made by {about['script']}.py, which is not in {ROOT}")
+    unnamed = f"--checkpoint {path}: nothing there names its script; expected a checkpoint of a train_*.py"
+    require("script" in about, f"{unnamed}, e.g. outputs/nora/steps_20000")
+    known = (ROOT / f"{about['script']}.py").is_file()
+    require(known, f"--checkpoint {path} was made by {about['script']}.py, which is not in {ROOT}")
     return about
 
 
@@ -111,9 +112,9 @@ def read_about(checkpoint):
 
 
 def evaluate(policy, root, names=None, stride=1, batch_size=16):
-    """-> records, one per predicted frame: {episode, t, phase or -1, predicted and recorded (H, A), error {who: (H, A)
-    guess minus recorded}, around (H + 4, A): what was recorded, with two rows more on both sides, valid (H,), there
-    (H + 4,): False outside the episode}."""
+    """-> records, one per predicted frame: {episode, t, phase or -1, predicted and recorded (H, A), valid (H,): False
+    outside the episode, error {who: (H, A) guess minus recorded}, around (H + 4, A): recorded with two rows more on
+    both sides, around_valid (H + 4,)}."""
     mean, records = np.asarray(policy.stats["action"]["mean"], np.float32), []
     for episode in policy.open_episodes(root, names):
         target, hold, phase = episode["target"], episode["hold"], episode["phase"]
@@ -124,14 +125,15 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
             predicted.extend(policy.predict([episode["sample"](t) for t in frames[i : i + batch_size]]))
         for t, chunk in zip(frames, predicted, strict=True):
             index = np.arange(t + SHIFTS[0], t + len(chunk) + SHIFTS[-1])
-            around, there = target[np.clip(index, 0, len(target) - 1)], (index >= 0) & (index < len(target))
-            recorded, valid = (rows[-SHIFTS[0] :][: len(chunk)] for rows in (around, there))
+            around, around_valid = target[np.clip(index, 0, len(target) - 1)], (index >= 0) & (index < len(target))
+            recorded, valid = (rows[-SHIFTS[0] :][: len(chunk)] for rows in (around, around_valid))
             error = {"policy": chunk - recorded, "mean action": mean - recorded}
-            error["hold still"] = hold[t] - recorded  # it is known at t: it looks at no later frame
+            error["hold still"] = hold[t] - recorded  # one action for the whole chunk: a baseline sees no later frame
             if hasattr(policy, "nearest"):
                 error["floor"] = policy.nearest(recorded[None])[0] - recorded
             record = dict(episode=episode["name"], t=t, phase=-1 if phase is None else int(phase[t]), predicted=chunk)
-            records.append(record | dict(recorded=recorded, error=error, valid=valid, around=around, there=there))
+            record |= dict(recorded=recorded, valid=valid, error=error, around=around, around_valid=around_valid)
+            records.append(record)
     require(records, f"no frame to evaluate under '{root}'")
     return records
 
@@ -141,7 +143,7 @@ def stack(records, key):
 
 
 def baseline(report):
-    """(A,) error of the better baseline, and which dimensions move: the others have nothing to be predicted."""
+    """-> (A,) error of the better baseline, (A,) bool: does the dimension move? Else there is nothing to predict."""
     scale = np.minimum(*(list(report[who]["per_dim"].values()) for who in BASELINES))
     return scale, scale > 1e-6
 
@@ -180,7 +182,7 @@ def summarise(records, names):
 
 
 def sample_again(policy, root, names, records):
-    """-> the observations of these records."""
+    """-> the observations of these records, read again: all of them would not fit into memory."""
     found = {}
     for episode in policy.open_episodes(root, names):
         for t in [r["t"] for r in records if r["episode"] == episode["name"]]:
@@ -191,7 +193,7 @@ def sample_again(policy, root, names, records):
 
 
 def changed_inputs(seen, others, opposites):
-    """Observations and, for each, one of another episode -> {(input, how): observations with this input changed}."""
+    """Observations and, for each, one of another episode -> {(input, change): observations with it changed}."""
     changed, pairs = {}, list(zip(seen, others, strict=True))
     images = seen[0].get("images")
     if isinstance(images, dict) and "vl_features" not in seen[0]:
@@ -201,9 +203,9 @@ def changed_inputs(seen, others, opposites):
             changed[name, "blanked"] = [o | dict(images=o["images"] | {name: blank}) for o in seen]
         if len(images) > 1:
             changed["all pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
-        turned = [{name: image[..., ::-1] for name, image in o["images"].items()} for o in seen]
-        changed["colours", "reversed"] = [o | dict(images=images) for o, images in zip(seen, turned, strict=True)]
-    elif images is not None:  # the newest frames of one camera
+        bgr = [{name: image[..., ::-1] for name, image in o["images"].items()} for o in seen]
+        changed["colours", "reversed"] = [o | dict(images=images) for o, images in zip(seen, bgr, strict=True)]
+    elif images is not None:  # a list: the newest frames of one camera
         changed["pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
         changed["pictures", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
         changed["colours", "reversed"] = [o | dict(images=[image[..., ::-1] for image in o["images"]]) for o in seen]
@@ -215,14 +217,14 @@ def changed_inputs(seen, others, opposites):
         for name, columns in (("force", slice(0, 1)), ("A-scan", slice(1, None))):
             changed[name, "swapped"] = [o | dict(sensor=with_columns(o, p, columns)) for o, p in pairs]
     texts = sorted({o["instruction"] for o in seen if o.get("instruction")})
-    told = {text: opposites.get(text, texts[k - 1]) for k, text in enumerate(texts)}
-    if any(text != other for text, other in told.items()):
-        changed["instruction", "swapped"] = [o | dict(instruction=told.get(o.get("instruction"))) for o in seen]
+    other_text = {text: opposites.get(text, texts[k - 1]) for k, text in enumerate(texts)}
+    if any(text != other for text, other in other_text.items()):
+        changed["instruction", "swapped"] = [o | dict(instruction=other_text.get(o.get("instruction"))) for o in seen]
     return changed
 
 
 def with_columns(observation, other, columns):
-    """The sensor rows with these columns of another's newest rows."""
+    """-> the observation's newest sensor rows, these `columns` taken from the other's."""
     rows, theirs = observation["sensor"], other["sensor"]
     if rows is None or theirs is None:
         return rows
@@ -233,12 +235,12 @@ def with_columns(observation, other, columns):
 
 
 def find_uses(policy, root, names, records, report, count, batch_size):
-    """-> {input: {how: relative error with it changed}}, "own": {"": with nothing changed}, on `count` frames. Swapped:
-    with that of another episode's frame at the nearest phase; of one episode only, with a frame far away."""
+    """-> {input: {change: relative error with it}, "own": {"": that without}}, on `count` frames. Swapped means: taken
+    from another episode's frame at the nearest phase; if there is one episode only, from a frame far away."""
     chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, count).astype(int))]
     length = {r["episode"]: r["t"] + 1 for r in records}
-    progress = [10 * r["phase"] + r["t"] / length[r["episode"]] for r in chosen]
-    other = partners([r["episode"] for r in chosen], progress)
+    phase = [10 * r["phase"] + r["t"] / length[r["episode"]] for r in chosen]
+    other = partners([r["episode"] for r in chosen], phase)
     if other is None:  # one episode, or one file of unrelated pictures: a frame far away
         other = np.roll(np.arange(len(chosen)), len(chosen) // 2)
     seen = sample_again(policy, root, names, chosen)
@@ -272,11 +274,11 @@ def find_faults(records, names, report, uses, std):
     """-> sentences on what looks like a mistake in data, checkpoint or pictures, not like too little training: see
     docs/faults.md. `std`: of the training's actions."""
     valid = stack(records, "valid")
-    said, recorded = (stack(records, key)[valid].astype(float) for key in ("predicted", "recorded"))
-    p, r, found = said - said.mean(0), recorded - recorded.mean(0), []
+    predicted, recorded = (stack(records, key)[valid].astype(float) for key in ("predicted", "recorded"))
+    p, r, found = predicted - predicted.mean(0), recorded - recorded.mean(0), []
     ratio, moving = p.std(0) / np.maximum(r.std(0), 1e-12), np.flatnonzero(r.std(0) > 1e-6)
 
-    def misfit(i, j, sign=1):  # of prediction i as a guess of j, about their means: 1 is no better than the mean
+    def misfit(i, j, sign=1):  # error of predicted dim i as a guess of j, both centred: 1 is no better than the mean
         return np.abs(sign * p[:, i] - r[:, j]).mean() / np.abs(r[:, j]).mean()
 
     swapped = set()
@@ -289,13 +291,14 @@ def find_faults(records, names, report, uses, std):
             swapped |= {i, j}
             found.append(f"{what}: error {now.max():.2g} x the motion as it is, {then.max():.2g} x the other way")
     for i in sorted(set(moving) - swapped):
-        follows = (p[:, i] * r[:, i]).mean() / r[:, i].var() / max(ratio[i], 1e-12)  # the correlation
-        away = (said - recorded)[:, i].mean() / max(std[i], r[:, i].std())
-        larger = follows > CLEAR and follows * ratio[i] > 1 / CLEAR  # noise only lowers this slope
-        if larger or (follows > 0.9 and ratio[i] < 0.5):  # little training may say too little, but not that well
+        correlation = (p[:, i] * r[:, i]).mean() / r[:, i].var() / max(ratio[i], 1e-12)
+        bias = (predicted - recorded)[:, i].mean() / max(std[i], r[:, i].std())
+        larger = correlation > CLEAR and correlation * ratio[i] > 1 / CLEAR  # the slope, which noise only lowers
+        # too little training also predicts too small motions, but not with such a correlation
+        if larger or (correlation > 0.9 and ratio[i] < 0.5):
             found.append(f"{names[i][0]} is {ratio[i]:.2g} x as large as recorded: other statistics, or another unit?")
-        elif abs(away) > 2:
-            found.append(f"{names[i][0]} is {away:+.1f} std off on the mean: other statistics, or another zero?")
+        elif abs(bias) > 2:
+            found.append(f"{names[i][0]} is {bias:+.1f} std off on the mean: other statistics, or another zero?")
     found += find_shift(records, report)
     own, colours = (uses.get(name, {}).get(how) for name, how in (("own", ""), ("colours", "reversed")))
     if colours is not None and colours < CLEAR * own:
@@ -304,19 +307,19 @@ def find_faults(records, names, report, uses, std):
 
 
 def find_shift(records, report):
-    """-> [] or [a sentence], where the chunk's first half fits the recording better some rows earlier or later."""
+    """-> [a sentence] if the chunk's first half fits the recording better some rows earlier or later, else []."""
     (scale, moving), count = baseline(report), (len(records[0]["valid"]) + 1) // 2
-    around, there, recorded = (stack(records, key) for key in ("around", "there", "recorded"))
+    around, valid, recorded = (stack(records, key) for key in ("around", "around_valid", "recorded"))
 
     def error_at(who, shift):
         rows = slice(shift - SHIFTS[0], shift - SHIFTS[0] + count)
-        both = there[:, -SHIFTS[0] :][:, :count] & there[:, rows]
+        both = valid[:, -SHIFTS[0] :][:, :count] & valid[:, rows]
         guess = (recorded + np.stack([r["error"][who] for r in records]))[:, :count]
         return (np.abs(guess - around[:, rows])[both].mean(0)[moving] / scale[moving]).mean() if both.any() else np.inf
 
     errors = {shift: error_at("policy", shift) for shift in SHIFTS}
     best = min(errors, key=errors.get)
-    if errors[best] >= 0.8 * min(1, errors[0], error_at("hold still", best)):  # holding still fits what was before
+    if errors[best] >= 0.8 * min(1, errors[0], error_at("hold still", best)):  # better than holding still, shifted, too
         return []
     way = f"{abs(best)} row{'s' * (abs(best) > 1)} {'later' if best > 0 else 'earlier'}"
     return [f"the chunk fits best {way}: relative error {errors[best]:.2g}, as it is {errors[0]:.2g}: off by one?"]
@@ -403,7 +406,7 @@ def draw_worst(policy, root, names, records, report, columns, path, count=4):
 
 
 def write_html(path, title, text, pictures):
-    """One file with everything in it, to be sent to somebody."""
+    """One self-contained file, to be sent to somebody."""
     parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><h1>{escape(title)}</h1>"]
     parts.append(f"<pre>{escape(text)}</pre>")
     for picture in filter(Path.is_file, pictures):
@@ -435,21 +438,21 @@ def draw_summary(report, names, path):
 
 def save_predictions(path, records, episodes, cfg):
     """What --replay needs to predict the same again, in the same batches."""
-    how = dict(episodes=np.array(episodes or []), stride=cfg.stride, batch_size=cfg.batch_size)
-    where = dict(name=[r["episode"] for r in records], t=[r["t"] for r in records])
-    np.savez(path, predicted=np.stack([r["predicted"] for r in records]), **where, **how)
+    settings = dict(episodes=np.array(episodes or []), stride=cfg.stride, batch_size=cfg.batch_size)
+    frames = dict(name=[r["episode"] for r in records], t=[r["t"] for r in records])
+    np.savez(path, predicted=np.stack([r["predicted"] for r in records]), **frames, **settings)
 
 
 def replay(policy, root, path):
-    """Predict again what predictions.npz holds -> how many frames; UserError at the first that differs in any bit. A
-    robot predicts one observation at a time: how much that changes is printed for the first frames."""
+    """Predict again what predictions.npz holds -> number of frames; UserError at the first that differs in any bit. A
+    robot predicts one observation at a time: what that changes is printed for the first frames."""
     saved = dict(np.load(path)) if zipfile.is_zipfile(path) else {}
     require("batch_size" in saved, f"--replay {path}: no predictions.npz, which evaluate.py writes beside its report")
     names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
     records = evaluate(policy, root, names, int(saved["stride"]), batch)
-    where = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))
-    other = f"the {len(records)} frames here are not the {len(where)} of {path}: other recordings, or another reader"
-    require([(r["episode"], r["t"]) for r in records] == where, other)
+    frames = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))
+    other = f"the {len(records)} frames here are not the {len(frames)} of {path}: other recordings, or another reader"
+    require([(r["episode"], r["t"]) for r in records] == frames, other)
     for record, stored in zip(records, saved["predicted"], strict=True):
         if record["predicted"].tobytes() != stored.tobytes():
             away = np.abs(record["predicted"] - stored).max()
@@ -470,22 +473,22 @@ def output_folder(cfg, given):
 
 
 def report_on(cfg, policy, folder, about, names):
-    """Evaluate on recordings and write the report -> what summarise says."""
+    """Evaluate on recordings and write the report -> summarise's report."""
     root = cfg.data if hasattr(policy, "several_roots") else cfg.data[0]
     require(root == cfg.data or len(cfg.data) == 1, f"{about['script']}.py reads one folder: --data DATA")
     if cfg.replay:
         return replay(policy, root, cfg.replay)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = None if names == ["all"] else names
+    selected = None if names == ["all"] else names
     try:
-        records = evaluate(policy, root, wanted, cfg.stride, cfg.batch_size)
+        records = evaluate(policy, root, selected, cfg.stride, cfg.batch_size)
     except UserError as error:
         others = "These are the checkpoint's validation episodes; others: --episodes NAME ..., or all"
         require(cfg.episodes or "has no" not in str(error), f"{error}. {others}")
         raise
     columns, text = policy.action_names(), io.StringIO()
     report = summarise(records, columns)
-    uses = find_uses(policy, root, wanted, records, report, cfg.uses, cfg.batch_size) if cfg.uses else {}
+    uses = find_uses(policy, root, selected, records, report, cfg.uses, cfg.batch_size) if cfg.uses else {}
     faults = find_faults(records, columns, report, uses, np.asarray(policy.stats["action"]["std"]))
     with contextlib.redirect_stdout(text):
         print_table(report, columns, records)
@@ -498,10 +501,10 @@ def report_on(cfg, policy, folder, about, names):
     about = about | dict(data=cfg.data, frames=len(records), episodes=sorted(episodes), units=dict(columns))
     about |= dict(mean_absolute_error=report, uses=uses, faults=faults)
     (folder / "report.json").write_text(json.dumps(about, indent=2))
-    save_predictions(folder / "predictions.npz", records, wanted, cfg)
+    save_predictions(folder / "predictions.npz", records, selected, cfg)
     pictures = [folder / "closed_loop.png", folder / "summary.png", folder / "worst.png"]
     draw_summary(report, columns, folder / "summary.png")
-    draw_worst(policy, root, wanted, records, report, columns, folder / "worst.png")
+    draw_worst(policy, root, selected, records, report, columns, folder / "worst.png")
     for name in episodes[: cfg.plots]:
         pictures.append(folder / f"{Path(name).with_suffix('').as_posix().replace('/', '__')}.png")
         draw_episode([r for r in records if r["episode"] == name], columns, pictures[-1])
@@ -526,8 +529,8 @@ def run_one(cfg, given):
     known, folder = dict(checkpoint=str(checkpoint), script=about["script"]), output_folder(cfg, given)
     if not cfg.closed_loop:
         return report_on(cfg, policy, folder, known, names)
-    how = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
-    return closed_loop.run(policy, cfg.closed_loop, folder, about=known, **how)["policy"]
+    settings = dict(scenes=cfg.scenes, execute=cfg.execute, ensemble=cfg.ensemble, batch_size=cfg.batch_size)
+    return closed_loop.run(policy, cfg.closed_loop, folder, about=known, **settings)["policy"]
 
 
 def print_comparison(reports, closed):
@@ -546,13 +549,13 @@ def run(cfg):
         require(getattr(cfg, key) >= least, f"--{key} is {getattr(cfg, key)}: expected {least} or more")
     for flag, names in IDLE.items():
         idle = [f"--{n}" for n in names.split() if getattr(cfg, flag) and getattr(cfg, n) != getattr(Config(), n)]
-        require(not idle, f"{', '.join(idle)} would do nothing beside --{flag}: leave it out")
+        require(not idle, f"{', '.join(idle)} would have no effect with --{flag}: leave it out")
     try:
         torch.zeros(1, device=cfg.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from error
     if cfg.closed_loop:
-        closed_loop.open_environment(cfg.closed_loop)  # a wrong name is told before a model is loaded
+        closed_loop.open_environment(cfg.closed_loop)  # report a wrong name before a model is loaded
     reports = {given: run_one(cfg, Path(given)) for given in cfg.checkpoint}
     if len(reports) > 1 and not cfg.replay:
         print_comparison(reports, bool(cfg.closed_loop))

@@ -2,9 +2,9 @@
 
 The insertion episodes show one seeded scene: a needle tip approaches a trocar on an eye phantom, lines up with it and
 enters. It is rendered by pinhole projection into side, tool and top cameras under domain randomisation (light, camera,
-colours, background, noise: guide 2). Where the trocar is, and therefore what to do next, can be seen in the images and
-in nothing else; the frame number tells nothing. The other formats have small scenes of their own, each made so that
-what its policy must use (picture, instruction, force) is all that tells the action.
+colours, background, noise: guide 2). Only the images show where the trocar is, and therefore what to do next; the frame
+number does not help. The other formats have small scenes of their own, each made so that the action can only be known
+from the inputs that its policy should use (picture, instruction, force).
 
     python make_demo.py                                   # everything, below demo/
     python make_demo.py insertion --episodes 12           # only the insertion episodes
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 # ---- scene -----------------------------------------------------------------------------------------------------------
 # World frame: mm, z up, the phantom's centre near the origin. ee_pose = needle tip x y z (mm) and roll pitch yaw (rad);
-# the needle points along R(roll, pitch) @ (0, 0, -1), yaw turns it about its own axis and changes nothing to be seen.
+# the needle points along R(roll, pitch) @ (0, 0, -1), yaw turns it about its own axis, which cannot be seen.
 
 HZ = 14.9  # the simulator's frame rate: a frame every 67 physics steps of 1 ms
 ALIGN_MM, ALIGN_RAD = 3.0, 0.06  # largest motion of one frame while aligning
@@ -150,8 +150,8 @@ def render(pose, entry, camera, look, rng):
 
 
 def write_insertion(folder, episodes=4, seed=0, layout="jpeg", **form):
-    """Episodes in the file form of the insertion recorders; `form` as in write_insertion_episode. All variants of one
-    seed show the same scene, so that readers can be compared across them."""
+    """Episodes in the insertion recorders' file format; `form`: see write_insertion_episode. All variants of one seed
+    show the same scene, so that readers can be compared across them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     one = functools.partial(write_insertion_episode, folder, seed=seed, layout=layout, **form)
@@ -247,7 +247,7 @@ def jpeg(image, quality=95):
 
 
 def hhmmss(seconds):
-    """The recorders' name of a time of day."""
+    """Seconds -> the time of day as the recorders write it into file names."""
     return time.strftime("%H%M%S", time.gmtime(seconds))
 
 
@@ -279,7 +279,7 @@ def tower(size, heads=4):
 
 
 def write_random(folder, model_class, config, seed):
-    """The weights that transformers itself begins with, and the config."""
+    """Save a model with transformers' own random initialisation, and its config."""
     import torch
 
     with torch.random.fork_rng():
@@ -580,7 +580,7 @@ def openvla_config(text, dino, siglip, image_size):
 
 
 def random_openvla(config, seed):
-    """An OpenVLA that knows what 2,000 pictures cannot teach: neighbouring action tokens mean neighbouring actions."""
+    """A random OpenVLA, but for what 2,000 pictures cannot teach: neighbouring action tokens mean similar actions."""
     import torch
 
     from modeling_openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -751,8 +751,8 @@ def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, p
 
 
 def sharpen_kosmos2(model, text_width, vision_width, patch):
-    """Nothing of a random tower is trained, so its weights are drawn such that the image tokens keep what the pictures
-    show: with the usual ones they are all alike."""
+    """A random tower has learned nothing, so draw its weights such that the image tokens keep what the pictures show:
+    with the usual initialisation they are all alike."""
     from torch.nn.init import normal_
 
     tower, projection = model.vision_model.model, model.image_to_text_projection

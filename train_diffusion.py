@@ -63,7 +63,7 @@ class Config:
     # data
     dataset_dir: list[str] = field(default_factory=list)  # folders with preprocessed sessions, searched recursively
     dataset_weight: list[str] = field(default_factory=list)  # NAME=W, over guide 5's table (3/2/2/1/1)
-    val_split: float = 0.05  # share of the sessions held out; at least one per data set that has two
+    val_split: float = 0.05  # share of the sessions held out; at least one of every data set that has two or more
     sensor_enabled: bool = True  # use the force sensor; false: features alone
     sensor_window_size: int = 650  # W, newest sensor rows at the step (650 per second)
     # VLM features
@@ -73,9 +73,9 @@ class Config:
     views: list[str] = field(default_factory=list)  # camera views; empty: the cache's, or all in common
     image_resize_height: int = 360  # pixels, of the images that the VLM sees
     image_resize_width: int = 640  # pixels
-    vlm_reuse_count: int = 3  # R, steps that use one feature: 3 is a VLM at 3.33 Hz; the cache's, or a multiple
-    vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # feature's delay after its images; two: range
-    check_pictures: bool = True  # compare the cache with the images; false: a machine that has cache and data.pkl only
+    vlm_reuse_count: int = 3  # R, steps per feature: 3 is a VLM at 3.33 Hz; the cache's value or a multiple of it
+    vlm_latency_ms: list[float] = field(default_factory=lambda: [0.0])  # from tick to feature; two numbers: a range
+    check_pictures: bool = True  # compare the cache with the images; false: where only cache and data.pkl are
     max_image_age: float = 1.5  # seconds; a tick whose newest image of a view is older is not used
     # model
     diffusion_timesteps: int = 100  # T, DDPM with a squared-cosine schedule
@@ -94,10 +94,10 @@ class Config:
     batch_size: int = 4  # samples per GPU and micro-batch
     grad_accum_steps: int = 8  # micro-batches per optimizer step
     lr: float = 1e-4  # peak, AdamW
-    min_lr: float = 1e-6  # of lr, at the end of the cosine
+    min_lr: float = 1e-6  # at the end of the cosine
     warmup_ratio: float = 0.03  # share of all steps: linear warm-up
     hold_ratio: float = 0.02  # share of all steps: at the peak, before the cosine
-    weight_decay: float = 0.01  # decoupled
+    weight_decay: float = 0.01  # AdamW's
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     sensor_loss_weight: float = 2.0  # weight in the loss of a sample that has sensor data; the others weigh 1
     use_bfloat16: bool = True  # bf16 autocast on CUDA; weights are fp32 in any case
@@ -109,14 +109,14 @@ class Config:
     eval_epochs: int = 1  # validate and save every so many epochs
     save_steps: int = 0  # save every so many optimizer steps within an epoch, too; 0: no
     log_steps: int = 10  # optimizer steps
-    init_from: str | None = None  # a checkpoint whose weights and statistics a new run, on more sessions, begins with
+    init_from: str | None = None  # start a new run, e.g. on more sessions, with a checkpoint's weights and statistics
     resume: str | None = None  # a checkpoint, or "auto": the newest in checkpoint_dir
     check: bool = False  # read the data, build and print one batch, stop
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 ALIASES = dict(dataset_dirs="dataset_dir", grad_accum="grad_accum_steps", sensor="sensor_enabled", wandb="wandb.mode")
-# what a resume must not change: the moments or the order of the samples would belong to another run
+# keys that a resume must not change: moments, or the order of the samples, would be another run's
 FIXED = (
     *("diffusion_timesteps", "noise_draws", "ema_decay"),
     *("seed", "dataset_weight", "sensor_enabled", "sensor_window_size", "vlm_reuse_count", "vlm_latency_ms"),
@@ -132,8 +132,8 @@ def check_config(cfg):
     require(0 < cfg.ddim_steps <= T, f"ddim_steps is {cfg.ddim_steps}: expected 1..{T} (diffusion_timesteps)")
     first = "python create_datapkl.py --dataset-dirs DATA"
     require(cfg.dataset_dir, f"dataset_dir is empty: --dataset_dir DATA, the folders with the sessions, after {first}")
-    ones = "sensor_window_size vlm_reuse_count hidden_dim sensor_dim num_layers num_heads horizon epochs batch_size"
-    for key in (ones + " grad_accum_steps eval_epochs log_steps noise_draws").split():
+    positive = "sensor_window_size vlm_reuse_count hidden_dim sensor_dim num_layers num_heads horizon epochs batch_size"
+    for key in (positive + " grad_accum_steps eval_epochs log_steps noise_draws").split():
         require(getattr(cfg, key) >= 1, f"{key} is {getattr(cfg, key)}: expected 1 or more")
     require(cfg.max_steps is None or cfg.max_steps > 0, f"max_steps is {cfg.max_steps}: expected 1 or more, or null")
     require(0 <= cfg.val_split < 1, f"val_split is {cfg.val_split}: expected a share from 0 to below 1")
@@ -169,8 +169,8 @@ class SessionDataset(session_data.SessionDataset):
 
 class SensorEncoder(nn.Module):
     """(B, W, channels) normalised sensor rows, newest last, of which the last `length` are real -> (B, out). Four
-    convolutions of stride 2, two transformer layers, the mean over time. What stands in the padding changes nothing: it
-    is zeroed after every layer, and no norm looks along time."""
+    convolutions of stride 2, two transformer layers, the mean over time. The padding has no influence: it is zeroed
+    after every layer, and no norm mixes over time."""
 
     def __init__(self, channels, width, out, heads, dropout):
         super().__init__()
@@ -187,13 +187,13 @@ class SensorEncoder(nn.Module):
 
     def forward(self, x, length):
         real = torch.arange(x.shape[1], device=x.device) >= x.shape[1] - length[:, None]  # (B, W)
-        real = real | (length == 0)[:, None]  # attention over nothing is NaN; the caller drops this row
+        real = real | (length == 0)[:, None]  # attention over nothing would be NaN; the caller drops this row
         x = x.masked_fill(~real[..., None], 0)
         for conv, norm in zip(self.convs, self.norms, strict=False):
             x = conv(x.transpose(1, 2)).transpose(1, 2)  # output i sees inputs 2i-1, 2i, 2i+1
             real = torch.cat([real, real[:, -1:]], dim=1)[:, 1::2] if real.shape[1] % 2 else real[:, 1::2]
             x = self.dropout(F.gelu(norm(x))).masked_fill(~real[..., None], 0)
-        x = x + sinusoid(torch.arange(x.shape[1] - 1, -1, -1, device=x.device), x.shape[2])  # age: the newest is 0
+        x = x + sinusoid(torch.arange(x.shape[1] - 1, -1, -1, device=x.device), x.shape[2])  # by age: the newest is 0
         x = self.transformer(x, src_key_padding_mask=~real)
         return self.head((x * real[..., None]).sum(1) / real.sum(1, keepdim=True))
 
@@ -206,9 +206,9 @@ def sinusoid(t, width):
 
 
 class Condition(nn.Module):
-    """VL feature, age of its images and sensor -> one condition token (B, D). Without its age a feature is taken to be
-    as old as in training on the mean: a policy that chases what moves is then ahead or behind. The force has an encoder
-    of its own: it drowns as one of 1,026 channels. A sample without sensor data gets a learned embedding instead."""
+    """VL feature, age of its images and sensor -> one condition token (B, D). Without the age a network can only assume
+    the mean one of training, and leads or lags when it chases what moves. The force has an encoder of its own: as one
+    of 1,026 channels it drowns. A sample without sensor data gets a learned embedding instead."""
 
     def __init__(self, vl_shape, sensor_dim, width, heads, dropout, stats):
         super().__init__()
@@ -217,26 +217,26 @@ class Condition(nn.Module):
             known = stats.get(name) or dict(mean=[0.0] * size, std=[1.0] * size)
             self.register_buffer(f"{name}_mean", torch.tensor(known["mean"]))
             self.register_buffer(f"{name}_std", torch.tensor(known["std"]))
-        felt = sensor_dim + sensor_dim // 4
-        ascan = SensorEncoder(CHANNELS - 1, width, sensor_dim, heads, dropout) if felt else None
-        force = SensorEncoder(1, width // 4, sensor_dim // 4, heads, dropout) if felt else None
-        self.sensor = nn.ModuleDict(dict(ascan=ascan, force=force)) if felt else None
-        self.no_sensor = nn.Parameter(torch.zeros(felt)) if felt else None
-        self.fuse = nn.Linear(tokens * vl_width + 1 + felt, width)
+        encoded = sensor_dim + sensor_dim // 4  # A-scan, force; 0: without the sensor
+        ascan = SensorEncoder(CHANNELS - 1, width, sensor_dim, heads, dropout) if encoded else None
+        force = SensorEncoder(1, width // 4, sensor_dim // 4, heads, dropout) if encoded else None
+        self.sensor = nn.ModuleDict(dict(ascan=ascan, force=force)) if encoded else None
+        self.no_sensor = nn.Parameter(torch.zeros(encoded)) if encoded else None
+        self.fuse = nn.Linear(tokens * vl_width + 1 + encoded, width)
 
     def forward(self, batch):
         # z-scored: a few of the VLM's dimensions are a hundred times larger than the others and hardly vary
         parts = [((batch["vl_features"] - self.vl_mean) / self.vl_std).flatten(1), 10 * batch["age"][:, None]]
-        if self.sensor is not None:  # run for every row, so that all ranks have the same gradients to average
+        if self.sensor is not None:  # for samples without rows, too: DDP waits for every parameter's gradient
             length, rows = batch["sensor_length"], (batch["sensor"] - self.sensor_mean) / self.sensor_std
-            felt = [self.sensor["ascan"](rows[..., 1:], length), self.sensor["force"](rows[..., :1], length)]
-            parts.append(torch.where((length > 0)[:, None], torch.cat(felt, dim=1).float(), self.no_sensor))
+            encoded = [self.sensor["ascan"](rows[..., 1:], length), self.sensor["force"](rows[..., :1], length)]
+            parts.append(torch.where((length > 0)[:, None], torch.cat(encoded, dim=1).float(), self.no_sensor))
         return self.fuse(torch.cat(parts, dim=1))
 
 
 class NoiseSchedule(nn.Module):
     """DDPM over T timesteps with a squared-cosine schedule (Nichol and Dhariwal 2021): x_t = sqrt(abar_t) x_0 +
-    sqrt(1 - abar_t) eps. Tables in float32, whatever the autocast: 1 / sqrt(abar) of the last timestep is 2000."""
+    sqrt(1 - abar_t) eps. In float32 under any autocast: 1 / sqrt(abar) of the last timestep is 2000."""
 
     def __init__(self, timesteps, s=0.008, cap=0.999):
         super().__init__()
@@ -255,20 +255,19 @@ class NoiseSchedule(nn.Module):
         T-1; predict_eps(x_t, t) -> eps. The estimate of x_0 is clipped to the range of normalised actions, -1 to 1, and
         eps made to agree with it."""
         times = [round(v) for v in np.linspace(len(self.abar) - 1, 0, steps).tolist()]
-        for t, following in zip(times, [*times[1:], None], strict=True):
+        for t, next_t in zip(times, [*times[1:], None], strict=True):
             abar = self.abar[t]
-            then = torch.ones_like(abar) if following is None else self.abar[following]
+            abar_next = torch.ones_like(abar) if next_t is None else self.abar[next_t]
             eps = predict_eps(x, torch.full((len(x),), t, device=x.device))
             x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
             eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
-            x = then.sqrt() * x0 + (1 - then).sqrt() * eps
+            x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
         return x
 
 
 class DiffusionVLA(nn.Module):
-    """Condition token and noisy actions -> the noise: a transformer encoder over the chunk, which gets position,
-    diffusion time and condition added to every step. forward(batch) is the loss, sample(batch, noise, steps) the
-    actions."""
+    """Condition token and noisy actions -> the noise: a transformer encoder over the chunk, with position, diffusion
+    time and condition added to every step. forward(batch) is the loss, sample(batch, noise, steps) the actions."""
 
     def __init__(self, vl_shape, sensor_dim, width, layers, heads, dropout, horizon, stats, timesteps):
         super().__init__()
@@ -285,8 +284,7 @@ class DiffusionVLA(nn.Module):
         self.register_buffer("active", ~torch.tensor(stats["action"]["constant"]))
 
     def predict_noise(self, condition, x_t, t, mask=None):
-        """condition (B, D), x_t (B, H, 7), t (B,) -> eps (B, H, 7) fp32; steps outside mask (B, H) are seen by no
-        other."""
+        """condition (B, D), x_t (B, H, 7), t (B,) -> eps (B, H, 7) fp32; no step attends to one outside mask (B, H)."""
         x = self.action_in(x_t) + (self.time(sinusoid(t, 128)) + condition)[:, None] + self.position
         x = self.expert(x, src_key_padding_mask=None if mask is None else ~mask)
         return self.out(x).float() * self.active
@@ -320,18 +318,18 @@ class DiffusionVLA(nn.Module):
 
 
 class Policy(SessionPolicy):
-    """A trained model with everything predict needs. Made by load_policy, and by the training for its validation."""
+    """The model with everything that predict needs. Made by load_policy, and by the training for its validation."""
 
     dataset_class, collate_class = SessionDataset, Collate
 
     def reset(self, seed=0):
-        """The noise of the calls that follow begins anew: the same calls then give the same actions."""
+        """Restart the noise: the same calls then give the same actions."""
         self.generator = torch.Generator().manual_seed(seed)
 
     def predict(self, observations, samples=None):
         """list of observations (see SessionPolicy.inputs) -> (B, H, 7) float32: pose deltas in mm and degrees, 100 ms
-        each, and the constant gripper; the mean of `samples` (predict_draws) chunks. Every observation and call starts
-        from new noise: the same one each time would shift all actions of a run to the same side."""
+        each, and the constant gripper; the mean of `samples` (default: predict_draws) chunks. Every observation and
+        call has new noise: the same one each time would bias all actions of an episode in one direction."""
         shape, K = (self.cfg.horizon, len(ACTIONS)), samples or self.cfg.predict_draws
         noise = [torch.randn(shape, generator=self.generator) for _ in range(len(observations) * K)]
         return self.decode(self.inputs(observations), torch.stack(noise).unflatten(0, (len(observations), K)))
@@ -368,8 +366,8 @@ save_model = ckpt.save_state  # (path, contents)
 
 
 def load_policy(path, device=None, vlm=None):
-    """Open a checkpoint (a file, or checkpoint_dir: the best one in it) for inference. The VLM (`vlm`: where it is now,
-    if not where it was) is loaded when the first image is seen."""
+    """Open a checkpoint (a file, or checkpoint_dir: the best one in it) for inference. The VLM is loaded at the first
+    image; `vlm`: where it is now, if it has moved."""
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, SAVED)
     cfg = config_from(Config, saved["config"])
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -388,8 +386,8 @@ def make_optimizer(core, cfg, fused=None):
 
 
 def lr_at(step, total, cfg):
-    """Learning rate of update number `step` (from 0) of `total`: linear warm-up, hold, cosine to min_lr, and that
-    beyond."""
+    """Learning rate of update number `step` (from 0) of `total`: linear warm-up, hold, cosine to min_lr; constant after
+    that."""
     warmup, hold = int(cfg.warmup_ratio * total), int(cfg.hold_ratio * total)
     if step < warmup:
         return (step + 1) / warmup * cfg.lr
@@ -401,13 +399,15 @@ def lr_at(step, total, cfg):
 def validate(core, policy, dataset, run):
     """-> ChunkErrors' values: the noise loss at fixed timesteps with noise that belongs to the step, and the error of
     sampled chunks, every held-out step once."""
-    T, errors = run.cfg.diffusion_timesteps, ChunkErrors(core.active)
+    errors = ChunkErrors(core.active)
+    T = run.cfg.diffusion_timesteps
     times = torch.linspace(0, T - 1, min(VALIDATION_TIMES, T)).round().long().to(policy.device)
     core.eval()
     for batch, swapped in held_out_batches(dataset, policy, run):
-        noise, own = batch["noise"][:, : policy.cfg.predict_draws], batch["noise"][:, :1].expand(-1, len(times), -1, -1)
+        noise = batch["noise"][:, : policy.cfg.predict_draws]
+        repeated = batch["noise"][:, :1].expand(-1, len(times), -1, -1)
         with torch.no_grad(), policy.autocast():
-            loss = core.noise_loss(batch, own, times.expand(len(own), -1))
+            loss = core.noise_loss(batch, repeated, times.expand(len(noise), -1))
         chunks = {name: policy.decode(b, noise) for name, b in swapped.items()}
         errors.add(batch, loss["sample_loss"], policy.decode(batch, noise), chunks)
     core.train()
@@ -419,11 +419,11 @@ def main(cfg):
     if cfg.check:
         return check_data(cfg, Policy, WEIGHTS, build_model)
 
-    # ---- inputs: everything that can be wrong is found before weights are made
+    # ---- inputs: a wrong path, setting or file is found before weights are made
     folder = Path(cfg.checkpoint_dir)
     bf16 = cfg.use_bfloat16 and torch.cuda.is_available()
     run = Run(cfg, folder / NAME, cfg.batch_size, cfg.grad_accum_steps, bf16)
-    path = run.find(cfg.resume, folder, [LATEST], beside=[BEST])
+    path = run.find(cfg.resume, folder, [LATEST], exports=[BEST])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT, resume=True) if path else None
     start = saved
     if cfg.init_from and not saved:
@@ -450,7 +450,7 @@ def main(cfg):
     if saved:
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(dict(core.named_parameters()), cfg.ema_decay, saved=saved and saved["model_state_dict"])
-    saved = start = None  # lets go of the mapped file
+    saved = start = None  # closes the memory-mapped file
     model = run.prepare(core.train())
     size = 16 * sum(p.numel() for p in core.parameters())  # fp32 weights, their average, and two moments
     run.describe(core, len(dataset), size, folder, " (the VLM is not loaded)")

@@ -813,7 +813,7 @@ def main(cfg):
     dtype = torch.bfloat16 if bf16 else torch.float32
     run = Run(cfg, out, cfg.per_device_batch_size, cfg.gradient_accumulation_steps, bf16)
     attention = qwen.pick_attention(cfg.attn_implementation, run.device, dtype)
-    path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], beside=["best"])
+    path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], exports=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
     saved = json.loads((path / "meta.json").read_text()) if path else {}
     data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"), spec and spec.contract)

@@ -812,7 +812,7 @@ def main(cfg):
     run_dir, adapter_dir = Path(cfg.run_root_dir) / name, Path(cfg.adapter_tmp_dir) / name
     cuda = torch.cuda.is_available()
     run = Run(cfg, run_dir / "log", cfg.batch_size, cfg.grad_accumulation_steps, bf16=cuda)
-    path = run.find(cfg.resume_from_checkpoint, adapter_dir, ["steps_*"], beside=["best"])
+    path = run.find(cfg.resume_from_checkpoint, adapter_dir, ["steps_*"], exports=["best"])
     config, processor = read_folder(folder := local_folder(cfg.vla_path, weights=False))
     images = processor.image_processor
     store = FrameStore(cfg.frame_dir, (*images.size, 3), [images.image_resize_strategy, "bicubic"])

@@ -1054,7 +1054,7 @@ def validation_line(step, values, names):
 
 def open_run(cfg, run, folder):
     """-> (config, path and content of the checkpoint to resume, data); if its data differs it only gives its weights"""
-    path = run.find(cfg.resume, folder, PATTERNS, beside=["best_hf", "final_hf"])
+    path = run.find(cfg.resume, folder, PATTERNS, exports=["best_hf", "final_hf"])
     saved = ckpt.read_checkpoint(path, Path(__file__).stem, FORMAT) if path else None
     data = load_data(cfg, run, saved)
     if saved and saved["fingerprint"] != data.fingerprint and path.parent.resolve() != folder.resolve():

@@ -1,8 +1,8 @@
-"""Checkpoints that a kill, a full disk or a stranger's file cannot turn into damage, and where a run stands.
+"""Checkpoints: atomic writes, safe loading, which one to resume from, and the optimizer's state.
 
 A checkpoint is a file, or a folder with a meta.json, that says its step. It is written under a temporary name in the
-same folder, flushed to disk (files and folder), then renamed: a path without the `.tmp-` prefix is always complete.
-Only tensors and plain types go in, so everything loads with weights_only=True."""
+same folder, flushed to disk (files and folder), then renamed: a path without the `.tmp-` prefix is always complete,
+whatever kill or full disk came in between. Only tensors and plain types go in, so weights_only=True loads them all."""
 
 import contextlib
 import errno
@@ -29,27 +29,27 @@ OWNED = re.compile(re.escape(TEMPORARY) + r"(?P<pid>\d+)@(?P<host>.+?)~(?P<old>o
 
 
 class DiskFull(UserError, OSError):
-    """Not enough room for a checkpoint; nothing that existed was touched."""
+    """Not enough disk space for a checkpoint; nothing that existed was touched."""
 
 
-# ---- files that are whole or not there -------------------------------------------------------------------------------
+# ---- atomic files ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(final):
     """Yield a temporary path (create a file or a folder there); on success fsync it and rename it to `final`, replacing
-    what was there. On any error the temporary is removed and `final` stays as it was; no room left raises DiskFull."""
+    what was there. On any error the temporary is removed and `final` stays as it was; a full disk raises DiskFull."""
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary, aside = _beside(final), _beside(final, "old~")
     _remove(temporary)
     try:
         yield temporary
-        # os.umask would set it, also for what other threads write just then
+        # os.umask can only be read by setting it, for all threads
         umask = int(re.search(r"Umask:\s*(\d+)", Path("/proc/self/status").read_text())[1], 8)
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             if path.is_file():  # safetensors makes files that only their owner may read, and labs share a disk
-                with contextlib.suppress(PermissionError):  # FAT has no modes
+                with contextlib.suppress(PermissionError):  # FAT has no file modes
                     path.chmod(0o666 & ~umask)
             _fsync(path)
         if final.is_dir():  # a folder cannot be replaced in one call: move the old one aside first, delete it last
@@ -58,7 +58,7 @@ def atomic_path(final):
         os.replace(temporary, final)
         _fsync(final.parent)
     except BaseException as error:
-        full = _disk_is_full(error, final.parent)  # asked while the temporary still fills it
+        full = _disk_is_full(error, final.parent)  # before the temporary is removed: it is what fills the disk
         if aside.exists() and not final.exists():
             os.replace(aside, final)
         _remove(temporary)
@@ -75,11 +75,11 @@ def _beside(final, old=""):
 
 
 def _disk_is_full(error, folder):
-    """Also where torch.save ("[enforce fail at inline_container.cc", whatever the cause) and safetensors hide it."""
-    said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    said = said or re.search("No space left|quota exceeded|inline_container|I/O error", str(error))
-    told = isinstance(error, DiskFull) or not isinstance(error, Exception)
-    return not told and (said or shutil.disk_usage(folder).free < 2**20)
+    """Is that why `error` was raised? torch.save ("[enforce fail at inline_container.cc") and safetensors hide it."""
+    other = isinstance(error, DiskFull) or not isinstance(error, Exception)  # it says so itself; KeyboardInterrupt
+    named = re.search("No space left|quota exceeded|inline_container|I/O error", str(error))
+    by_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return not other and (by_number or named or shutil.disk_usage(folder).free < 2**20)
 
 
 def require_space(folder, needed_bytes):
@@ -90,38 +90,38 @@ def require_space(folder, needed_bytes):
 
 
 def remove_temporaries(folder):
-    """Delete what a killed process left half-written, never what a living one writes: of another machine's processes
-    only what nobody has touched for a day. A folder that was moved aside is put back if its successor never came."""
+    """Delete what a killed process left half-written; of other machines, whose processes may live, only what has not
+    changed for a day. A folder that was moved aside goes back if its successor never came."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
-        found = OWNED.fullmatch(path.name)
-        if found and found["host"] == socket.gethostname():
-            living = found["pid"] != str(os.getpid()) and Path(f"/proc/{found['pid']}").exists()
+        owner = OWNED.fullmatch(path.name)
+        if owner and owner["host"] == socket.gethostname():
+            alive = owner["pid"] != str(os.getpid()) and Path(f"/proc/{owner['pid']}").exists()
         else:
-            living = max(p.lstat().st_mtime for p in [path, *path.rglob("*")]) > time.time() - 86400
-        if living:
+            alive = max(p.lstat().st_mtime for p in [path, *path.rglob("*")]) > time.time() - 86400
+        if alive:
             continue
-        if found and found["old"] and not (path.parent / found["name"]).exists():
-            os.replace(path, path.parent / found["name"])
+        if owner and owner["old"] and not (path.parent / owner["name"]).exists():
+            os.replace(path, path.parent / owner["name"])
         else:
             _remove(path)
 
 
 def claim(folder):
-    """-> a file that keeps other processes from claiming `folder` while it is open: two trainings would replace each
-    other's checkpoints."""
+    """Lock `folder` for this process: two trainings would replace each other's checkpoints. -> the lock's file, to be
+    kept open; UserError where another process has it."""
     path, file = Path(folder, ".lock"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-    except OSError as error:  # any other: a disk without locks, or a folder that can only be read
+    except OSError as error:  # another errno: a disk without locks, or a read-only folder
         other = f"another training is running in {folder}: choose another folder (or delete {path} if there is none)"
         require(error.errno != errno.EAGAIN, other)
     return file
 
 
 def link(source, target):
-    """Give a file a second name, atomically; a copy where the file system has no hard links."""
+    """Atomically make `target` a second name of the file `source`; a copy where there are no hard links."""
     with atomic_path(target) as temporary:
         try:
             os.link(source, temporary)
@@ -141,8 +141,8 @@ def _fsync(path):
 
 
 def _remove(path):
-    if path.is_dir() and not path.is_symlink():  # over NFS a file that somebody reads stays: the next start tries again
-        shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # over NFS a file that somebody reads stays: the next start tries again
     else:
         path.unlink(missing_ok=True)
 
@@ -156,12 +156,12 @@ def save_state(path, state):
 
 
 def on_host(value, copy=False, known=None, where="state"):
-    """Nested dicts and lists with every tensor on the CPU; what weights_only could not load back is refused. `copy`: as
-    its own, which no training changes any more. A tensor that is there twice stays one. What FSDP2 has sharded is
-    gathered, one tensor at a time, for rank 0."""
+    """Nested dicts and lists with every tensor on the CPU; TypeError for what weights_only could not load back.
+    `copy`: also those that are there already, so that training cannot change them. A tensor that occurs twice stays
+    one (`known`). What FSDP2 has sharded is gathered, one tensor at a time, for rank 0: a collective call."""
     known = {} if known is None else known
     if isinstance(value, torch.Tensor):
-        if hasattr(value, "full_tensor"):  # a collective call
+        if hasattr(value, "full_tensor"):
             value = value.detach().full_tensor()
             return value.cpu() if dist.get_rank() == 0 else None
         key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
@@ -170,42 +170,42 @@ def on_host(value, copy=False, known=None, where="state"):
         return known[key]
     if type(value) in (dict, OrderedDict):
         for key in value:
-            told = f"{where} has a key {key!r} of type {type(key).__name__}; only str and int are stored"
-            require(type(key) in (str, int), told, TypeError)
+            wrong = f"{where} has a key {key!r} of type {type(key).__name__}; only str and int are stored"
+            require(type(key) in (str, int), wrong, TypeError)
         return {k: on_host(v, copy, known, f"{where}.{k}") for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)(on_host(v, copy, known, f"{where}[{i}]") for i, v in enumerate(value))
-    told = f"{where} is a {type(value).__name__}; only tensors and plain values are stored"
-    require(type(value) in (int, float, bool, str, type(None)), told, TypeError)
+    wrong = f"{where} is a {type(value).__name__}; only tensors and plain values are stored"
+    require(type(value) in (int, float, bool, str, type(None)), wrong, TypeError)
     return value
 
 
 def load_state(path):
     """Read what save_state wrote, on the CPU. A pickle with other contents is refused, never executed.
 
-    The tensors are mapped from the file, so that the ranks of a machine share one copy of them: clone what must outlive
-    the file, and let go of the rest, or a deleted file keeps its room on the disk."""
+    The tensors are memory-mapped, so that the ranks of a machine share one copy: clone what must outlive the file, and
+    drop the rest, or a deleted file keeps its space on the disk."""
     if not Path(path).is_file():
         raise MissingFile(f"{path}: no such checkpoint file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text explains how to load it nevertheless
-        why = f"it refers to {found[1]}" if found else "not a checkpoint"
+        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text explains how to load it all the same
+        why = f"it refers to {named[1]}" if named else "not a checkpoint"
         raise UserError(f"{path} is refused: {why}; a checkpoint holds tensors and plain values only") from error
     except Exception as error:  # damaged bytes surface as anything: RuntimeError, EOFError, KeyError, OSError...
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 
 def read_checkpoint(path, script, format_version, names=(), resume=False):
-    """Content of a checkpoint file of `script`; `path` may be a folder, then it is the first of `names` there.
-    `resume`: its optimizer is needed, too."""
+    """-> content of a checkpoint file of `script`, or of the first of `names` in the folder `path`. `resume`: its
+    optimizer is needed, too."""
     path = Path(path)
     if path.is_dir():
-        there = [path / name for name in names if (path / name).is_file()]
-        if not there:
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
             raise MissingFile(f"{path} has none of {', '.join(names)}; expected a checkpoint of {script}.py")
-        path = there[0]
+        path = files[0]
     state = load_state(path)
     found = state.get("format_version"), state.get("meta", {}).get("script")
     wrong = f"{path} is format {found[0]} of '{found[1]}', this code reads format {format_version} of {script}"
@@ -215,49 +215,49 @@ def read_checkpoint(path, script, format_version, names=(), resume=False):
     return state
 
 
-# ---- one timeline per run --------------------------------------------------------------------------------------------
+# ---- resume: one timeline per run ------------------------------------------------------------------------------------
 
 
 def step_of(path):
-    """Optimizer steps behind a checkpoint: of its name (steps_20, checkpoint_step_20.pt), else of its content; None for
+    """-> optimizer steps of a checkpoint, from its name (steps_20, checkpoint_step_20.pt) or else its content; None for
     an export in another program's format, which does not say."""
     path = Path(path)
     if match := re.search(r"steps?_(\d+)", path.name):
         return int(match[1])
     if path.is_dir():
-        about = path / "meta.json"
-        return json.loads(about.read_text(encoding="utf-8"))["step"] if about.is_file() else None
+        meta = path / "meta.json"
+        return json.loads(meta.read_text(encoding="utf-8"))["step"] if meta.is_file() else None
     return load_state(path)["step"]
 
 
 def checkpoints_in(folder, patterns=("steps_*",)):
-    """Complete checkpoints in `folder` whose names fit one of the glob `patterns`, the newest last."""
+    """-> complete checkpoints in `folder` whose names match one of the glob `patterns`, the newest last."""
     found = {path for pattern in patterns for path in Path(folder).glob(pattern)}
     return sorted(found, key=lambda path: (step_of(path) or 0, path.stat().st_mtime))
 
 
-def find_checkpoint(wanted, folder, patterns, beside=()):
-    """`wanted`: None (a new run, refused beside an existing one), a path, or "auto" for the newest -> path to go on
-    from, or None. `patterns`: what can be resumed in `folder`; `beside`: exports, which cannot, but belong to a run."""
-    there, exports = checkpoints_in(folder, patterns), checkpoints_in(folder, beside)
-    if wanted == "auto" and there:
-        return there[-1]
-    if wanted in (None, "auto"):
-        how = "Go on with --resume auto, or choose" if there else "It holds weights without an optimizer: choose"
-        newest = (there or exports or [None])[-1]
-        require(newest is None, f"{newest} already exists. {how} another folder for this run")
+def find_checkpoint(resume, folder, patterns, exports=()):
+    """`resume`: None (a new run; UserError if `folder` has one already), "auto" (the newest checkpoint) or a path ->
+    path to resume from, or None. `patterns`: names of what can be resumed; `exports`: of weights alone, which cannot"""
+    own, exported = checkpoints_in(folder, patterns), checkpoints_in(folder, exports)
+    if resume == "auto" and own:
+        return own[-1]
+    if resume in (None, "auto"):
+        advice = "Go on with --resume auto, or choose" if own else "It holds weights without an optimizer: choose"
+        newest = (own or exported or [None])[-1]
+        require(newest is None, f"{newest} already exists. {advice} another folder for this run")
         return None
-    path, own = Path(wanted), f"{folder} has {', '.join(path.name for path in there) or 'none'}"
-    require(path.exists(), f"--resume {wanted}: no such checkpoint; {own}", MissingFile)
+    path, listed = Path(resume), f"{folder} has {', '.join(path.name for path in own) or 'none'}"
+    require(path.exists(), f"--resume {resume}: no such checkpoint; {listed}", MissingFile)
     fits = any(path.match(pattern) for pattern in patterns)
-    require(fits, f"--resume {wanted} is no checkpoint that can be resumed ({', '.join(patterns)}); {own}")
-    mine = path.resolve().parent == Path(folder).resolve()
-    require(mine or not there, f"--resume {wanted} is of another run than {folder}, which has checkpoints of its own")
+    require(fits, f"--resume {resume} is no checkpoint that can be resumed ({', '.join(patterns)}); {listed}")
+    inside = path.resolve().parent == Path(folder).resolve()
+    require(inside or not own, f"--resume {resume} is of another run than {folder}, which has checkpoints of its own")
     return path
 
 
 def set_aside(folder, patterns, step):
-    """Move checkpoints after `step` into a folder set_aside_1, 2, ...: the run goes on from there. -> new paths."""
+    """Move the checkpoints after `step` into a new folder set_aside_1, 2, ... -> their new paths."""
     later = [path for path in checkpoints_in(folder, patterns) if (step_of(path) or 0) > step]
     places = (Path(folder, f"set_aside_{n}") for n in itertools.count(1))
     target = next(place for place in places if not place.exists())
@@ -270,16 +270,16 @@ def set_aside(folder, patterns, step):
 
 def rotate(folder, name, keep):
     """Delete all but the newest `keep` checkpoints called `name` ("steps_{step}"; 0 keeps all), not a user's copies
-    beside them. Call it after the new one is in place."""
+    with other names. Call it after the new one is in place."""
     own = [path for path in Path(folder).iterdir() if re.fullmatch(name.format(step=r"\d+"), path.name)]
     for path in sorted(own, key=step_of)[:-keep] if keep else []:
         doomed = _beside(path)
-        os.replace(path, doomed)  # the name goes first: deleting a folder takes many calls
+        os.replace(path, doomed)  # rename first: a kill must not leave half a folder under a checkpoint's name
         _remove(doomed)
 
 
 def check_same_run(path, saved, fingerprint, config, fixed):
-    """Refuse a resume that would silently be another run -> list of "key then -> now" of the changed keys."""
+    """Refuse a resume that would silently be another run -> ["key old -> new"] of the changed keys."""
     changed = "the training data or its settings changed since then (added, removed, made again, another split)"
     put_back = "this would not be the same run. Put them back, or start a new run in another folder"
     require(saved["fingerprint"] == fingerprint, f"--resume {path}: {changed}, {put_back}")
@@ -302,13 +302,13 @@ def flat(config, prefix=""):
 
 
 def training_state(model, optimizer):
-    """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer); under FSDP2 sharded."""
+    """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer); with FSDP2 sharded."""
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     return {n: p.detach() for p, n in names.items()}, {names[p]: dict(state) for p, state in optimizer.state.items()}
 
 
 def check_trained(model, shapes):
-    """Every trained tensor must be in the checkpoint, in its shape: copy_ would broadcast."""
+    """-> {name: parameter} of what is trained; each must be in `shapes` {name: shape}, as copy_ would broadcast."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     wrong = [n for n, p in trained.items() if n not in shapes or shapes[n] != p.shape]
     lacks = f"the checkpoint lacks {len(wrong)} trained tensors or has them in another shape, e.g. {''.join(wrong[:1])}"
@@ -318,25 +318,26 @@ def check_trained(model, shapes):
 
 @torch.no_grad()
 def restore_training_state(model, optimizer, trained, moments):
-    """Put back what training_state gave."""
+    """Load what training_state returned, after the trip to disk."""
     for name, p in check_trained(model, {n: t.shape for n, t in trained.items()}).items():
         p.copy_(laid_out(trained[name], p))
     restore_moments(model, optimizer, moments)
 
 
 def restore_moments(model, optimizer, saved):
-    """Put the optimizer's {parameter name: {exp_avg, ...}} back."""
-    names, fused = dict(model.named_parameters()), optimizer.param_groups[0].get("fused")
+    """Load the optimizer's {parameter name: {exp_avg, ...}}."""
+    parameters, fused = dict(model.named_parameters()), optimizer.param_groups[0].get("fused")
     optimizer.state.clear()
     for name, moments in saved.items():
-        where = {k: "cpu" if k == "step" and not fused else names[name].device for k in moments}  # counted on the CPU
+        p = parameters[name]
+        device = {k: "cpu" if k == "step" and not fused else p.device for k in moments}  # counted on the CPU
         plain = {k: v for k, v in moments.items() if not isinstance(v, torch.Tensor)}  # bitsandbytes counts in an int
-        moments = {k: laid_out(v, names[name]) if v.dim() else v for k, v in moments.items() if k not in plain}
-        optimizer.state[names[name]] = plain | {k: v.to(where[k], copy=True) for k, v in moments.items()}
+        moments = {k: laid_out(v, p) if v.dim() else v for k, v in moments.items() if k not in plain}
+        optimizer.state[p] = plain | {k: v.to(device[k], copy=True) for k, v in moments.items()}
 
 
 def laid_out(tensor, parameter):
-    """A whole tensor -> itself, or where FSDP2 has sharded the parameter this rank's shard of it."""
+    """A whole tensor -> itself, or, if FSDP2 has sharded the parameter, this rank's shard of it."""
     if not hasattr(parameter, "device_mesh") or hasattr(tensor, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,13 +1,13 @@
-"""Drive a policy through an environment: does it do the task? Driving, measuring and drawing; the scenes are elsewhere.
+"""Closed-loop evaluation: drive a policy through an environment, count successes, draw pictures.
 
 An environment is any object with
 
     reset(seed) -> observation        step(action) -> (observation, done)        success() -> {"success": bool, ...}
 
-of which the policy takes the observation and gives the action. What else success() says (numbers with their unit in
-the name, truth values) is reported as its median, or as its count. Optional: expert() -> the right action now, hold()
--> the action that stands still, units of the action (compared with the policy's), picture() -> (h, w, 3) uint8 for a
-person, hz, verb ("inserted"), and looking: set to False while nobody needs pictures."""
+whose observations are those of the policy's predict. What else success() returns (numbers with their unit in the name,
+booleans) is reported as its median, or as its count. Optional: expert() -> the right action now, hold() -> the action
+of standing still, units of the action (compared with the policy's), picture() -> (h, w, 3) uint8 for a person, hz, verb
+("inserted"), and looking, which is set to False while nobody needs pictures."""
 
 import functools
 import importlib
@@ -24,17 +24,17 @@ from tqdm import tqdm
 
 from common import require
 
-LONGEST = 10_000  # steps; an environment that never ends is a mistake
-GIVES = dict(reset="an observation, which is a dict", step="(observation, done)", success="a dict with 'success'")
+MAX_STEPS = 10_000  # an environment that never ends is a mistake
+RETURNS = dict(reset="an observation, which is a dict", step="(observation, done)", success="a dict with 'success'")
 
 
 # ---- driving ---------------------------------------------------------------------------------------------------------
 
 
 class Plan:
-    """What one drive sends: of the newest chunk the row of this step, or, with `ensemble` m, the mean of what all
-    chunks say of this step, weighted exp(-m i), i = 0 the oldest (Zhao et al. 2023). Deltas are averaged as targets: a
-    chunk of motions stands on what had been sent when it was predicted, not on where the arm then was measured."""
+    """The actions of one drive: the newest chunk's row of this step or, with `ensemble` m, the mean of all chunks' rows
+    of this step, weighted exp(-m i), i = 0 the oldest (ACT's temporal ensemble, Zhao et al. 2023). Deltas are averaged
+    as positions: the sum of what had been sent when the chunk was predicted, plus the chunk's own deltas."""
 
     def __init__(self, delta, ensemble=None):
         self.delta, self.ensemble = delta, ensemble
@@ -50,102 +50,101 @@ class Plan:
 
     def next(self):
         self.chunks = [(begin, rows) for begin, rows in self.chunks if self.step - begin < len(rows)]
-        said = np.stack([rows[self.step - begin] for begin, rows in self.chunks])
-        action = said[-1]
+        actions = np.stack([rows[self.step - begin] for begin, rows in self.chunks])
+        action = actions[-1]
         if self.ensemble is not None:
-            action = np.average(said, axis=0, weights=np.exp(-self.ensemble * np.arange(len(said))))
+            action = np.average(actions, axis=0, weights=np.exp(-self.ensemble * np.arange(len(actions))))
             action = action - self.sent if self.delta else action
         self.step, self.sent = self.step + 1, self.sent + action
         return action
 
 
-def given_by(scene, method, *args):
-    """-> what scene.method(*args) gives, if that is what the head of this file says"""
-    gives = getattr(scene, method)(*args)
-    first, *more = gives if isinstance(gives, tuple) else (gives,)
+def checked(scene, method, *args):
+    """-> scene.method(*args); UserError unless it has the form that the head of this file says."""
+    result = getattr(scene, method)(*args)
+    first, *more = result if isinstance(result, tuple) else (result,)
     right = isinstance(first, dict) and len(more) == (method == "step") and (method != "success" or "success" in first)
     kinds = ", ".join(type(part).__name__ for part in (first, *more))
-    require(right, f"{type(scene).__name__}.{method} gives {kinds}; expected {GIVES[method]}")
-    return gives
+    require(right, f"{type(scene).__name__}.{method} gives {kinds}; expected {RETURNS[method]}")
+    return result
 
 
 def drive(predict, scenes, seeds, delta, execute=1, ensemble=None, looking=True):
-    """Drive scene k, an environment, from seed k, all in step: predict(indices of the scenes under way, their
-    observations) -> (B, H, A), of which `execute` rows are sent before the next. -> a list of {seed, actions (T, A),
-    seconds: of predict, per scene and call, and what success() said}."""
-    seen, plans, live, seconds = [], [Plan(delta, ensemble) for _ in seeds], list(range(len(seeds))), []
+    """Drive all `scenes` (environments) in lockstep, each from its seed. predict(indices of the unfinished scenes,
+    their observations) -> (B, H, A), of which `execute` rows are sent before the next call. -> a list of {seed, actions
+    (T, A), seconds: of predict, per scene and call, steps, and what success() returned}."""
+    observations, plans, seconds = [], [Plan(delta, ensemble) for _ in seeds], []
     for scene, seed in zip(scenes, seeds, strict=True):
         scene.looking = looking
-        seen.append(given_by(scene, "reset", seed))
+        observations.append(checked(scene, "reset", seed))
     sent, bar = [[] for _ in seeds], tqdm(total=len(seeds), desc="drive", unit="scene", disable=None, leave=False)
-    step = 0
+    step, live = 0, list(range(len(seeds)))
     while live:
-        require(step < LONGEST, f"scene {seeds[live[0]]} did not end within {LONGEST} steps")
+        require(step < MAX_STEPS, f"scene {seeds[live[0]]} did not end within {MAX_STEPS} steps")
         if step % execute == 0:
             begin = time.perf_counter()
-            chunks = np.asarray(predict(live, [seen[k] for k in live]))
+            chunks = np.asarray(predict(live, [observations[k] for k in live]))
             seconds.append((time.perf_counter() - begin) / len(live))
             require(chunks.shape[1] >= execute, f"--execute {execute}: a chunk has {chunks.shape[1]} rows")
             for k, chunk in zip(live, chunks, strict=True):
                 plans[k].add(chunk)
-        going = []
+        unfinished = []
         for k in live:
             action = plans[k].next()
             require(np.isfinite(action).all(), f"scene {seeds[k]}, step {step}: the action is {action.tolist()}")
-            scenes[k].looking = looking and (step + 1) % execute == 0
-            seen[k], done = given_by(scenes[k], "step", action)
+            scenes[k].looking = looking and (step + 1) % execute == 0  # the next observation goes to predict
+            observations[k], done = checked(scenes[k], "step", action)
             sent[k].append(action)
             if not done:
-                going.append(k)
-        bar.update(len(live) - len(going))
-        step, live = step + 1, going
+                unfinished.append(k)
+        bar.update(len(live) - len(unfinished))
+        step, live = step + 1, unfinished
     bar.close()
     runs = []
     for scene, seed, actions in zip(scenes, seeds, sent, strict=True):
-        about = dict(seed=seed, actions=np.stack(actions), seconds=float(np.median(seconds)))
-        runs.append(about | dict(steps=len(actions)) | given_by(scene, "success"))
+        run = dict(seed=seed, actions=np.stack(actions), seconds=float(np.median(seconds)), steps=len(actions))
+        runs.append(run | checked(scene, "success"))
     return runs
 
 
 def compare(policy, about, make_scene, seeds, execute=1, ensemble=None, batch_size=50):
-    """Policy, what it says of itself -> {who: runs}. Who: the policy, the expert, holding still, and replaying what the
-    expert did (the policy, where the environment has no expert) in the next scene; a baseline that the environment does
-    not know is left out."""
-    scenes, delta, moves = [make_scene() for _ in seeds], about["kind"] == "delta", about["kind"] != "absolute"
-    lacks = [method for method in GIVES if not callable(getattr(scenes[0], method, None))]
+    """Policy, its describe() -> {who: runs}. Who: the policy, the expert, holding still, and replay: what the expert
+    (without one, the policy) did in the next scene. A baseline that the environment cannot do is left out."""
+    scenes, delta, relative = [make_scene() for _ in seeds], about["kind"] == "delta", about["kind"] != "absolute"
+    lacks = [method for method in RETURNS if not callable(getattr(scenes[0], method, None))]
     require(not lacks, f"{type(scenes[0]).__name__} has no method {', '.join(lacks)}: no environment")
     ours = [column["unit"] for column in about["actions"]]
-    wanted = getattr(scenes[0], "units", None) or ours
-    same = len(ours) == len(wanted) and all(a == b or not a or not b for a, b in zip(ours, wanted, strict=True))
-    require(same, f"the policy's actions are in {ours}, the environment takes {wanted}: another one, or another unit")
+    theirs = getattr(scenes[0], "units", None) or ours
+    same = len(ours) == len(theirs) and all(a == b or not a or not b for a, b in zip(ours, theirs, strict=True))
+    require(same, f"the policy's actions are in {ours}, the environment takes {theirs}: another one, or another unit")
 
-    def ask(_, seen):
-        seen = [rename(observation, about["recorded"]) for observation in seen]
-        parts = [policy.predict(seen[i : i + batch_size]) for i in range(0, len(seen), batch_size)]
-        return np.concatenate(parts)[:, about["skip"] :]
+    def predict(_, observations):
+        observations = [rename(o, about["recorded"]) for o in observations]
+        batches = [observations[i : i + batch_size] for i in range(0, len(observations), batch_size)]
+        return np.concatenate([policy.predict(batch) for batch in batches])[:, about["skip"] :]
 
-    def each(action):  # of the scene k
+    def each(action):  # action(k) of the scene k -> chunks of one row
         return lambda live, _: np.stack([action(k) for k in live])[:, None]
 
     policy.reset()
-    found = {"policy": drive(ask, scenes, seeds, delta, execute, ensemble)}
+    found = {"policy": drive(predict, scenes, seeds, delta, execute, ensemble)}
     blind = functools.partial(drive, scenes=scenes, seeds=seeds, delta=delta, looking=False)
     if hasattr(scenes[0], "expert"):
         found["expert"] = blind(each(lambda k: scenes[k].expert()))
     if hasattr(scenes[0], "hold"):
         found["hold still"] = blind(each(lambda k: scenes[k].hold()))
-    elif moves:
+    elif relative:
         found["hold still"] = blind(each(lambda k: np.zeros(len(about["actions"]))))
     if len(seeds) > 1:
         recorded = [run["actions"] for run in found.get("expert", found["policy"])]
-        last = [np.zeros_like(rows[0]) if moves else rows[-1] for rows in recorded]  # then it stands still
+        last = [np.zeros_like(rows[0]) if relative else rows[-1] for rows in recorded]  # at its end it stands still
         tapes = [itertools.chain(rows, itertools.repeat(end)) for rows, end in zip(recorded, last, strict=True)]
         found["replay"] = blind(each(lambda k: next(tapes[(k + 1) % len(tapes)])))
     return found
 
 
 def rename(observation, recorded):
-    """The environment's pictures by the recorder's names, where it has these, under the names of the policy."""
+    """Add to the observation's images, which may have the recorder's camera names, those that the policy knows."""
     images = observation.get("images")
     known = {name: images[theirs] for name, theirs in recorded.items() if isinstance(images, dict) and theirs in images}
     return observation | dict(images=images | known) if known else observation
@@ -162,8 +161,8 @@ def wilson(successes, count, z=1.96):
 
 
 def summarise(runs):
-    """-> {success: how many, scenes, interval, and of what else success() said: medians, counts of true}. A number that
-    a scene does not have (None, NaN) is left out of the median; without any it is None."""
+    """-> {success: how many, scenes, interval, and of what else success() returned: medians, or counts of true}. A
+    number that a scene does not have (None, NaN) is left out of the median; without any it is None."""
     successes = sum(bool(run["success"]) for run in runs)
     report = dict(success=successes, scenes=len(runs), interval=[float(v) for v in wilson(successes, len(runs))])
     for key in (key for key in runs[0] if key not in ("seed", "success", "actions", "seconds")):
@@ -176,11 +175,11 @@ def summarise(runs):
 
 
 def print_table(reports, execute, ensemble, latency_ms):
-    how = f"{execute} of each chunk's rows sent" + ("" if ensemble is None else f", ensemble {ensemble:g}")
+    settings = f"{execute} of each chunk's rows sent" + ("" if ensemble is None else f", ensemble {ensemble:g}")
     first = next(iter(reports.values()))
     keys = [key for key in first if key not in ("success", "scenes", "interval")]
     width = max(12, *(len(key) + 2 for key in keys))
-    print(f"\nclosed loop, {first['scenes']} scenes, {how}; medians, of true or false the number of scenes")
+    print(f"\nclosed loop, {first['scenes']} scenes, {settings}; medians, of true or false the number of scenes")
     print(f"{'':12}{'success':>10}{'95 %':>12}" + "".join(f"{key:>{width}}" for key in keys))
     for who, report in reports.items():
         low, high = (round(100 * v) for v in report["interval"])
@@ -194,15 +193,15 @@ def print_table(reports, execute, ensemble, latency_ms):
 
 
 def film(make_scene, run, count):
-    """The drive again, from its actions -> ([(step, picture)] at `count` moments, did it end as before?). The picture
-    is the scene's own, else what the policy sees."""
+    """Send a run's actions again -> ([(step, picture)] at `count` moments, did it end as before?). The picture is the
+    scene's own, else what the policy sees."""
     scene, steps = make_scene(), len(run["actions"])
     moments, pictures = set(np.linspace(0, steps, count).round().astype(int).tolist()), []
     scene.looking = not hasattr(scene, "picture")
-    seen = scene.reset(run["seed"])
+    observation = scene.reset(run["seed"])
     for step in range(steps + 1):
         if step in moments:
-            images = seen["images"] if scene.looking else [scene.picture()]
+            images = observation["images"] if scene.looking else [scene.picture()]
             views = list(images.values()) if isinstance(images, dict) else images[-1:]
             for view in map(np.asarray, views):
                 wrong = f"{type(scene).__name__} gives a picture of {view.dtype} {view.shape}"
@@ -211,16 +210,16 @@ def film(make_scene, run, count):
             views = [np.pad(view, ((0, tall - len(view)), (0, 0), (0, 0))) for view in views]
             pictures.append((step, np.concatenate(views, axis=1)))
         if step < steps:
-            seen, _ = scene.step(run["actions"][step])
+            observation, _ = scene.step(run["actions"][step])
     return pictures, bool(scene.success()["success"]) == bool(run["success"])
 
 
 def draw_strip(make_scene, found, path, count=5, width=320):
-    """A row of pictures per drive: the policy where it succeeded and where it failed, then the others on the first of
-    these scenes."""
+    """A row of pictures per drive: a success and a failure of the policy, then the baselines in the first of these
+    scenes."""
     policy, hz, rows = found["policy"], getattr(make_scene(), "hz", None), []
     outcomes = [bool(run["success"]) for run in policy]
-    chosen = [policy[outcomes.index(wanted)] for wanted in (True, False) if wanted in outcomes]
+    chosen = [policy[outcomes.index(outcome)] for outcome in (True, False) if outcome in outcomes]
     drives = [("policy", run) for run in chosen]
     for who in list(found)[1:]:
         drives += [(who, run) for run in found[who] if run["seed"] == chosen[0]["seed"]]
@@ -241,8 +240,8 @@ def draw_strip(make_scene, found, path, count=5, width=320):
 
 
 def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_size=50, about=None):
-    """Drive, print the table, write closed_loop.json and closed_loop.png -> {who: what summarise says}. `environment`:
-    "module:Class", looked for where the program was started, too; `execute` 0: half of a chunk."""
+    """Drive, print the table, write closed_loop.json and closed_loop.png -> {who: summarise's report}. `environment`:
+    "module:Class", see open_environment; `execute` 0: half of a chunk; `about`: more for the JSON."""
     require(scenes >= 1 and execute >= 0, f"--scenes {scenes} must be 1 or more, --execute {execute} 0 or more")
     make_scene = open_environment(environment)
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,11 +250,10 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     found = compare(policy, contract, make_scene, list(range(scenes)), execute, ensemble, batch_size)
     reports = {who: summarise(runs) for who, runs in found.items()}
     print_table(reports, execute, ensemble, contract["latency_ms"])
-    plain = {}
-    for who, runs in found.items():
-        plain[who] = [{k: v for k, v in run.items() if k != "actions"} for run in runs]
     about = (about or {}) | dict(environment=environment, execute=execute, ensemble=ensemble, policy=contract)
-    about |= dict(summary=reports, scenes=plain)
+    about |= dict(summary=reports, scenes={})
+    for who, runs in found.items():
+        about["scenes"][who] = [{k: v for k, v in run.items() if k != "actions"} for run in runs]
     (folder / "closed_loop.json").write_text(json.dumps(about, indent=2, default=lambda value: value.tolist()))
     draw_strip(make_scene, found, folder / "closed_loop.png")
     print(f"report: {folder / 'closed_loop.json'}\npicture: {folder / 'closed_loop.png'}")
@@ -266,7 +264,7 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
 
 
 def open_environment(name):
-    """ "module:Class" -> the class, of a module beside the scripts or where the program was started."""
+    """ "module:Class" -> the class; the module may be among the scripts or in the current folder."""
     module, _, cls = name.partition(":")
     require(module and cls, f"--closed-loop {name}: expected module:Class, e.g. demo_scenes:Insertion")
     if str(Path.cwd()) not in sys.path:

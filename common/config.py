@@ -1,6 +1,6 @@
-"""YAML + command line -> dataclass, by tyro. The dataclass is the only place where a default is written.
+"""YAML + command line -> dataclass, with tyro. The dataclass is the only place where a default is written.
 
-The file of --config becomes flags in front of the user's; of two equal flags the later one counts; tyro judges them.
+A --config file becomes flags in front of the user's own; of two equal flags the later one wins; tyro parses the types.
 
     --dataset.horizon 10   --horizon 10 (a name that only one group has)   --grad-clip=1 (- is _)   --resume null
     --augment   --augment true   --no-augment   --cameras camera1 camera3
@@ -24,8 +24,8 @@ from common import UserError, require
 
 
 def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
-    """-> a cls. `aliases` {a guide's flag: field}; `partial`: a YAML file may have keys that cls lacks. `accepted`
-    {a guide's YAML key that cls lacks: values that mean what the program does anyway, or None for any}."""
+    """-> an instance of cls. `aliases` {a guide's flag: field}; `partial`: a YAML file may have keys that cls lacks.
+    `accepted` {a guide's YAML key that cls lacks: values that mean what the program does anyway, or None for any}."""
     kinds, flags, words = fields_of(cls), [], []
     for word in sys.argv[1:] if argv is None else argv:  # ['--a', '1', '--b=2'] -> [('a', ['1']), ('b', ['2'])]
         if match := re.fullmatch(r"--([A-Za-z][\w.-]*)(?:=(.*))?", word, re.DOTALL):
@@ -37,14 +37,14 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         words += _yaml_flags(path, _read_yaml(path), kinds, partial, accepted or {})
     for name, given in flags:
         words += [] if name == "config" else _flag(name, given, kinds, aliases or {})
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             cfg = tyro.cli(cls, args=words, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # some locales have no lines
+        box = [line.strip("│ ") for line in stderr.getvalue().splitlines()[1:]]  # some locales have no lines
         text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
     for key, read in zip(kinds, map(operator.attrgetter, kinds), strict=True):
@@ -57,7 +57,7 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
 
 
 def config_from(cls, values):
-    """A checkpoint's dict -> cls. A field that is new since has its default, one that is gone is left out."""
+    """A checkpoint's dict -> cls. A field added since then has its default; one removed since then is ignored."""
     kinds, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)} & set(values)
     nested = {k for k in known if dataclasses.is_dataclass(kinds[k])}
     return cls(**{k: config_from(kinds[k], values[k]) if k in nested else values[k] for k in known})
@@ -72,9 +72,9 @@ def fields_of(cls, prefix=""):
 
 
 def _flag(name, given, kinds, aliases):
-    """One of the user's flags as tyro wants it."""
-    whole = aliases.get(name, name)
-    leaves = [key for key in kinds if key == whole] or [key for key in kinds if key.rpartition(".")[2] == whole]
+    """One of the user's flags -> words for tyro."""
+    field = aliases.get(name, name)
+    leaves = [key for key in kinds if key == field] or [key for key in kinds if key.rpartition(".")[2] == field]
     require(len(leaves) < 2, f"--{name} could be {' or '.join(f'--{key}' for key in leaves)}: write one of them")
     if leaves or name == "help":
         return _words(leaves[0] if leaves else name, given, kinds)
@@ -131,7 +131,7 @@ def _nearest(name, known, dashes=""):
     return f"the nearest is {dashes}{list(known)[likeness.index(max(likeness))]} (--help lists all)"
 
 
-class _Loader(yaml.BaseLoader):  # every scalar stays the text that it is: tyro knows the types
+class _Loader(yaml.BaseLoader):  # leaves every scalar a string: tyro knows the types
     """Refuses a key that is written twice; PyYAML would keep the last one."""
 
     def construct_mapping(self, node, deep=False):

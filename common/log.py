@@ -1,5 +1,4 @@
-"""What a training says: one aligned line per log step, the same values in metrics.jsonl and (if wanted) in W&B, a bar,
-a loss plot."""
+"""Logging: one aligned line per log step, the same values in metrics.jsonl and (optional) W&B, a bar, a loss plot."""
 
 import contextlib
 import dataclasses
@@ -28,10 +27,10 @@ class WandbConfig:
 
 
 class RunLog:
-    """Log of one run. Only rank 0 writes; on other ranks every method does nothing.
+    """Log of one run. Only rank 0 writes; on other ranks (not `active`) every method does nothing.
 
     log(step, values, line) appends {"step", "time", **values} to metrics.jsonl, sends the values to W&B and prints
-    `line`. W&B can never stop a training: its first failure is reported once and W&B is left out from then on."""
+    `line`. W&B can never stop a training: its first failure is reported, and W&B is not used from then on."""
 
     def __init__(self, folder, total_steps, start_step=0, active=True, project="", wandb=None, config=None):
         self.active, self.folder, self.start, self._wandb = active, Path(folder), start_step, None
@@ -44,12 +43,12 @@ class RunLog:
             self._wandb_call(lambda: self._start_wandb(project, wandb, config or {}))
 
     def _open_metrics(self, start_step):
-        """Keep the rows up to the step that is resumed from: what came after it will be done again."""
+        """Keep the rows up to the step that is resumed from: the later steps will be made again."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines() if path.exists() and start_step else []
         with atomic_path(path) as temporary:  # a kill here must not cost the history
             temporary.write_text("".join(line + "\n" for line in lines if _step_of(line) <= start_step))
-        return io.TextIOWrapper(path.open("ab", 2**20), line_buffering=True)  # so much waits for a full disk
+        return io.TextIOWrapper(path.open("ab", 2**20), line_buffering=True)  # buffers rows while the disk is full
 
     def _start_wandb(self, project, cfg, config):
         import wandb  # optional at run time, and slow to import
@@ -58,9 +57,9 @@ class RunLog:
         if mode == "online" and not os.environ.get("WANDB_API_KEY") and not wandb.login(prompt=False):
             self.print(f"W&B: not logged in, recording offline; upload later with: wandb sync {self.folder / 'wandb'}")
             mode = "offline"
-        known = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
-        run_id = known.read_text().strip() if self.start and known.exists() else secrets.token_hex(4)
-        known.write_text(run_id + "\n")
+        id_file = self.folder / "wandb_run_id.txt"  # a resumed training continues its own run
+        run_id = id_file.read_text().strip() if self.start and id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id + "\n")
         name, notes = cfg.name or self.folder.resolve().name, cfg.notes or None
         about = dict(project=project, entity=cfg.entity, name=name, tags=cfg.tags, notes=notes, config=config)
         resume = "allow" if self.start else None
@@ -75,11 +74,11 @@ class RunLog:
 
     def print(self, text):
         if self.active:
-            with contextlib.suppress(OSError):  # the terminal, or who read the pipe, is gone: the training is not
+            with contextlib.suppress(OSError):  # a closed terminal or pipe must not end the training
                 tqdm.write(text)
 
     def advance(self, step, shown=None):
-        """Move the bar to `step` finished updates; `shown` {name: text} stands behind it."""
+        """Move the bar to `step` finished updates and show `shown` {name: text} after it."""
         if self.active:
             self._bar.update(step - self._bar.n)
             if shown:
@@ -91,7 +90,7 @@ class RunLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
             self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        except OSError as error:  # a full disk must not cost a training; the row is written when there is room
+        except OSError as error:  # a full disk must not end a training; the row is written once there is space
             self.print(f"metrics.jsonl: {error}. Training goes on")
         if line:
             self.print(line)
@@ -108,7 +107,7 @@ class RunLog:
 
 
 def progress(items, what, unit):
-    """`items`, with a bar for who sits at a terminal; a log file, and the other ranks, say nothing."""
+    """Iterate over `items` with a bar, on rank 0 and at a terminal only."""
     return tqdm(items, what, unit=unit, disable=os.environ.get("RANK", "0") != "0" or None, leave=False)
 
 
@@ -126,7 +125,7 @@ def read_metrics(folder):
 
 
 def plot_loss(folder, train="loss", validation="val_loss"):
-    """Draw loss.png from metrics.jsonl; return its path."""
+    """Draw loss.png from metrics.jsonl -> its path."""
     from matplotlib.figure import Figure  # slow to import
 
     rows, figure = read_metrics(folder), Figure(figsize=(7, 4), layout="constrained")

@@ -1,12 +1,12 @@
-"""What a training needs, said before anything is loaded: memory of card and host, disk, reading; and if it does not fit
-the card, the keys that make it fit, tried.
+"""Predict what a training needs before any weights are loaded: GPU and host memory, disk, reading; and if it does not
+fit the card, which config keys make it fit.
 
 The script's own build_model, forward and backward run on tensors that have shapes but no values (torch's fake tensors),
 so nothing is loaded or computed, and what every operation would allocate and free is counted. Only integers (ids,
 positions, grids, masks) are real, because code branches on them. Counted that way: weights, gradients, activations,
 the peak of a step and of a validation. By formula: moments (8 bytes per trained weight), FSDP, 4-bit, host and disk.
 
-    plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, ..., "cpu", dtype))  # (...) -> module"""
+    plan.check(cfg, dataset, collate, lambda c, dtype: build_model(c, ..., "cpu", dtype))"""
 
 import argparse
 import contextlib
@@ -32,13 +32,13 @@ ACCUMULATION = ("gradient_accumulation_steps", "grad_accumulation_steps", "grad_
 ACCUMULATION += ("accumulate_grad_batches", "accumulation")
 START = ("resume", "resume_from_checkpoint", "init_from", "load_model_weights", "pretrained_model_id")
 FP32 = dict(mixed_precision="no", use_bfloat16=False, precision="32-true")  # key: value that turns bf16 off
-AGAIN = dict(gradient_checkpointing=True)
-CHANGES = ({}, AGAIN, AGAIN | dict(adamw_8bit=True), AGAIN | dict(train="language", adamw_8bit=True))  # in this order
-CHANGES += (dict(train="lora"), AGAIN | dict(train="lora"), dict(use_quantization=True))
-USABLE = 0.93  # of a card's bytes: 24 GiB are 24 GB and CUDA's context, buffers and fragments
+RECOMPUTE = dict(gradient_checkpointing=True)
+CHANGES = ({}, RECOMPUTE, RECOMPUTE | dict(adamw_8bit=True), RECOMPUTE | dict(train="language", adamw_8bit=True))
+CHANGES += (dict(train="lora"), RECOMPUTE | dict(train="lora"), dict(use_quantization=True))  # tried in this order
+USABLE = 0.93  # share of a card's bytes: 24 GiB hold 24 GB plus CUDA's context, buffers and fragments
 NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
-ONES = 2**22  # integers up to this many are real
-card = None  # GB, of --plan; None: the card that is there
+MAX_REAL = 2**22  # numbers in a new tensor of integers, up to which it gets values
+card = None  # GB, from --plan; None: the card of this machine
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
 
 
@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 
 
 class Shapes(TorchDispatchMode):
-    """Below it operations run on fake tensors, those on integers for real. live, peak: bytes of all fake storages."""
+    """Within it floats are fake tensors, integers real ones. live, peak: bytes of all fake storages."""
 
     def __init__(self):
         super().__init__()
@@ -62,21 +62,21 @@ class Shapes(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         integers = all(self.real(t) for t in tensors)
-        if not integers and "index" in func._opname:  # a mask has to become places: how many would else be unknown
-            args = [self._places(a) if isinstance(a, (list, tuple)) else a for a in args]
-        if "convolution" in func._opname:  # its kernels bring what they read into an order of their own
+        if not integers and "index" in func._opname:  # indexing by a mask: else the size of the result is unknown
+            args = [self._mask_to_indices(a) if isinstance(a, (list, tuple)) else a for a in args]
+        if "convolution" in func._opname:  # its kernels copy their inputs into a layout of their own
             copies = sum(t.nbytes * (1 if t.is_contiguous() else 2) for t in tensors)
             self.peak = max(self.peak, self.live + copies)
         if not tensors or not integers:
             out = func(*args, **kwargs)
-            small = not tensors and isinstance(out, torch.Tensor) and is_integer(out) and out.numel() <= ONES
-            if not small:
+            real = not tensors and isinstance(out, torch.Tensor) and is_integer(out) and out.numel() <= MAX_REAL
+            if not real:
                 return tree_map_only(self.fakes.FakeTensor, self.count, out)
         with self.fakes.unset_fake_temporarily():
             out = func(*args, **kwargs)
         return tree_map_only(torch.Tensor, self.without_values, out)
 
-    def _places(self, indices):
+    def _mask_to_indices(self, indices):
         out = []
         with self.fakes.unset_fake_temporarily():
             for t in indices:
@@ -104,12 +104,12 @@ class Shapes(TorchDispatchMode):
 
 
 def is_integer(t):
-    """Of ids, positions, masks; uint8 are pictures."""
+    """Is it ids, positions or a mask? uint8 is a picture."""
     return not t.is_floating_point() and t.dtype != torch.uint8
 
 
 def norms_in_fp32(core):
-    """As autocast has them on CUDA; that of a CPU, which the fake tensors are on, leaves them in bf16."""
+    """As autocast runs them on CUDA; on the CPU, where the fake tensors are, it leaves them in bf16."""
     for module in core.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
             module.register_forward_pre_hook(lambda _, args: tuple(t.float() for t in args))
@@ -117,7 +117,7 @@ def norms_in_fp32(core):
 
 @torch.no_grad()
 def convert(module, fn, recurse=True):
-    """nn.Module._apply, which cannot exchange fake tensors. Tied weights stay tied."""
+    """Stands in for nn.Module._apply, which cannot swap fake tensors. Tied weights stay tied."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -133,9 +133,9 @@ def convert(module, fn, recurse=True):
 
 @contextlib.contextmanager
 def without_weights():
-    """Models are built without reading weights; random numbers stay where they are."""
-    exchanged, same = mock.patch.object(torch.nn.Module, "_apply", convert), torch.random.fork_rng(devices=[])
-    with exchanged, same, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
+    """Within it models are built without reading weights, and torch's random state stays as it is."""
+    patched, rng = mock.patch.object(torch.nn.Module, "_apply", convert), torch.random.fork_rng(devices=[])
+    with patched, rng, mock.patch.object(hub, "NO_VALUES", True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy of a layer
         yield
 
@@ -145,30 +145,30 @@ def without_weights():
 
 @dataclass
 class Need:
-    """Bytes on one rank's device, and numbers (trained, whole, gathered)."""
+    """Bytes on one rank's device, and parameter counts (trained, whole, gathered)."""
 
     weights: int
     gradients: int
     moments: int
-    trained: int  # numbers that are trained
-    whole: int  # of all parameters
-    gathered: int  # of two of the largest layer and of what is in no layer: embeddings, heads
+    trained: int  # parameters that are trained
+    whole: int  # all parameters
+    gathered: int  # parameters that FSDP holds unsharded: two of the largest layer, and embeddings and heads
     activations: int = 0  # of one micro-batch, after its forward
     peak: int = 0  # of a step
-    validation: int = 0
+    validation: int = 0  # peak of a validation
 
     @property
     def states(self):
         return self.weights + self.gradients + self.moments
 
     def sharded(self, ranks):
-        """Peak with FSDP2: a share of the states, own activations, what is gathered: weights in bf16, gradients."""
+        """Peak with FSDP2: a share of the states, its own activations, the gathered bf16 weights and fp32 gradients."""
         return int(self.states / ranks + self.activations + 6 * self.gathered)
 
 
 def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
-    """Build the model without values, run a micro-batch that others of its step went before, and one of a validation
-    -> Need. Where the states alone are more than `room` nothing is run, and they are the peak."""
+    """Build the model without values, run a micro-batch (not the first of its step) and one of a validation -> Need.
+    Where the states alone are more than `room` bytes nothing is run, and they are the peak."""
     cfg, bf16 = new_run(cfg), on_card and bf16_wanted(cfg)
     four_bit, fsdp = get(cfg, "use_quantization"), get(cfg, "fsdp")
     if four_bit:  # counted in 16 bits, then corrected; it implies the other
@@ -180,12 +180,12 @@ def measure(cfg, build, batch, on_card, ranks=1, room=math.inf):
         need.peak = need.sharded(ranks) if fsdp else need.states
         if need.peak > room:
             return need
-        if fsdp and bf16:  # gathered in bf16, so no copies of autocast's
+        if fsdp and bf16:  # FSDP gathers in bf16: autocast makes no copies
             core.bfloat16()
         if bf16:
             norms_in_fp32(core)
         built = shapes.live
-        if get(cfg, ACCUMULATION) > 1 or ranks > 1:  # DDP's buckets are there from the start, too
+        if get(cfg, ACCUMULATION) > 1 or ranks > 1:  # gradients of earlier micro-batches, or DDP's buckets
             for p in core.parameters():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
         held, shapes.peak = shapes.live, 0
@@ -212,7 +212,7 @@ def bf16_wanted(cfg):
 
 
 def _states(cfg, core, weights, four_bit):
-    """-> Need without what a step adds."""
+    """-> Need of weights, gradients and moments, without activations and peaks."""
     parameters = list(core.parameters())
     trained = [p for p in parameters if p.requires_grad]
     whole, count = sum(p.numel() for p in parameters), sum(p.numel() for p in trained)
@@ -228,24 +228,24 @@ def _states(cfg, core, weights, four_bit):
 
 
 def new_run(cfg, changes=()):
-    """A copy with other values, that starts from nothing which is on disk."""
+    """-> a copy with the values `changes`, that starts from no checkpoint."""
     cfg = copy.deepcopy(cfg)
     put(cfg, dict.fromkeys(START) | dict(changes))
     return cfg
 
 
-# ---- keys of a config, by the names that the scripts have for them ---------------------------------------------------
+# ---- config keys: the scripts have different names for the same setting ----------------------------------------------
 
 
 def places(cfg, keys):
-    """-> [(group, dotted prefix, key)] of the fields with one of these names, here or one level down."""
+    """-> [(config or its group, dotted prefix, key)] of the fields with one of these names, here or one level down."""
     groups = [(cfg, "")] + [(v, f"{k}.") for k, v in vars(cfg).items() if hasattr(v, "__dataclass_fields__")]
     keys = (keys,) if isinstance(keys, str) else keys
     return [(group, prefix, key) for group, prefix in groups for key in keys if hasattr(group, key)]
 
 
 def get(cfg, keys):
-    """Its value, None where there is no such key."""
+    """-> the value of the first of `keys` that the config has; None without any."""
     return next((getattr(group, key) for group, _, key in places(cfg, keys)), None)
 
 
@@ -264,7 +264,7 @@ def flags(cfg, values):
 
 
 def ways(cfg, build, batch_of, room, ranks):
-    """Changes of the config that fit into `room`, tried -> [(flags, bytes)], the largest micro-batch of each kind."""
+    """Try CHANGES of the config -> [(flags, bytes)] of those that fit `room`, with the largest micro-batch each."""
     size, accumulation, tried, out = get(cfg, BATCH), get(cfg, ACCUMULATION), [], []
     for change in CHANGES:
         new = new_run(cfg, change)
@@ -273,7 +273,7 @@ def ways(cfg, build, batch_of, room, ranks):
         tried.append(new)
         need = measure(new, build, batch_of(size), True, ranks, room)
         micro, peak = size, need.peak
-        if peak > room and size > 1 and need.activations:  # which are a line over the samples
+        if peak > room and size > 1 and need.activations:  # the peak is linear in the samples
             one = measure(new, build, batch_of(1), True, ranks, room).peak
             slope = (peak - one) / (size - 1)
             micro = max(m for m in range(1, size) if size % m == 0 and (m == 1 or one + slope * (m - 1) <= room))
@@ -282,7 +282,7 @@ def ways(cfg, build, batch_of, room, ranks):
         if peak <= room:
             out.append((flags(cfg, change), peak))
     if get(cfg, "fsdp") is False and get(cfg, "train") == "full":
-        change = AGAIN | dict(fsdp=True)
+        change = RECOMPUTE | dict(fsdp=True)
         need = measure(new_run(cfg, change), build, batch_of(size), True, 8)
         fits = [n for n in range(2, 9) if need.sharded(n) <= room]
         out += [(f"{flags(cfg, change)} on {n} such cards", need.sharded(n)) for n in fits[:1]]
@@ -290,7 +290,7 @@ def ways(cfg, build, batch_of, room, ranks):
 
 
 def advice(cfg):
-    """What to change where memory ran out, with the present values."""
+    """-> what to change where memory ran out, with the present values."""
     named = [places(cfg, keys)[0] for keys in (BATCH, ACCUMULATION) if cfg is not None and places(cfg, keys)]
     text = " and raise ".join(f"{prefix}{key} (now {getattr(group, key)})" for group, prefix, key in named)
     text += " by the factor; --plan 24 tries what fits a card of 24 GB" if len(named) == 2 else ""
@@ -298,7 +298,7 @@ def advice(cfg):
 
 
 def asked_card(argv):
-    """Command line -> (it without --plan, the GB that --plan names)."""
+    """Command line -> (the arguments without --plan, the GB that --plan names, or None)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan", nargs="?", const="")
     known, rest = parser.parse_known_args(argv)
@@ -308,10 +308,10 @@ def asked_card(argv):
 
 
 def check(cfg, dataset, collate, build, run=None):
-    """Say the plan. `build`(config, dtype) -> the module on the CPU whose forward(batch) gives the losses. `run`: it is
-    about to start, and is refused where it does not fit the card; a run on a CPU has none, and no plan."""
-    there = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    room = card * 1e9 if card else USABLE * there
+    """Print the plan. `build`(config, dtype) -> the module on the CPU whose forward(batch) gives the losses. `run`: the
+    Run that is about to start: UserError if it does not fit the card; on a CPU there is none, and no plan."""
+    installed = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    room = card * 1e9 if card else USABLE * installed
     if run and not room:
         return
     say, ranks = (run.print, run.world) if run else (print, int(os.environ.get("WORLD_SIZE", 1)))
@@ -322,7 +322,7 @@ def check(cfg, dataset, collate, build, run=None):
 
     try:
         batch, before = batch_of(size), _bytes_read()
-        batch_of(size, size)  # its files are open by now
+        batch_of(size, size)  # measured on a second batch: opening files does not count
         read, need = _bytes_read() - before, measure(cfg, build, batch, bool(room), ranks)
         _say(cfg, need, batch, read, ranks, room, say)
         fits = need.peak <= room or not room
@@ -335,8 +335,8 @@ def check(cfg, dataset, collate, build, run=None):
     for text, peak in found:
         say(f"fits      {gb(peak):<8} {text}")
     what = f"this training needs {gb(need.peak)} of GPU memory, {gb(room)} can be used"
-    how = " | ".join(text for text, _ in found) or "a larger card"
-    require(fits or need.peak <= 1.1 * room, f"{what}. What fits: {how}")  # within the plan's error it may still fit
+    fit = " | ".join(text for text, _ in found) or "a larger card"
+    require(fits or need.peak <= 1.1 * room, f"{what}. What fits: {fit}")  # within the plan's error it may still fit
 
 
 def _say(cfg, need, batch, read, ranks, room, say):
@@ -364,6 +364,6 @@ def gb(size):
 
 
 def _bytes_read():
-    """By this process so far; maps of files do not count."""
+    """-> bytes read by this process so far; memory-mapped files do not count."""
     with open("/proc/self/io") as f:
         return int(f.readline().split()[1])

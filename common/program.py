@@ -1,8 +1,8 @@
-"""A program's command line, its stop signals and its end."""
+"""How a program starts and ends: launch(main, Config) for the command line and errors, StopSignal for Ctrl-C."""
 
 import atexit
 import gc
-import multiprocessing.util  # whose own exit handler must be there before ours: the last one runs first
+import multiprocessing.util  # first: exit handlers run in reverse, and its own must run after end_workers
 import os
 import re
 import signal
@@ -21,14 +21,14 @@ run = None  # the common.run.Run of this process
 
 
 class StopSignal:
-    """Within it SIGTERM, SIGINT and, without nohup, SIGHUP (of a closed terminal) only set `received`, which the loop
-    reads after a step. Launchers and batch systems send them twice, so after the first they stay harmless to the end; a
-    second Ctrl-C, two seconds later, acts."""
+    """Context in which SIGTERM, SIGINT and, without nohup, SIGHUP (a closed terminal) only set `received`, which the
+    loop reads after every step. Launchers and batch systems send them twice, so after the first they stay ignored until
+    the process ends; a second Ctrl-C, two seconds later, interrupts."""
 
     def __enter__(self):
         self.received, self.at = None, 0.0
-        kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self.previous = {s: signal.signal(s, self._handle) for s in STOPS[kept:]}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self.previous = {s: signal.signal(s, self._handle) for s in STOPS[nohup:]}
         return self
 
     def __exit__(self, *_):
@@ -43,14 +43,14 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker):
-    """worker_init_fn of a DataLoader: terminals and batch systems signal the whole process group, and the step that is
-    being finished needs its data."""
+    """worker_init_fn of a DataLoader. Terminals and batch systems signal the whole process group, but the step that is
+    being finished still needs its data."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
-    """Python would wait forever for loader workers at exit: they ignore the SIGTERM with which it ends its daemons."""
+    """Kill loader workers. Python ends its daemons with SIGTERM at exit, which they ignore, and would wait forever."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -60,12 +60,12 @@ atexit.register(end_workers)
 
 
 def launch(main, config, aliases=None, accepted=None, partial=False):
-    """Run main(config of the command line). A user's mistake ends it with one line and exit code 2, a defect of ours
-    with a traceback; where a training was under way, its last complete step is saved first. `accepted`, `partial`: see
+    """Run main(cfg) with the `config` of the command line. A user's mistake ends it with one line and exit code 2, a
+    defect of ours with a traceback; a training saves its last complete step first. `aliases` to `partial`: see
     parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
     global run
     rank, cfg = int(os.environ.get("RANK", 0)), None
-    if hasattr(sys.stdout, "reconfigure"):  # a log file has a line when it is said; a terminal in EUC-KR knows no emoji
+    if hasattr(sys.stdout, "reconfigure"):  # log files get every line at once; a terminal in EUC-KR has no emoji
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         argv, plan.card = plan.asked_card(sys.argv[1:]) if hasattr(config, "check") else (sys.argv[1:], None)
@@ -81,13 +81,13 @@ def launch(main, config, aliases=None, accepted=None, partial=False):
             raise
         end_workers()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5 if rank else 0)  # by then rank 0 has said the same, and torchrun has ended this one
+        time.sleep(5 if rank else 0)  # by then rank 0 has printed the same, and torchrun has ended this process
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)  # no thread, worker or process group may change the exit code or hold it up
+        os._exit(2)  # no thread, worker or process group may change the exit code or block the end
     if dist.is_initialized():
-        run.sum(0)  # rank 0 may be merging: NCCL's own barrier would give up after 10 minutes
+        run.sum(0)  # a barrier: rank 0 may be merging for longer than NCCL's own would wait (10 minutes)
     run = None
     if dist.is_initialized():
         gc.collect()  # a DDP reducer that outlives the process group would join gloo's threads with Python's lock held
@@ -95,12 +95,15 @@ def launch(main, config, aliases=None, accepted=None, partial=False):
 
 
 def _explain(error, cfg):
-    """One line for what a user can change; None for a defect."""
+    """-> one line for what a user can change; None for a defect."""
     text = str(error).strip()
+    known = isinstance(error, (UserError, PermissionError, NotADirectoryError, FileExistsError))
+    if known or re.search("No space left|Read-only file system|File name too long", text):
+        return text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|CPUAllocator", text):
         where = "The host is" if isinstance(error, MemoryError) or "CPUAllocator" in text else "CUDA"
         return f"{where} out of memory ({text.partition(chr(10))[0]}). {plan.advice(cfg)}"
-    if dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text):
-        return "another process of this training ended first: its message says why"
-    known = isinstance(error, (UserError, PermissionError, NotADirectoryError, FileExistsError))
-    return text if known or re.search("No space left|Read-only file system|File name too long", text) else None
+    if text.startswith("DataLoader worker ("):  # in a validation; a training's are Run._fetch's
+        return f"DataLoader worker crashed: {text}. Lower num_workers, or load in the main process: --num_workers 0"
+    peer_gone = dist.is_initialized() and re.search("Connection (closed|reset) by peer|writev.*Broken pipe", text)
+    return "another process of this training ended first: its message says why" if peer_gone else None

@@ -1,9 +1,8 @@
 """One global sample order: a pure function of (seed, position), the same for any number of ranks, workers and restarts.
 
 Position p counts the samples that training has consumed since step 0, over all ranks. The sample at p is
-order(epoch p // n)[p % n]. An optimizer step takes `global_batch` consecutive positions; micro-batch m of rank r takes
-its own slice of them, so k micro-batches, or r ranks, see together exactly what one big batch sees.
-"""
+epoch_order(n, seed, p // n)[p % n]. An optimizer step takes `global_batch` consecutive positions, and every micro-batch
+of every rank its own slice of them: together they are exactly one big batch."""
 
 import hashlib
 
@@ -11,9 +10,9 @@ import numpy as np
 
 
 def epoch_order(n, seed, epoch, weights=None):
-    """(n,) int64, the samples of one epoch in order. Without weights a permutation; with `weights` (n,) > 0, n draws in
-    which sample i occurs floor or ceil of n * w_i / sum(w) times (systematic resampling), so every epoch has the right
-    shares."""
+    """-> (n,) int64, the samples of one epoch in order. Without weights a permutation; with `weights` (n,) > 0, n draws
+    in which sample i occurs floor or ceil of n * w_i / sum(w) times (systematic resampling), so that the shares are
+    right in every epoch."""
     rng = generator_at(seed, epoch, "order")
     if weights is None:
         return rng.permutation(n)
@@ -36,8 +35,8 @@ class GlobalOrder:
 
 
 class RankBatches:
-    """Batch sampler of one rank: yields its micro-batches as lists of (position, index), `accumulation` of them per
-    optimizer step. `start`: the first position, where a resumed run stopped; `steps`: how many optimizer steps."""
+    """Batch sampler of one rank: yields micro-batches, lists of (position, index), `accumulation` of them per optimizer
+    step. `start`: the first position, where a resumed run stopped; `steps`: how many optimizer steps."""
 
     def __init__(self, order, batch_size, accumulation=1, rank=0, world=1, start=0, steps=1):
         self.order, self.batch_size, self.accumulation, self.steps = order, batch_size, accumulation, steps
@@ -53,13 +52,13 @@ class RankBatches:
 
 
 def torch_seed_at(seed, position, purpose):
-    """63-bit seed for torch.manual_seed / torch.Generator: the random choices of one sample. `purpose` ("augment",
-    "noise", ...) keeps their streams apart."""
+    """-> 63-bit seed for torch.manual_seed or torch.Generator, for the random choices at one position. `purpose`
+    ("augment", "noise", ...) keeps their streams apart."""
     return _key(seed, position, purpose) & (2**63 - 1)
 
 
 def generator_at(seed, position, purpose):
-    """A NumPy generator, same idea."""
+    """-> a NumPy generator, seeded in the same way."""
     return np.random.Generator(np.random.Philox(_key(seed, position, purpose)))
 
 

@@ -1,8 +1,7 @@
-"""Robot sessions as training samples: what train_async.py and train_diffusion.py agree on around their networks.
+"""Robot sessions as training samples: data set, collate, policy and validation of train_async.py, train_diffusion.py.
 
 One sample is one 100 ms step k: the VL feature of the newest tick, the newest sensor rows -> the next H actions.
-Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), H actions (the chunk).
-"""
+Letters in shapes: B batch, N VL tokens of a tick (1), V their width, W sensor rows (the window), H actions (chunk)."""
 
 import contextlib
 import dataclasses
@@ -29,41 +28,42 @@ ACTIONS = [("dx", "mm"), ("dy", "mm"), ("dz", "mm"), ("da", "deg"), ("db", "deg"
 
 @dataclasses.dataclass
 class Data:
-    """Sessions of a run, split and described."""
+    """Sessions of a run, split, and what a checkpoint says about them."""
 
     train: list  # common.sessions.Session, sorted by name
     validation: list
     features: object  # Features
-    about: dict  # what a checkpoint tells of them: stats, recipe, vl_shape, sensor_hz, image_sizes, instructions, ...
+    about: dict  # for the checkpoint: stats, recipe, vl_shape, sensor_hz, image_sizes, instructions, ...
 
 
 class Features:
     """The VL features of the sessions, read from the cache without opening an image.
 
-    `expected`: keys of the features' recipe that must be so; None: those of the config. `optional`: errors of the cache
-    after which images are read instead, for a VLM that runs now; `missing` then says why. `pictures`: see
+    `expected`: values that the features' recipe must have; None: the config's. `optional`: exceptions of the cache
+    after which read() returns images instead, for a VLM that runs now; `missing` then says why. `pictures`: see
     vl_cache.read_features."""
 
-    def __init__(self, cfg, part, expected=None, optional=(), pictures=True):
-        self.cfg, self.files, self.missing, self.shape, self.ticks = cfg, None, None, (), {}
+    def __init__(self, cfg, sessions, expected=None, optional=(), pictures=True):
+        self.cfg, self.files, self.missing, self.shape = cfg, None, None, ()
+        self.ticks = {}  # {session name: sessions.Ticks}, set by usable()
         self.root = cfg.cache_root or f"{cfg.dataset_dir[0]}/cache"
         size = dict(height=cfg.image_resize_height, width=cfg.image_resize_width)
         expected = expected or dict(model=cfg.model, views=cfg.views or None, **size)
-        how = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures, cfg.dataset_dir)
+        rest = (cfg.vlm_reuse_count, cfg.max_image_age, pictures and cfg.check_pictures, cfg.dataset_dir)
         try:
-            self.files, self.recipe = vl_cache.read_features(self.root, part, expected, *how)
+            self.files, self.recipe = vl_cache.read_features(self.root, sessions, expected, *rest)
             self.shape = next(iter(self.files.values())).shape[1:]
         except optional as error:
-            self.missing, views = str(error), expected["views"] or ss.common_views(part)[0]
+            self.missing, views = str(error), expected["views"] or ss.common_views(sessions)[0]
             self.recipe = expected | dict(views=views)
 
     def usable(self, session):
-        """-> (m,) steps whose tick has a fresh image of every view, (m,) their tick, the newest there can be."""
+        """-> (m,) steps whose tick, at the shortest latency, has a fresh image of every view, and (m,) that tick."""
         c = self.cfg
         self.ticks[session.name] = ticks = session.ticks(c.vlm_reuse_count, self.recipe["views"], c.max_image_age)
-        at = session.tick_of_step(np.arange(len(session)), c.vlm_reuse_count, min(c.vlm_latency_ms) / 1000)
-        steps = np.flatnonzero([ticks.looks[tick] is not None for tick in at])
-        return steps, at[steps]
+        tick_of = session.tick_of_step(np.arange(len(session)), c.vlm_reuse_count, min(c.vlm_latency_ms) / 1000)
+        steps = np.flatnonzero([ticks.looks[tick] is not None for tick in tick_of])
+        return steps, tick_of[steps]
 
     def ages(self, session):
         """-> (m,) seconds from the images' capture to each usable step, at the shortest latency."""
@@ -80,25 +80,27 @@ class Features:
 
 
 def load_data(cfg, run=None, saved=None, optional=()):
-    """-> Data. `saved`: a checkpoint to go on from, whose statistics are kept; `optional`: see Features."""
-    found = ss.find_sessions(cfg.dataset_dir)
-    for s in found:
+    """-> Data. `saved`: a checkpoint to start from, whose statistics are kept; `optional`: see Features."""
+    sessions = ss.find_sessions(cfg.dataset_dir)
+    for s in sessions:
         rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
         require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
-    train, validation = ss.split_sessions(found, cfg.val_split)
-    features = Features(cfg, found, optional=optional, pictures=run is None or run.main)
+    train, validation = ss.split_sessions(sessions, cfg.val_split)
+    features = Features(cfg, sessions, optional=optional, pictures=run is None or run.main)
     views, facts = features.recipe["views"], []
-    none = f"no step of the {len(train)} training sessions has an image of {', '.join(views)} of at most"
-    how = f"{none} {cfg.max_image_age:g} s: change --views, --max-image-age, --vlm-reuse-count or --vlm-latency-ms"
+    advice = "change --views, --max-image-age, --vlm-reuse-count or --vlm-latency-ms"
+    for kind, part in dict(training=train, validation=validation).items():
+        none = f"no step of the {len(part)} {kind} sessions has an image of {', '.join(views)} of at most"
+        usable = not part or any(len(features.usable(s)[0]) for s in part)
+        require(usable, f"{none} {cfg.max_image_age:g} s: {advice}")
     ages = np.concatenate([features.ages(s) for s in train])
-    require(len(ages), how)
     late = [ss.steps_late(ms / 1000) for ms in cfg.vlm_latency_ms]
     for s in train:
         stamps = s.sensor_stamps.tobytes() if s.has_sensor else b""
         content = hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + stamps).hexdigest()
         facts.append([s.name, content, features.files and features.files[s.name].content])
     fingerprint = vl_cache.digest_of(facts)
-    first = run.once(str, fingerprint) if run else fingerprint  # which compared the pictures
+    first = run.once(str, fingerprint) if run else fingerprint  # rank 0's, which alone compared the pictures
     require(fingerprint == first, "the processes see other sessions or features: start again when they are all built")
     if saved:
         differs = vl_cache.different(saved["recipe"], vl_cache.shaping(features.recipe))
@@ -117,30 +119,30 @@ def load_data(cfg, run=None, saved=None, optional=()):
 
 
 def all_stats(train, features, cfg, samples=512):
-    """sessions.session_stats, and with a cache mean and std (V numbers) of the features of `samples` steps."""
+    """sessions.session_stats and, where there is a cache, mean and std (V) of the features of `samples` steps."""
     stats, dataset = ss.session_stats(train), SessionDataset(train, features, cfg)
     if features.files:
         chosen = np.unique(np.linspace(0, len(dataset) - 1, samples).astype(int))
         x = torch.cat([dataset.look(i)["vl_features"] for i in chosen]).double()  # (n, V)
         mean, std = x.mean(0), x.std(0, correction=0)
-        std = std.clamp(min=1e-3 * (1 + mean.abs()))  # not below the rounding of fp16
+        std = std.clamp(min=1e-3 * (1 + mean.abs()))  # not below fp16's rounding error
         stats["vl"] = dict(mean=mean.tolist(), std=std.tolist())
     return stats
 
 
 class SessionDataset(Dataset):
-    """One item per usable step k of the sessions (its VLM tick has a fresh image of every view). Item (position, i):
+    """One item per usable step k of the sessions (its VLM tick has a fresh image of every view). dataset[position, i]:
 
     vl_features (N, V) float32, or without a cache images {view: (h, w, 3) uint8} and instruction |
     sensor (n <= W, 1026) raw rows as on the disk, newest last, or None | previous (7,) the action before, or zeros |
     actions (H, 7) float32 in mm and degrees, action_mask (H,) bool: False past the end of the segment |
     weight float32, in the loss | reuse_step, steps since the feature's tick: 0..R-1 without latency |
-    age float, seconds since the feature's images were taken | name"""
+    age float, seconds since the feature's images were taken | name (session, k)"""
 
-    def __init__(self, part, features, cfg):
-        self.sessions, self.features, self.cfg = list(part), features, cfg
+    def __init__(self, sessions, features, cfg):
+        self.sessions, self.features, self.cfg = list(sessions), features, cfg
         usable = [features.usable(s) for s in self.sessions]
-        self.owner = np.repeat(np.arange(len(usable)), [len(steps) for steps, _ in usable])  # each item's session
+        self.owner = np.repeat(np.arange(len(usable)), [len(steps) for steps, _ in usable])  # index of i's session
         self.steps, self.ticks = np.concatenate([np.zeros((2, 0), int), *map(np.stack, usable)], axis=1)
         self.datasets = np.array([s.dataset for s in self.sessions])[self.owner]
 
@@ -150,11 +152,11 @@ class SessionDataset(Dataset):
     def sample_weights(self, table, changes=()):
         """{data set: weight} (others 1), changes ["NAME=W"] -> (n,) weight of each sample."""
         weights = {s.dataset: table.get(s.dataset, 1.0) for s in self.sessions}
-        wanted = f"expected NAME=W: one of {', '.join(sorted(weights))}, and a weight above 0"
+        expected = f"expected NAME=W: one of {', '.join(sorted(weights))}, and a weight above 0"
         for text in changes:
             name, _, value = text.rpartition("=")
             number = float(pd.to_numeric(value, errors="coerce"))
-            require(name in weights and 0 < number < math.inf, f"dataset_weight '{text}': {wanted}")
+            require(name in weights and 0 < number < math.inf, f"dataset_weight '{text}': {expected}")
             weights[name] = number
         return np.array([weights[name] for name in self.datasets], np.float64)
 
@@ -163,9 +165,9 @@ class SessionDataset(Dataset):
         return self.features.read(self.sessions[self.owner[i]], self.ticks[i])
 
     def __getitem__(self, key):
-        position, i = key  # where vlm_latency_ms is a range, the position draws the age of the feature
+        position, i = key  # position: seeds what is random about the item, the age of its feature
         s, k, tick, cfg = self.sessions[self.owner[i]], int(self.steps[i]), int(self.ticks[i]), self.cfg
-        ticks, (low, high) = self.features.ticks[s.name], (min(cfg.vlm_latency_ms), max(cfg.vlm_latency_ms))
+        ticks, low, high = self.features.ticks[s.name], min(cfg.vlm_latency_ms), max(cfg.vlm_latency_ms)
         if high > low:
             latency = generator_at(cfg.seed, position, "latency").uniform(low, high) / 1000
             older = int(s.tick_of_step(k, cfg.vlm_reuse_count, latency))
@@ -180,13 +182,13 @@ class SessionDataset(Dataset):
 
 
 class Collate:
-    """Lists of raw observations -> model inputs, the same function in training and predict. Sensor rows are rounded to
-    what the training's recordings hold: mostly fp16, half the bytes on the way to the GPU."""
+    """Raw observations -> model inputs, the same function in training and predict. Sensor rows are rounded to the dtype
+    of the training's recordings: mostly fp16, half the bytes on the way to the GPU."""
 
     def __init__(self, cfg, stats):
         self.window, self.sensor_enabled = cfg.sensor_window_size, cfg.sensor_enabled
         self.action = Normalizer(stats["action"])
-        self.dtype = np.finfo(stats["sensor"]["dtype"] if stats["sensor"] else "float32")
+        self.finfo = np.finfo(stats["sensor"]["dtype"] if stats["sensor"] else "float32")
 
     def inputs(self, observations):
         """vl_features (B, N, V) float32 | age (B,) float32, seconds since their images | sensor (B, W, 1026) raw, zeros
@@ -194,11 +196,11 @@ class Collate:
         batch = dict(vl_features=torch.stack([torch.as_tensor(o["vl_features"]).float() for o in observations]))
         batch["age"] = torch.tensor([float(o.get("age", 0.0)) for o in observations])
         if self.sensor_enabled:
-            sensor = np.zeros((len(observations), self.window, ss.CHANNELS), self.dtype.dtype)
+            sensor = np.zeros((len(observations), self.window, ss.CHANNELS), self.finfo.dtype)
             lengths = []
             for padded, o in zip(sensor, observations, strict=True):
                 x = padded[:0] if o.get("sensor") is None else np.asarray(o["sensor"])[-self.window :]
-                x = x if x.dtype == sensor.dtype else np.clip(x, self.dtype.min, self.dtype.max)
+                x = x if x.dtype == sensor.dtype else np.clip(x, self.finfo.min, self.finfo.max)
                 padded[self.window - len(x) :] = x
                 lengths.append(len(x))
             batch |= dict(sensor=torch.from_numpy(sensor), sensor_length=torch.tensor(lengths))
@@ -207,8 +209,8 @@ class Collate:
     def __call__(self, items):
         """List of dataset items -> inputs() plus target (B, H, 7) in mm and degrees, actions, the same normalised,
         has_sensor (B,), names, and every other number or array of the items, stacked: action_mask (B, H), ..."""
-        ours = ("sensor", "vl_features", "age", "images", "instruction", "name")
-        rest = {key: np.stack([item[key] for item in items]) for key in items[0] if key not in ours}
+        handled = ("sensor", "vl_features", "age", "images", "instruction", "name")
+        rest = {key: np.stack([item[key] for item in items]) for key in items[0] if key not in handled}
         rest |= dict(target=rest["actions"], actions=self.action.normalize(rest["actions"]))
         rest["has_sensor"] = np.array([item["sensor"] is not None for item in items])
         rest = {key: torch.from_numpy(values) for key, values in rest.items()}
@@ -220,9 +222,9 @@ class Collate:
 
 class SessionPolicy:
     """What a policy on sessions does around its network; a script adds predict(observations) -> (B, H, 7) in mm and
-    degrees, dataset_class and collate_class. `about`: Data.about, also out of a checkpoint; `vlm`: where the VLM is."""
+    degrees, dataset_class and collate_class. `about`: Data.about, also from a checkpoint; `vlm`: where the VLM is."""
 
-    several_roots = True  # for open_episodes
+    several_roots = True  # open_episodes takes a list of folders
 
     def __init__(self, model, cfg, about, device, vlm=None):
         self.model, self.cfg, self.device, self.vlm, self.encoder = model, cfg, device, vlm, None
@@ -232,28 +234,28 @@ class SessionPolicy:
         self.bf16, self.collate = device.type == "cuda" and cfg.use_bfloat16, self.collate_class(cfg, self.stats)
         rows = f"(n, {ss.CHANNELS}) raw rows (force, A-scan) up to now, newest last, or None;"
         rows += f" the newest {cfg.sensor_window_size} at {self.sensor_hz:.0f} Hz are used"
-        about = dict(script=type(self).__module__, images=about["image_sizes"], actions=ACTIONS, horizon=cfg.horizon)
-        about |= dict(rate_hz=ss.ACTION_HZ, kind="delta", sensor=rows if cfg.sensor_enabled else None)
-        about["first_row"] = "the motion of the TCP in the 0.1 s that begin now: send row 0 at once, then predict again"
-        about |= dict(instructions=self.instructions, must_be_told=True, needs=dict(vlm=vlm or self.recipe["model"]))
-        about |= dict(action_low=self.stats["action"]["min"], action_high=self.stats["action"]["max"])
-        self.contract = Contract(**about)
+        facts = dict(script=type(self).__module__, images=about["image_sizes"], actions=ACTIONS, horizon=cfg.horizon)
+        facts |= dict(rate_hz=ss.ACTION_HZ, kind="delta", sensor=rows if cfg.sensor_enabled else None)
+        facts["first_row"] = "the motion of the TCP in the 0.1 s that begin now: send row 0 at once, then predict again"
+        facts |= dict(instructions=self.instructions, must_be_told=True, needs=dict(vlm=vlm or self.recipe["model"]))
+        facts |= dict(action_low=self.stats["action"]["min"], action_high=self.stats["action"]["max"])
+        self.contract = Contract(**facts)
         self.reset()
 
     def reset(self):
-        """Begin anew, as if just loaded."""
+        """Forget the last episode, as if just loaded."""
 
     def describe(self):
-        """What the policy takes and gives, as plain values; latency_ms is that of the expert on a cached feature, the
-        VLM looks beside it (TwoRateLoop)."""
-        felt = np.zeros((self.cfg.sensor_window_size, ss.CHANNELS), np.float32)
-        return self.contract.describe(self, dict(vl_features=torch.zeros(self.vl_shape), sensor=felt))
+        """What the policy takes and gives, as plain values; latency_ms is the action expert's on a cached feature: the
+        VLM runs in parallel (TwoRateLoop)."""
+        rows = np.zeros((self.cfg.sensor_window_size, ss.CHANNELS), np.float32)
+        return self.contract.describe(self, dict(vl_features=torch.zeros(self.vl_shape), sensor=rows))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     def freeze(self):
-        """For inference only: what autocast would cast to bf16 at every call is cast once."""
+        """For inference only: cast once what autocast would cast to bf16 at every call."""
         layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.MultiheadAttention)
         for module in self.model.requires_grad_(False).eval().modules():
             if self.bf16 and isinstance(module, layers):
@@ -271,9 +273,8 @@ class SessionPolicy:
 
     def inputs(self, observations):
         """list of {vl_features (N, V), or images {view: (h, w, 3) uint8 RGB} and instruction; age: seconds since these
-        images were taken, 0 if it is not said; sensor: (n, 1026) raw rows (force, A-scan) up to now, newest last, or
-        None; those with a value that is not finite are left out, as in training} -> Collate.inputs' batch on the
-        device."""
+        images were taken, default 0; sensor: (n, 1026) raw rows (force, A-scan) up to now, newest last, or None; rows
+        with a value that is not finite are left out, as in training} -> Collate.inputs' batch on the device."""
         observations = [dict(o) for o in observations]
         for o in observations:
             rows = np.empty((0, ss.CHANNELS)) if o.get("sensor") is None else np.asarray(o["sensor"])
@@ -290,12 +291,12 @@ class SessionPolicy:
 
     def open_episodes(self, root, names=None):
         """For evaluate.py: yields per session, and per stretch of it without a gap, {name, sample: callable(t) ->
-        observation, target (M, 7), hold (M, 7): the action that stands still, phase None}."""
+        observation, target (M, 7), hold (M, 7): the action of standing still, phase None}."""
         roots = [str(path) for path in (root if isinstance(root, (list, tuple)) else [root])]
-        found = ss.find_sessions(roots)
-        unknown, some = sorted(set(names or []) - {s.name for s in found}), ", ".join(s.name for s in found[:5])
+        sessions = ss.find_sessions(roots)
+        unknown, some = sorted(set(names or []) - {s.name for s in sessions}), ", ".join(s.name for s in sessions[:5])
         require(not unknown, f"'{', '.join(roots)}' has no session '{''.join(unknown[:1])}'; it has {some}, ...")
-        chosen = [s for s in found if names is None or s.name in names]
+        chosen = [s for s in sessions if names is None or s.name in names]
         cfg = dataclasses.replace(self.cfg, dataset_dir=roots)
         expected = {k: v for k, v in self.recipe.items() if k not in ("model", "format_version")}
         features = Features(cfg, chosen, expected, optional=(FileNotFoundError, vl_cache.CacheMismatch))
@@ -315,7 +316,7 @@ class SessionPolicy:
                 yield truth | dict(name=name, sample=lambda t, p=part: dataset[(int(p[t]), int(p[t]))], phase=None)
 
     def nearest(self, chunks):
-        """(n, H, 7) mm and degrees -> the closest that can be answered: the normaliser clips."""
+        """(n, H, 7) mm and degrees -> the closest chunks that the policy can output: the normaliser clips."""
         return self.collate.action.unnormalize(self.collate.action.normalize(chunks))
 
     def action_names(self):
@@ -329,51 +330,51 @@ SWAPPED = dict(feature="policy", sensor="felt", force="felt", ascan="felt")  # i
 
 
 class HeldOut(Dataset):
-    """Item k: sample k, and the inputs of others: the feature of another session's at the same phase, the sensor of one
-    far away (one with sensor data for those that have some)."""
+    """Item i: sample i, and an item with the inputs of others: the feature of another session at the same phase, the
+    sensor of a sample far away (one with sensor data for those that have some)."""
 
     def __init__(self, dataset):
         self.dataset, self.far = dataset, np.arange(len(dataset))
         lengths = np.array([len(s) for s in dataset.sessions])[dataset.owner]
-        felt = np.array([s.has_sensor for s in dataset.sessions], bool)[dataset.owner]
-        for group in (np.flatnonzero(felt), np.flatnonzero(~felt)):
+        with_sensor = np.array([s.has_sensor for s in dataset.sessions], bool)[dataset.owner]
+        for group in (np.flatnonzero(with_sensor), np.flatnonzero(~with_sensor)):
             self.far[group] = np.roll(group, len(group) // 2)
-        there = partners(dataset.owner, dataset.steps / lengths)  # None: a single session
-        self.phase = self.far if there is None else there
+        same_phase = partners(dataset.owner, dataset.steps / lengths)  # None: a single session
+        self.same_phase = self.far if same_phase is None else same_phase
 
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, k):
-        return self.dataset[(k, k)], self.dataset[(k, int(self.far[k]))] | self.dataset.look(self.phase[k])
+    def __getitem__(self, i):
+        return self.dataset[(i, i)], self.dataset[(i, int(self.far[i]))] | self.dataset.look(self.same_phase[i])
 
 
 def collate_pairs(collate, pairs):
-    """HeldOut's items -> Collate's batch, and other_*: its inputs of the others."""
+    """HeldOut's items -> Collate's batch, plus the others' inputs as other_*."""
     items, others = zip(*pairs, strict=True)
     return collate(items) | {f"other_{key}": value for key, value in collate.inputs(others).items()}
 
 
 def held_out_batches(dataset, policy, run):
-    """This rank's share of the held-out steps, each once -> (collate_pairs' batch on the device, {input: the batch with
-    this input of other samples})."""
-    share, how = range(run.rank, len(dataset), run.world), dict(collate_fn=partial(collate_pairs, policy.collate))
-    how |= dict(worker_init_fn=ignore_stop_signals, pin_memory=policy.device.type == "cuda", sampler=share)
-    how |= dict(batch_size=policy.cfg.batch_size, num_workers=policy.cfg.num_workers)
-    for batch in progress(DataLoader(HeldOut(dataset), **how), "validation", "batch"):
+    """Yield this rank's share of the held-out steps, each once: (collate_pairs' batch on the device, {input: the batch
+    with this input taken from other samples})."""
+    share, options = range(run.rank, len(dataset), run.world), dict(collate_fn=partial(collate_pairs, policy.collate))
+    options |= dict(worker_init_fn=ignore_stop_signals, pin_memory=policy.device.type == "cuda", sampler=share)
+    options |= dict(batch_size=policy.cfg.batch_size, num_workers=policy.cfg.num_workers)
+    for batch in progress(DataLoader(HeldOut(dataset), **options), "validation", "batch"):
         batch = to_device(batch, policy.device)
         swapped = dict(feature=batch | dict(vl_features=batch["other_vl_features"]))
         if "sensor" in batch:
-            here, there = batch["sensor"], batch["other_sensor"]
-            swapped["sensor"] = batch | dict(sensor=there, sensor_length=batch["other_sensor_length"])
-            swapped["force"] = batch | dict(sensor=torch.cat([there[..., :1], here[..., 1:]], -1))
-            swapped["ascan"] = batch | dict(sensor=torch.cat([here[..., :1], there[..., 1:]], -1))
+            own, other = batch["sensor"], batch["other_sensor"]
+            swapped["sensor"] = batch | dict(sensor=other, sensor_length=batch["other_sensor_length"])
+            swapped["force"] = batch | dict(sensor=torch.cat([other[..., :1], own[..., 1:]], -1))
+            swapped["ascan"] = batch | dict(sensor=torch.cat([own[..., :1], other[..., 1:]], -1))
         yield batch, swapped
 
 
 class ChunkErrors:
-    """Sums over held-out steps: the loss, every sample weighing 1; the absolute error of predicted chunks, of two
-    baselines (no motion; the last action again), and with inputs of other samples; its signed mean, the bias. Padded
+    """Sums over held-out steps: the loss, with weight 1 for every sample; the absolute error of predicted chunks, of
+    two baselines (no motion; the last action again), and with inputs of other samples; the signed error (bias). Padded
     steps and dimensions that never move do not count."""
 
     def __init__(self, active):
@@ -382,21 +383,21 @@ class ChunkErrors:
         self.sums = {name: np.zeros(len(ACTIONS)) for name in names}
 
     def add(self, batch, sample_loss, predicted, swapped):
-        """A batch of held_out_batches, predicted (B, H, 7), swapped {input: (B, H, 7)}"""
+        """A batch of held_out_batches; predicted (B, H, 7), swapped {input: (B, H, 7)} in mm and degrees."""
         arrays = (batch[key].cpu().numpy() for key in ("target", "action_mask", "has_sensor", "previous"))
-        target, real, felt, previous = arrays
-        real_felt, zero = real & felt[:, None], np.where(self.active, 0.0, target)
+        target, real, has_sensor, previous = arrays
+        zero = np.where(self.active, 0.0, target)
         guesses = dict(policy=predicted, zero=zero, last=previous[:, None], felt=predicted) | swapped
         for name, guess in guesses.items():
-            where = real_felt if "felt" in (name, SWAPPED.get(name)) else real
+            where = real & has_sensor[:, None] if "felt" in (name, SWAPPED.get(name)) else real
             self.sums[name] += np.abs(guess - target)[where].sum(0)
         self.sums["bias"] += (predicted - target)[real].sum(0)
         self.counts += [float(sample_loss.sum()), len(target), real.sum()]
 
     def values(self, run):
         """Over all ranks -> {val/loss_epoch; val/mae_mm, val/mae_deg, the same of the baselines; val/mae_<dim>,
-        val/bias_<dim>; val/swap_<input>: error with this input of another sample / error with its own, in the dimension
-        where that is largest: 1 says that it is not used}."""
+        val/bias_<dim>; val/swap_<input>: error with another sample's input / error with its own, in the dimension where
+        this is largest: 1 means that the input is not used}. A collective call."""
         loss, samples, steps, *sums = run.sum(*self.counts, *np.concatenate(list(self.sums.values())))
         rows = dict(zip(self.sums, np.reshape(sums, (-1, len(ACTIONS))) / steps, strict=True))
         values = {"val/loss_epoch": loss / samples}
@@ -427,16 +428,16 @@ class ChunkErrors:
 
 
 def describe(cfg, data, dataset, held_out, weights, print0):
-    """Say what was found: sessions, steps and shares per data set, features, sensor, actions, ranges and what clipping
-    to them removes. `weights`: of the samples of `dataset`."""
+    """Print what was found: sessions, steps and shares per data set, features, sensor, actions, their ranges and what
+    clipping to these removes. `weights`: of the samples of `dataset`."""
     usable = f"{len(dataset)} of {sum(map(len, data.train))} steps (the others have no fresh image)"
     held = f"{len(data.validation)} validation sessions, {len(held_out)} steps"
     print0(f"data      {len(data.train)} training sessions, {usable}; {held}; {', '.join(cfg.dataset_dir)}")
     for name in sorted({s.dataset for s in data.train}):
-        mine, felt = dataset.datasets == name, [s.has_sensor for s in data.train if s.dataset == name]
+        mine, has_sensor = dataset.datasets == name, [s.has_sensor for s in data.train if s.dataset == name]
         share = f"{mine.sum():7d} steps, share {weights[mine].sum() / weights.sum():6.1%}"
-        felt = f"sensor in {sum(felt)} of {len(felt)} sessions"
-        print0(f"          {name:<30} weight {weights[mine].mean():g}, {share}, {felt}")
+        sensors = f"sensor in {sum(has_sensor)} of {len(has_sensor)} sessions"
+        print0(f"          {name:<30} weight {weights[mine].mean():g}, {share}, {sensors}")
     rate, reuse, recipe, slowest = ss.ACTION_HZ, cfg.vlm_reuse_count, data.features.recipe, max(cfg.vlm_latency_ms)
     views = f"views {', '.join(recipe['views'])} at {recipe['height']}x{recipe['width']}, {data.features.root}"
     print0(f"features  {recipe['model']}, {views}; {reuse} steps share one: a VLM at {rate / reuse:.2f} Hz")
@@ -459,8 +460,8 @@ def describe(cfg, data, dataset, held_out, weights, print0):
 
 
 def check_data(cfg, policy, table, build_model):
-    """--check: read the data, build one batch, print what the model would see. Needs no weights; without a cache the
-    features stay unread, and it says so. `policy`: a SessionPolicy class."""
+    """--check: read the data, build one batch, print what the model would see. Needs no weights; if there is no cache
+    yet, it says so and leaves the features out. `policy`: a SessionPolicy class."""
     data = load_data(cfg, optional=FileNotFoundError)
     dataset, held_out = (policy.dataset_class(part, data.features, cfg) for part in (data.train, data.validation))
     weights = dataset.sample_weights(table, cfg.dataset_weight)

@@ -1,9 +1,8 @@
 """Robot sessions: folders with a data.pkl (written by create_datapkl.py), robot, sensor and cameras on one clock.
 
 Step k of a session starts at starts[k]; action[k] is the motion of the TCP pose from there to ends[k], exactly 0.1 s
-later. Where the robot log has a gap a new segment begins; nothing reaches across. Whatever belongs to step k (VLM tick,
-images, sensor rows) is of starts[k] or earlier; only the targets lie ahead.
-"""
+later. A gap in the robot log begins a new segment; nothing reaches across. What a policy sees at step k (VLM feature,
+images, sensor rows) was recorded at starts[k] or earlier; only the targets lie ahead."""
 
 import contextlib
 import functools
@@ -43,25 +42,25 @@ REMAKE = "python create_datapkl.py --dataset-dirs {}"
 
 
 class BadSession(UserError):
-    """A recording or its data.pkl cannot be used; the message names it, what was expected and the next command."""
+    """A recording or its data.pkl is unusable; the message names it, what was expected and the next command."""
 
 
 # ---- data.pkl --------------------------------------------------------------------------------------------------------
 # A pickle of dicts, lists, texts and numbers; an array is the tuple (dtype name, shape, bytes).
 
 
-class Plain(pickle.Unpickler):
-    """Refuses whatever is more than plain values: it could not be made without naming a class or function."""
+class PlainUnpickler(pickle.Unpickler):
+    """Refuses whatever is more than plain values: all else needs a class or function, which this never looks up."""
 
     def find_class(self, module, name):
         raise ValueError(f"it holds more than plain values ({module}.{name}), as those of older versions do")
 
 
 def load_data_pkl(path):
-    """Path of a data.pkl -> its dict, every field that the programs use checked; BadSession."""
+    """Path of a data.pkl -> its dict, with every field that the programs use checked; else BadSession."""
     raw = Path(path).read_bytes()
     try:
-        data = _unpack(Plain(io.BytesIO(raw)).load())
+        data = _unpack(PlainUnpickler(io.BytesIO(raw)).load())
         _check(data)
     except Exception as error:  # damaged bytes surface as anything: EOFError, TypeError, IndexError, MemoryError...
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
@@ -107,8 +106,8 @@ def _check(data):
 
 
 def content_of(path):
-    """Hex digits that change with a file's content and not with its times. An .npz carries the checksums of its arrays:
-    it is not read through."""
+    """-> hex digest of a file's content, whatever its times. An .npz is not read in full: it has checksums of its
+    arrays."""
     if path.suffix.lower() != ".npz":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     with zipfile.ZipFile(path) as archive:
@@ -125,8 +124,8 @@ NOTES = dict(sensor_offset_s=0.0, camera_offset_s=0.0, instruction=None, dataset
 
 
 def read_notes(folder):
-    """session.yaml beside a recording over NOTES: seconds to add to the sensor's and the cameras' time to get the
-    robot's (cameras: also {view: seconds}), the instruction, the data set, whether to leave the recording out."""
+    """-> the recording's session.yaml, with NOTES as defaults: seconds to add to the sensor's and the cameras' time to
+    get the robot's (cameras: also {view: seconds}), instruction, data set, whether to leave the recording out."""
     path = Path(folder) / NOTES_FILE
     try:
         notes = NOTES | ((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {})
@@ -143,9 +142,8 @@ def read_notes(folder):
 
 
 def find_recordings(roots):
-    """Folders below `roots` (or these themselves) that hold a recording, by its name, its robot CSV or a data.pkl ->
-    (sorted real paths, each once, whatever links lead there; those whose session.yaml says exclude). A folder whose
-    name begins with a dot is left out."""
+    """Folders at or below `roots` that hold a recording, by its name, its robot CSV or a data.pkl -> (sorted paths,
+    each once; those whose session.yaml says exclude). Hidden folders (a dot before the name) are skipped."""
     found, seen = set(), set()
     for root in roots:
         wrong = f"'{root}' is not a folder: expected one that holds recordings (recv_all_*, episode_*)"
@@ -153,32 +151,32 @@ def find_recordings(roots):
         for folder, subfolders, files in os.walk(os.path.realpath(root), followlinks=True):
             real = Path(os.path.realpath(folder))
             marked = DATA_PKL in files or any(map(ROBOT_CSV.fullmatch, files))
-            if real in seen:  # a link
+            if real in seen:  # by another link
                 subfolders.clear()
             elif marked or (RECORDING.fullmatch(real.name) and any(map(IMAGES.match, subfolders))):
                 found.add(real)
-                subfolders.clear()  # thousands of images: nothing below is a recording
+                subfolders.clear()  # no recording within a recording: do not walk its thousands of images
             seen.add(real)
             subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
     excluded = []
     for folder in sorted(found):
-        with contextlib.suppress(BadSession):  # whoever reads the recording names it
+        with contextlib.suppress(BadSession):  # a bad session.yaml is reported when the recording is opened
             excluded += [folder] * read_notes(folder)["exclude"]
     return sorted(found.difference(excluded)), excluded
 
 
 def identity(folder):
-    """Recording folder -> (data set, task or "-", episode). The data set: session.yaml's, or the innermost folder above
-    that is named in GUIDE, else the folder that it lies in; the task: the folders between, joined by +."""
-    parts, given = Path(os.path.realpath(folder)).parts, read_notes(folder)["dataset"]
+    """Recording folder -> (data set, task or "-", episode). Data set: session.yaml's, else the innermost parent folder
+    named in GUIDE, else the direct parent. Task: the folders in between, joined by +."""
+    parts, named = Path(os.path.realpath(folder)).parts, read_notes(folder)["dataset"]
     known = [i for i, part in enumerate(parts[:-1]) if part in GUIDE]
-    at = known[-1] if known else max(0, len(parts) - (3 if given else 2))
-    return given or parts[at], "+".join(parts[at + 1 : -1]) or "-", parts[-1]
+    at = known[-1] if known else max(0, len(parts) - (3 if named else 2))
+    return named or parts[at], "+".join(parts[at + 1 : -1]) or "-", parts[-1]
 
 
 def find_sessions(roots):
-    """Folders -> list of Session, sorted by name. Recordings whose data.pkl is missing, cannot be used or was made from
-    other files are listed with the command to run."""
+    """Folders -> list of Session, sorted by name; BadSession lists the recordings whose data.pkl is missing, unusable
+    or out of date, with the command to run."""
     folders, _ = find_recordings(roots)
     below = " ".join(map(str, roots))
     expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
@@ -203,8 +201,8 @@ def find_sessions(roots):
 
 
 def common_views(sessions):
-    """-> (views of View1..View5, the left camera of a stereo pair, that every session has; those that only some have),
-    both sorted."""
+    """-> (views that every session has, those that only some have), both sorted. Of a stereo pair only the left camera
+    counts, without the suffix: View1."""
     have = [{v.removesuffix("_left") for v in s.view_names if not v.endswith("_right")} for s in sessions]
     views, others = set.intersection(*have), sorted(set.union(*have) - set.intersection(*have))
     lack = f"no view is in all of the {len(sessions)} sessions, only in some {', '.join(others)}"
@@ -216,13 +214,14 @@ def common_views(sessions):
 
 
 class Ticks(NamedTuple):
-    """When the VLM looks: every so many steps, from each segment's first. A look is the images that it sees at once."""
+    """When the VLM runs: every so many steps from each segment's first. A look: the newest image of every view."""
 
-    start: np.ndarray  # (n,) step at which the tick is
-    looks: list  # per tick the newest image of every view then, paths in the session; None: one is not fresh
-    captured: np.ndarray  # (n,) float64, seconds, when these were taken: the mean over views
+    start: np.ndarray  # (n,) step of the tick
+    looks: list  # per tick: tuple of paths in the session, or None where an image is too old
+    captured: np.ndarray  # (n,) float64, seconds, when the images were taken: the mean over views
 
     def unique(self):
+        """-> the different looks, sorted: two ticks may share one."""
         return sorted({look for look in self.looks if look})
 
 
@@ -248,14 +247,14 @@ class Session:
         self.sensor_stamps, self.sensor_hz = sensor["timestamps"], sensor["rate_hz"]
         self.has_sensor, self.sensor_path = self.sensor_stamps is not None, self.path / SENSOR_FILE
         if self.has_sensor:
-            wanted, path = len(self.sensor_stamps) * CHANNELS * np.dtype(sensor["dtype"]).itemsize, self.sensor_path
+            size, path = len(self.sensor_stamps) * CHANNELS * np.dtype(sensor["dtype"]).itemsize, self.sensor_path
             fewer = f"{path} is missing or has fewer rows than {DATA_PKL} says. Make it again"
-            whole = path.is_file() and path.stat().st_size >= wanted
-            require(whole, f"{fewer}: {REMAKE.format(self.path)}", BadSession)
+            complete = path.is_file() and path.stat().st_size >= size
+            require(complete, f"{fewer}: {REMAKE.format(self.path)}", BadSession)
         begin = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
         end = np.r_[begin[1:], len(self.segment)]
-        # of every step's own segment: the first step, and one past the last
-        self.first, self.last = np.repeat(begin, end - begin), np.repeat(end, end - begin)
+        # (N,) of the segment that a step is in: its first step, and one past its last
+        self.first, self.stop = np.repeat(begin, end - begin), np.repeat(end, end - begin)
 
     def __len__(self):
         return len(self.action)
@@ -263,8 +262,8 @@ class Session:
     def view(self, name):
         """-> (paths relative to the session, stamps (M,)) of a view; "View1" also finds "View1_left"."""
         key = name if name in self._images else f"{name}_left"
-        other = f"Choose others with --views, or say exclude: true in its {NOTES_FILE}"
-        lacks = f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. {other}"
+        advice = f"Choose others with --views, or say exclude: true in its {NOTES_FILE}"
+        lacks = f"{self.name} has no view '{name}'; it has {', '.join(self.view_names)}. {advice}"
         require(key in self._images, lacks, BadSession)
         return self._images[key]
 
@@ -273,8 +272,8 @@ class Session:
         return tuple(self._sizes[view if view in self._sizes else f"{view}_left"])
 
     def stale(self):
-        """Did the content of a file that data.pkl was made from change since, or what session.yaml says? Deleted files
-        do not count: nothing here needs them."""
+        """Has a file that data.pkl was made from, or session.yaml, changed since? Deleted files do not count: nothing
+        reads them any more."""
         sources = [(self.path / name, content) for name, content in self.metadata["sources"]]
         try:
             changed = any(path.is_file() and content_of(path) != content for path, content in sources)
@@ -282,14 +281,14 @@ class Session:
             return True
         return changed or read_notes(self.path) != self.metadata.get("notes", NOTES)
 
-    # ---- time
+    # ---- what belongs to a step
 
     def tick_starts(self, reuse):
-        """-> (n,) steps at which the VLM looks."""
+        """-> (n,) steps at which the VLM runs."""
         return np.flatnonzero((np.arange(len(self)) - self.first) % reuse == 0)
 
     def ticks(self, reuse, views, max_image_age=1.5):
-        """-> Ticks of a VLM that looks every `reuse` steps; an image may be up to `max_image_age` seconds old."""
+        """-> Ticks of a VLM that runs every `reuse` steps; an image may be up to `max_image_age` seconds old."""
         start, frames = self.tick_starts(reuse), []
         time, captured = self.starts[start], np.zeros(len(start))
         for view in views:
@@ -301,15 +300,15 @@ class Session:
         return Ticks(start, [look if all(look) else None for look in zip(*frames, strict=True)], captured)
 
     def tick_of_step(self, k, reuse, latency_s=0.0):
-        """Step(s) k -> index into ticks(reuse) of the feature that is in use there: the newest one that is ready,
-        `latency_s` after its tick; before any is the segment's first, for the robot waits for it."""
+        """Step(s) k -> index into ticks(reuse) of the feature in use there: the newest one that is ready, `latency_s`
+        after its tick. Until the segment's first one is ready it is that one: the robot waits for it."""
         ready = np.maximum(np.asarray(k) - steps_late(latency_s), self.first[k])
         return np.searchsorted(self.tick_starts(reuse), ready, side="right") - 1
 
     def sensor_window(self, k, window):
-        """-> (n <= window, 1026), the newest sensor rows up to starts[k], as they are on the disk, or None where there
-        are none. Rows older than the window's own duration plus one step (0.1 s) are not taken: a sensor that has
-        stopped is absent, not frozen."""
+        """-> (n <= window, 1026), the newest sensor rows up to starts[k], as they are on the disk; None without any.
+        Rows older than the window's own duration plus one step (0.1 s) are not taken: a sensor that has stopped is
+        absent, not frozen."""
         if not self.has_sensor:
             return None
         begin, end = sensor_rows(self.sensor_stamps, self.starts[k], window, self.sensor_hz)
@@ -317,19 +316,19 @@ class Session:
 
     def targets(self, k, horizon):
         """-> ((horizon, 7) float32, (horizon,) bool): actions k, k+1, ... of the segment; past its end the last one
-        again, masked False."""
-        at, last = np.arange(k, k + horizon), self.last[k]
-        return self.action[np.minimum(at, last - 1)], at < last
+        is repeated, masked False."""
+        at, stop = np.arange(k, k + horizon), self.stop[k]
+        return self.action[np.minimum(at, stop - 1)], at < stop
 
 
 def steps_late(latency_s):
-    """Steps until a feature is there; those of a segment are exactly 1 / ACTION_HZ apart."""
+    """-> whole steps of 1 / ACTION_HZ until a feature is ready."""
     return math.ceil(latency_s * ACTION_HZ - 1e-3)
 
 
 def sensor_rows(stamps, time, window, hz=SENSOR_HZ):
-    """Stamps (n,) in order -> (begin, end): the newest `window` rows up to `time`, without those that are older than
-    the window's own duration plus one step; in training and on the robot."""
+    """Rising stamps (n,) -> (begin, end): the newest `window` rows up to `time`, without those older than the window's
+    own duration plus one step. The same rule in training and on the robot."""
     end = int(np.searchsorted(stamps, time, side="right"))
     oldest = int(np.searchsorted(stamps, time - window / hz - 0.1))
     return max(end - window, oldest, 0), end
@@ -344,9 +343,9 @@ def _map_sensor(path):
 
 
 def split_sessions(sessions, fraction):
-    """-> (train, validation), by a hash of the name, so that a session stays on its side when others are added. Every
-    data set with two or more sessions has at least one on either side (unless fraction is 0); an only one is trained
-    on."""
+    """-> (train, validation), by a hash of the name, so that sessions stay on their side when others are added. A data
+    set with two or more sessions has at least one on either side (unless `fraction` is 0); a single one is for
+    training."""
     draw = {s.name: int.from_bytes(hashlib.sha256(s.name.encode()).digest()[:8], "big") / 2**64 for s in sessions}
     held_out = set()
     for dataset in sorted({s.dataset for s in sessions}):
@@ -357,17 +356,17 @@ def split_sessions(sessions, fraction):
 
 
 def sensor_std(std):
-    """What a sensor's standard deviations (1026,) are divided by: a channel that rests must not be blown up."""
+    """Standard deviations (1026,) -> those to divide by: the noise of a channel at rest must not be blown up."""
     return np.r_[std[0] if std[0] > 0 else 1.0, np.maximum(std[1:], 1e-3)]
 
 
 def session_stats(train):
     """Statistics of the training sessions -> {format_version, num_episodes, num_frames, action_definition, action,
-    sensor}, lists of numbers. Out of their data.pkl: no sensor stream is read.
+    sensor}, lists of numbers. From their data.pkl: no sensor stream is read.
 
-    action: {mean, std, min, max, q01, q99, mask, count, constant}; a dim that moves by less than 1e-4 (the gripper) is
-    flagged constant and its limits are closed to one value. sensor: {mean, std (1026), count, dtype: float16 where the
-    rows of all sessions are}; None without any sensor.
+    action: {mean, std, min, max, q01, q99, mask, count, constant}; a dim whose range is below 1e-4 (the gripper) is
+    flagged constant, and its limits are set to its mean. sensor: {mean, std (1026), count, dtype: float16 if the rows
+    of all sessions are, else float32}; None if no session has one.
     """
     action = compute_stats(dict(action=[s.action for s in train]))["action"]
     action["constant"] = [high - low < 1e-4 for low, high in zip(action["min"], action["max"], strict=True)]
@@ -375,14 +374,14 @@ def session_stats(train):
         for key in ("min", "max", "q01", "q99"):
             action[key][d] = action["mean"][d]
         action["std"][d] = 0.0
-    sensor, felt = None, [s for s in train if s.has_sensor]
-    if felt:
-        rows = np.array([len(s.sensor_stamps) for s in felt])
-        means, stds = (np.stack([s.sensor[key] for s in felt]) for key in ("mean", "std"))
+    sensor, with_sensor = None, [s for s in train if s.has_sensor]
+    if with_sensor:
+        rows = np.array([len(s.sensor_stamps) for s in with_sensor])
+        means, stds = (np.stack([s.sensor[key] for s in with_sensor]) for key in ("mean", "std"))
         mean = np.average(means, axis=0, weights=rows)
         std = np.sqrt(np.average(stds**2 + (means - mean) ** 2, axis=0, weights=rows))
         sensor = dict(mean=mean.tolist(), std=sensor_std(std).tolist(), count=int(rows.sum()))
-        sensor["dtype"] = max(s.sensor["dtype"] for s in felt)
+        sensor["dtype"] = max(s.sensor["dtype"] for s in with_sensor)  # "float32" sorts after "float16"
     definition = dict(source="tcp pose delta of 0.1 s", dim=7, position_unit="mm", rotation_unit="deg")
     about = dict(format_version=1, num_episodes=len(train), num_frames=sum(map(len, train)))
     return about | dict(action_definition=definition, action=action, sensor=sensor)

@@ -1,6 +1,5 @@
-"""Two-rate inference: a slow eye and a fast hand, for any policy with encode(images) and predict(observations).
-
-Training pairs step k with the feature of an older tick; here the same happens on a robot's clock."""
+"""Two-rate inference on a robot: a slow VLM in a thread, a fast action loop, for any policy with encode(images) and
+predict(observations). Training pairs step k with the feature of an older tick; here the clock does."""
 
 import contextlib
 import math
@@ -16,10 +15,10 @@ from common import sessions as ss
 
 
 class TwoRateLoop:
-    """Runs a policy on a robot at two rates. A thread turns the newest images into a feature and publishes it with the
-    time at which they were taken; the loop acts every 100 ms on the newest feature and the newest sensor rows, and
-    never waits for the VLM. A feature older than `max_age_s` (None: than in training), or none yet, means hold. All
-    times are of `clock`, which has monotonic() and sleep(s), like the module time."""
+    """A thread turns the newest images into a feature and publishes it with the time at which they were taken; the loop
+    acts every 100 ms on the newest feature and the newest sensor rows, and never waits for the VLM. While there is no
+    feature, or it is older than `max_age_s` (None: older than any in training), the robot holds. All times are of
+    `clock`, which has monotonic() and sleep(s), like the module time."""
 
     def __init__(self, policy, instruction=None, max_age_s=1.0, clock=time):
         texts = policy.instructions
@@ -33,22 +32,22 @@ class TwoRateLoop:
         self.reset()
 
     def reset(self):
-        """Forget the last run's feature, error and counts; sensor rows stay, they grow old by their stamps."""
+        """Forget the last run's feature, error and counts. Sensor rows stay: their stamps make them expire."""
         self.policy.reset()
         self.stopped = threading.Event()  # a new one: an old run's thread may still be in its last look
-        self.newest, self.error = None, None  # (feature (N, V), capture time), replaced as a whole
-        # actions per age of their feature in 100 ms, holds, ticks that came too late, actions on too old a feature
+        self.newest, self.error = None, None  # newest: (feature (N, V), capture time), replaced as a whole
+        # {age of the feature in 100 ms: actions}, holds, skipped ticks, actions on a feature older than in training
         self.ages, self.holds, self.late, self.older = Counter(), 0, 0, 0
 
     def push_sensor(self, rows, stamps=None):
-        """Take (n, 1026) raw sensor rows, or one (1026,), as they come; from any thread. `stamps` (n,): when they were
-        measured, also out of order; default: at the rate of the training's sessions, the last one now."""
+        """Add (n, 1026) raw sensor rows, or one (1026,), as they arrive; from any thread. `stamps` (n,): when they were
+        measured, in any order; default: at the rate of the training's sessions, the last one now."""
         rows = np.atleast_2d(np.asarray(rows, np.float32))
         wrong = f"sensor rows are {rows.shape}, expected (n, {ss.CHANNELS}): force, then the A-scan"
         require(rows.ndim == 2 and rows.shape[1] == ss.CHANNELS, wrong)
         if stamps is None:
-            before = self.sensor[-1][0] if self.sensor else -math.inf  # rows that come in bursts keep their order
-            stamps = np.maximum(self.clock.monotonic() - np.arange(len(rows))[::-1] / self.policy.sensor_hz, before)
+            last = self.sensor[-1][0] if self.sensor else -math.inf  # rows that come in bursts keep their order
+            stamps = np.maximum(self.clock.monotonic() - np.arange(len(rows))[::-1] / self.policy.sensor_hz, last)
         for stamp in np.atleast_1d(stamps)[-1:]:
             self._same_clock(stamp, "a sensor row")
         with self.lock:
@@ -60,9 +59,9 @@ class TwoRateLoop:
         require(-0.05 < age < 600, f"{what} is stamped {where}: not the loop's clock, time.monotonic()")
 
     def see(self, images, captured):
-        """Encode {view: (h, w, 3)} taken at `captured` (the clock's time) and publish the feature; the slow part."""
+        """Encode {view: (h, w, 3)} taken at `captured` (the clock's time) and publish the feature; this is slow."""
         self._same_clock(captured, "an image")
-        # on the default stream the next action would queue up behind the VLM
+        # its own CUDA stream: on the default one the next action would queue up behind the VLM
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             feature = self.policy.encode([(images, self.instruction)])[0]
         with self.lock:
@@ -70,21 +69,21 @@ class TwoRateLoop:
                 self.newest = (feature, captured)
 
     def warm_up(self, images, captured):
-        """One look and one action that is not sent: loads the VLM and compiles what must be, before a run counts."""
+        """One look, and one action that is not sent: loads the VLM and initialises CUDA before the clock runs."""
         self.see(images, captured)
         self.policy.predict([self._observation(*self.newest, self.clock.monotonic())])
         self.reset()
 
     def _observation(self, feature, captured, now):
         with self.lock:
-            kept = sorted(self.sensor, key=lambda pair: pair[0])  # datagrams overtake each other
+            pairs = sorted(self.sensor, key=lambda pair: pair[0])  # datagrams overtake each other
         # as in training: a sensor that has stopped is absent
-        begin, end = ss.sensor_rows([stamp for stamp, _ in kept], now, self.sensor.maxlen, self.policy.sensor_hz)
-        felt = np.stack([row for _, row in kept[begin:end]]) if end > begin else None
-        return dict(vl_features=feature, age=now - captured, sensor=felt)
+        begin, end = ss.sensor_rows([stamp for stamp, _ in pairs], now, self.sensor.maxlen, self.policy.sensor_hz)
+        rows = np.stack([row for _, row in pairs[begin:end]]) if end > begin else None
+        return dict(vl_features=feature, age=now - captured, sensor=rows)
 
     def act(self):
-        """-> (7,) the next action, or None: hold."""
+        """-> (7,) the next action, or None for hold."""
         newest, now = self.newest, self.clock.monotonic()
         age = math.inf if newest is None else now - newest[1]
         if age > self.max_age_s:
@@ -101,18 +100,18 @@ class TwoRateLoop:
     def _look(self, camera, stopped):
         try:
             while not stopped.is_set():
-                following = self.clock.monotonic() + self.policy.cfg.vlm_reuse_count / ss.ACTION_HZ
+                next_tick = self.clock.monotonic() + self.policy.cfg.vlm_reuse_count / ss.ACTION_HZ
                 self.see(*camera())
-                self.clock.sleep(max(0.0, following - self.clock.monotonic()))
-        except Exception as error:  # whatever it is, a robot must not go on without eyes
+                self.clock.sleep(max(0.0, next_tick - self.clock.monotonic()))
+        except Exception as error:  # whatever it is, the robot must not go on blind: run() raises it
             self.error = error
 
     def run(self, camera, execute, seconds):
-        """camera() -> ({view: (h, w, 3)}, capture time); execute(action (7,) or None: hold) sends one 100 ms motion and
-        returns. Ends with a hold; an error of camera, VLM, policy or execute holds, ends the loop and is raised."""
+        """camera() -> ({view: (h, w, 3)}, capture time); execute(action (7,), or None: hold) sends one 100 ms motion
+        and returns. Ends with a hold; an error of camera, VLM, policy or execute holds, ends the loop and is raised."""
         self.reset()
-        eyes = threading.Thread(target=self._look, args=(camera, self.stopped), daemon=True)
-        eyes.start()
+        vision = threading.Thread(target=self._look, args=(camera, self.stopped), daemon=True)
+        vision.start()
         begin, tick = self.clock.monotonic(), 0
         try:
             while tick < seconds * ss.ACTION_HZ and self.error is None:
@@ -125,7 +124,7 @@ class TwoRateLoop:
             try:
                 execute(None)
             finally:
-                eyes.join(timeout=10)  # the look under way: a thread inside the VLM would crash the program's end
+                vision.join(timeout=10)  # for its last look: a thread inside the VLM would crash the program at exit
         if self.error is not None:
             why = f"the VLM thread failed ({type(self.error).__name__}: {self.error}); the robot was told to hold"
             raise RuntimeError(why) from self.error

@@ -1,12 +1,11 @@
-"""Features of a frozen Qwen2.5-VL: computed by one class, stored in one file per session, found by what made them.
+"""Features of a frozen Qwen2.5-VL: computed by VLEncoder, cached in one file per session, looked up by what made them.
 
 File <cache_root>/qwen_vl_features/<data set>__<task>__<episode>__<digest of the recipe>.pt:
-    features (n, 1, D) float16, one row per look: what the VLM sees at once, an image of every view
+    features (n, 1, D) float16 or float32, one row per look: what the VLM sees at once, an image of every view
     meta {recipe, keys: n digests of instruction and images' contents, pictures {path: [bytes, mtime_ns, sha256]}}
     checksum of both
-A feature of another image, instruction or setting has another name, so nothing stale can be served. A reader needs
-neither the VLM nor an image: an image whose size and time are those in `pictures` is not read.
-"""
+A feature of another image, instruction or setting has another key, so nothing stale can be served. A reader needs no
+VLM and opens no image: one whose size and time are those in `pictures` is not even read."""
 
 import functools
 import glob
@@ -28,25 +27,25 @@ from common.log import progress
 FORMAT = 3
 FOLDER = "qwen_vl_features"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-# files of a model beside its weights
+# a model's files, beside its weights, that shape its features
 SHAPING = ("config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json")
 SHAPING += ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 class CacheMismatch(UserError):
-    """The cache was made with other settings or images, or is damaged; the message says what, and the command."""
+    """The cache was made with other settings or images, or is damaged; the message says what to do."""
 
 
-# ---- the model's side ------------------------------------------------------------------------------------------------
+# ---- encoder ---------------------------------------------------------------------------------------------------------
 
 
 class VLEncoder:
-    """Images of all views and an instruction -> features. Qwen2.5-VL is loaded at the first encode, frozen, and for
-    layer >= 0 only the layers below.
+    """Images of all views and an instruction -> one feature. Qwen2.5-VL is loaded, frozen, at the first encode.
 
-    One user turn: the images, sorted by view, then the instruction, through the chat template, no generation prompt.
-    Every image is squashed to height x width, rounded down to whole tokens (28 pixels): 360 x 640 gives 336 x 616, 264
-    tokens. `layer` -1: the last, normed state; k: the state after k layers. The feature is its mean over all tokens.
+    The prompt is one user turn: the images, sorted by view, then the instruction, in the chat template, without a
+    generation prompt. Every image is resized, whatever its aspect, to height x width rounded down to whole tokens (28
+    pixels): 360 x 640 gives 336 x 616, 264 tokens. `layer` -1: the last hidden state, normed; k: that after k layers
+    (later ones are dropped). The feature is its mean over all tokens.
     """
 
     def __init__(self, model, views, height=360, width=640, layer=-1, dtype="fp16", device="cpu", compute_dtype=None):
@@ -60,20 +59,20 @@ class VLEncoder:
         require(-1 <= layer <= depth, f"layer is {layer}: expected -1 (the last, normed) or 0 to {depth}")
         asked = f"image_resize_height x image_resize_width is {height} x {width}"
         require(min(height, width) >= side, f"{asked}: expected at least {side} x {side} pixels")
-        self.grid = (height // side, width // side)  # (rows, columns) of tokens per image
+        self.grid = (height // side, width // side)  # (rows, columns) of an image's tokens
         self.size = (self.grid[0] * side, self.grid[1] * side)  # (height, width) in pixels
         compute_dtype = compute_dtype or ("bf16" if self.device.type == "cuda" else "fp32")
         self.compute_dtype = DTYPES[compute_dtype]
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1).to(self.device) * 255 for values in moments)
-        # everything but the images and the instruction that changes a feature, and where the model was
+        # everything that shapes a feature, but images and instruction; and where the model was
         self.recipe = dict(format_version=FORMAT, model=hub.stored_source(model), weights=model_digest(self.folder))
         self.recipe |= dict(views=self.views, height=height, width=width, pixels=list(self.size), mean_and_std=moments)
         self.recipe |= dict(layer=layer, dtype=dtype, compute_dtype=compute_dtype, prompt=self.text("{instruction}"))
 
     @functools.cached_property
     def vlm(self):
-        """The backbone: vision tower and language model, in which every weight was found. Tensor by tensor to the
-        device: the host never holds it whole."""
+        """The backbone: vision tower and language model. Loaded tensor by tensor to the device, so that the host never
+        holds it in full; a missing weight is an error."""
         attention = qwen_vl.pick_attention("auto", self.device, self.compute_dtype)
         vlm = qwen_vl.load_backbone(self.folder, self.compute_dtype, attention, ["lm_head.weight"], self.device).model
         if self.layer >= 0:
@@ -83,9 +82,9 @@ class VLEncoder:
 
     @classmethod
     def from_recipe(cls, recipe, device="cpu", model=None):
-        """The encoder that made features of this recipe; `model`: where the backbone is now. Another is refused."""
-        same = {key: recipe[key] for key in ("views", "height", "width", "layer", "dtype", "compute_dtype")}
-        encoder = cls(model or recipe["model"], device=device, **same)
+        """-> the encoder of this recipe; `model`: where the backbone is now. CacheMismatch if it is another one."""
+        settings = {key: recipe[key] for key in ("views", "height", "width", "layer", "dtype", "compute_dtype")}
+        encoder = cls(model or recipe["model"], device=device, **settings)
         differs = different(recipe, shaping(encoder.recipe))
         another = f"model '{encoder.folder}' is not the one the features were made with: {differs}"
         require(not differs, f"{another}. Give the right one with --model", CacheMismatch)
@@ -96,14 +95,14 @@ class VLEncoder:
         return qwen_vl.chat_text(self.tokenizer, self.image_token, len(self.views), instruction)
 
     def row(self, instruction):
-        """-> (ids (L,), rope positions (L, 3)) of the prompt, every image place expanded to its tokens."""
-        places = self.grid[0] * self.grid[1]
-        ids = qwen_vl.prompt_ids(self.tokenizer, self.text(instruction), self.image_token, places)
+        """-> (ids (L,), rope positions (L, 3)) of the prompt, with every image's placeholder expanded to its tokens."""
+        tokens = self.grid[0] * self.grid[1]
+        ids = qwen_vl.prompt_ids(self.tokenizer, self.text(instruction), self.image_token, tokens)
         return torch.tensor(ids), torch.from_numpy(qwen_vl.rope_positions(ids, self.image_token_id, self.grid).T)
 
     def load(self, image):
-        """Path or (h, w, 3) uint8 RGB -> (height, width, 3) uint8, the size the model sees. The one image preprocessing
-        of cache, training and predict."""
+        """Path or (h, w, 3) uint8 RGB -> (height, width, 3) uint8, the size the model sees. Cache and predict share
+        this preprocessing."""
         image = image if isinstance(image, np.ndarray) else read_image(image)
         wrong = f"an image is {image.dtype} {image.shape}: expected uint8 (height, width, 3), RGB"
         require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, wrong)
@@ -120,14 +119,14 @@ class VLEncoder:
             pictures += [images[view] for view in self.views]
         pictures = torch.from_numpy(np.stack(in_threads(self.load, pictures))).to(self.device)
         rows, positions = zip(*(self.row(instruction) for _, instruction in observations), strict=True)
-        # padded on the right: causal attention never looks there
+        # padded on the right, where causal attention never looks: no mask needed
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0).to(self.device)
         positions = pad_sequence(positions).permute(2, 1, 0).to(self.device)  # (3, B, L)
-        grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]])  # on the CPU
+        grid = torch.tensor([[1, self.grid[0] * self.merge, self.grid[1] * self.merge]])  # stays on the CPU
         patches = qwen_vl.image_patches(pictures, self.mean, self.std, self.patch, self.merge)
-        seen = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
-        embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, D); seen is (B * views * tokens per image, D)
-        embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], seen.to(embeds.dtype))
+        image_states = torch.cat(self.vlm.get_image_features(patches, grid.repeat(len(pictures), 1)).pooler_output)
+        embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, D); image_states (B * views * tokens per image, D)
+        embeds = embeds.masked_scatter((ids == self.image_token_id)[..., None], image_states.to(embeds.dtype))
         inputs = dict(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)
         hidden = self.vlm.language_model(**inputs).last_hidden_state.float()  # (B, L, D)
         pooled = torch.stack([hidden[b, : len(row)].mean(0, keepdim=True) for b, row in enumerate(rows)])
@@ -135,26 +134,26 @@ class VLEncoder:
 
 
 def in_threads(function, items):
-    """[function(item)] by threads: Pillow decodes and resizes without Python's lock."""
+    """-> [function(item)], by threads: Pillow decodes and resizes without holding the GIL."""
     with ThreadPoolExecutor(8, "pictures") as pool:
         return list(pool.map(function, items))
 
 
 def read_image(path):
-    """-> (h, w, 3) uint8 RGB; an image that cannot be read is an error with its path."""
+    """-> (h, w, 3) uint8 RGB; UserError names an image that cannot be read."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        how = "Copy it again from the recorder, or delete it and run create_datapkl.py again"
-        raise UserError(f"{path} cannot be read as an image ({type(error).__name__}: {error}). {how}") from error
+        advice = "Copy it again from the recorder, or delete it and run create_datapkl.py again"
+        raise UserError(f"{path} cannot be read as an image ({type(error).__name__}: {error}). {advice}") from error
 
 
-# ---- what makes a feature --------------------------------------------------------------------------------------------
+# ---- identity of a feature: model, settings, images, instruction -----------------------------------------------------
 
 
 def model_digest(model):
-    """24 hex digits of the files that shape a model's features; None for a hub model that is not on this machine."""
+    """-> digest of the files that shape a model's features; None for a hub model that is not on this machine."""
     if (folder := hub.folder_here(model)) is None:
         return None
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in SHAPING if (folder / name).is_file()}
@@ -166,31 +165,31 @@ def digest_of(values):
 
 
 def shaping(recipe):
-    """A recipe without the model's place: its files identify it."""
+    """-> the recipe without the model's path: `weights`, the digest of its files, identifies it."""
     return {key: value for key, value in recipe.items() if key != "model"}
 
 
 def different(then, now):
-    """Two dicts -> "key was ..., now ..." for every key of the second; "" where they agree."""
+    """Two dicts -> "key was ..., now ..." of the second's keys that differ; "" without any."""
     keys = [key for key in sorted(now) if then.get(key) != now[key]]
     return "; ".join(f"{key} was {then.get(key)!r}, now {now[key]!r}" for key in keys)
 
 
 def picture_facts(session, looks, known):
-    """-> {path in the session: [bytes, mtime_ns, sha256]} of the looks' images; one whose size and time are those in
-    `known`, such a dict, is not read again."""
+    """-> {path in the session: [bytes, mtime_ns, sha256]} of the looks' images. `known`, of the same form: an image
+    whose size and time are unchanged is not read again."""
     facts = {}
     for name in sorted(set().union(*looks)):
         try:
             facts[name] = hub.content_facts(f"{session.path}/{name}", known.get(name))
         except FileNotFoundError:
-            how = "copy it back, run create_datapkl.py again, or train with --no-check-pictures"
-            raise MissingFile(f"{session.path}/{name} is in data.pkl but not on the disk: {how}") from None
+            advice = "copy it back, run create_datapkl.py again, or train with --no-check-pictures"
+            raise MissingFile(f"{session.path}/{name} is in data.pkl but not on the disk: {advice}") from None
     return facts
 
 
 def keys_of(session, looks, pictures):
-    """-> {look: the name of its feature in a file}. `pictures`: see picture_facts."""
+    """-> {look: key of its feature in the file}. `pictures`: see picture_facts."""
     contents = {look: [pictures.get(name, [None])[-1] for name in look] for look in looks}
     return {look: digest_of([session.instruction, content]) for look, content in contents.items()}
 
@@ -205,8 +204,8 @@ def checksum(features, meta):
 
 
 class FeatureFile:
-    """Features of one session, mapped from the file: after fit(), file[look] is (1, D) in the stored dtype. Opening
-    compares the checksum; a file that is not what was written is refused."""
+    """Features of one session, memory-mapped: after fit(), file[look] is (1, D) in the stored dtype. CacheMismatch
+    where the checksum is not that of the content."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -214,14 +213,14 @@ class FeatureFile:
             content = ckpt.load_state(path)
             self.meta, self.shape = content["meta"], tuple(content["features"].shape)
             self.rows = {key: row for row, key in enumerate(self.meta["keys"])}
-            whole = content["checksum"] == checksum(content["features"], self.meta)
-            self.features = content["features"]  # forked workers have it, too: reading the rest takes longer
+            intact = content["checksum"] == checksum(content["features"], self.meta)
+            self.features = content["features"]  # set here, forked workers inherit it and need not open the file
         except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
-            whole = False
-        require(whole, f"{path} is damaged, or of another version of this program", CacheMismatch)
+            intact = False
+        require(intact, f"{path} is damaged, or of another version of this program", CacheMismatch)
 
     @functools.cached_property
-    def features(self):  # of a copy that was pickled
+    def features(self):  # called in a process that got this object pickled, without the tensor
         content = ckpt.load_state(self.path)  # it may have been built again since, in another order
         self.rows = {key: row for row, key in enumerate(content["meta"]["keys"])}
         return content["features"]
@@ -233,46 +232,46 @@ class FeatureFile:
         return self.features[self.rows[self.keys[look]]]
 
     def fit(self, session, wanted, looks, check):
-        """Find the features of these looks; CacheMismatch says why the file cannot serve. `wanted`: of its recipe;
-        `check`: look at the images. Sets `content`, which changes with whatever shaped them."""
+        """Find the features of these looks; CacheMismatch says why the file does not have them. `wanted`: values of its
+        recipe; `check`: compare the images. Sets `content`, a digest of whatever shaped the features."""
         recipe, pictures = self.meta["recipe"], self.meta["pictures"]
         differs = different(recipe | dict(model=Path(recipe["model"]).name), wanted)
         require(not differs, differs, CacheMismatch)
         self.keys = keys_of(session, looks, picture_facts(session, looks, pictures) if check else pictures)
         lacks = [look for look, key in self.keys.items() if key not in self.rows]
-        said = f"no feature of {len(lacks)} of {len(looks)} looks, e.g. at {', '.join([*lacks, ()][0])}"
-        require(not lacks, f"{said}: another image, instruction or rate than when they were built", CacheMismatch)
+        none = f"no feature of {len(lacks)} of {len(looks)} looks, e.g. at {', '.join([*lacks, ()][0])}"
+        require(not lacks, f"{none}: another image, instruction or rate than when they were built", CacheMismatch)
         self.content = digest_of([self.path.stem[-24:], sorted(self.keys.values())])
 
 
 def files_of(cache_root, session):
-    """Paths of a session's feature files, the newest first."""
+    """-> paths of a session's feature files, the newest first."""
     pattern = f"{glob.escape(session.name.replace('/', '__'))}__{'[0-9a-f]' * 24}.pt"
     return sorted((Path(cache_root) / FOLDER).glob(pattern), key=os.path.getmtime, reverse=True)
 
 
 def file_of(cache_root, session, recipe):
-    """Path of a session's features of this recipe."""
+    """-> path of a session's features of this recipe."""
     return Path(cache_root) / FOLDER / f"{session.name.replace('/', '__')}__{digest_of(shaping(recipe))}.pt"
 
 
 def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5, pictures=True, roots="DATA"):
-    """Open the features of all `sessions`, for a VLM that looks every `reuse` steps -> ({session name: FeatureFile},
+    """Open the features of all `sessions`, for a VLM that runs every `reuse` steps -> ({session name: FeatureFile},
     recipe). Loads no VLM and decodes no image.
 
-    `expected`: the recipe's keys that the caller knows, e.g. {model, views, height, width}; the others may have any
-    value, the same in all sessions. `pictures`: look at the images; False for a machine that has cache and data.pkl
-    only. MissingFile: sessions without a file; CacheMismatch: files without what is needed. Both say what differs and
-    the command that builds it, for the folders `roots`."""
+    `expected`: values that the recipe must have, e.g. of {model, views, height, width}; None and other keys: any value,
+    the same in all sessions. `pictures`: compare the images; False for a machine that has cache and data.pkl only.
+    MissingFile: sessions without a file; CacheMismatch: files without what is needed. Both say what differs and the
+    command that builds it, for the folders `roots`."""
     wanted = {key: value for key, value in expected.items() if value is not None} | dict(format_version=FORMAT)
     if "views" in wanted:
         wanted["views"] = sorted(set(wanted["views"]))
     build = dict(dataset_dirs=roots, cache_root=cache_root, vlm_reuse_count=reuse, max_image_age=max_image_age)
-    flags = dict(height="image_resize_height", width="image_resize_width")
+    flags = dict(height="image_resize_height", width="image_resize_width")  # the recipe's key: the builder's flag
     build |= {flags.get(key, key): wanted.get(key) for key in ("model", "views", "layer", "dtype", "height", "width")}
     if digest := model_digest(wanted["model"]) if "model" in wanted else None:
         wanted = shaping(wanted) | dict(weights=digest)
-    elif "model" in wanted:  # not on this machine: its name is all there is
+    elif "model" in wanted:  # not on this machine: only its name can be compared
         wanted["model"] = Path(wanted["model"]).name
     kinds, reasons = {}, {}  # {digest of the recipe: {session: file}}, {session: why its newest file does not fit}
     for session in progress(sessions, "reading features", "session"):
@@ -284,17 +283,17 @@ def read_features(cache_root, sessions, expected, reuse, max_image_age=1.5, pict
                 kinds.setdefault(path.stem[-24:], {})[session.name] = file
             except UserError as error:
                 reasons.setdefault(session.name, str(error))
-    fit = max(kinds.values(), key=len, default={})  # the kind that most sessions have
-    reasons |= dict.fromkeys(set().union(*kinds.values()) - set(fit), "of other settings than those of the others")
-    lacking = [f"{s.name}: {reasons.get(s.name, 'none at all')}" for s in sessions if s.name not in fit]
+    most = max(kinds.values(), key=len, default={})  # the kind that most sessions have
+    reasons |= dict.fromkeys(set().union(*kinds.values()) - set(most), "of other settings than those of the others")
+    lacking = [f"{s.name}: {reasons.get(s.name, 'none at all')}" for s in sessions if s.name not in most]
     shown = "\n  ".join(lacking[:5] + [f"and {len(lacking) - 5} more"] * (len(lacking) > 5))
-    said = f"no features that fit of {len(lacking)} of {len(sessions)} sessions:\n  {shown}"
-    kind = CacheMismatch if reasons else MissingFile
-    require(not lacking, f"{said}\nBuild them: {command('build_vl_cache.py', **build)}", kind)
-    whole = [files for files in kinds.values() if len(files) == len(sessions)]
-    recipes = [next(iter(files.values())).meta["recipe"] for files in whole]
+    none = f"no features that fit of {len(lacking)} of {len(sessions)} sessions:\n  {shown}"
+    error = CacheMismatch if reasons else MissingFile
+    require(not lacking, f"{none}\nBuild them: {command('build_vl_cache.py', **build)}", error)
+    complete = [files for files in kinds.values() if len(files) == len(sessions)]
+    recipes = [next(iter(files.values())).meta["recipe"] for files in complete]
     shown = [{key: recipe[key] for key in ("layer", "dtype", "compute_dtype", "views")} for recipe in recipes]
-    several = f"{cache_root} has {len(whole)} kinds of features that all sessions have, expected one: {shown}"
+    several = f"{cache_root} has {len(complete)} kinds of features that all sessions have, expected one: {shown}"
     keep = "Choose with --views, keep one with build_vl_cache.py --prune, or give each its own --cache-root"
-    require(len(whole) == 1, f"{several}. {keep}", CacheMismatch)
-    return whole[0], recipes[0]
+    require(len(complete) == 1, f"{several}. {keep}", CacheMismatch)
+    return complete[0], recipes[0]

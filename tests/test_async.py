@@ -49,9 +49,8 @@ def small_batch(B=3, W=20):
 
 
 def test_real_size():
-    """The user's own count (fact sheet, section 6): 119.69 M with the regression, of which the sensor encoder is
-    47.24 M; the diffusion expert 57.88 M. Ours have besides the force's encoder, its share of the fusion, what stands
-    for a missing sensor, and the diffusion a position."""
+    """The user's own count (fact sheet, section 6): regression 119.69 M, of which sensor encoder 47.24 M; diffusion
+    expert 57.88 M. Ours add the force's encoder, its share of the fusion, an embedding for no sensor, positions."""
     sizes = ((1, 2048), 3072, 1024, 4, 8, 0.1, 8, STATS)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     with torch.device("meta"):
@@ -254,12 +253,17 @@ def test_the_terminal_of_rank_0_sees_how_far_it_is(sessions_root, qwen_dir, monk
     assert ss.find_sessions([sessions_root]) and not terminal.getvalue()
 
 
-def test_actions_of_another_rate_are_refused(sessions_root, qwen_dir, monkeypatch):
+def test_sessions_that_do_not_fit_are_refused(sessions_root, qwen_dir, monkeypatch):
     """A step is 100 ms everywhere: in the reuse of features, in the sensor's window, on the robot."""
     found = ss.find_sessions([sessions_root])
     found[1].metadata["action_hz"] = 20.0
     monkeypatch.setattr(ss, "find_sessions", lambda roots: found)
     with pytest.raises(UserError, match=f"{found[1].name} has actions at 20 Hz, expected 10: python create_datapkl.py"):
+        open_data(sessions_root, qwen_dir)
+    found[1].metadata["action_hz"] = 10
+    for s in ss.split_sessions(found, 0.3)[1]:  # no picture is of its time: nothing to validate on
+        s._images = {view: (paths, stamps - 100) for view, (paths, stamps) in s._images.items()}
+    with pytest.raises(UserError, match="no step of the [1-9] validation sessions has an image of View1, View5"):
         open_data(sessions_root, qwen_dir)
 
 
@@ -417,8 +421,7 @@ def test_validation_by_hand(finished, sessions_root, qwen_dir):
 
 
 def test_workers_validate_the_same(sessions_root, qwen_dir, monkeypatch):
-    """Held-out samples are put together by the loader's processes: the main one opens no stream, and no number
-    changes."""
+    """Held-out samples are read by the loader's workers: the main process opens no stream, and no number changes."""
     values, here, main, read = [], [], os.getpid(), ss._map_sensor
     monkeypatch.setattr(ss, "_map_sensor", lambda path: (os.getpid() == main and here.append(path)) or read(path))
     for workers in (2, 0):
@@ -456,16 +459,13 @@ def test_the_ablation_names_what_is_used(sessions_root, qwen_dir, column, used):
     assert changed == {used, "sensor"} and (column or values["val/swap_force"] > 1)
 
 
-def test_a_resume_of_weights_alone_is_refused(finished, sessions_root, qwen_dir):
-    with pytest.raises(UserError, match="no checkpoint that can be resumed"):
-        run(sessions_root, qwen_dir, finished, resume=finished / "qwen_vla_async_best.pt")
-
-
 @BOTH
 def test_a_new_run_begins_with_the_weights_of_another(finished, sessions_root, qwen_dir, tmp_path, script):
     """--init-from on more sessions: weights and statistics are the old ones, step and moments new; another network is
-    refused by name."""
+    refused by name, and a resume of weights alone."""
     first = finished if script is train_async else run(sessions_root, qwen_dir, tmp_path / "first", script)
+    with pytest.raises(UserError, match="no checkpoint that can be resumed"):
+        run(sessions_root, qwen_dir, first, script, resume=next(first.glob("*_best.pt")))
     slow = dict(lr=1e-12) | (dict(sensor_lr=1e-12) if script is train_async else {})
     out = run(sessions_root, qwen_dir, tmp_path / "b", script, init_from=first, max_steps=1, val_split=0, **slow)
     old, new = script.load_policy(first, "cpu"), script.load_policy(out, "cpu")
@@ -524,8 +524,7 @@ def test_the_loop_runs_a_real_policy(finished):
 
 
 def test_what_the_policy_says_of_itself(finished, qwen_dir):
-    """Everything a robot's program needs, as plain values; asking changes nothing. What it refuses: see also
-    test_policy.py."""
+    """Everything that a robot's program needs, as plain values. What it refuses: see also test_policy.py."""
     policy = train_async.load_policy(finished, "cpu")
     for key, value, said in (("sensor", np.zeros((65, 3)), r"\(n, 1026\)"), ("age", np.nan, "age is nan, expected")):
         with pytest.raises(UserError, match=said):

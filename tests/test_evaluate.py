@@ -300,9 +300,9 @@ WRONG = {
     "--data b --device gpu": "--device gpu: Expected one of cpu, cuda",
     "--data b --device cuda:99": "--device cuda:99: ",
     "--data b --device meta": "--device meta: ",
-    "--data b --scenes 3 --ensemble 0": "--scenes, --ensemble would do nothing beside --data",
-    "--data b --scenes 3 --closed-loop demo_scenes:Turntable": "--data would do nothing beside --closed_loop",
-    "--data b --replay c --output d": "--output would do nothing beside --replay",
+    "--data b --scenes 3 --ensemble 0": "--scenes, --ensemble would have no effect with --data",
+    "--data b --scenes 3 --closed-loop demo_scenes:Turntable": "--data would have no effect with --closed_loop",
+    "--data b --replay c --output d": "--output would have no effect with --replay",
 }
 
 

@@ -451,6 +451,8 @@ def test_out_of_memory_says_which_keys_to_change(monkeypatch, capsys, tmp_path):
     assert "steps_3. Continue after the error" in out
     assert _explain(MemoryError("tried"), toy.Config()).startswith("The host is out of memory (tried). Lower")
     assert _explain(RuntimeError("DefaultCPUAllocator: can't"), toy.Config()).startswith("The host is out of memory")
+    assert _explain(UserError("CUDA out of memory at x: less"), None) == "CUDA out of memory at x: less"
+    assert "num_workers 0" in _explain(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), None)
     known = (28, "No space left on device"), (30, "Read-only file system"), (13, "no"), (20, "a file"), (17, "there")
     known += ((36, "File name too long"),)
     for number, text in known:

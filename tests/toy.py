@@ -69,7 +69,7 @@ def collate(items):
 def main(cfg):
     out = Path(cfg.output_dir)
     run = Run(cfg, out, cfg.batch_size, cfg.accumulation)
-    path = run.find(cfg.resume, out, ["steps_*"], beside=["best"])
+    path = run.find(cfg.resume, out, ["steps_*"], exports=["best"])
     saved = json.loads((path / "meta.json").read_text()) if path else None
     if saved:
         run.restore(path, saved, "data", fixed=("seed",))
