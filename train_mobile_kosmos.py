@@ -52,7 +52,7 @@ from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
 from common.frames import FrameStore
-from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
+from common.hub import load_weights, local_folder, read_tensors, stored_source, unfilled, weight_digest
 from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch
@@ -688,11 +688,9 @@ def build_model(cfg, backbone, prompt, device, dtype=torch.float32):
     strange = f"the tokenizer of '{cfg.model}' gives <image> and </image> the ids {ids}; its model has {known} ids"
     require(max(ids) < known, f"{strange}: tokenizer and weights do not belong together")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        with torch.device(device):
-            vlm = AutoModel.from_config(backbone.config, dtype=dtype).requires_grad_(False)
+        vlm = unfilled(AutoModel.from_config, backbone.config, dtype=dtype).requires_grad_(False)
         vlm.image_to_text_projection.x_attn.is_causal = False  # transformers 5.17 has it causal: wrong numbers
-        load_weights(vlm, read_backbone(backbone), backbone.folder)
+        load_weights(vlm, read_backbone(backbone), backbone.folder, device=device)
         torch.manual_seed(cfg.seed)
         if s.lora_enable:
             shape = dict(r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, bias="none")

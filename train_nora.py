@@ -208,6 +208,8 @@ def load_data(cfg, run=None, stats=None, table=None, contract=None):
     held_out, plain = [e.name for e in validation], dataclasses.asdict(definition)
     if stats is None and d.normalization_stats_path:
         stats = load_stats(d.normalization_stats_path, keys, plain, held_out, [e.name for e in train])
+        if state_keys:
+            ep.check_state_stats(stats, train, state_keys, "Make the file with the same use_qpos and use_ee_pose")
     if stats is None or not set(keys) <= set(stats):
         stats = ep.insertion_stats(train, definition, held_out, state_keys)
     contract = dataclasses.asdict(contract) if gone else make_contract(d, train, cameras, state_keys, definition, stats)
@@ -389,8 +391,7 @@ class Nora(nn.Module):
     def compute_loss(self, batch):
         """-> loss_sum (): cross entropy summed over the M supervised tokens | sample_loss (B,): the same per sample |
         correct (): number of right tokens. The head runs on the supervised positions only."""
-        inputs = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
-        inputs |= self.pictures(batch["images"])
+        inputs = {k: batch[k] for k in ("input_ids", "position_ids")} | self.pictures(batch["images"])
         hidden = self.vlm.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
         logits = self.vlm.lm_head(hidden.flatten(0, 1)[batch["target_rows"]]).float()  # (M, V)
         loss = F.cross_entropy(logits, batch["targets"], reduction="none")  # (M,)

@@ -9,9 +9,8 @@ recorded step (there is no clock in the data; --trajectory_hz makes it m/s).
     torchrun --standalone --nnodes 1 --nproc-per-node 4 train_openvla_vamos.py --data_root_dir DATA ...     # four GPUs
     python train_openvla_vamos.py --config configs/demo/openvla_vamos.yaml --max_steps 20     # on make_demo.py's output
 
-Output: run_root_dir/EXP_ID/ is the merged model (opens with transformers), beside log/ (metrics.jsonl, loss.png, ...).
-adapter_tmp_dir/EXP_ID/ is the newest LoRA adapter (opens with peft), beside best/, the adapter of the lowest validation
-loss, and steps_N/, from which a run resumes.
+Output: run_root_dir/EXP_ID/, the merged model (opens with transformers), and in it log/ (metrics.jsonl, loss.png, ...).
+adapter_tmp_dir/EXP_ID/, the newest LoRA adapter (opens with peft), best/, and steps_N/, from which a run resumes.
 
 Letters in shapes: B batch, P patches of the image, T text tokens, A action dims (2), N samples, R rows of the files.
 """
@@ -23,7 +22,6 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -59,6 +57,7 @@ GOAL_POINT = r"<point|<loc\d"  # in instructions that are coordinates, not langu
 # the module names that "all-linear" meant when OpenVLA was released (peft 0.11), with patch convolutions and head
 LORA_LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # of the Llama
 LORA_LEAVES |= {"qkv", "proj", "fc1", "fc2", "fc3", "q", "kv", "lm_head"}
+COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -328,8 +327,7 @@ def load_data(cfg, store=None, resize=None, run=None, table=None):
 
 
 def augment_image(image, rng):
-    """(h, w, 3) uint8 -> the same with OpenVLA's colour augmentation: brightness, contrast, saturation, hue. Without
-    its crop, which would move the goal."""
+    """(h, w, 3) uint8 -> with OpenVLA's colour augmentation, but for its crop, which would move the goal."""
     x = image / 255.0 + rng.uniform(-0.2, 0.2)
     mean = x.mean((0, 1), keepdims=True)
     x = np.clip((np.clip(x, 0, 1) - mean) * rng.uniform(0.8, 1.2) + mean, 0, 1)
@@ -422,12 +420,12 @@ def read_folder(folder):
     return config, processor
 
 
-def load_vla(folder, device, dtype):
-    """OpenVLA with the weights of a directory, loaded tensor by tensor: never a second copy on the host or the GPU."""
+def load_vla(folder, device, dtype, tensors=None):
+    """OpenVLA with the weights of a directory, or `tensors`, one by one: no second copy in memory, here or on a GPU."""
     from modeling_openvla import OpenVLAForActionPrediction
 
     vla = unfilled(OpenVLAForActionPrediction._from_config, read_folder(folder)[0], dtype=dtype).requires_grad_(False)
-    load_weights(vla, read_tensors(folder), folder, device=device)
+    load_weights(vla, tensors or read_tensors(folder), folder, device=device)
     return vla.eval()
 
 
@@ -526,16 +524,14 @@ class Policy:
 
     @torch.no_grad()
     def answer(self, items):
-        """B items of a VamosDataset, actions not needed -> (B, 2) float32 in the data's unit"""
+        """B items of a VamosDataset, actions not needed -> (B, 2) float32 in the data's unit; in eval mode"""
         vla, action = self.vla, self.stats["action"]
-        device, training = next(vla.parameters()).device, vla.training
+        device = next(vla.parameters()).device
         prompts = [self.processor.prompt_ids(item["instruction"]) for item in items]
         pictures = torch.from_numpy(np.stack([item["image"] for item in items]))
-        vla.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             pixels = self.processor.image_processor.normalize(pictures.to(device))
             answer = vla.generate_action_ids(prompts, pixels, len(action["q01"]))
-        vla.train(training)
         return vla.unnormalize(vla.config.decode_actions(answer.cpu().numpy()), action).astype(np.float32)
 
     def open_episodes(self, root, names=None):
@@ -575,9 +571,6 @@ class Policy:
 # ---- save, load ------------------------------------------------------------------------------------------------------
 
 
-COPIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-
-
 def save_adapter(folder, content, peft_model, stats):
     """Write what load_policy and peft read: adapter (content["trained"]), meta.json (content["meta"]), statistics."""
     tensors = {f"base_model.model.{name}": tensor for name, tensor in content["trained"].items()}
@@ -601,30 +594,39 @@ def check_base(base, meta):
     return digest
 
 
-def open_adapter(folder, meta, device, dtype=None, base=None):
-    """-> (base model with the adapter in `folder` folded in, directory of the base model). dtype None: as its weights
-    are stored; `base`: where the base model is now, if it has moved."""
-    from peft import PeftModel
-
+def open_adapter(folder, meta, base=None):
+    """-> directory of the base model of the adapter in `folder`, its tensors {name: tensor}, mapped from the files, and
+    fold(name): such a tensor with the adapter folded in. `base`: where the base model is now, if it has moved."""
     why = f"; {folder} was trained on it. If it has moved: --merge {folder} --vla_path DIR"
     base = local_folder(base or meta["config"]["vla_path"], why=why)
     check_base(base, meta)
-    dtype = dtype or next(tensor.dtype for _, tensor in read_tensors(base))
-    vla = PeftModel.from_pretrained(load_vla(base, device, dtype), folder)
-    return vla.merge_and_unload().eval(), base  # computed in fp32, rounded once
+    rank, adapter = json.loads((folder / "adapter_config.json").read_text()), read_adapter(folder)
+    tensors, scale = dict(read_tensors(base)), rank["lora_alpha"] / rank["r"]
+
+    def fold(name):  # in fp32, rounded once
+        tensor, layer = tensors[name], name.removesuffix(".weight")
+        a, b = (adapter.get(f"{layer}.lora_{part}.default.weight") for part in "AB")
+        if a is None:
+            return tensor
+        return (b.flatten(1) @ (scale * a.flatten(1))).view_as(tensor).add_(tensor).to(tensor.dtype)
+
+    return base, tensors, fold
 
 
-def save_model(folder, vla, base, meta, stats):
-    """Write `vla` in OpenVLA's directory format: weights, config and processor of the directory `base`, our modeling
-    file, which transformers finds through auto_map, dataset_statistics.json and meta.json."""
-    from huggingface_hub import save_torch_state_dict
+def save_model(folder, tensors, fold, base, meta, stats):
+    """Write OpenVLA's directory format: fold(name) of all `tensors`, no more than 2 GB of which are held, config and
+    processor of the directory `base`, statistics, and our modeling file, which transformers finds through auto_map."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
 
     import modeling_openvla as openvla
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(vla.state_dict(), folder, max_shard_size="5GB")
-    shutil.copy(openvla.__file__, folder)
-    for file in filter(Path.is_file, [base / name for name in COPIED]):
+    cut = split_torch_state_dict_into_shards(tensors, max_shard_size="2GB")
+    for file, names in cut.filename_to_tensors.items():
+        save_file({name: fold(name) for name in names}, folder / file, {"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", dict(metadata=cut.metadata, weight_map=cut.tensor_to_filename))
+    for file in filter(Path.is_file, [Path(openvla.__file__), *(base / name for name in COPIED)]):
         shutil.copy(file, folder)
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     tokenizer.pop("auto_map", None)  # would lead to the hub
@@ -642,13 +644,12 @@ def merge_adapter(source, target, base=None):
     """Write the merged model of a steps_N or best into the directory `target`, which may hold other things (a run's
     log): config.json is moved there last, so without one the model is not complete. `base`: see open_adapter."""
     meta = read_meta(source)
-    vla, base = open_adapter(source, meta, "cpu", base=base)
-    target.mkdir(parents=True, exist_ok=True)
+    base, tensors, fold = open_adapter(source, meta, base)
     ckpt.remove_temporaries(target)
-    ckpt.require_space(target, int(1.02 * sum(p.numel() * p.element_size() for p in vla.parameters())))
     about = {key: meta[key] for key in ("format_version", "script", "spec", "validation", "step")}
     with ckpt.atomic_path(target / "merging") as temporary:
-        save_model(temporary, vla, base, about, meta["stats"])
+        ckpt.require_space(target, int(1.02 * sum(tensor.nbytes for tensor in tensors.values())))
+        save_model(temporary, tensors, fold, base, about, meta["stats"])
     (target / "config.json").unlink(missing_ok=True)
     for stale in target.glob("model*.safetensors*"):
         stale.unlink()
@@ -681,7 +682,8 @@ def load_policy(path, device=None):
     require(adapted or (path / "config.json").is_file(), f"{path} holds no complete model: {hint}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vla, base = open_adapter(path, meta, device, dtype) if adapted else (load_vla(path, device, dtype), path)
+    base, tensors, fold = open_adapter(path, meta) if adapted else (path, (), None)
+    vla = load_vla(base, device, dtype, ((name, fold(name)) for name in tensors) if adapted else None)
     return Policy(vla, read_folder(base)[1], meta["stats"], meta["spec"], {"base_model": str(base)} if adapted else {})
 
 
@@ -726,8 +728,6 @@ def describe(cfg, data, say):
 
 def check_data(cfg):
     """--check: read the data, build one batch, print what the model would see. Needs no weights."""
-    from modeling_openvla import prompt_of
-
     data = load_data(cfg)
     describe(cfg, data, print)
     config, processor = read_folder(folder := local_folder(cfg.vla_path, weights=False))
@@ -743,7 +743,7 @@ def check_data(cfg):
         value = batch[key]
         values = f"{str(value.dtype).removeprefix('torch.'):<8} {value.min():.4g} .. {value.max():.4g}"
         print(f"          {key:<10} {str(tuple(value.shape)):<20} {values}")
-    print(f"prompt    {prompt_of(items[0]['instruction'])!r}")
+    print(f"prompt    {processor.tokenizer.decode(processor.prompt_ids(items[0]['instruction']))!r}")
     plan.check(cfg, dataset, collate, lambda c, dtype: LossModel(build_model(c, folder, "cpu", dtype), images))
     print("check passed")
 
@@ -756,7 +756,7 @@ def validate(core, policy, dataset, cfg, run):
     items, n, size = [dataset[(k, k)] for k in chosen], len(chosen), cfg.batch_size
     target, mean = np.concatenate([item["actions"] for item in items]), np.array(policy.stats["action"]["mean"])
     # one picture may have rows with several instructions: partners must differ in the picture
-    others = partners([zlib.crc32(item["image"].tobytes()) for item in items], dataset.rows.step[chosen])
+    others = partners([hashlib.sha256(item["image"]).hexdigest() for item in items], dataset.rows.step[chosen])
     mine, sums, error, swapped = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros((n, 2)), 0.0
     to_swap = [k for k in mine if k // 8 % 4 == 0 and others is not None]  # the same ones for any number of ranks
     core.eval()

@@ -284,11 +284,10 @@ def load_data(cfg, run=None, saved=None):
     elif n.enable and n.stats_file:
         must_match = plain, held_out, [e.name for e in trained], stats_command(cfg)
         stats = load_stats(n.stats_file, ("action", "observation.state"), *must_match)
+        ep.check_state_stats(stats, trained, state_keys, f"Make them with: {stats_command(cfg)}")
     else:
         stats = ep.insertion_stats(trained, definition, held_out, state_keys)
-    state_dim, has = ep.robot_state(first, state_keys).shape[1], len(stats["observation.state"]["mean"])
-    wrong = f"the statistics have {has} dims for 'observation.state', the data has {state_dim}"
-    require(has == state_dim, f"{wrong}. Make them with: {stats_command(cfg)}")
+    state_dim = ep.robot_state(first, state_keys).shape[1]
     p, hint = cfg.policy, "raise it (a pretrained policy does not fit then), or choose fewer"
     for what, dim, most in (("state", state_dim, p.max_state_dim), ("action", definition.dim, p.max_action_dim)):
         require(dim <= most, f"the {what} has {dim} dims, policy.max_{what}_dim is {most}: {hint}")

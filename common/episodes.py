@@ -30,7 +30,7 @@ from common import MissingFile, UserError, require
 from common import checkpoint as ckpt
 from common.frames import FrameStore
 from common.log import progress
-from common.stats import FORMAT_VERSION, compute_stats
+from common.stats import FORMAT_VERSION, Normalizer, compute_stats
 
 INDEXED = 200  # a folder of at least this many files gets an index; fewer are read in a moment
 MATRICES = ("action", "ee_pose", "qpos")  # the 2-D fields of an Episode
@@ -400,8 +400,7 @@ def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
         return ActionDefinition("action", episodes[0].action.shape[1], unit)
     shape = np.shape(episodes[0].ee_pose)
     problem = f"use_ee_pose_delta_as_action needs 'observations/ee_pose' (N, 6), found {shape}"
-    hint = "Set it to false to train on the recorded 'action'"
-    require(shape[1:] == (6,), f"{episodes[0].path}: {problem}. {hint}", BadEpisode)
+    require(shape[1:] == (6,), f"{episodes[0].path}: {problem}. Set it to false to train on 'action'", BadEpisode)
     return ActionDefinition("ee_pose_delta", 6, unit)
 
 
@@ -503,6 +502,14 @@ def insertion_stats(train, definition, held_out, state_keys=()):
     about = dict(format_version=FORMAT_VERSION, num_episodes=len(train))
     about |= dict(num_frames=int(sum(e.num_frames for e in train)), action_definition=asdict(definition))
     return about | dict(episodes=[e.name for e in train], excluded_episodes=list(held_out)) | compute_stats(arrays)
+
+
+def check_state_stats(stats, train, state_keys, hint):
+    """Refuse a file's statistics of another state: their range must hold every value of an episode that is in them."""
+    episode = next(e for e in train if e.name in stats["episodes"])
+    state, unit = robot_state(episode, state_keys), Normalizer(stats["observation.state"], "min_max", clip=False)
+    inside = state.shape[1] == unit.dim and np.abs(unit.normalize(state)).max() < 1.001  # a file may be rounded
+    require(inside, f"the statistics' state, {unit.dim} dims, is not {'+'.join(state_keys)} of {episode.path}. {hint}")
 
 
 def hold_out(n, count, seed=None):

@@ -97,8 +97,8 @@ class FastTokenizer:
         return (dct_matrix(horizon).T @ c).astype(np.float32)
 
     def describe(self, chunks, normalizer, names, show):
-        """Print the coding error: per dimension what clipping and FAST would cost a perfect policy, beside the error of
-        holding still. `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
+        """Print per dimension the error that clipping and FAST leave to a perfect policy, beside that of holding still.
+        `chunks`: [((H, A) in data units, is_pad (H,), the row that holds still)]."""
         import pandas as pd  # imported here: it would double the start-up time of the script
 
         errors, lengths, before = [], [], self.clipped
@@ -145,9 +145,8 @@ def _token_bytes(bpe):
 
 
 def _utf8_shape(b):
-    """bytes -> (continuation bytes at the start, characters begun, continuation bytes missing at the end, 1 if usable).
-
-    Usable: whole once completed, of one- and two-byte characters only (coefficients 0..2047)."""
+    """bytes -> (continuation bytes at the start, characters begun, continuation bytes missing at the end, 1 if usable:
+    valid once completed, and of one- and two-byte characters only, coefficients 0..2047)"""
     begun, lead = sum(not 0x80 <= x < 0xC0 for x in b), len(b) - len(b.lstrip(bytes(range(0x80, 0xC0))))
     tail = int(b[-1:] >= b"\xc0")
     try:

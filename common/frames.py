@@ -1,10 +1,10 @@
 """The frame store: pictures decoded and resized once, kept as raw uint8 on a local disk, so that a training run reads
 them in any order at the speed of that disk.
 
-Every source file (a parquet file, a recording) gets KEY.u8, its pictures in order, and KEY.json, which says how many
-there are and which of them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of
-resizing, version of Pillow): a copy of the data finds its frames again, another recipe never does. Both files are
-written atomically, so an interrupted build continues where it stopped, and several processes may build side by side."""
+Every source file (a parquet file, a recording) gets KEY.u8, its pictures in order, and KEY.json: how many, and which of
+them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of resizing, Pillow's version):
+a copy of the data finds its frames again, another recipe never does. Both files are written atomically, so a build that
+was interrupted continues where it stopped, and several processes may build side by side."""
 
 import hashlib
 import json

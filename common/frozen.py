@@ -1,5 +1,4 @@
-"""The frozen weights of a run: written once beside its checkpoints instead of into each of them. A checkpoint records
-the folder of that file and its sha256."""
+"""The frozen weights of a run: written once, beside its checkpoints, which record the folder and sha256 of the file."""
 
 from pathlib import Path
 

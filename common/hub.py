@@ -92,8 +92,7 @@ def read_tensors(folder):
 
 
 def unfilled(make, *args, **kwargs):
-    """make(*args) -> the model with its parameters on the meta device, without memory until load_weights fills them;
-    buffers, such as rotary tables, are computed."""
+    """make(...) -> the model, its parameters on the meta device until load_weights fills them; buffers are real."""
     if NO_VALUES:
         return make(*args, **kwargs)
     with init_empty_weights(include_buffers=False):
@@ -116,7 +115,6 @@ def materialize(model, device):
 @torch.no_grad()
 def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(), device=None):
     """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name); None skips it.
-
     UserError names tensors that `source` lacks, that the model does not know, or of another shape; allowed are missing
     names with a prefix in `missing_ok`, and unknown ones with a prefix in `unused_ok`. Tied weights count as one.
     `device`: where to put an unfilled() model; under FSDP2 each rank copies its shard. -> missing names"""

@@ -113,8 +113,7 @@ class Contract:
         return dict(images=images, state=state.astype(np.float32) if self.state else None, instruction=text)
 
     def describe(self, policy, example=None):
-        """-> JSON-serialisable dict. Measures the latency with `example`, by default example(), and resets the policy
-        afterwards."""
+        """-> JSON-serialisable dict, with the latency measured on `example` (or example()). Resets the policy."""
         example, seconds = example or self.example(), []
         for _ in range(4):
             begin = time.perf_counter()

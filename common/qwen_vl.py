@@ -73,17 +73,15 @@ def pick_attention(choice, device, dtype):
         flash_attn_func(*torch.zeros(3, 1, 16, 1, 64, dtype=dtype, device=device))
         return "flash_attention_2"
     except Exception as error:
-        hint = "Use --attn_implementation auto (sdpa where it is missing)"
-        require(choice == "auto", f"Flash Attention not supported here: {error!r}. {hint}")
+        require(choice == "auto", f"Flash Attention not supported here: {error!r}. Use --attn_implementation auto")
         return "sdpa"
 
 
 def batch_vision_attention():
     """Patch transformers' vision tower: attend to all windows of one length in one call, as a batch dimension, and
     compute windows and positions once per grid. transformers loops over the windows unless flash attention is used
-    (10,000 calls for 20 pictures of 616x336), and synchronises with the GPU to read their sizes. Same result.
-
-    Pass grid_thw on the CPU: reading it from the GPU would be such a synchronisation."""
+    (10,000 calls for 20 pictures of 616x336), and synchronises with the GPU to read their sizes. Same result. Pass
+    grid_thw on the CPU: reading it from the GPU would be such a synchronisation."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
     attention, tower = qwen.Qwen2_5_VLVisionAttention, qwen.Qwen2_5_VisionTransformerPretrainedModel

@@ -526,12 +526,9 @@ def test_the_loop_runs_a_real_policy(finished):
 def test_what_the_policy_says_of_itself(finished, qwen_dir):
     """Everything that a robot's program needs, as plain values. What it refuses: see also test_policy.py."""
     policy = train_async.load_policy(finished, "cpu")
-    for wrong, said in (
-        (dict(sensor=np.zeros((65, 3))), r"\(n, 1026\)"),
-        (dict(age=np.nan), "age is nan, expected sec"),
-    ):
+    for key, value, said in (("sensor", np.zeros((65, 3)), r"\(n, 1026\)"), ("age", np.nan, "age is nan, expected")):
         with pytest.raises(UserError, match=said):
-            policy.predict([dict(vl_features=torch.zeros(1, 64)) | wrong])
+            policy.predict([{"vl_features": torch.zeros(1, 64), key: value}])
     about = json.loads(json.dumps(policy.describe()))
     assert about["cameras"] == {view: dict(height=56, width=56) for view in ("View1", "View5")}
     assert (about["kind"], about["rate_hz"], about["horizon"], about["script"]) == ("delta", 10, 8, "train_async")

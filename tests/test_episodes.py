@@ -437,10 +437,8 @@ def test_standing_still_is_what_the_recorded_action_means():
     assert definition.still(near) is near.qpos and ep.name_columns([near], definition, [])[0][0] == ["q1", "rad"]
     moved = pose_episode(pose, action=np.full((5, 6), 0.1), qpos=pose)
     assert not definition.still(moved).any() and not ActionDefinition("ee_pose_delta", 6).still(near).any()
-    assert ep.name_columns([moved], definition, ["qpos"]) == (
-        [[f"action{i}", ""] for i in range(1, 7)],
-        [[f"q{i}", "rad"] for i in range(1, 7)],
-    )
+    named = [[[f"{name}{i}", unit] for i in range(1, 7)] for name, unit in (("action", ""), ("q", "rad"))]
+    assert ep.name_columns([moved], definition, ["qpos"]) == tuple(named)
 
 
 def test_chunks_by_hand():

@@ -652,11 +652,8 @@ def test_another_architecture_or_missing_tensors_are_refused(make, tmp_path, kos
     tensors.pop("image_to_text_projection.latent_query")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
-    for folder, message in (
-        (gpt, "is a gpt2; expected a kosmos-2"),
-        (broken, "lacks 1 tensors: image_to_text_projection.latent_query"),
-        (tmp_path / "empty", "lacks a file of a Kosmos-2"),
-    ):
+    refused = {gpt: "is a gpt2; expected a kosmos-2", broken: "lacks 1 tensors: image_to_text_projection.latent_query"}
+    for folder, message in (refused | {tmp_path / "empty": "lacks a file of a Kosmos-2"}).items():
         with pytest.raises(UserError, match=message):
             mobile.main(make(model=folder))
     backbone = mobile.open_backbone(kosmos_dir)

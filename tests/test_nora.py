@@ -685,6 +685,10 @@ def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
     own = nora.load_data(config(base)).spec.stats
     stats = nora.load_data(config(base, "--normalization_stats_path", tmp_path / "s/s.json")).spec.stats
     assert stats["action"] == own["action"] and stats["excluded_episodes"] == own["excluded_episodes"]
+    stats_flags = ["--normalization_stats_path", tmp_path / "s/s.json", "--state_in_prompt", "--use_qpos"]
+    for flags in ([], ["--use_ee_pose", "false"]):  # 12 dims, and 6 others than in the file
+        with pytest.raises(UserError, match="state, 6 dims, is not qpos.* Make the file with the same"):
+            nora.load_data(config(base, *stats_flags, *flags))
 
 
 def test_it_starts_without_wandb_torchvision_and_peft(tmp_path, base):

@@ -252,12 +252,10 @@ def test_a_lerobot_policy_can_be_fine_tuned(make, lerobot, tmp_path):
     sizes |= dict(policy__resize_imgs_with_padding="64 64", policy__tokenizer_max_length=12)
     state, _ = train(make(policy__pretrained_model_id=lerobot[0], lr=0.0, steps=1, **sizes))
     same(state["policy_state_dict"], load_file(lerobot[0] / "model.safetensors"))
-    for wrong, message in (
-        (dict(policy__max_period=2.0), "policy.max_period 4.0, this run 2.0"),  # the shapes fit, the results do not
-        (dict(policy__max_action_dim=16), "another model"),
-    ):
+    # another max_period fits in shape, not in its results
+    for key, value, message in (("max_period", 2.0, "4.0, this run 2.0"), ("max_action_dim", 16, "another model")):
         with pytest.raises(UserError, match=message):
-            smolvla.main(make("wrong", policy__pretrained_model_id=lerobot[0], **(sizes | wrong)))
+            smolvla.main(make("wrong", policy__pretrained_model_id=lerobot[0], **sizes | {f"policy__{key}": value}))
 
 
 def test_a_checkpoint_stands_on_one_file_of_what_is_frozen(make, tmp_path, vlm_dir):
@@ -671,11 +669,11 @@ def test_the_command_in_the_error_makes_statistics_that_fit(make, tmp_path):
     cfg = make(validation__num_episodes=2, policy__max_state_dim=16, **flags)
     everything = make(validation__enable=False, dataset__use_qpos=True, policy__max_state_dim=16)
     save_stats(tmp_path / "seen.yaml", smolvla.load_data(everything).spec.stats)
-    foreign = smolvla.load_data(everything).spec.stats | dict(episodes=["elsewhere.h5"])
-    save_stats(tmp_path / "foreign.yaml", foreign)
+    save_stats(tmp_path / "pose.yaml", smolvla.load_data(make(validation__num_episodes=2, seed=3)).spec.stats)
+    save_stats(tmp_path / "foreign.yaml", smolvla.load_data(everything).spec.stats | dict(episodes=["elsewhere.h5"]))
     with pytest.raises(UserError, match="other data"):
         smolvla.load_data(make(validation__enable=False, normalization__stats_file=tmp_path / "foreign.yaml"))
-    for before, message in ((None, "dataset_stats_sim.yaml not found"), ("seen.yaml", "2 episode.* validates on")):
+    for before, message in ((None, "sim.yaml not found"), ("seen.yaml", "validates on"), ("pose.yaml", "6 dims")):
         if before:
             shutil.copy(tmp_path / before, cfg.normalization.stats_file)
         with pytest.raises(UserError, match=message) as error:

@@ -339,7 +339,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("openvla", dict(trajectory_hz=0), "trajectory_hz is 0"),
     ("openvla", dict(run_id_note="a/b"), "run_id_note is 'a/b'"),
     # would turn the gradient round, and delete each checkpoint
-    ("openvla", dict(max_grad_norm=-1.0, keep_checkpoints=-1), "max_grad_norm is -1.0, keep_checkpoints is -1: exp"),
+    ("openvla", dict(max_grad_norm=-1.0, keep_checkpoints=-1), "grad_norm is -1.0, keep_checkpoints is -1: expected"),
     ("openvla", dict(learning_rate=float("nan")), "learning_rate is nan"),
     ("openvla", dict(use_quantization=True, data_root_dir="no"), "pip install bitsandbytes"),  # before data is read
     ("mobile", dict(window_size=0), "window_size is 0"),
