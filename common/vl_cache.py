@@ -202,8 +202,7 @@ def checksum(features, meta):
 
 
 class FeatureFile:
-    """Features of one session, memory-mapped: after fit(), file[look] is (1, D) in the stored dtype. CacheMismatch
-    where the checksum is not that of the content."""
+    """Features of one session, memory-mapped: after fit(), file[look] is (1, D). CacheMismatch if it is damaged."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -211,7 +210,8 @@ class FeatureFile:
             content = ckpt.load_state(path)
             self.meta, self.shape = content["meta"], tuple(content["features"].shape)
             self.rows = {key: row for row, key in enumerate(self.meta["keys"])}
-            intact = content["checksum"] == checksum(content["features"], self.meta)
+            same_format = self.meta["recipe"]["format_version"] == FORMAT
+            intact = same_format and content["checksum"] == checksum(content["features"], self.meta)
             self.features = content["features"]  # set here, forked workers inherit it and need not open the file
         except (UserError, KeyError, TypeError, AttributeError):  # no such file, or of another program
             intact = False

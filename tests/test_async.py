@@ -466,7 +466,7 @@ def test_a_new_run_begins_with_the_weights_of_another(finished, sessions_root, q
     first = finished if script is train_async else run(sessions_root, qwen_dir, tmp_path / "first", script)
     with pytest.raises(UserError, match="no checkpoint that can be resumed"):
         run(sessions_root, qwen_dir, first, script, resume=next(first.glob("*_best.pt")))
-    slow = dict(lr=1e-12) | (dict(sensor_lr=1e-12) if script is train_async else {})
+    slow = dict(lr=1e-12, min_lr=0) | (dict(sensor_lr=1e-12) if script is train_async else {})
     out = run(sessions_root, qwen_dir, tmp_path / "b", script, init_from=first, max_steps=1, val_split=0, **slow)
     old, new = script.load_policy(first, "cpu"), script.load_policy(out, "cpu")
     assert new.stats == old.stats and load(next(out.glob("*.pt")))["step"] == 1

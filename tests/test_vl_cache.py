@@ -1,6 +1,7 @@
 """The feature cache: the encoder against transformers' own code; files that are whole, and refused when anything that
 shapes them differs; builds that are killed, shared out or repeated."""
 
+import functools
 import contextlib
 import multiprocessing
 import os
@@ -245,7 +246,9 @@ def test_only_what_is_missing_or_damaged_is_built(cached, built, qwen_dir, capsy
     before = times(cached)
     build(cached, qwen_dir)
     assert times(cached) == before and "0 built here" in capsys.readouterr().out
-    for damage in (Path.unlink, lambda path: path.write_bytes(b""), half_zeroed, one_bit):
+    older = dict(features=torch.zeros(1), meta=dict(recipe=dict(format_version=2), keys=[]))
+    older = functools.partial(build_vl_cache.write_features, **older)
+    for damage in (Path.unlink, lambda path: path.write_bytes(b""), half_zeroed, one_bit, older):
         damage(feature_files(cached)[2])
         why = r"no features that fit of 1 of 4[\s\S]*(none at all|is damaged)[\s\S]*python build_vl_cache\.py"
         with pytest.raises((MissingFile, vc.CacheMismatch), match=why):
