@@ -392,8 +392,7 @@ class ActionDefinition:
 
 
 def define_action(episodes, use_ee_pose_delta, rotation_unit="auto"):
-    """ActionDefinition for these episodes. rotation_unit "auto": degrees if any |rotation| exceeds a full turn in
-    radians."""
+    """-> ActionDefinition of these episodes. rotation_unit "auto": degrees if any |rotation| exceeds 2 pi."""
     angles = (e.ee_pose[:, 3:6] for e in episodes if e.ee_pose is not None)
     unit = _angle_unit(angles) if rotation_unit == "auto" else rotation_unit
     if not use_ee_pose_delta:
@@ -507,8 +506,9 @@ def insertion_stats(train, definition, held_out, state_keys=()):
 def check_state_stats(stats, train, state_keys, hint):
     """Refuse a file's statistics of another state: their range must hold every value of an episode that is in them."""
     episode = next(e for e in train if e.name in stats["episodes"])
-    state, unit = robot_state(episode, state_keys), Normalizer(stats["observation.state"], "min_max", clip=False)
-    inside = state.shape[1] == unit.dim and np.abs(unit.normalize(state)).max() < 1.001  # a file may be rounded
+    span = {name: stats["observation.state"][name] for name in ("min", "max")}
+    state, unit = robot_state(episode, state_keys), Normalizer(span, "min_max", clip=False)
+    inside = state.shape[1] == unit.dim and np.abs(unit.normalize(state)).max() < 1.1  # a file may be rounded
     require(inside, f"the statistics' state, {unit.dim} dims, is not {'+'.join(state_keys)} of {episode.path}. {hint}")
 
 
