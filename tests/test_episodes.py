@@ -260,7 +260,7 @@ def test_hold_out_takes_the_newest_or_draws():
     drawn = sorted(random.Random(1).sample(range(9), 4))  # as guide 2 splits
     assert ep.hold_out(9, 4, seed=1) == ([i for i in range(9) if i not in drawn], drawn)
     for count in (4, -1):
-        with pytest.raises(UserError, match=f"num_val_episodes is {count}, but there are 4"):
+        with pytest.raises(UserError, match=f"num_val_episodes is {count}: expected 0 to 3, of 4"):
             ep.hold_out(4, count)
 
 
