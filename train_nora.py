@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -302,6 +301,10 @@ class Processor:
 
     def __init__(self, folder, spec):
         self.folder, self.spec = Path(folder), spec
+        small = [
+            p for p in self.folder.iterdir() if p.suffix in (".json", ".txt", ".jinja")
+        ]  # read now: may be rotated
+        self.files = {p.name: p.read_bytes() for p in small if not p.name.endswith(".index.json")}
         config, self.tokenizer, self.mean, self.std = qwen.open_backbone(folder)
         ends = [ACTION_TOKEN.format(0), ACTION_TOKEN.format(NUM_ACTION_TOKENS - 1)]
         vocabulary = self.tokenizer.get_vocab()
@@ -538,9 +541,8 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
         if vlm.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
         vlm.save_pretrained(folder, state_dict=tensors)
-    for path in policy.model.processor.folder.iterdir():  # copied, so that every release of transformers reads them
-        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for name, content in policy.model.processor.files.items():  # as they are: every release of transformers reads them
+        (folder / name).write_bytes(content)
     config = json.loads((folder / "config.json").read_text())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import io
 import math
-import operator
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ import tyro
 import yaml
 
 from common import UserError, require
+from common.checkpoint import flat
 
 
 def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
@@ -46,11 +46,10 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
         box = [line.strip("│ ") for line in stderr.getvalue().splitlines()[1:]]  # some locales have no lines
         text = " ".join(line for line in box if not re.search("full helptext| --help$|^[─╰╯-]*$", line))
         raise UserError(f"{text} (--help lists all keys)") from None
-    for key, read in zip(kinds, map(operator.attrgetter, kinds), strict=True):
-        value = list(read(cfg).values()) if isinstance(read(cfg), dict) else read(cfg)
+    usual = flat(dataclasses.asdict(cls()))
+    for key, value in flat(dataclasses.asdict(cfg)).items():  # a path "" would be the current folder
         for v in value if isinstance(value, (list, tuple)) else [value]:
-            empty = v in ("", "~", "null") and read(cls()) != ""  # a path "" would be the current folder
-            require(not empty, f"--{key} is empty: expected a text, or leave it out")
+            require(v not in ("", "~", "null") or usual.get(key) == "", f"--{key} is empty: expected a text")
             require(not isinstance(v, float) or math.isfinite(v), f"--{key} is {v}: expected a finite number")
     return cfg
 

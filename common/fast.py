@@ -66,9 +66,9 @@ class FastTokenizer:
     def fit(cls, chunks, scale=10.0, vocab_size=1024):
         """Train on a list of (H, A) chunks. All 256 byte symbols are in the alphabet, so no coefficient can vanish
         (the published fit leaves out bytes it did not see)."""
-        sizes = f"256 (one per byte) to {NUM_IDS} (the model's action tokens)"
-        require(256 <= vocab_size <= NUM_IDS, f"fast_vocab_size is {vocab_size}: expected {sizes}")
-        require(scale > 0, f"fast_scale is {scale}: expected more than 0")
+        sizes = f"256 (one per byte) to {NUM_IDS} (the model's action tokens), and a scale above 0"
+        given = f"fast_vocab_size is {vocab_size}, fast_scale is {scale}"
+        require(256 <= vocab_size <= NUM_IDS and scale > 0, f"{given}: expected {sizes}")
         quantised = [_quantise(c, scale) for c in chunks]
         low, high = min(q.min() for q in quantised), max(q.max() for q in quantised)
         # room below for actions that the fit did not see: |x| <= 1 bounds a coefficient by scale * sqrt(H)

@@ -56,8 +56,6 @@ class VLEncoder:
         self.width, self.patch, self.merge = text.hidden_size, vision.patch_size, vision.spatial_merge_size
         depth, side = text.num_hidden_layers, self.patch * self.merge
         require(-1 <= layer <= depth, f"layer is {layer}: expected -1 (the last, normed) or 0 to {depth}")
-        asked = f"image_resize_height x image_resize_width is {height} x {width}"
-        require(min(height, width) >= side, f"{asked}: expected at least {side} x {side} pixels")
         self.grid = (height // side, width // side)  # (rows, columns) of an image's tokens
         self.size = (self.grid[0] * side, self.grid[1] * side)  # (height, width) in pixels
         compute_dtype = compute_dtype or ("bf16" if self.device.type == "cuda" else "fp32")

@@ -133,18 +133,19 @@ def newest(pattern):
 
 
 NORA = dict(fast="fit", fast_vocab_size=300, learning_rate=1e-3, num_warmup_steps=2, logging_frequency=2)
-NORA |= dict(val_frequency=4, checkpoint_save_frequency=2, val_samples=8, val_decode_samples=2)
+NORA |= dict(val_frequency=4, checkpoint_save_frequency=2, keep_checkpoints=1, val_samples=8, val_decode_samples=2)
 NORA |= dict(dataset__horizon=3, dataset__use_ee_pose_delta_as_action=True, dataset__num_val_episodes=1)
 NORA |= dict(dataset__cameras=["camera1", "camera3"], dataset__resize_resolution=[56, 56], dataset__augment=True)
 
 SMOLVLA = dict(dataset__horizon=4, dataset__augment=True, policy__chunk_size=4, policy__n_action_steps=4)
 SMOLVLA |= dict(policy__num_vlm_layers=2, policy__resize_imgs_with_padding=(32, 32), policy__max_state_dim=8)
 SMOLVLA |= dict(policy__max_action_dim=8, policy__tokenizer_max_length=20, policy__num_steps=3)
-SMOLVLA |= dict(training__log_freq=2, training__save_freq=2, validation__num_episodes=1, validation__val_freq=4)
+SMOLVLA |= dict(training__log_freq=2, training__save_freq=2, training__keep_checkpoints=1)
+SMOLVLA |= dict(validation__num_episodes=1, validation__val_freq=4)
 SMOLVLA |= dict(optimizer__lr=1e-3, scheduler__num_warmup_steps=2, scheduler__num_decay_steps=8)
 
 OPENVLA = dict(lora_rank=4, lora_dropout=0.2, image_aug=True, learning_rate=1e-2, lr_schedule="cosine")
-OPENVLA |= dict(warmup_steps=2, log_steps=2, save_steps=4, val_steps=4, val_samples=4)
+OPENVLA |= dict(warmup_steps=2, log_steps=2, save_steps=2, keep_checkpoints=1, val_steps=4, val_samples=4)
 
 MOBILE = dict(dataset__episode_pattern="*.h5", dataset__train_split=0.67, window_size=3, fwd_pred_next_n=4)
 MOBILE |= dict(learning_rate=1e-3, scheduler="cosine", act_head__hidden_size=16, act_head__num_layers=1)

@@ -297,7 +297,6 @@ WRONG = {
     "": "--data are needed",
     "--data b --stride 0": "--stride is 0: expected 1 or more",
     "--data b --uses -1": "--uses is -1: expected 0 or more",
-    "--data b --device gpu": "--device gpu: Expected one of cpu, cuda",
     "--data b --device cuda:99": "--device cuda:99: ",
     "--data b --device meta": "--device meta: ",
     "--data b --scenes 3 --ensemble 0": "--scenes, --ensemble would have no effect with --data",

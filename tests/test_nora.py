@@ -680,8 +680,8 @@ def test_the_policy_says_what_it_takes_and_gives(tmp_path, base, insertion_root)
 
 
 def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
-    data = f"--dataset.root_dir {base[1]} --use_ee_pose_delta_as_action --num_val_episodes 1"
-    compute_stats.main(parse_config(compute_stats.Config, [*data.split(), "--output", str(tmp_path / "s/s.json")]))
+    words = f"--dataset.root_dir {base[1]} --use_ee_pose_delta_as_action --num_val_episodes 1 --output".split()
+    compute_stats.main(parse_config(compute_stats.Config, [*words, str(tmp_path / "s/s.json")]))
     own = nora.load_data(config(base)).spec.stats
     stats = nora.load_data(config(base, "--normalization_stats_path", tmp_path / "s/s.json")).spec.stats
     assert stats["action"] == own["action"] and stats["excluded_episodes"] == own["excluded_episodes"]
@@ -689,6 +689,9 @@ def test_compute_stats_gives_the_numbers_that_training_uses(tmp_path, base):
     for flags in ([], ["--use_ee_pose", "false"]):  # 12 dims, and 6 others than in the file
         with pytest.raises(UserError, match="state, 6 dims, is not qpos.* Make the file with the same"):
             nora.load_data(config(base, *stats_flags, *flags))
+    argv = [sys.executable, compute_stats.__file__, *words, tmp_path / "s/s.json/no_folder.json"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and "File exists" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_it_starts_without_wandb_torchvision_and_peft(tmp_path, base):
