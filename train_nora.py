@@ -301,9 +301,7 @@ class Processor:
 
     def __init__(self, folder, spec):
         self.folder, self.spec = Path(folder), spec
-        small = [
-            p for p in self.folder.iterdir() if p.suffix in (".json", ".txt", ".jinja")
-        ]  # read now: may be rotated
+        small = [p for p in self.folder.iterdir() if p.suffix in (".json", ".txt", ".jinja")]  # later it may be gone
         self.files = {p.name: p.read_bytes() for p in small if not p.name.endswith(".index.json")}
         config, self.tokenizer, self.mean, self.std = qwen.open_backbone(folder)
         ends = [ACTION_TOKEN.format(0), ACTION_TOKEN.format(NUM_ACTION_TOKENS - 1)]
