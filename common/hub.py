@@ -27,8 +27,10 @@ TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 def local_folder(source, weights=True, why="", **how):
     """Directory or hub id -> local directory with config and tokenizer files, and with `weights` the weight files.
     `why`: added to the error message, e.g. which checkpoint refers to it. `how`: options of snapshot_download."""
-    weights = ["*.safetensors", "pytorch_model*.bin"] if weights and not NO_VALUES else []
-    return _folder(source, [*TEXTS, *weights], why, **how)
+    wanted = weights and not NO_VALUES
+    folder = _folder(source, [*TEXTS, *["*.safetensors"] * wanted], why, **how)
+    older = wanted and not any(folder.glob("*.safetensors"))  # many repositories hold the weights in both forms
+    return _folder(source, ["pytorch_model*.bin"], why, **how) if older else folder
 
 
 def folder_here(source):
@@ -97,8 +99,7 @@ def unfilled(make, *args, **kwargs):
         return make(*args, **kwargs)
     with init_empty_weights(include_buffers=False):
         model = make(*args, **kwargs)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    model.tie_weights()
     return model
 
 
@@ -152,8 +153,7 @@ def weight_digest(folder):
     with contextlib.suppress(OSError, ValueError):  # none yet, or one that only its owner may read
         known = json.loads(cache.read_text())
     facts = {path.name: content_facts(path, known.get(path.name)) for path in weight_files(folder)}
-    if facts != known:
-        # without write access to the folder the files are read every time
+    if facts != known:  # without write access to the folder the files are read every time
         with contextlib.suppress(OSError), atomic_path(cache) as temporary:
             temporary.write_text(json.dumps(facts))
     return hashlib.sha256(json.dumps([digest for _, _, digest in facts.values()]).encode()).hexdigest()

@@ -195,6 +195,11 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(big, monkeypatch):
     shard.write_bytes(data)
     assert vc.model_digest(big) != first and len(reads) == 3
     assert vc.model_digest("no/such-model") is None
+    asked, fetch = [], "huggingface_hub.snapshot_download"  # weights that a repository has in two forms come once
+    monkeypatch.setattr(fetch, lambda _, allow_patterns: asked.append(allow_patterns) or big)
+    assert hub.local_folder("lab/model") == big and "pytorch_model*.bin" not in asked.pop()
+    shard.rename(big / "pytorch_model.bin")
+    assert hub.local_folder("lab/model") == big and "pytorch_model*.bin" in asked.pop()
 
 
 def test_only_files_that_shape_a_feature_count(big):
