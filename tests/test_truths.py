@@ -328,7 +328,6 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("smolvla", dict(reset_scheduler=True), "--resume CHECKPOINT"),
     ("smolvla", dict(policy__max_action_dim=5), "policy.max_action_dim is 5"),
     ("smolvla", dict(dataset__state_dropout=2.0), "dataset.state_dropout is 2.0: expected a share below 1"),
-    ("smolvla", dict(dataset__cameras=["top_camera", "top_camera"]), "dataset.cameras"),
     ("smolvla", dict(policy__num_vlm_layers=9), "has 3"),
     ("smolvla", dict(policy__resize_imgs_with_padding=(48, 40)), "a square in multiples of 16 .* up to 64"),
     ("smolvla", dict(policy__num_vlm_layers=3, policy__num_expert_layers=2), "must divide"),
