@@ -109,8 +109,9 @@ class Builder:
         """-> (n, 1, D) in the stored dtype; None if go_on said stop."""
 
         def read(look):
-            images = {view: session.path / name for view, name in zip(self.encoder.views, look, strict=True)}
-            return {view: self.encoder.load(path) for view, path in images.items()}, session.instruction
+            paths, sizes = [session.path / name for name in look], map(session.image_size, self.encoder.views)
+            images = map(self.encoder.load, map(vl_cache.read_image, paths, sizes))
+            return dict(zip(self.encoder.views, images, strict=True)), session.instruction
 
         coming, parts = read_ahead(self.pool, read, looks, self.ahead), []
         while batch := list(itertools.islice(coming, self.micro_batch)):

@@ -45,7 +45,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from warnings import catch_warnings
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pandas as pd
@@ -114,22 +114,26 @@ def read_robot(path):
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")
         text = text[: text.rfind("\n") + 1]  # without a last row that the recorder could not finish
-        with catch_warnings(action="error", category=ParserWarning):  # rows longer than the header
+        with catch_warnings():
+            simplefilter("error", ParserWarning)  # rows longer than the header
             table = pd.read_csv(io.StringIO(text), index_col=False)
-        table.columns = [name.strip().lower() for name in table.columns]
+        # pandas numbers a name that is there twice
+        table.columns = [re.sub(r"\.\d+$", "", name.strip().lower()) for name in table.columns]
         chosen = []
         for names in (TIMES, *JOINTS, *POSE):
             present = [name for name in names if name in table.columns]
             lacks = f"it has no column {' or '.join(names)} among {', '.join(table.columns)}"
             require(present, lacks, ValueError)
+            twice = f"it has several columns {present[0]} among {', '.join(table.columns)}"
+            require(table.columns.tolist().count(present[0]) == 1, twice, ValueError)
             chosen.append(present[0])
         rows = table[chosen].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
         if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
             lines = [(i + 1, line) for i, line in enumerate(text.splitlines()) if line.strip()]
             number, line = lines[bad[0] + 1]
             raise ValueError(f"line {number} is not {len(table.columns)} numbers: {line[:80]!r}")
-        require((rows[:, 0] < SECONDS).all(), f"its stamps are no seconds: {rows[0, 0]:.0f}", ValueError)
         require(len(rows) > 1, f"it has {len(rows)} rows, expected one every 1 to 125 ms", ValueError)
+        require((rows[:, 0] < SECONDS).all(), f"its stamps are no seconds: {rows[0, 0]:.0f}", ValueError)
     return rows[:, 0], rows[:, 1:]
 
 
@@ -251,7 +255,10 @@ def read_file(path, scratch):
         form = next((form for form, keys in FORMS.items() if keys <= set(arrays)), None)
         expected = "expected timestamps, forces, alines (old) or timestamps, data (new)"
         require(form, f"it has {', '.join(sorted(arrays))}; {expected}", ValueError)
-        known = arrays["timestamps"][np.isfinite(arrays["timestamps"])]
+        known = arrays["timestamps"]
+        numbers = known.ndim == 1 and known.dtype.kind in "iuf"
+        require(numbers, f"timestamps are {known.dtype} {known.shape}, expected (n,) seconds", ValueError)
+        known = known[np.isfinite(known)]
         require((known < SECONDS).all(), f"its stamps are no seconds: {known.max(initial=0):.0f}", ValueError)
         if len(back := np.flatnonzero(np.diff(known) < -0.1)):
             step = known[back[0]] - known[back[0] + 1]

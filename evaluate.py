@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common import UserError, closed_loop, require
-from common.checkpoint import checkpoints_in, load_state
+from common.checkpoint import checkpoints_in, load_state, read_json
 from common.config import parse_config
 from common.log import progress
 from common.policy import partners
@@ -98,7 +98,7 @@ def read_about(checkpoint):
     about, path = {}, Path(checkpoint)
     files = [path.parent / "meta.json", path / "model/policy.json", path / "policy.json", path / "meta.json"]
     for file in filter(Path.is_file, files):  # the checkpoint's own last: it counts
-        about |= json.loads(file.read_text())
+        about |= read_json(file)
     if path.is_file():
         about |= load_state(path).get("meta", {})
     unnamed = f"--checkpoint {path}: nothing there names its script; expected a checkpoint of a train_*.py"

@@ -372,7 +372,7 @@ def load_policy(path, device=None, vlm=None):
     cfg = config_from(Config, saved["config"])
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_model(cfg, saved, device)
-    model.load_state_dict(saved["model_state_dict"])
+    load_weights(model, saved["model_state_dict"].items(), path)
     return Policy(model, cfg, saved, device, vlm=vlm).freeze()
 
 

@@ -37,7 +37,7 @@ from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
 from common.fast import ActionsOnly, FastTokenizer
-from common.hub import load_weights, local_folder, read_tensors, stored_source, weight_digest
+from common.hub import load_weights, local_folder, opening, read_tensors, stored_source, weight_digest
 from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
@@ -541,7 +541,7 @@ def save_model(folder, policy, peft_model, backbone, dtype, weights=None):
         vlm.save_pretrained(folder, state_dict=tensors)
     for name, content in policy.model.processor.files.items():  # as they are: every release of transformers reads them
         (folder / name).write_bytes(content)
-    config = json.loads((folder / "config.json").read_text())
+    config = ckpt.read_json(folder / "config.json")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     policy.fast.save(folder / "fast")
@@ -554,14 +554,14 @@ def read_exported(folder):
     """model/ directory -> (spec, fast, policy.json as a dict with the dtype of the weights added)."""
     path = Path(folder) / "policy.json"
     require(path.is_file(), f"{folder} has no policy.json: expected a steps_N directory of train_nora.py or its model/")
-    about = json.loads(path.read_text())
+    about = ckpt.read_json(path)
     found = about.get("format_version")
     require(found == FORMAT, f"{path} has format_version {found}, this code reads {FORMAT}")
     stats = load_stats(path.with_name("dataset_stats.json"), definition=about["action_definition"])
     same = [stats["action"][k] for k in ("min", "max")] == [about["contract"][f"action_{k}"] for k in ("low", "high")]
     require(same, f"{path.with_name('dataset_stats.json')} belongs to another model: policy.json has other ranges")
     values = {f.name: about[f.name] for f in dataclasses.fields(Spec) if f.name != "stats"}
-    fast, config = FastTokenizer.load(path.with_name("fast")), json.loads(path.with_name("config.json").read_text())
+    fast, config = FastTokenizer.load(path.with_name("fast")), ckpt.read_json(path.with_name("config.json"))
     about["dtype"] = getattr(torch, config.get("dtype") or config["torch_dtype"])
     return Spec(**values, stats=stats), fast, about
 
@@ -569,8 +569,7 @@ def read_exported(folder):
 def load_policy(path, device=None, dtype=None):
     """Open a checkpoint for inference: steps_N, its model/ or merged/, best, or an output_dir (its newest steps_N).
     `dtype` None: on a GPU that of its training, else fp32."""
-    path = Path(path)
-    path = [path, *ckpt.checkpoints_in(path)][-1]
+    path = [Path(path), *ckpt.checkpoints_in(path)][-1]
     folder = path / "model" if (path / "model").is_dir() else path
     spec, fast, about = read_exported(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -582,7 +581,8 @@ def load_policy(path, device=None, dtype=None):
     if adapter:
         from peft import PeftModel
 
-        vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
+        with opening(folder):
+            vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
     needs = {"backbone": processor.folder} if adapter else None
     return Policy(Nora(vlm, processor).to(device).eval(), fast, spec, needs)
 
@@ -815,7 +815,7 @@ def main(cfg):
     attention = qwen.pick_attention(cfg.attn_implementation, run.device, dtype)
     path = run.find(cfg.resume_from_checkpoint, out, ["steps_*"], exports=["best"])
     spec, fast, about = read_exported(path / "model") if path else (None, None, {})
-    saved = json.loads((path / "meta.json").read_text()) if path else {}
+    saved = ckpt.read_json(path / "meta.json") if path else {}
     data = load_data(cfg, run, spec and spec.stats, saved.get("episodes"), spec and spec.contract)
     if path:
         run.restore(path, saved, data.fingerprint(), FIXED)

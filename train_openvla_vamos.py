@@ -43,8 +43,8 @@ from common import UserError, plan, require
 from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
-from common.frames import FrameStore, write_json
-from common.hub import load_weights, local_folder, read_tensors, stored_source, unfilled, weight_digest
+from common.frames import FrameStore, rgb, write_json
+from common.hub import load_weights, local_folder, opening, read_tensors, stored_source, unfilled, weight_digest
 from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
@@ -181,8 +181,8 @@ def read_file(path, cfg):
     """One parquet file, all but its pictures -> Rows"""
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
-    if missing := [c for c in ("image", "trajectory_3d") if c not in names]:
-        raise ValueError(f"no column '{missing[0]}'; it has {', '.join(names)}")
+    if missing := [c for c in ("image", "trajectory_3d") if names.count(c) != 1]:
+        raise ValueError(f"no column '{missing[0]}', or several; it has {', '.join(names)}")
     texts = [c for c in ("lang_goal", "text") if c in names]
     read = file.read(columns=["trajectory_3d", *texts])
     lengths, steps = steps_of(read["trajectory_3d"])
@@ -210,7 +210,7 @@ def read_rows(paths, cfg):
     for path in paths:
         try:
             parts.append(read_file(path, cfg))
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             message = f"{path}: not a readable VAMOS file ({error})"
             hint = "Write or copy it again, or leave such files out: --skip_bad_episodes"
             require(cfg.skip_bad_episodes, f"{message}. {hint}")
@@ -259,7 +259,7 @@ def picture_reader(path, resize):
     def read(row):
         cell = column[row].as_py()
         try:
-            return resize(Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)))
+            return resize(rgb(Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))))
         except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
             raise UserError(f"{Path(path).name}: the picture of row {row} cannot be decoded ({error!r})") from error
 
@@ -404,14 +404,12 @@ def read_folder(folder):
     expected = "expected a directory in OpenVLA's format (openvla/openvla-7b, or what this script exports)"
     for name in ("config.json", "tokenizer.json"):
         require((Path(folder) / name).is_file(), f"{folder} has no {name}: {expected}")
-    values = json.loads((Path(folder) / "config.json").read_text())
+    values = ckpt.read_json(Path(folder) / "config.json")
     kind = values.get("model_type")
     require(kind == "openvla", f"{folder}/config.json: model_type is {kind!r}, not 'openvla': {expected}")
-    try:
+    with opening(folder):
         config, processor = OpenVLAConfig(**values), PrismaticProcessor.from_pretrained(folder)
         config.towers()
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}: {error}") from error
     tokenizer = processor.tokenizer
     piece, begin = tokenizer.convert_ids_to_tokens(EMPTY_TOKEN), tokenizer("In")["input_ids"][0]
     found = f"id {EMPTY_TOKEN} is {piece!r}, a text begins with id {begin}"
@@ -548,7 +546,7 @@ class Policy:
                 print(f"left out  {bad[0]}")
                 continue
             choose_instructions(rows, self.spec["instruction_column"])
-            picture, good = picture_reader(known[name], lambda image: np.array(image.convert("RGB"))), []
+            picture, good = picture_reader(known[name], np.array), []
 
             def sample(i, rows=rows, picture=picture, file=name):
                 row, texts = int(rows.row_of[i]), rows.table["instruction"]
@@ -600,7 +598,7 @@ def open_adapter(folder, meta, base=None):
     why = f"; {folder} was trained on it. If it has moved: --merge {folder} --vla_path DIR"
     base = local_folder(base or meta["config"]["vla_path"], why=why)
     check_base(base, meta)
-    rank, adapter = json.loads((folder / "adapter_config.json").read_text()), read_adapter(folder)
+    rank, adapter = ckpt.read_json(folder / "adapter_config.json"), read_adapter(folder)
     tensors, scale = dict(read_tensors(base)), rank["lora_alpha"] / rank["r"]
 
     def fold(name):  # in fp32, rounded once
@@ -628,9 +626,9 @@ def save_model(folder, tensors, fold, base, meta, stats):
     write_json(folder / "model.safetensors.index.json", dict(metadata=cut.metadata, weight_map=cut.tensor_to_filename))
     for file in filter(Path.is_file, [Path(openvla.__file__), *(base / name for name in COPIED)]):
         shutil.copy(file, folder)
-    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    tokenizer = ckpt.read_json(base / "tokenizer_config.json")
     tokenizer.pop("auto_map", None)  # would lead to the hub
-    config = json.loads((base / "config.json").read_text())
+    config = ckpt.read_json(base / "config.json")
     config |= dict(norm_stats={KEY: stats}, auto_map=openvla.AUTO_MAP, architectures=["OpenVLAForActionPrediction"])
     classes = dict(processor_class="PrismaticProcessor", auto_map=openvla.AUTO_MAP)
     images = openvla.read_image_settings(base) | dict(image_processor_type="PrismaticImageProcessor")
@@ -668,10 +666,10 @@ def checkpoint_folder(path):
 
 
 def read_meta(path):
-    meta = json.loads((path / "meta.json").read_text())
+    meta = ckpt.read_json(path / "meta.json")
     version = meta["format_version"]
     require(version == FORMAT, f"{path}: meta.json has format_version {version}, this code reads {FORMAT}")
-    return meta | dict(stats=json.loads((path / "dataset_statistics.json").read_text())[KEY])
+    return meta | dict(stats=ckpt.read_json(path / "dataset_statistics.json")[KEY])
 
 
 def load_policy(path, device=None):

@@ -698,9 +698,10 @@ def open_vlm(source, why=""):
     from transformers import AutoConfig, AutoTokenizer
 
     folder = hub.local_folder(source, weights=False, why=why)
-    config = AutoConfig.from_pretrained(hub.hub_file(folder, "config.json").parent)
+    with hub.opening(folder):
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     require(config.model_type == "smolvlm", f"policy.vlm_model_name is a {config.model_type}, not a SmolVLM2 (smolvlm)")
-    return config, AutoTokenizer.from_pretrained(folder)
+    return config, tokenizer
 
 
 class Unread:
@@ -733,7 +734,7 @@ def read_source(source):
         tensors = state.get("policy_state_dict") or state.get("model_state_dict") or state
     else:
         folder = hub.local_folder(source)
-        about = json.loads((folder / "config.json").read_text())
+        about = ckpt.read_json(folder / "config.json")
         tensors = dict(hub.read_tensors(folder))
     # drop the prefixes of DDP and torch.compile, and the normalisers that LeRobot before 0.4 had inside the model
     tensors = {k.removeprefix("module.").replace("_orig_mod.", ""): v for k, v in tensors.items()}
@@ -855,7 +856,7 @@ def read_lerobot(folder):
     config = lerobot.read_config(folder)
     policy = config_from(PolicyConfig, config)
     if (folder / "meta.json").is_file():
-        about = json.loads((folder / "meta.json").read_text())
+        about = ckpt.read_json(folder / "meta.json")
         version = about["format_version"]
         require(version == FORMAT, f"{folder}: meta.json has format_version {version}, this code reads {FORMAT}")
         policy.noise_draws = about["noise_draws"]

@@ -10,7 +10,6 @@ import fcntl
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -33,8 +32,6 @@ class DiskFull(UserError, OSError):
 
 
 # ---- atomic files ----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_path(final):
     """Yield a temporary path (create a file or a folder there); on success fsync it and rename it to `final`, replacing
@@ -147,9 +144,15 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 
+def read_json(path):
+    """The JSON object in a file -> dict; one that is missing, damaged or something else raises UserError."""
+    try:
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no readable JSON object ({error}): copy it again, with all beside it") from error
+
+
 # ---- tensors and plain values ----------------------------------------------------------------------------------------
-
-
 def save_state(path, state):
     """torch.save of on_host(state)."""
     torch.save(on_host(state), path)
@@ -188,13 +191,13 @@ def load_state(path):
     if not Path(path).is_file():
         raise MissingFile(f"{path}: no such checkpoint file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text explains how to load it all the same
-        why = f"it refers to {named[1]}" if named else "not a checkpoint"
-        raise UserError(f"{path} is refused: {why}; a checkpoint holds tensors and plain values only") from error
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        require(isinstance(state, dict), f"it holds a {type(state).__name__}", TypeError)
+        return state
     except Exception as error:  # damaged bytes surface as anything: RuntimeError, EOFError, KeyError, OSError...
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+        found = re.search(r"GLOBAL (\S+)|it holds.*", str(error))  # torch's text tells how to load it nevertheless
+        why = found[0] if found else f"not a readable checkpoint ({type(error).__name__})"
+        raise UserError(f"{path} is refused: {why}; expected a whole file of tensors and plain values only") from error
 
 
 def read_checkpoint(path, script, format_version, names=(), resume=False):
@@ -216,8 +219,6 @@ def read_checkpoint(path, script, format_version, names=(), resume=False):
 
 
 # ---- resume: one timeline per run ------------------------------------------------------------------------------------
-
-
 def step_of(path):
     """-> optimizer steps of a checkpoint, from its name (steps_20, checkpoint_step_20.pt) or else its content; None for
     an export in another program's format, which does not say."""
@@ -226,8 +227,8 @@ def step_of(path):
         return int(match[1])
     if path.is_dir():
         meta = path / "meta.json"
-        return json.loads(meta.read_text(encoding="utf-8"))["step"] if meta.is_file() else None
-    return load_state(path)["step"]
+        return read_json(meta).get("step") if meta.is_file() else None
+    return load_state(path).get("step")
 
 
 def checkpoints_in(folder, patterns=("steps_*",)):
@@ -299,8 +300,6 @@ def flat(config, prefix=""):
 
 
 # ---- training state --------------------------------------------------------------------------------------------------
-
-
 def training_state(model, optimizer):
     """-> ({name: tensor} of every trained parameter, {name: {exp_avg, ...}} of the optimizer); with FSDP2 sharded."""
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}

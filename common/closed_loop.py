@@ -29,8 +29,6 @@ RETURNS = dict(reset="an observation, which is a dict", step="(observation, done
 
 
 # ---- driving ---------------------------------------------------------------------------------------------------------
-
-
 class Plan:
     """The actions of one drive: the newest chunk's row of this step or, with `ensemble` m, the mean of all chunks' rows
     of this step, weighted exp(-m i), i = 0 the oldest (ACT's temporal ensemble, Zhao et al. 2023). Deltas are averaged
@@ -151,8 +149,6 @@ def rename(observation, recorded):
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-
-
 def wilson(successes, count, z=1.96):
     """95 % confidence interval of a success rate."""
     rate, spread = successes / count, z * z / count
@@ -190,8 +186,6 @@ def print_table(reports, execute, ensemble, latency_ms):
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
-
-
 def film(make_scene, run, count):
     """Send a run's actions again -> ([(step, picture)] at `count` moments, did it end as before?). The picture is the
     scene's own, else what the policy sees."""

@@ -26,9 +26,9 @@ import psutil
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from common import MissingFile, UserError, require
+from common import MissingFile, UserError, require, require_utf8
 from common import checkpoint as ckpt
-from common.frames import FrameStore
+from common.frames import FrameStore, rgb
 from common.log import progress
 from common.stats import FORMAT_VERSION, Normalizer, compute_stats
 
@@ -61,8 +61,6 @@ class Episode:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def find_episodes(root):
     """-> {path: its size and time} of all *.h5 and *.hdf5 below `root`, sorted; follows links, each folder once."""
     problem = f"No HDF5 files found in '{root}' (dataset.root_dir, or evaluate.py's --data)"
@@ -81,8 +79,7 @@ def find_episodes(root):
         subfolders.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         paths += [os.path.join(folder, name) for name in names if name.endswith((".h5", ".hdf5"))]
     require(paths, f"{problem}, searched recursively for *.h5 and *.hdf5", MissingFile)
-    odd = next((ascii(path) for path in paths if path != path.encode(errors="ignore").decode()), "")  # CP949
-    require(not odd, f"{odd}: the name is not UTF-8: convmv -f cp949 -t utf8 -r --notest {root}", BadEpisode)
+    require_utf8(paths, root)
     facts = {path: os.stat(path, follow_symlinks=os.path.exists(path)) for path in sorted(paths)}
     return {path: f"{about.st_size} {about.st_mtime_ns}" for path, about in facts.items()}
 
@@ -99,24 +96,25 @@ def read_episode(path, root=None):
 
 def _read_arrays(f, path, name):
     has = f"the file has {sorted(f)}. Re-record it"
-    seen = "observations/images" in f and len(f["observations/images"])
-    require(seen, f"{path}: no 'observations/images/<camera>'; {has}", BadEpisode)
-    acts = "action" in f and len(f["action"])
-    require(acts, f"{path}: no dataset 'action' or one with 0 rows; {has}", BadEpisode)
-    n = len(f["action"])
-    images = {name: _check_images(path, f["observations/images"][name], n) for name in sorted(f["observations/images"])}
+    cameras = f.get("observations/images", {})
+    known = isinstance(cameras, h5py.Group) and cameras
+    require(known, f"{path}: no 'observations/images/<camera>'; {has}", BadEpisode)
+    n = (getattr(f.get("action"), "shape", None) or (0,))[0]
+    require(n, f"{path}: no dataset 'action' or one with 0 rows; {has}", BadEpisode)
+    images = {camera: _check_images(path, cameras[camera], n) for camera in sorted(cameras)}
     cameras, sizes = ({name: about[i] for name, about in images.items()} for i in range(2))
-    action, phase = _lowdim(f, path, "action", n), _lowdim(f, path, "phase", n, 1, int)
-    pose, qpos = (_lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
-    rate = _frames_per_second(f["timestamp"][:]) if "timestamp" in f else 0.0
+    action, phase = lowdim(f, path, "action", n), lowdim(f, path, "phase", n, 1, int)
+    pose, qpos = (lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
+    rate = _frames_per_second(lowdim(f, path, "timestamp", n, 1, np.float64))
     return Episode(path, name, n, cameras, sizes, action, pose, qpos, phase, read_instruction(f, path), rate)
 
 
 def _check_images(path, images, n):
     """A camera's dataset of `n` pictures -> ("jpeg" or "raw", [height, width] of the first)"""
     where = f"{path}: dataset '{images.name[1:]}'"
-    require(len(images) == n, f"{where} has {len(images)} frames, 'action' has {n} rows", BadEpisode)
-    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
+    shape = getattr(images, "shape", None) or (0,)
+    require(shape[0] == n, f"{where} has {shape[0]} frames, 'action' has {n} rows", BadEpisode)
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3 and images.size:
         return "raw", list(images.shape[1:3])
     wanted = "(N,) variable-length uint8 (JPEG) or (N, H, W, 3) uint8"
     jpeg = h5py.check_vlen_dtype(images.dtype) == np.uint8 and images.ndim == 1
@@ -133,34 +131,39 @@ def _check_images(path, images, n):
     raise BadEpisode(f"{where} frame 0 is no picture")
 
 
-def _lowdim(f, path, key, n, ndim=2, kind=np.float32):
+def lowdim(f, path, key, n, ndim=2, kind=np.float32):
     """-> dataset `key`, finite, of shape (n, dims), or with ndim 1 (n,); None if the file has none."""
     if key not in f:
         return None
-    array, where = f[key][:].astype(kind), f"{path}: dataset '{key}'"
-    fits, expected = array.ndim == ndim and len(array) == n, f"({n}, dims)" if ndim == 2 else f"({n},)"
-    require(fits, f"{where} has shape {array.shape}, expected {expected}", BadEpisode)
-    if len(bad := np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(axis=1))):
+    about, shape = getattr(f[key], "dtype", np.dtype("O")), getattr(f[key], "shape", None) or ()
+    fits, expected = len(shape) == ndim and shape[0] == n and all(shape[1:]), f"({n}, dims)" if ndim == 2 else f"({n},)"
+    where, wrong = f"{path}: dataset '{key}'", f"is {about} {shape}, expected numbers {expected}"
+    require(fits and about.kind in "biuf", f"{where} {wrong}", BadEpisode)
+    stored = f[key][:]
+    array = stored.astype(np.float32)
+    if len(bad := np.flatnonzero(~np.isfinite(array).all(axis=(*range(1, ndim),)))):
         what = f"is not finite: {array[bad[0]].tolist()} ({len(bad)} such frames)"
         raise BadEpisode(f"{where} frame {bad[0]} {what}")
-    return array
+    return stored.astype(kind)
 
 
 def _frames_per_second(timestamps):
     """By the median step; 0 if the clock stands still: epoch seconds stored as float32 tick every 128 s."""
-    middle = float(np.median(np.diff(timestamps.astype(np.float64)))) if len(timestamps) > 1 else 0.0
+    middle = float(np.median(np.diff(timestamps))) if np.size(timestamps) > 1 else 0.0
     return 1 / middle if 1e-4 < middle < 100 else 0.0
 
 
 def read_instruction(f, path):
     """language_instruction as scalar, (1,), bytes, S-type or str -> str; None without one."""
-    if "language_instruction" not in f or not f["language_instruction"].size:
+    stored = f.get("language_instruction")
+    if stored is None or not getattr(stored, "size", 1):
         return None
-    value = np.ravel(f["language_instruction"][()])[0]
+    texts = [*dict.fromkeys(np.ravel(stored[()]).tolist())] if isinstance(stored, h5py.Dataset) else [stored]
     try:
-        return (value.decode("utf-8") if isinstance(value, bytes) else str(value)).strip("\0 \n")
-    except UnicodeDecodeError as error:
-        raise BadEpisode(f"{path}: dataset 'language_instruction' is not UTF-8 text: {value!r}") from error
+        require(len(texts) == 1 and isinstance(texts[0], (bytes, str)), "", ValueError)
+        return (texts[0].decode("utf-8") if isinstance(texts[0], bytes) else texts[0]).strip("\0 \n")
+    except ValueError as error:
+        raise BadEpisode(f"{path}: dataset 'language_instruction' is {texts[:2]}, expected one UTF-8 text") from error
 
 
 def load_episodes(root, skip_bad=False, run=None):
@@ -280,8 +283,6 @@ def play(root, names, cameras, keys, definition):
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
-
-
 class ImageReader:
     """Reads single pictures, through `resize` if given. Keeps as many files open as the machine allows, and their
     datasets, since looking one up takes longer than reading from it. Each process opens its own: an HDF5 handle must
@@ -299,7 +300,9 @@ class ImageReader:
             if episode.cameras[camera] == "jpeg":
                 picture = Image.open(io.BytesIO(picture))
                 picture.load()
-                picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+                size, first = list(picture.size[::-1]), episode.sizes[camera]
+                require(size == first, f"its height and width are {size}, those of the first {first}", ValueError)
+                picture = rgb(picture)
         except (OSError, RuntimeError, KeyError, IndexError, ValueError, SyntaxError) as error:
             where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
             hint = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
@@ -358,8 +361,6 @@ def files_to_keep():
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ActionDefinition:
     """What one row of the training target is; two programs that share statistics must agree on it.
@@ -485,8 +486,6 @@ class Chunks(Dataset):
 
 
 # ---- statistics and split --------------------------------------------------------------------------------------------
-
-
 def robot_state(episode, keys):
     """(N, S) float32: the arrays `keys` (of "qpos", "ee_pose") side by side; of ["no_state"] a zero."""
     arrays = vars(episode) | dict(no_state=np.zeros((episode.num_frames, 1), np.float32))

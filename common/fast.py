@@ -12,7 +12,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from common import UserError, require
-from common.hub import hub_file
+from common.checkpoint import read_json
+from common.hub import local_folder
 
 NUM_IDS = 2048  # action tokens of the published models; coefficients are characters 0 .. 2047 as well
 
@@ -42,10 +43,11 @@ class FastTokenizer:
         """From a directory in the public layout or a hub id. No remote code."""
         name = "processor_config.json"
         try:
-            meta = json.loads(hub_file(source, name).read_text())
+            folder = local_folder(source, weights=False)
+            meta = read_json(folder / name)
             scale, min_token = float(meta["scale"]), int(meta["min_token"])
             name = "tokenizer.json"
-            bpe = Tokenizer.from_file(str(hub_file(source, name)))
+            bpe = Tokenizer.from_file(str(folder / name))
         except Exception as error:  # tokenizers raises nothing more specific
             hint = "give a directory (--fast DIR), download it again, or train one on your actions (--fast fit)"
             layout = "the public layout is processor_config.json with scale and min_token, and tokenizer.json"

@@ -109,6 +109,12 @@ class FrameStore:
         return self.__dict__ | {"_maps": {}}  # a mapped file would travel to a worker as a copy
 
 
+def rgb(picture):
+    """Pillow's image -> the same in RGB. One of 16 or 32 bits is refused: Pillow would cut its values at 255."""
+    require(picture.mode[0] not in "IF", f"it has mode {picture.mode}, expected 8 bits per channel", ValueError)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
 def _hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 
-from common import MissingFile, require
-from common.checkpoint import atomic_path, laid_out
+from common import MissingFile, UserError, require
+from common.checkpoint import atomic_path, laid_out, load_state, read_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
 try:
@@ -40,13 +41,6 @@ def folder_here(source):
         return folder if folder == Path(source) or weight_files(folder) else None  # a download may have been cut
 
 
-def hub_file(source, name):
-    """Path of one file of a local directory or a hub repository."""
-    path = _folder(source, [name]) / name
-    require(path.is_file(), f"{source} has no {name}")
-    return path
-
-
 def _folder(source, patterns, why="", **how):
     if Path(source).is_dir():
         return Path(source)
@@ -57,6 +51,18 @@ def _folder(source, patterns, why="", **how):
     except Exception as error:  # the hub client raises a dozen types; all mean that the files cannot be had
         problem = f"'{source}' is neither a directory nor reachable on the hub ({type(error).__name__}){why}"
         raise MissingFile(f"{problem}. Give a local directory; python make_demo.py --help lists tiny ones") from error
+
+
+@contextlib.contextmanager
+def opening(folder):
+    """What transformers and tokenizers raise, for files of a model that are missing or damaged, as one line."""
+    try:
+        warnings.filterwarnings("error", "Found missing adapter keys")  # peft would make them up
+        yield
+    except Exception as error:  # anything, for values that do not fit
+        lacks = f"model '{folder}' lacks a file, or has one that is damaged or of another kind of model"
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(f"{lacks} ({why}). Copy or download it again, or give another directory") from error
 
 
 def stored_source(source):
@@ -71,7 +77,7 @@ def weight_files(folder):
     folder, hint = Path(folder), "not a complete model. Copy or download it again"
     for pattern in ("model*.safetensors", "pytorch_model*.bin", "*.safetensors"):
         index = sorted(folder.glob(f"{pattern}.index.json"))
-        named = set(json.loads(index[0].read_text())["weight_map"].values()) if index else ()
+        named = set(read_json(index[0])["weight_map"].values()) if index else ()
         files = sorted(folder / name for name in named) or sorted(folder.glob(pattern))
         lost = ", ".join(file.name for file in files if not file.is_file())
         require(not lost, f"{folder} lacks {lost}: {hint}", MissingFile)
@@ -82,15 +88,18 @@ def weight_files(folder):
 
 def read_tensors(folder):
     """Yield (name, CPU tensor) of all weights in a directory, or in one .safetensors file, one tensor at a time."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in weight_files(folder) if Path(folder).is_dir() else [Path(folder)]:
-        if file.suffix == ".safetensors":
+        if file.suffix != ".safetensors":
+            yield from load_state(file).items()
+            continue
+        try:
             with safe_open(file, "pt") as f:
                 for name in f.keys():  # noqa: SIM118  safe_open is no dict
                     yield name, f.get_tensor(name)
-        else:
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
 def unfilled(make, *args, **kwargs):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import checkpoint as ckpt
 from common import hub, require
 from common.stats import LISTS, MODES
 
@@ -72,7 +73,7 @@ def _statistics(state, action, stats):
 
 def read_config(folder):
     """-> config.json of a SmolVLA"""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = ckpt.read_json(Path(folder) / "config.json")
     found = (config.get("type"), config.get("add_image_special_tokens", False))
     wrong = f"{folder}/config.json has type, add_image_special_tokens = {found}; expected ('smolvla', False)"
     require(found == ("smolvla", False), wrong)

@@ -43,8 +43,6 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 
 
 # ---- a model without values ------------------------------------------------------------------------------------------
-
-
 class Shapes(TorchDispatchMode):
     """Within it floats are fake tensors, integers real ones. live, peak: bytes of all fake storages."""
 
@@ -141,8 +139,6 @@ def without_weights():
 
 
 # ---- what a step needs -----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Need:
     """Bytes on one rank's device, and parameter counts (trained, whole, gathered)."""
@@ -235,8 +231,6 @@ def new_run(cfg, changes=()):
 
 
 # ---- config keys: the scripts have different names for the same setting ----------------------------------------------
-
-
 def places(cfg, keys):
     """-> [(config or its group, dotted prefix, key)] of the fields with one of these names, here or one level down."""
     groups = [(cfg, "")] + [(v, f"{k}.") for k, v in vars(cfg).items() if hasattr(v, "__dataclass_fields__")]
@@ -261,8 +255,6 @@ def flags(cfg, values):
 
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
-
-
 def ways(cfg, build, batch_of, room, ranks):
     """Try CHANGES of the config -> [(flags, bytes)] of those that fit `room`, with the largest micro-batch each."""
     size, accumulation, tried, out = get(cfg, BATCH), get(cfg, ACCUMULATION), [], []

@@ -4,7 +4,6 @@ Images are squashed to one fixed size first, so all of a batch have the same pat
 14, merge 2, two frames) come from the checkpoint; tests compare with transformers' own image processor and RoPE."""
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, require
-from common.hub import load_weights, read_tensors, unfilled
+from common import require
+from common.checkpoint import read_json
+from common.hub import load_weights, opening, read_tensors, unfilled
 
 TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n"
 
@@ -146,17 +146,11 @@ def open_backbone(folder):
     processor classes of some releases need torchvision."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
+    with opening(folder):
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        path = Path(folder) / "preprocessor_config.json"
-        if path.is_file():
-            about = json.loads(path.read_text())
-        else:  # transformers 5 writes one file for the whole processor
-            about = json.loads((Path(folder) / "processor_config.json").read_text())["image_processor"]
-        mean, std = about["image_mean"], about["image_std"]
-    except (OSError, ValueError, KeyError) as error:
-        lacks = f"model '{folder}' has no config.json, tokenizer and preprocessor_config.json that can be used"
-        raise UserError(f"{lacks}: {str(error).splitlines()[0]}. Set --model to a directory that has them") from error
+        paths = [Path(folder, f"{name}_config.json") for name in ("preprocessor", "processor")]
+        about = read_json(paths[not paths[0].is_file()])  # the second is of the whole processor, by transformers 5
+        mean, std = (about.get("image_processor", about)[key] for key in ("image_mean", "image_std"))
     require(config.model_type == "qwen2_5_vl", f"model '{folder}' is a {config.model_type}, not a qwen2_5_vl")
     return config, tokenizer, mean, std
 

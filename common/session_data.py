@@ -75,8 +75,9 @@ class Features:
         look = self.ticks[session.name].looks[tick]
         if self.files:
             return dict(vl_features=self.files[session.name][look].float())
-        images = vl_cache.in_threads(vl_cache.read_image, [session.path / name for name in look])
-        return dict(images=dict(zip(self.recipe["views"], images, strict=True)), instruction=session.instruction)
+        views, paths = self.recipe["views"], [session.path / name for name in look]
+        images = vl_cache.in_threads(vl_cache.read_image, paths, map(session.image_size, views))
+        return dict(images=dict(zip(views, images, strict=True)), instruction=session.instruction)
 
 
 def load_data(cfg, run=None, saved=None, optional=()):
@@ -217,8 +218,6 @@ class Collate:
 
 
 # ---- policy ----------------------------------------------------------------------------------------------------------
-
-
 class SessionPolicy:
     """What a policy on sessions does around its network; a script adds predict(observations) -> (B, H, 7) in mm and
     degrees, dataset_class and collate_class. `about`: Data.about, also from a checkpoint; `vlm`: where the VLM is."""

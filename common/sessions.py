@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from common import MissingFile, UserError, require
+from common import MissingFile, UserError, require, require_utf8
 from common.log import progress
 from common.stats import compute_stats
 
@@ -128,15 +128,17 @@ def read_notes(folder):
     get the robot's (cameras: also {view: seconds}), instruction, data set, whether to leave the recording out."""
     path = Path(folder) / NOTES_FILE
     try:
-        notes = NOTES | ((yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {})
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        notes = NOTES | (yaml.safe_load(text) or {})
         cameras = notes["camera_offset_s"]
         offsets = [notes["sensor_offset_s"], *(cameras.values() if isinstance(cameras, dict) else [cameras])]
-        texts = [notes["instruction"] or "", notes["dataset"] or ""]
-        good = all(map(math.isfinite, offsets)) and all(isinstance(text, str) for text in texts)
-        good = good and set(notes) == set(NOTES) and isinstance(notes["exclude"], bool) and "/" not in texts[1]
+        once = all(len(re.findall(rf"^{key}\s*:", text, re.M)) < 2 for key in NOTES) and set(notes) == set(NOTES)
+        good = once and all(type(offset) in (int, float) and math.isfinite(offset) for offset in offsets)
+        good = good and all(isinstance(notes[key], (str, type(None))) for key in ("instruction", "dataset"))
+        good = good and isinstance(notes["exclude"], bool) and "/" not in (notes["dataset"] or "")
         require(good, f"got {notes}", ValueError)
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        expected = f"expected KEY: VALUE, only {', '.join(NOTES)} (seconds, texts, true or false)"
+    except (TypeError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        expected = f"expected KEY: VALUE, only {', '.join(NOTES)}, each once (seconds, texts, true or false)"
         raise BadSession(f"{path}: {expected}: {' '.join(str(error).split())}") from error
     return notes
 
@@ -158,6 +160,7 @@ def find_recordings(roots):
                 subfolders.clear()  # no recording within a recording: do not walk its thousands of images
             seen.add(real)
             subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "qwen_vl_features"]
+    require_utf8(found, " ".join(map(str, roots)))
     excluded = []
     for folder in sorted(found):
         with contextlib.suppress(BadSession):  # a bad session.yaml is reported when the recording is opened
@@ -211,8 +214,6 @@ def common_views(sessions):
 
 
 # ---- one session -----------------------------------------------------------------------------------------------------
-
-
 class Ticks(NamedTuple):
     """When the VLM runs: every so many steps from each segment's first. A look: the newest image of every view."""
 
@@ -247,9 +248,9 @@ class Session:
         self.has_sensor, self.sensor_path = self.sensor_stamps is not None, self.path / SENSOR_FILE
         if self.has_sensor:
             size, path = len(self.sensor_stamps) * CHANNELS * np.dtype(sensor["dtype"]).itemsize, self.sensor_path
-            fewer = f"{path} is missing or has fewer rows than {DATA_PKL} says. Make it again"
-            complete = path.is_file() and path.stat().st_size >= size
-            require(complete, f"{fewer}: {REMAKE.format(self.path)}", BadSession)
+            other = f"{path} is missing or not of the size that {DATA_PKL} says. Make it again"
+            same = path.is_file() and path.stat().st_size == size + 128  # numpy's header
+            require(same, f"{other}: {REMAKE.format(self.path)}", BadSession)
         begin = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
         end = np.r_[begin[1:], len(self.segment)]
         # (N,) of the segment that a step is in: its first step, and one past its last
@@ -339,8 +340,6 @@ def _map_sensor(path):
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------
-
-
 def split_sessions(sessions, fraction):
     """-> (train, validation), by a hash of the name, so that sessions stay on their side when others are added. A data
     set with two or more sessions has at least one on either side (unless `fraction` is 0); a single one is for

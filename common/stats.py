@@ -54,7 +54,7 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
         raise UserError(f"{path} is not a statistics file ({' '.join(str(error).split())}). {again}") from error
     check(isinstance(stats, dict), f"is not a statistics file (it holds a {type(stats).__name__})")
     for key in keys:
-        expected = f"{', '.join(LISTS)}: lists of the same length, of finite numbers"
+        expected = f"{', '.join(LISTS)}: lists of the same length, of finite numbers, min <= max, q01 <= q99"
         check(_is_table(stats.get(key)), f"has no complete '{key}' ({expected}); it has {sorted(stats)}")
     version, made_for = stats.get("format_version"), stats.get("action_definition")
     check(version == FORMAT_VERSION, f"has format_version {version}, this code reads {FORMAT_VERSION}")
@@ -72,7 +72,8 @@ def _is_table(entry):
         values = np.array([*(entry[name] for name in LISTS), entry.get("mask", entry["mean"])], np.float64)
     except (KeyError, TypeError, ValueError):  # one is missing or shorter than the others, or holds something else
         return False
-    return values.ndim == 2 and bool(np.isfinite(values).all())
+    in_order = values.ndim == 2 and (values[[2, 4]] <= values[[3, 5]]).all() and (values[1] >= 0).all()
+    return bool(in_order and np.isfinite(values).all())
 
 
 class Normalizer:

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import MissingFile, UserError, command, hub, qwen_vl, require
 from common import checkpoint as ckpt
+from common.frames import rgb
 from common.log import progress
 
 FORMAT = 3
@@ -37,8 +38,6 @@ class CacheMismatch(UserError):
 
 
 # ---- encoder ---------------------------------------------------------------------------------------------------------
-
-
 class VLEncoder:
     """Images of all views and an instruction -> one feature. Qwen2.5-VL is loaded, frozen, at the first encode.
 
@@ -129,25 +128,24 @@ class VLEncoder:
         return pooled.to(self.dtype).float().cpu()
 
 
-def in_threads(function, items):
-    """-> [function(item)], by threads: Pillow decodes and resizes without holding the GIL."""
+def in_threads(function, *items):
+    """-> [function(item, ...)], by threads: Pillow decodes and resizes without holding the GIL."""
     with ThreadPoolExecutor(8, "pictures") as pool:
-        return list(pool.map(function, items))
+        return list(pool.map(function, *items))
 
 
-def read_image(path):
-    """-> (h, w, 3) uint8 RGB; UserError names an image that cannot be read."""
+def read_image(path, size=None):
+    """-> (h, w, 3) uint8 RGB; UserError names an image that cannot be read, or is not of `size` (h, w)."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            require(size in (None, image.size[::-1]), f"it is {image.size[::-1]}, the first one {size}", ValueError)
+            return np.asarray(rgb(image))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
         advice = "Copy it again from the recorder, or delete it and run create_datapkl.py again"
         raise UserError(f"{path} cannot be read as an image ({type(error).__name__}: {error}). {advice}") from error
 
 
 # ---- identity of a feature: model, settings, images, instruction -----------------------------------------------------
-
-
 def model_digest(model):
     """-> digest of the files that shape a model's features; None for a hub model that is not on this machine."""
     if (folder := hub.folder_here(model)) is None:
@@ -191,8 +189,6 @@ def keys_of(session, looks, pictures):
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def checksum(features, meta):
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     digest.update(features.contiguous().numpy())

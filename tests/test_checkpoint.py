@@ -324,11 +324,13 @@ def test_a_damaged_file_is_named(tmp_path):
     whole = path.read_bytes()
     damaged = [whole[:cut] for cut in (0, 1, 3, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1)]
     damaged += [rng.randbytes(length) for length in (1, 2, 5, 20, 500) * 4]
-    damaged += [b"hello\n", b"<html>404</html>", b'{"a": 1}', b"version https://git-lfs.github.com/spec/v1\nsize 12\n"]
-    for content in damaged:
+    damaged += [b"hello\n", b"<html>404</html>", b'["a"]', b"version https://git-lfs.github.com/spec/v1\nsize 12\n"]
+    torch.save([1], path)  # whole, of another program
+    for content in [path.read_bytes(), *damaged]:
         path.write_bytes(content)
-        with pytest.raises(UserError, match="state.pt"):
-            load_state(path)
+        for read in (load_state, ckpt.read_json):
+            with pytest.raises(UserError, match="state.pt"):
+                read(path)
     with pytest.raises(UserError, match="nowhere.pt: no such checkpoint"):
         load_state(tmp_path / "nowhere.pt")
 

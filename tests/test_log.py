@@ -64,13 +64,9 @@ def test_a_resumed_log_goes_on_after_the_step_of_the_checkpoint(tmp_path, tail):
     write(tmp_path, [5], start=4)
     assert rows(tmp_path) == [(2, 4.0), (4, 8.0), (5, 10.0)]
     write(tmp_path, [1])
-    assert rows(tmp_path) == [(1, 2.0)]
-
-
-def test_a_last_row_without_its_newline_is_kept_whole(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}')
+    (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text()[:-1])  # a row without its end
     write(tmp_path, [3], start=2)
-    assert rows(tmp_path) == [(1, 1.0), (2, 2.0), (3, 6.0)]
+    assert rows(tmp_path) == [(1, 2.0), (3, 6.0)]
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------

@@ -156,17 +156,6 @@ def test_every_window_of_an_episode_is_there_once_and_masked(make, tmp_path, fra
         np.testing.assert_array_equal(seen, np.minimum(start + step, frames - 1)[..., 0])
 
 
-def test_a_yaml_of_the_guides_keys_is_read(tmp_path):
-    """Keys that say what the script does anyway are accepted; texts may be of any language."""
-    path = tmp_path / "guide.yaml"
-    path.write_text(
-        "trainer_type: MobileVLATrainer\nact_head: {type: MobileVLALSTMDecoder}\ntrainer: {save_last: true}\n"
-        "dataset: {name_instructions: {왼쪽: 왼쪽으로}}\n"
-    )
-    cfg = parse_config(mobile.Config, ["--config", str(path)], accepted=mobile.ACCEPTED)
-    assert cfg.dataset.name_instructions == {"왼쪽": "왼쪽으로"}
-
-
 # ---- episodes --------------------------------------------------------------------------------------------------------
 def test_the_text_comes_from_the_file_then_its_name_then_the_config(make, tmp_path):
     d = make().dataset
@@ -215,9 +204,9 @@ def test_newest_is_by_date_not_by_folder(make, tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nan", "'actions' frame .0. is not finite"),
+        ("nan", "'actions' frame 0 is not finite"),
         ("images", "no dataset 'images'"),
-        ("actions", r"expected \(3, 3\)"),
+        ("actions", r"expected numbers \(3, dims\)"),
         ("cut", "not a readable HDF5 file"),
     ],
 )
@@ -651,7 +640,7 @@ def test_another_architecture_or_missing_tensors_are_refused(make, tmp_path, kos
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
     refused = {gpt: "is a gpt2; expected a kosmos-2", broken: "lacks 1 tensors: image_to_text_projection.latent_query"}
-    for folder, message in (refused | {tmp_path / "empty": "lacks a file of a Kosmos-2"}).items():
+    for folder, message in (refused | {tmp_path / "empty": "lacks a file"}).items():
         with pytest.raises(UserError, match=message):
             mobile.main(make(model=folder))
     backbone = mobile.open_backbone(kosmos_dir)

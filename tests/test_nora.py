@@ -492,6 +492,10 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
     with pytest.raises(UserError, match="trained on the weights of .*first/steps_4/model"):
         run([*base, *LORA, "--output_dir", "second"], "--max_steps", 3, "--resume", "auto")
     assert len(losses(run(flags, "--max_steps", 3, "--resume", "auto"))) == 3
+    lora = load_file(path := "second/steps_3/model/adapter_model.safetensors")
+    save_file(dict(list(lora.items())[:-1]), path)
+    with pytest.raises(UserError, match="lacks a file.*missing adapter keys"):
+        nora.load_policy("second", "cpu")
     tensors = load_file("first/steps_4/model/model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, "first/steps_4/model/model.safetensors", {"format": "pt"})

@@ -127,6 +127,7 @@ def test_a_foreign_directory_is_refused(base_dir, tmp_path):
         ("config.json", unknown, "sizes of tower 'a' are unknown"),
         ("preprocessor_config.json", dict(image_resize_strategy="crop", input_sizes=[]), "strategy is 'crop'"),
         ("tokenizer.json", tokenizer | dict(post_processor=None), "a text begins with id .*expected '▁' and BOS"),
+        ("tokenizer_config.json", ["cut"], "lacks a file, or has one that is damaged .*Copy or download it again"),
         ("tokenizer.json", None, "has no tokenizer.json: expected a directory in OpenVLA's format"),
     ):
         shutil.copytree(base_dir, tmp_path / "model")
@@ -292,7 +293,7 @@ def test_an_unreadable_file_is_left_out_by_name(tmp_path, vamos_root, make):
     names = [f"data/{broken.name}", "data/train-00001-of-00002.parquet"]  # as an evaluation with --episodes
     assert [e["name"] for e in openvla.Policy.open_episodes(policy, tmp_path, names)] == names[1:]
     pq.write_table(pa.table({"image": [b""], "path": [1]}), broken)
-    with pytest.raises(UserError, match="no column 'trajectory_3d'; it has image, path"):
+    with pytest.raises(UserError, match="no column 'trajectory_3d', or several; it has image, path"):
         openvla.load_data(make(data_root_dir=tmp_path))
     with pytest.raises(UserError, match="no train-.*.parquet in .*no such folder.*--data_root_dir"):
         openvla.load_data(make(data_root_dir=tmp_path / "nowhere"))

@@ -15,9 +15,7 @@ from conftest import ROOT
 from recipes import RECIPES, newest
 
 import evaluate
-import make_demo
 from common import UserError
-from common import episodes as ep
 from common.policy import Contract, partners
 
 
@@ -123,17 +121,6 @@ def test_describe_is_plain_and_leaves_the_policy_as_new():
     again = Contract(**json.loads(json.dumps(dataclasses.asdict(c))))  # as a checkpoint keeps it
     again.check([observation()])
     assert again.describe(Doubling(again)) | dict(latency_ms=0) == about | dict(latency_ms=0)
-
-
-def test_recordings_of_two_aspect_ratios_are_refused_by_the_training(tmp_path):
-    """The policy would refuse one of them; another size of the same aspect is fine."""
-    for name, size in (("a", (60, 80)), ("b", (30, 40))):
-        make_demo.write_insertion(tmp_path / name, episodes=2, size=size, max_frames=5)
-    assert [e.sizes["side_camera"] for e in ep.load_episodes(str(tmp_path))[0]] == [[60, 80]] * 2 + [[30, 40]] * 2
-    make_demo.write_insertion(tmp_path / "c", episodes=1, size=(60, 60), max_frames=5)
-    with pytest.raises(UserError, match=r"c/\S+: side_camera is 60x60, in \S+ 80x60: another aspect"):
-        ep.load_episodes(str(tmp_path))
-    assert len(ep.load_episodes(str(tmp_path), skip_bad=True)[0]) == 4
 
 
 def test_partners_by_hand():

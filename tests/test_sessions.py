@@ -146,6 +146,8 @@ def test_pickles_that_hold_more_are_refused_and_run_nothing(tmp_path, protocol):
         for key in ("metadata", "schema_version", "action"):
             refuses(tmp_path, pickle.dumps(plain | {key: evil}, protocol), "it holds more than plain values")
     assert not sign.exists()
+    for damage in (b"", b"nonsense", pickle.dumps([1], protocol), pickle.dumps(plain, protocol)[:300]):
+        refuses(tmp_path, damage, r"data\.pkl is refused")
 
 
 WRONG = [  # (where, what stands there, what is said)
@@ -176,11 +178,6 @@ def test_wrong_contents_are_named_with_the_command(tmp_path, path, value, messag
     refuses(tmp_path, pickle.dumps(data, 4), message)
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", pickle.dumps([1], 4), pickle.dumps(dict(content()), 4)[:300]])
-def test_damaged_bytes_are_named_with_the_command(tmp_path, damage):
-    refuses(tmp_path, damage, r"data\.pkl is refused")
-
-
 # ---- folders ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "path, name",
@@ -201,9 +198,11 @@ def test_names_come_from_the_folders_unless_session_yaml_says_otherwise(tmp_path
     assert dataset == "New_dataset" and f"{task}/{episode}" in (name.partition("/")[2], "Blue_point/episode_9")
 
 
-@pytest.mark.parametrize(
-    "text", ["sensor_ofset_s: 1", "sensor_offset_s: soon", "[1]", "exclude", "exclude: 2", "dataset: a/b", "a: ["]
-)
+WRONG_NOTES = ["sensor_ofset_s: 1", "sensor_offset_s: soon", "[1]", "exclude", "exclude: 2", "dataset: a/b", "a: ["]
+WRONG_NOTES += ["sensor_offset_s: true", "instruction: no", "dataset: a\ndataset: b", "sensor_offset_s: 1" + "0" * 400]
+
+
+@pytest.mark.parametrize("text", WRONG_NOTES)
 def test_a_wrong_session_yaml_is_named(tmp_path, text):
     (tmp_path / "session.yaml").write_text(text)
     with pytest.raises(ss.BadSession, match="session.yaml: expected KEY: VALUE, only sensor_offset_s, camera"):
@@ -224,6 +223,9 @@ def test_a_recording_counts_once_whatever_leads_to_it(tmp_path):
     excluded = [(folder / "recv_all_4").resolve()]
     assert ss.find_recordings([tmp_path / "d", folder, folder / "latest"]) == (wanted, excluded)
     assert ss.identity(folder / "latest") == ("White_silicone_white_circle", "-", "recv_all_1")
+    (folder / "recv_all_2").rename(os.fsdecode(bytes(folder) + b"/recv_all_\xb9\xd9"))
+    with pytest.raises(ss.UserError, match=r"recv_all_\\udcb9.*is not UTF-8.*convmv"):
+        ss.find_recordings([folder])
 
 
 def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):

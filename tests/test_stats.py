@@ -76,6 +76,7 @@ REFUSED = {
 WRONG = dict(mean=[0.0], q99=[1.0, float("nan")], max=[1.0, float("inf")], min=[None, 0.0], std=0.5, mask=[True])
 for key, value in WRONG.items():
     REFUSED[f"wrong {key}"] = (dict(action=ACTION | {key: value}), {}, "lists of the same length, of finite numbers")
+REFUSED["order"] = (dict(action=ACTION | dict(min=[3.5, -4.0])), {}, "min <= max")
 
 
 @pytest.mark.parametrize("changes,arguments,words", REFUSED.values(), ids=list(REFUSED))
@@ -88,11 +89,6 @@ def test_refusals(tmp_path, changes, arguments, words):
     assert str(path) in str(error.value) and "Make it with: THE COMMAND" in str(error.value)
 
 
-def test_a_missing_file_names_the_command(tmp_path):
-    with pytest.raises(UserError, match="dataset_stats_sim.yaml not found.*python compute_stats.py --dataset.root_dir"):
-        load_stats(tmp_path / "dataset_stats_sim.yaml")
-
-
 OTHER = [("a.json", b"{"), ("a.yaml", b"a: [1"), ("a.yaml", b""), ("a.yaml", b"some words"), ("a.json", b"[1, 2]")]
 
 
@@ -101,6 +97,8 @@ def test_a_file_that_holds_something_else(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} is not a statistics file.*compute_stats.py"):
         load_stats(tmp_path / name)
+    with pytest.raises(UserError, match="none.yaml not found.*python compute_stats.py --dataset.root_dir"):
+        load_stats(tmp_path / "none.yaml")
 
 
 # ---- Normalizer ------------------------------------------------------------------------------------------------------

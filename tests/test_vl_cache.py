@@ -162,6 +162,7 @@ def test_a_feature_is_of_its_pictures_and_words_alone(qwen_dir, encoder, tmp_pat
     "wrong, message",
     [
         (dict(layer=3), "layer is 3"),
+        (dict(cut=999), "model.safetensors cannot be read .*copy or download it again"),
         ({}, "lacks 1 tensors: .*layers.1.mlp"),  # transformers would put random numbers in its place
     ],
 )
@@ -170,6 +171,7 @@ def test_a_model_that_lacks_a_tensor_and_wrong_settings_are_refused(qwen_dir, tm
     tensors = load_file(folder / "model.safetensors")
     del tensors[next(name for name in tensors if "layers.1.mlp.up_proj" in name)]
     save_file(tensors, folder / "model.safetensors", dict(format="pt"))
+    os.truncate(folder / "model.safetensors", wrong.pop("cut", (folder / "model.safetensors").stat().st_size))
     with pytest.raises(UserError, match=message):
         assert vc.VLEncoder(**dict(model=folder, views=VIEWS, height=56, width=84) | wrong).vlm
 
@@ -399,6 +401,10 @@ def test_the_printed_training_command_finds_the_features(root, qwen_dir, capsys)
 
 def test_a_view_not_all_sessions_have_is_left_out_and_said(root, qwen_dir, capsys):
     session = ss.find_sessions([root])[0]
+    path = session.path / session.view("View5")[0][3]
+    Image.open(path).resize((32, 32)).save(path)
+    with pytest.raises(UserError, match=rf"{path.name} cannot be read .* it is \(32, 32\), the first one \(36, 64\)"):
+        build(root, qwen_dir)
     shutil.rmtree(session.path / "View5")
     preprocess(root)
     build(root, qwen_dir)
