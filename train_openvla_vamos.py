@@ -122,9 +122,8 @@ def check_config(cfg):
     hz = cfg.trajectory_hz
     require(hz is None or hz > 0, f"trajectory_hz is {hz}: expected points per second, above 0")
     require("/" not in (cfg.run_id_note or ""), f"run_id_note is '{cfg.run_id_note}': a folder's name can have no /")
-    hint = "pip install bitsandbytes, or save memory with --gradient_checkpointing and a smaller --batch_size"
     available = cfg.check or not cfg.use_quantization or find_spec("bitsandbytes")
-    require(available, f"use_quantization needs bitsandbytes, which is not installed. {hint}")
+    require(available, "use_quantization needs bitsandbytes, which is not installed: pip install bitsandbytes")
     require(cfg.data_root_dir or cfg.merge, "data_root_dir is not set: the folder with data/train-*.parquet")
 
 
@@ -243,15 +242,16 @@ def picture_size(rows):
     """[height, width] as recorded, by the first picture of up to 8 files; None if their aspect ratios differ"""
     first = rows.table.loc[np.unique(rows.row_of)].groupby("path")["row"].first()
     some = first.iloc[np.unique(np.linspace(0, len(first) - 1, 8).astype(int))]
-    sizes = [picture_reader(path, lambda image: image.size[::-1])(row) for path, row in some.items()]
+    sizes = [picture_reader(path, lambda image: image.size[::-1], row + 1)(row) for path, row in some.items()]
     return list(sizes[0]) if len({round(width / height, 2) for height, width in sizes}) == 1 else None
 
 
-def picture_reader(path, resize):
-    """-> function: row -> its picture, decoded in full and passed through `resize`: (h, w, 3) uint8 RGB"""
+def picture_reader(path, resize, rows=None):
+    """-> function: row (of the first `rows`) -> its picture in full, through `resize`: (h, w, 3) uint8 RGB"""
     try:
         file = pq.ParquetFile(path)  # in parts, as pyarrow reads no struct of more than 2 GB at once
-        parts = [part["image"] for part in file.iter_batches(64, columns=["image"])]
+        most = range(rows or file.metadata.num_rows)  # batches: each has at least a row
+        parts = [part["image"] for _, part in zip(most, file.iter_batches(64, columns=["image"]), strict=False)]
         column = pa.chunked_array(parts, file.schema_arrow.field("image").type)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: its pictures cannot be read ({error}). Copy the file again") from error
@@ -600,6 +600,8 @@ def open_adapter(folder, meta, base=None):
     check_base(base, meta)
     rank, adapter = ckpt.read_json(folder / "adapter_config.json"), read_adapter(folder)
     tensors, scale = dict(read_tensors(base)), rank["lora_alpha"] / rank["r"]
+    halves = Counter(name.partition(".lora_")[0] + ".weight" for name in adapter)
+    require(halves.keys() <= tensors.keys() and {*halves.values()} == {2}, f"{folder}: its adapter lacks a tensor")
 
     def fold(name):  # in fp32, rounded once
         tensor, layer = tensors[name], name.removesuffix(".weight")
@@ -730,7 +732,7 @@ def check_data(cfg):
     describe(cfg, data, print)
     config, processor = read_folder(folder := local_folder(cfg.vla_path, weights=False))
     images = processor.image_processor
-    read = lambda path, row: picture_reader(path, images.resize)(row)  # noqa: E731
+    read = lambda path, row: picture_reader(path, images.resize, row + 1)(row)  # noqa: E731
     dataset = VamosDataset(data.train, read, cfg.targets_per_picture, cfg.seed, cfg.image_aug)
     order = GlobalOrder(len(dataset), cfg.seed)
     items = [dataset[(p, order.index(p))] for p in range(min(cfg.batch_size, len(dataset)))]

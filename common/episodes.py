@@ -105,7 +105,7 @@ def _read_arrays(f, path, name):
     cameras, sizes = ({name: about[i] for name, about in images.items()} for i in range(2))
     action, phase = lowdim(f, path, "action", n), lowdim(f, path, "phase", n, 1, int)
     pose, qpos = (lowdim(f, path, f"observations/{key}", n) for key in ("ee_pose", "qpos"))
-    rate = _frames_per_second(lowdim(f, path, "timestamp", n, 1, np.float64))
+    rate = _frames_per_second(f["timestamp"][()]) if "timestamp" in f else 0.0
     return Episode(path, name, n, cameras, sizes, action, pose, qpos, phase, read_instruction(f, path), rate)
 
 
@@ -148,8 +148,11 @@ def lowdim(f, path, key, n, ndim=2, kind=np.float32):
 
 
 def _frames_per_second(timestamps):
-    """By the median step; 0 if the clock stands still: epoch seconds stored as float32 tick every 128 s."""
-    middle = float(np.median(np.diff(timestamps))) if np.size(timestamps) > 1 else 0.0
+    """By the median step; 0 where none can be had (no numbers, NaN), or the clock stands still: epoch seconds stored as
+    float32 tick every 128 s. Nothing is learned from this array, so it is no reason to refuse a file."""
+    numbers = np.ravel(timestamps)
+    known = numbers.dtype.kind in "iuf" and len(numbers) > 1
+    middle = float(np.median(np.diff(numbers.astype(np.float64)))) if known else 0.0
     return 1 / middle if 1e-4 < middle < 100 else 0.0
 
 

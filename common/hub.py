@@ -59,6 +59,8 @@ def opening(folder):
     try:
         warnings.filterwarnings("error", "Found missing adapter keys")  # peft would make them up
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # anything, for values that do not fit
         lacks = f"model '{folder}' lacks a file, or has one that is damaged or of another kind of model"
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -166,7 +166,6 @@ SHAPES = [
     (TOP, np.zeros((14, 0, 8, 3), np.uint8), f"'{TOP}' is uint8 (14, 0, 8, 3); expected"),
     (TOP, np.float32(1), f"'{TOP}' has 0 frames"),
     ("observations/images", np.zeros(3), "observations/images/<camera>"),
-    ("timestamp", np.full(14, b"10:00"), "'timestamp' is |S5 (14,), expected"),
     ("language_instruction", [1.5], "'language_instruction' is [1.5], expected one UTF-8 text"),
     ("language_instruction", [b"pick", b"place"], "'language_instruction' is [b'pick', b'place'], expected one"),
     ("language_instruction", "바늘".encode("cp949"), "expected one UTF-8 text"),  # of a Korean recorder on Windows
@@ -251,6 +250,14 @@ def test_units_are_seen_in_the_values(plain):
         ep.detect_position_unit([mm, m])
     for episodes, unit in (([mm], "rad"), ([mm, deg], "deg")):
         assert ep.define_action(episodes, True).rotation_unit == unit
+
+
+def test_timestamps_give_the_rate_or_nothing(episode_path):
+    for stamps in (np.full(14, b"10:00"), np.full(14, np.nan), np.ones(14), 3.0):
+        replace(episode_path, "timestamp", stamps)
+        assert read_episode(episode_path).rate_hz == 0
+    replace(episode_path, "timestamp", np.arange(13) / 4)
+    assert read_episode(episode_path).rate_hz == 4
 
 
 def test_what_is_optional_may_be_missing(episode_path):

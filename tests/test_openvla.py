@@ -603,7 +603,7 @@ def test_the_contract_of_a_policy_and_its_evaluation(trained, base_dir, vamos_ro
     assert not policy.contract.warned
 
 
-def test_pictures_of_several_aspects_leave_the_size_open(tmp_path, make):
+def test_pictures_of_several_aspects_leave_the_size_open(tmp_path, make, monkeypatch):
     for i, size in enumerate([(40, 30), (30, 40)]):
         buffer = io.BytesIO()
         Image.new("RGB", size).save(buffer, "PNG")
@@ -613,6 +613,11 @@ def test_pictures_of_several_aspects_leave_the_size_open(tmp_path, make):
         cfg = make(data_root_dir=tmp_path, skip_bad_episodes=True, num_workers=1)
         data = openvla.load_data(cfg, store, resize, common.run.Run(cfg, tmp_path, 1))
         assert data.spec["picture_size"] == [[30, 40], None][i] and len(data.excluded) == i + 1
+    parts, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *a, **k: (parts.append(p) or p for p in read(*a, **k)))
+    write(path := tmp_path / "data/train-2.parquet", [row(image=buffer.getvalue())] * 200, group=100)
+    assert openvla.picture_size(openvla.read_rows([path], cfg)[0]) == [40, 30]
+    assert len(parts) == 1, "the file is not read to its end"
 
 
 def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(trained, base_dir, tmp_path, monkeypatch):
@@ -660,7 +665,7 @@ def test_best_is_the_adapter_of_the_lowest_validation_loss(trained, make):
     assert again["val_loss"] == pytest.approx(losses[best["step"]], rel=1e-5)
 
 
-def test_merges_during_the_run_and_by_hand(trained, make, vamos_root):
+def test_merges_during_the_run_and_by_hand(trained, make, vamos_root, tmp_path):
     cfg, run, adapter = trained
     apart = run.parent / f"{run.name}--2_chkpt"  # save_latest_checkpoint_only False
     weight = lambda folder: openvla.load_policy(folder, "cpu").vla.projector.fc1.weight  # noqa: E731
@@ -670,6 +675,10 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root):
     assert torch.equal(weight(apart), weight(adapter / "steps_2"))
     with pytest.raises(UserError, match="adapter_config.json"):
         openvla.main(openvla.Config(merge=str(run)))
+    weights = shutil.copytree(adapter / "best", tmp_path / "best") / "adapter_model.safetensors"
+    save_file(dict([*load_file(weights).items()][1:]), weights)
+    with pytest.raises(UserError, match="its adapter lacks a tensor"):
+        openvla.load_policy(weights.parent)
     seen, merge, columns, read = [], openvla.merge_adapter, [], pq.ParquetFile.iter_batches
     with pytest.MonkeyPatch.context() as m:  # the default: run_root_dir/EXP_ID is the newest merge, as in the guide
         m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which) or merge(*which))
