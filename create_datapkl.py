@@ -368,7 +368,7 @@ def describe(folder):
         without = f"{len(nameless)} images without a time in seconds in their name"
         warnings.append(f"warning: {without} are left out, e.g. {nameless[0]}")
     if broken:
-        warnings.append(f"warning: {len(broken)} broken pictures are left out: {', '.join(broken)}")
+        warnings.append(f"warning: {len(broken)} broken images are left out: {', '.join(broken)}")
     lacks = "has no image with a time in seconds in its name (View1/left/*_<epoch>.jpg or images/View1/<epoch>.jpg)"
     require(images, "; ".join([lacks, *warnings]), BadSession)
     sensor = [folder / n for n in names if re.fullmatch(r"sensor_data.*\.npz", n, re.I)]

@@ -203,7 +203,7 @@ class InsertionSimDelta(InsertionSim):
 
 class TwoPosts:
     """A red and a blue post, one of them named in the instruction, and a base driven by velocities in m per step of a
-    path. Recorded paths lead to the post in 15 steps, with pictures from 2.5 m away or more; so the base looks three
+    path. Recorded paths lead to the post in 15 steps, with images from 2.5 m away or more; so the base looks three
     times, drives 4, 4 and 15 steps, and should then be at the post. Success: within its width, and not at the other."""
 
     units, steps, size, looking = ["m/step"] * 2, (4, 4, 15), (112, 160), True
@@ -257,19 +257,19 @@ class TwoPosts:
 
 
 class MobileBase:
-    """Two bottles and a box. The instruction names a side, and the base drives there by velocities, one per picture; as
-    in make_demo's mobile recordings pictures are taken in the middle of a motion. Success: after 24 motions the base is
+    """Two bottles and a box. The instruction names a side, and the base drives there by velocities, one per image; as
+    in make_demo's mobile recordings images are taken in the middle of a motion. Success: after 24 motions the base is
     within 0.25 m of where the recordings stop, 0.45 m before the bottle."""
 
     units, size, limit, looking = ["m/s"] * 2, (72, 128), 24, True
-    window = 8  # newest pictures in an observation
+    window = 8  # newest images in an observation
 
     def reset(self, seed):
         rng = scene_rng(seed)
         (self.bottles, self.look), self.side = demo.mobile_scene(rng), int(rng.integers(2))
         self.goals = self.bottles - [0.45, 0.0]
         self.at, self.frame, self.noise = np.zeros(2), 0, [seed, 5, CLOSED_LOOP]
-        self.way, self.seen = [np.zeros(2)], [np.zeros(2)]  # after every motion; where every picture is taken
+        self.way, self.seen = [np.zeros(2)], [np.zeros(2)]  # after every motion; where every image is taken
         self.pictures = {}  # frame -> what was looked at
         return self.observe()
 
@@ -335,7 +335,7 @@ class Turntable:
         return self.observe()
 
     def observe(self):
-        """Pictures and sensor rows up to now."""
+        """Images and sensor rows up to now."""
         if not self.looking:
             return dict(images={}, sensor=None, instruction=self.instruction)
         rng, stamps = np.random.default_rng([*self.noise, self.frame]), self.frame / self.hz
@@ -401,7 +401,7 @@ def wrapped(error):
     return np.concatenate([error[:3], (error[3:6] + 180) % 360 - 180])
 
 
-# ---- pictures for a person -------------------------------------------------------------------------------------------
+# ---- images for a person ---------------------------------------------------------------------------------------------
 
 
 class Sheet:

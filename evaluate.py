@@ -120,7 +120,7 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
         target, hold, phase = episode["target"], episode["hold"], episode["phase"]
         frames, predicted = list(range(0, len(target), stride)), []
         if not frames:
-            print(f"left out  {episode['name']}: no motion after a picture to compare with")
+            print(f"left out  {episode['name']}: no motion after an image to compare with")
         for i in progress(range(0, len(frames), batch_size), episode["name"], "batch"):
             predicted.extend(policy.predict([episode["sample"](t) for t in frames[i : i + batch_size]]))
         for t, chunk in zip(frames, predicted, strict=True):
@@ -202,7 +202,7 @@ def changed_inputs(seen, others, opposites):
             blank = np.full_like(images[name], 128)
             changed[name, "blanked"] = [o | dict(images=o["images"] | {name: blank}) for o in seen]
         if len(images) > 1:
-            changed["all pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
+            changed["all images", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
         bgr = [{name: image[..., ::-1] for name, image in o["images"].items()} for o in seen]
         changed["colours", "reversed"] = [o | dict(images=images) for o, images in zip(seen, bgr, strict=True)]
     elif images is not None:  # a list: the newest frames of one camera
@@ -241,7 +241,7 @@ def find_uses(policy, root, names, records, report, count, batch_size):
     length = {r["episode"]: r["t"] + 1 for r in records}
     phase = [10 * r["phase"] + r["t"] / length[r["episode"]] for r in chosen]
     other = partners([r["episode"] for r in chosen], phase)
-    if other is None:  # one episode, or one file of unrelated pictures: a frame far away
+    if other is None:  # one episode, or one file of unrelated images: a frame far away
         other = np.roll(np.arange(len(chosen)), len(chosen) // 2)
     seen = sample_again(policy, root, names, chosen)
     changes = {("own", ""): seen} | changed_inputs(seen, [seen[k] for k in other], getattr(policy, "opposites", {}))
@@ -271,7 +271,7 @@ def print_uses(uses, count):
 
 
 def find_faults(records, names, report, uses, std):
-    """-> sentences on what looks like a mistake in data, checkpoint or pictures, not like too little training: see
+    """-> sentences on what looks like a mistake in data, checkpoint or images, not like too little training: see
     docs/faults.md. `std`: of the training's actions."""
     valid = stack(records, "valid")
     predicted, recorded = (stack(records, key)[valid].astype(float) for key in ("predicted", "recorded"))
@@ -302,7 +302,7 @@ def find_faults(records, names, report, uses, std):
     found += find_shift(records, report)
     own, colours = (uses.get(name, {}).get(how) for name, how in (("own", ""), ("colours", "reversed")))
     if colours is not None and colours < CLEAR * own:
-        found.append(f"with red and blue exchanged the error is {colours:.2g} instead of {own:.2g}: pictures in BGR?")
+        found.append(f"with red and blue exchanged the error is {colours:.2g} instead of {own:.2g}: images in BGR?")
     return found
 
 
@@ -457,7 +457,7 @@ def replay(policy, root, path):
         if record["predicted"].tobytes() != stored.tobytes():
             away = np.abs(record["predicted"] - stored).max()
             first = f"{record['episode']} frame {record['t']}: the prediction differs from the stored one by {away:.3g}"
-            raise UserError(f"{first}. Another checkpoint, library version or kind of processor, or another picture")
+            raise UserError(f"{first}. Another checkpoint, library version or kind of processor, or another image")
     policy.reset()
     alone = [policy.predict([seen]) for seen in sample_again(policy, root, names, records[:batch])]
     away = np.abs(np.concatenate(alone) - saved["predicted"][: len(alone)]).max()

@@ -4,7 +4,7 @@ The insertion episodes show one seeded scene: a needle tip approaches a trocar o
 enters. It is rendered by pinhole projection into side, tool and top cameras under domain randomisation (light, camera,
 colours, background, noise: guide 2). Only the images show where the trocar is, and therefore what to do next; the frame
 number does not help. The other formats have small scenes of their own, each made so that the action can only be known
-from the inputs that its policy should use (picture, instruction, force).
+from the inputs that its policy should use (image, instruction, force).
 
     python make_demo.py                                   # everything, below demo/
     python make_demo.py insertion --episodes 12           # only the insertion episodes
@@ -204,7 +204,7 @@ def write_insertion_episode(
 
 def write_insertion_sim(folder, episodes=4, seed=0, **form):
     """write_insertion as guide 2's simulator records: joint targets, metres, no instruction. The wrist also turns home
-    while it aligns, so that all six joints have something to do; yaw cannot be seen, so the pictures stay true."""
+    while it aligns, so that all six joints have something to do; yaw cannot be seen, so the images stay true."""
     paths = write_insertion(folder, episodes, seed, position_unit="m", action="joints", instruction=False, **form)
     for path in paths:
         with h5py.File(path, "r+") as f:
@@ -345,7 +345,7 @@ SMOLVLM_SPECIALS = ["<pad>", "<unk>", "<bos>", "<eos>", *SMOLVLM_NAMED.values()]
 def write_smolvlm2(folder, seed=0, text=(96, 4), vision=(96, 2), image_size=64, patch=16, shuffle=1, init=0.06):
     """A tiny random SmolVLM2 directory that AutoConfig, AutoTokenizer and from_pretrained open like the real one.
 
-    `text`, `vision` = (width, layers); a picture of image_size pixels becomes (image_size / patch / shuffle)^2 tokens.
+    `text`, `vision` = (width, layers); an image of image_size pixels becomes (image_size / patch / shuffle)^2 tokens.
     """
     from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMForConditionalGeneration
 
@@ -450,9 +450,9 @@ def render_posts(places, look, size, rng):
 
 
 def vamos_row(rng, size, other_instruction=0.7):
-    """One outdoor picture with two coloured posts -> list of one or two rows (dicts in VAMOS' columns): the same
-    picture, another post in the instruction, another path. A path is 6 to 24 equal steps, so the velocity of a step is
-    the way to the post / 15 and can only be known from picture and instruction together."""
+    """One outdoor image with two coloured posts -> list of one or two rows (dicts in VAMOS' columns): the same
+    image, another post in the instruction, another path. A path is 6 to 24 equal steps, so the velocity of a step is
+    the way to the post / 15 and can only be known from image and instruction together."""
     places, look = place_posts(rng)
     encoded, rows = jpeg(render_posts(places, look, size, rng), 90), []
     for name in list(places)[: 2 if rng.random() < other_instruction else 1]:
@@ -474,7 +474,7 @@ def vamos_row(rng, size, other_instruction=0.7):
 
 
 def write_vamos(folder, images=1500, validation_images=60, seed=0, size=(112, 160), files=4, rows_per_group=100):
-    """A VAMOS-format data set: `images` pictures in `files` train-*.parquet, `validation_images` in one
+    """A VAMOS-format data set: `images` images in `files` train-*.parquet, `validation_images` in one
     validation-*.parquet. A few rows are as broken as in real recordings: a path of one point, a missing instruction."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -546,7 +546,7 @@ def write_llama_tokenizer(folder, words):
 
 
 def prismatic_settings(image_size):
-    """preprocessor_config.json of openvla-7b: DINOv2's and SigLIP's view of one picture."""
+    """preprocessor_config.json of openvla-7b: DINOv2's and SigLIP's view of one image."""
     settings = dict(image_processor_type="PrismaticImageProcessor", processor_class="PrismaticProcessor")
     settings |= dict(image_resize_strategy="resize-naive", input_sizes=[[3, image_size, image_size]] * 2)
     settings |= dict(interpolations=["bicubic"] * 2, means=[[0.485, 0.456, 0.406], [0.5] * 3])
@@ -580,7 +580,7 @@ def openvla_config(text, dino, siglip, image_size):
 
 
 def random_openvla(config, seed):
-    """A random OpenVLA, but for what 2,000 pictures cannot teach: neighbouring action tokens mean similar actions."""
+    """A random OpenVLA, but for what 2,000 images cannot teach: neighbouring action tokens mean similar actions."""
     import torch
 
     from modeling_openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -634,7 +634,7 @@ def write_openvla(folder, seed=0, text=(64, 3), dino=(48, 2), siglip=(48, 2), im
 # ---- mobile base (HDF5) and Kosmos-2 ---------------------------------------------------------------------------------
 # A base that drives without turning sees two bottles, one on its left and one on its right, and a box between them. The
 # instruction says which one to drive to, and nothing else does: every scene is recorded twice, with opposite motion.
-# How far, and when to stop, is in the pictures.
+# How far, and when to stop, is in the images.
 
 MOBILE_SPEED = 1.15  # what a key sends per axis; one key is one frame and moves the base by MOBILE_STEP
 MOBILE_STEP = 0.13  # m
@@ -644,7 +644,7 @@ MOBILE_GOAL = "Navigate around obstacles and reach the front of the beverage bot
 
 def write_mobile(folder, episodes=200, seed=0, size=(72, 128), colour_order="bgr", frames=MOBILE_FRAMES):
     """`episodes` recordings (even ones left, odd ones right, two of a scene in a row) in the file form of the mobile
-    recorder: images gzip in OpenCV's order, the action of a key beside the picture taken after it was sent, a
+    recorder: images gzip in OpenCV's order, the action of a key beside the image taken after it was sent, a
     motionless frame 0. Every fifth file lacks its language_instruction: its name tells the side."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -681,12 +681,12 @@ def mobile_key(gap):
 
 
 def drive(rng, right, size, frames):
-    """One recording towards the left or the right bottle -> pictures, actions [x, y, 0]."""
+    """One recording towards the left or the right bottle -> images, actions [x, y, 0]."""
     bottles, look = mobile_scene(rng)
     at, goal, actions, images = np.zeros(2), bottles[right] - [0.45, 0.0], [], []
     for t in range(frames):
         key = mobile_key(goal - at) if t else np.zeros(2)
-        at = at + MOBILE_STEP / 2 * key  # the picture is taken while the base moves: after the command
+        at = at + MOBILE_STEP / 2 * key  # the image is taken while the base moves: after the command
         images.append(render_mobile(at, bottles, look, size, rng))
         at = at + MOBILE_STEP / 2 * key
         actions.append([*(MOBILE_SPEED * key), 0.0])
@@ -751,7 +751,7 @@ def write_kosmos2(folder, seed=0, text=(96, 2), vision=(96, 2), image_size=56, p
 
 
 def sharpen_kosmos2(model, text_width, vision_width, patch):
-    """A random tower has learned nothing, so draw its weights such that the image tokens keep what the pictures show:
+    """A random tower has learned nothing, so draw its weights such that the image tokens keep what the images show:
     with the usual initialisation they are all alike."""
     from torch.nn.init import normal_
 
@@ -784,7 +784,7 @@ POSE = "{0}_x,{0}_y,{0}_z,{0}_a,{0}_b,{0}_r"
 CSV_COLUMNS = f"recv_timestamp,origin_timestamp,send_timestamp,{{force}},{JOINTS.format('joint')},{POSE.format('pose')}"
 LEGACY_COLUMNS = f"timestamp,{JOINTS.format('joint_angle')},{POSE.format('EE')}"
 ZED, OAK = "zed_41182735_left_{:.3f}.jpg", "oak_1844301_{:.3f}.jpg"
-SESSION_FILES = {  # layout: the robot's log, the sensor's file, pictures of View1 and of View5
+SESSION_FILES = {  # layout: the robot's log, the sensor's file, images of View1 and of View5
     "old": ("robot_state_{}.csv", "sensor_data_{}.npz", f"View1/left/{ZED}", f"View5/{OAK}"),
     "new": ("robot_states.csv", "sensor_data.npz", "images/View1/{:.6f}.jpg", "images/View5/{:.6f}.jpg"),
     "legacy": ("robot_rt_{}.csv", "sensor_data_{}.npz", f"view1/left/{ZED}", f"view5_oak/{OAK}"),

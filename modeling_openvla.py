@@ -408,7 +408,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         if answer is not None:
             if llama.config._attn_implementation not in ("sdpa", "eager"):
                 problem = f"{llama.config._attn_implementation} has no mask for several answers behind one prompt"
-                raise ValueError(f"{problem}: load with attn_implementation='sdpa', or train on one target per picture")
+                raise ValueError(f"{problem}: load with attn_implementation='sdpa', or train on one target per image")
             answer = F.pad(answer, (self.vision_backbone.patches, 0))
             seen = ((answer[:, None] == 0) | (answer[:, None] == answer[:, :, None])).tril()  # (B, P + T, P + T)
             positions = seen.sum(-1) - 1

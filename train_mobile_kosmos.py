@@ -23,7 +23,7 @@ The recorder sends action t and then takes image t, which already shows that mot
 velocity of a chunk is the next motion: send that row. With 0, as in the guide, it is over: send the second row.
 
 Letters in shapes: B windows, W observed frames, S label steps (= W), N future steps, F = W + N frames of a window, n
-pictures, Q image tokens of each, L text tokens, D width of the text model, T frames of an episode."""
+images, Q image tokens of each, L text tokens, D width of the text model, T frames of an episode."""
 
 import dataclasses
 import difflib
@@ -60,7 +60,7 @@ from common.sampler import GlobalOrder
 from common.stats import Normalizer, compute_stats
 
 SCRIPT, FORMAT = Path(__file__).stem, 3  # of a .ckpt
-SWAPPED, LOOKS = 16, 1.05  # episodes measured for val_swap_ratio; below LOOKS the policy ignores its pictures
+SWAPPED, LOOKS = 16, 1.05  # episodes measured for val_swap_ratio; below LOOKS the policy ignores its images
 ACTIONS = [("linear_x", "m/s"), ("linear_y", "m/s")]
 RATE_HZ = 2.5  # a key of the recorder moves the base for 0.4 s
 FIRST_ROW = ("the motion that the newest image shows: send row 1", "the motion after the newest image: send row 0")
@@ -85,7 +85,7 @@ class DatasetConfig:
     action_scale: list[float] = field(default_factory=lambda: [1.15, 1.15])  # m/s that become 1; larger ones are cut
     windows: Literal["all", "one"] = "all"  # one at every frame, or one per episode at frame 0, as the guide's code
     windows_per_sample: int = 24  # at most; an episode with more is cut into several samples
-    frame_dir: str = "frames"  # on a local disk: pictures decoded once, 0.15 MB each at 224 x 224
+    frame_dir: str = "frames"  # on a local disk: images decoded once, 0.15 MB each at 224 x 224
     skip_bad_episodes: bool = False  # leave unreadable files out, listed, instead of stopping
 
 
@@ -280,7 +280,7 @@ def opposite_instructions(train, episodes):
 def load_data(cfg, store=None, say=print, first=0, table=None):
     """Find, read, split -> train, validation: Episodes | stats of the training actions, m/s | opposites, contract: of
     the functions below | fingerprint: changes when the samples or their order would | episodes: {name: [hash, "train"
-    or "validation"]}. `store`: a FrameStore for all pictures, `first`: see its build. `table`: a resumed `episodes`."""
+    or "validation"]}. `store`: a FrameStore for all images, `first`: see its build. `table`: a resumed `episodes`."""
     d, offset, found = cfg.dataset, cfg.label_offset, load_episodes(cfg.dataset, say=say)
     if store:
         counts, side = {e.path: e.num_frames for e in found}, store.shape[0]
@@ -332,7 +332,7 @@ def resize(image, side):
 
 
 def picture_reader(path, colour_order, side=None):
-    """-> function: frame number -> its picture (h, w, 3) uint8 RGB, resized to `side` if there is one."""
+    """-> function: frame number -> its image (h, w, 3) uint8 RGB, resized to `side` if there is one."""
     file = h5py.File(path, "r", locking=False, rdcc_nbytes=2**28, rdcc_nslots=10007)  # a chunk may span all frames
     order = slice(None, None, -1 if colour_order == "bgr" else 1)
     return lambda i: resize(file["images"][i][..., order], side)
@@ -771,7 +771,7 @@ def validate(policy, dataset, blind, run):
 
     swap_change: mean |velocity(text) - velocity(opposite text)| in m/s on the same frames; swap_flip: of the steps that
     turn, how many turn the other way (linear_y changes its sign). A policy that ignores the text has 0 and 0.
-    val_swap_ratio: error with another episode's pictures / with its own. A policy that ignores them has 1."""
+    val_swap_ratio: error with another episode's images / with its own. A policy that ignores them has 1."""
     cfg, scale, rows = policy.cfg, np.array(policy.cfg.dataset.action_scale), []
     texts = sorted({e.instruction for e in dataset.episodes})
     others = partners([e.name for e in dataset.episodes], [texts.index(e.instruction) for e in dataset.episodes])
@@ -824,7 +824,7 @@ def validation_text(v):
     blind = ", ".join(f"{n} {v[f'blind_{n}_loss']:.4f}" for n in ("zeros", "mean", "per_time"))
     start = f"val_loss {v['val_loss']:.4f} | {mae} | direction {share['val_direction_accuracy']}"
     ratio = v.get("val_swap_ratio", math.nan)
-    look = "it does not look at its pictures: " if ratio < LOOKS else ""
+    look = "it does not look at its images: " if ratio < LOOKS else ""
     return f"{start} | {swap} | {look}with another episode's {ratio:.2f} x the error | blind loss: {blind}"
 
 
@@ -846,7 +846,7 @@ def describe(cfg, data, dataset, say):
     frames, windows = sum(e.num_frames for e in train), [len(starts) for _, starts in dataset.samples]
     say(f"data      {len(train)} training episodes, {frames} frames; {len(held)} validation episodes; {d.data_dir}")
     most = cfg.batch_size * (max(windows) + cfg.window_size - 1)
-    say(f"samples   {len(windows)} with {sum(windows)} windows; a micro-batch encodes up to {most} pictures, each once")
+    say(f"samples   {len(windows)} with {sum(windows)} windows; a micro-batch encodes up to {most} images, each once")
     groups = Counter(e.recorded[1] or "(no scenario in the name)" for e in held)
     say(f"held out  {', '.join(f'{count} {group}' for group, count in sorted(groups.items())[:12])}")
     sources = Counter(e.source for e in [*train, *held])

@@ -47,7 +47,7 @@ from common.stats import Normalizer, load_stats, save_stats
 FORMAT = 3  # of steps_N/state.pt and model/policy.json
 ACTION_TOKEN = "<robot_action_{}>"
 NUM_ACTION_TOKENS = 2048  # nora's vocabulary: <robot_action_0> .. <robot_action_2047>
-BLIND = 1.05  # if swapping the pictures raises the error by less than this factor, the policy ignores them
+BLIND = 1.05  # if swapping the images raises the error by less than this factor, the policy ignores them
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class DatasetConfig:
     state_dropout: float = 0.0  # with state_in_prompt: chance that a training prompt has no state
     num_val_episodes: int = 0  # the last N files by name are held out
     normalization_stats_path: str | None = None  # file of compute_stats.py; null: from the training episodes
-    frame_store: str | None = None  # folder on a local disk: decode and resize every picture once, read it from there
+    frame_store: str | None = None  # folder on a local disk: decode and resize every image once, read it from there
     skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
     augment: bool = False  # colour augmentation of training images
     augment_brightness: float = 0.2  # +- this share of full scale
@@ -731,19 +731,19 @@ def validate(policy, dataset, collate, cfg, run):
     """On frames spread evenly over the held-out episodes, summed over all ranks; padded steps do not count.
     -> {val_loss: per supervised token, val_token_accuracy, val_malformed_rate, val_mae_<dim>: in data units,
     val_action_mae: their mean, each in units of half the q01..q99 range, as mm and rad cannot be averaged,
-    val_swap_ratio_<camera>: error of the normalised actions with another episode's picture / with its own}"""
+    val_swap_ratio_<camera>: error of the normalised actions with another episode's image / with its own}"""
     spec, model, size = policy.spec, policy.model, cfg.per_device_batch_size
     pick = dataset.spread(cfg.val_samples)
     to_decode = np.linspace(0, len(pick) - 1, min(cfg.val_decode_samples, len(pick))).astype(int)  # places in pick
-    to_decode, to_swap = set(to_decode.tolist()), set(to_decode[::4].tolist())  # the latter also with swapped pictures
+    to_decode, to_swap = set(to_decode.tolist()), set(to_decode[::4].tolist())  # the latter also with swapped images
     places = [(e, t / len(dataset.targets[e])) for e, t in map(dataset.locate, pick)]
     others = partners(*zip(*places, strict=True))  # None: there is only one episode
     counts, errors, steps = np.zeros(5), np.zeros(spec.normalizer.dim), 0  # loss, correct, tokens, malformed, decoded
-    swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors: own pictures, camera k swapped
+    swaps, unit = np.zeros(1 + len(spec.cameras)), spec.normalizer.normalize  # errors: own images, camera k swapped
     model.eval()
     with fsdp.gathered(model):
         for first in progress(range(run.rank * size, len(pick), run.world * size), "validation", "batch"):
-            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, pictures, index into swaps)
+            mine, jobs = range(first, min(first + size, len(pick))), []  # jobs: (item, images, index into swaps)
             items = [dataset[(0, pick[i])] for i in mine]
             batch = collate(items)
             with torch.no_grad():
@@ -764,7 +764,7 @@ def validate(policy, dataset, collate, cfg, run):
                     real = ~item["is_pad"]
                     if slot is not None:
                         swaps[slot] += np.abs(unit(chunk) - unit(item["action"]))[real].sum()
-                    if slot in (None, 0):  # its own pictures
+                    if slot in (None, 0):  # its own images
                         counts[3:] += bad, 1
                         errors += np.abs(chunk - item["action"])[real].sum(0)
                         steps += int(real.sum())
@@ -787,7 +787,7 @@ def tell(values, show):
     for key in filter(lambda key: "swap" in key, values):
         text += f" | {key.removeprefix('val_')} {values[key]:.2f}"
         if values[key] < BLIND:
-            show(f"warning   {key} {values[key]:.2f}: no worse with another episode's picture, the policy ignores it")
+            show(f"warning   {key} {values[key]:.2f}: no worse with another episode's image, the policy ignores it")
     return text
 
 

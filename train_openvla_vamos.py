@@ -1,4 +1,4 @@
-"""OpenVLA with LoRA on VAMOS: one picture and an instruction -> velocity (v_x, v_y) of the next step, as two tokens.
+"""OpenVLA with LoRA on VAMOS: one image and an instruction -> velocity (v_x, v_y) of the next step, as two tokens.
 
 Model: Kim et al. 2024, arXiv 2406.09246; modeling_openvla.py holds it, weight-compatible with openvla/openvla-7b.
 Data: VAMOS (arXiv 2510.20818), parquet files. v = (p[t+1] - p[t])[:2] of a recorded path, x forward, y left, metres per
@@ -72,20 +72,20 @@ class Config:
     adapter_tmp_dir: str = "adapter-tmp"  # EXP_ID/ in it holds the adapter, and what a run resumes from
     run_id_note: str | None = None  # appended to EXP_ID
     # data
-    samples: Literal["all", "first"] = "all"  # all: every step of a path (of the one picture); first: the first only
+    samples: Literal["all", "first"] = "all"  # all: every step of a path (of the one image); first: the first only
     targets_per_picture: int = 16  # steps of a path that share one forward; 1: every step is a sample of its own
     instruction_column: Literal["auto", "lang_goal", "text"] = "auto"  # auto: lang_goal, unless it is goal points
     trajectory_hz: float | None = None  # points per second of the paths: actions in m/s; null: metres per step
     image_aug: bool = False  # brightness, contrast, saturation, hue; never a crop, which would move the goal
-    frame_dir: str = "frames"  # on a local disk: pictures decoded once, 0.15 MB each at 224 x 224
-    skip_bad_episodes: bool = False  # leave out, listed and counted, files and pictures that cannot be read
+    frame_dir: str = "frames"  # on a local disk: images decoded once, 0.15 MB each at 224 x 224
+    skip_bad_episodes: bool = False  # leave out, listed and counted, files and images that cannot be read
     # LoRA
     lora_rank: int = 32  # r; scale = min(r, 16) / r
     lora_dropout: float = 0.0  # of what enters the adapters
     use_quantization: bool = False  # frozen weights in 4 bits (nf4, bitsandbytes); implies gradient_checkpointing
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, 1/3 more time
     # training
-    batch_size: int = 16  # samples, pictures with their targets, per GPU and micro-batch
+    batch_size: int = 16  # samples, images with their targets, per GPU and micro-batch
     grad_accumulation_steps: int = 1  # micro-batches per optimizer step
     learning_rate: float = 5e-4  # AdamW
     warmup_steps: int = 0  # optimizer steps of linear warm-up
@@ -147,7 +147,7 @@ class Rows:
     step: np.ndarray  # (N,) int32, index of the sample in its path
     row_of: np.ndarray  # (N,) int32, the row of `table` that the sample comes from
     counts: Counter  # rows and steps seen and left out
-    marks: dict  # {file name: hash of everything that is learned from it but its pictures}
+    marks: dict  # {file name: hash of everything that is learned from it but its images}
 
 
 def find_files(root):
@@ -177,7 +177,7 @@ def steps_of(column):
 
 
 def read_file(path, cfg):
-    """One parquet file, all but its pictures -> Rows"""
+    """One parquet file, all but its images -> Rows"""
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     if missing := [c for c in ("image", "trajectory_3d") if names.count(c) != 1]:
@@ -239,7 +239,7 @@ def choose_instructions(rows, column):
 
 
 def picture_size(rows):
-    """[height, width] as recorded, by the first picture of up to 8 files; None if their aspect ratios differ"""
+    """[height, width] as recorded, by the first image of up to 8 files; None if their aspect ratios differ"""
     first = rows.table.loc[np.unique(rows.row_of)].groupby("path")["row"].first()
     some = first.iloc[np.unique(np.linspace(0, len(first) - 1, 8).astype(int))]
     sizes = [picture_reader(path, lambda image: image.size[::-1], row + 1)(row) for path, row in some.items()]
@@ -247,34 +247,34 @@ def picture_size(rows):
 
 
 def picture_reader(path, resize, rows=None):
-    """-> function: row (of the first `rows`) -> its picture in full, through `resize`: (h, w, 3) uint8 RGB"""
+    """-> function: row (of the first `rows`) -> its image in full, through `resize`: (h, w, 3) uint8 RGB"""
     try:
         file = pq.ParquetFile(path)  # in parts, as pyarrow reads no struct of more than 2 GB at once
         most = range(rows or file.metadata.num_rows)  # batches: each has at least a row
         parts = [part["image"] for _, part in zip(most, file.iter_batches(64, columns=["image"]), strict=False)]
         column = pa.chunked_array(parts, file.schema_arrow.field("image").type)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: its pictures cannot be read ({error}). Copy the file again") from error
+        raise UserError(f"{path}: its images cannot be read ({error}). Copy the file again") from error
 
     def read(row):
         cell = column[row].as_py()
         try:
             return resize(rgb(Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))))
         except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
-            raise UserError(f"{Path(path).name}: the picture of row {row} cannot be decoded ({error!r})") from error
+            raise UserError(f"{Path(path).name}: the image of row {row} cannot be decoded ({error!r})") from error
 
     return read
 
 
 def drop_bad_pictures(rows, store, skip):
-    """Drop the samples whose pictures could not be decoded -> messages; without `skip` that is an error."""
+    """Drop the samples whose images could not be decoded -> messages; without `skip` that is an error."""
     bad = {}
     for path, part in rows.table.groupby("path"):
         bad |= {part.index[i]: why for i, why in store.about(path)["bad"].items()}
     used = np.intersect1d(list(bad), rows.row_of).tolist()
     hint = "Write the files again without these rows, or leave them out: --skip_bad_episodes"
     messages = [bad[row] for row in used]
-    require(skip or not used, "\n".join([f"{len(used)} pictures cannot be decoded, e.g.", *messages[:20], hint]))
+    require(skip or not used, "\n".join([f"{len(used)} images cannot be decoded, e.g.", *messages[:20], hint]))
     keep = ~np.isin(rows.row_of, used)
     rows.actions, rows.step, rows.row_of = rows.actions[keep], rows.step[keep], rows.row_of[keep]
     return messages
@@ -286,17 +286,17 @@ class Data:
 
     train: Rows
     validation: Rows
-    excluded: list  # messages of files and pictures left out
+    excluded: list  # messages of files and images left out
     spec: dict  # meaning of actions and instructions; in every checkpoint and exported model
     stats: dict  # entry of dataset_statistics.json
     validation_files: list  # their names, relative to data_root_dir
-    fingerprint: str  # changes when the training samples would, but for pictures that are left out
+    fingerprint: str  # changes when the training samples would, but for images that are left out
     table: dict  # of the training files, none of them held out, for a checkpoint: see split_or_keep
 
 
 def load_data(cfg, store=None, resize=None, run=None, table=None):
-    """Find, index, split and describe the data set. With a FrameStore, which then holds all pictures, rows whose
-    picture cannot be decoded are an error or left out; without one no picture is read. `table`: of a resumed run."""
+    """Find, index, split and describe the data set. With a FrameStore, which then holds all images, rows whose
+    image cannot be decoded are an error or left out; without one no image is read. `table`: of a resumed run."""
     train_paths, validation_paths = find_files(cfg.data_root_dir)
     (train, bad), (validation, bad_too) = read_rows(train_paths, cfg), read_rows(validation_paths, cfg)
     excluded = bad + bad_too
@@ -338,7 +338,7 @@ def augment_image(image, rng):
 
 
 class VamosDataset(Dataset):
-    """One item per picture and instruction, with up to `targets` steps drawn from its path; with targets = 1 one item
+    """One item per image and instruction, with up to `targets` steps drawn from its path; with targets = 1 one item
     per step. Item (position, i), where `position` seeds the draw and the augmentation:
 
     image (h, w, 3) uint8 at the model's size | instruction str | actions (k, 2) float32 in the data's units |
@@ -369,7 +369,7 @@ class VamosDataset(Dataset):
 
 
 class Collate:
-    """Dataset items -> model inputs. Prompt ids and pictures are made by the functions that predict uses."""
+    """Dataset items -> model inputs. Prompt ids and images are made by the functions that predict uses."""
 
     def __init__(self, processor, config, stats):
         self.processor, self.config, self.normalizer = processor, config, Normalizer(stats["action"])
@@ -503,7 +503,7 @@ class Policy:
         about = dict(script=Path(__file__).stem, images={"camera1": spec["picture_size"]}, actions=self.action_names())
         about |= dict(horizon=1, rate_hz=spec["trajectory_hz"], kind="velocity", instructions=spec["instructions"])
         about |= dict(action_low=action["q01"], action_high=action["q99"])  # what lies beyond is never answered
-        first_row = "row 0: the motion from the picture's moment to the next step of the path; send it at once"
+        first_row = "row 0: the motion from the image's moment to the next step of the path; send it at once"
         self.contract = Contract(**about, first_row=first_row, needs=needs or {}, must_be_told=True)
 
     def reset(self):
@@ -720,7 +720,7 @@ def describe(cfg, data, say):
     say(f"text      column {data.spec['instruction_column']}, {len(texts)} instructions, e.g. {list(texts.index[:3])}")
     shared = pd.DataFrame(t.actions.astype(np.float64)).groupby(t.row_of)
     (x, y), most = shared.std(ddof=0).mean(), shared.size().max()
-    say(f"targets   at most {most} per picture and instruction, {cfg.targets_per_picture} of them in one forward; std")
+    say(f"targets   at most {most} per image and instruction, {cfg.targets_per_picture} of them in one forward; std")
     say(f"          within one {x:.3g}, {y:.3g}: where that is above 0, token accuracy cannot reach 1")
     if not len(v.actions):
         say("note      no validation-*.parquet with usable rows: nothing tells when to stop, there is no best/")
@@ -751,11 +751,11 @@ def check_data(cfg):
 def validate(core, policy, dataset, cfg, run):
     """On samples spread evenly over the validation files -> {val_loss: per token, val_action_accuracy, val_l1_loss: in
     [-1, 1] units, val_mae_vx, val_mae_vy: of predict, in the data's unit, val_mae_mean_action: of always answering the
-    mean, val_swap_ratio: error with another row's picture / with its own, on a quarter of the samples}"""
+    mean, val_swap_ratio: error with another row's image / with its own, on a quarter of the samples}"""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(cfg.val_samples, len(dataset))).astype(int)).tolist()
     items, n, size = [dataset[(k, k)] for k in chosen], len(chosen), cfg.batch_size
     target, mean = np.concatenate([item["actions"] for item in items]), np.array(policy.stats["action"]["mean"])
-    # one picture may have rows with several instructions: partners must differ in the picture
+    # one image may have rows with several instructions: partners must differ in the image
     others = partners([hashlib.sha256(item["image"]).hexdigest() for item in items], dataset.rows.step[chosen])
     mine, sums, error, swapped = list(range(run.rank, n, run.world)), np.zeros(3), np.zeros((n, 2)), 0.0
     to_swap = [k for k in mine if k // 8 % 4 == 0 and others is not None]  # the same ones for any number of ranks
@@ -778,7 +778,7 @@ def validate(core, policy, dataset, cfg, run):
         return values
     ratio = swapped / max(own, 1e-9)
     if ratio < 1.05:
-        (run.log or run).print(f"warning: the model does not look at its pictures: others give {ratio:.2f} x the error")
+        (run.log or run).print(f"warning: the model does not look at its images: others give {ratio:.2f} x the error")
     return values | dict(val_swap_ratio=ratio)
 
 
@@ -820,7 +820,7 @@ def main(cfg):
     data = load_data(cfg, store, images.resize, run, saved.get("files"))
     if path:
         run.restore(path, saved, data.fingerprint, FIXED)
-        data.stats = saved["stats"]  # also where files or pictures were left out since
+        data.stats = saved["stats"]  # also where files or images were left out since
     describe(cfg, data, run.print)
     if not run.plan(cfg.max_steps, "--max_steps"):
         return merge(run, path, run_dir, last=True)

@@ -66,11 +66,11 @@ class DatasetConfig:
     use_qpos: bool = False  # the state contains qpos, before ee_pose
     use_ee_pose: bool = True  # the state contains ee_pose; without both the model sees no state
     state_noise: float = 0.0  # std of noise on the state in training, in standard deviations of each dimension
-    state_dropout: float = 0.0  # chance that a training sample has the mean state, so that its pictures must tell
+    state_dropout: float = 0.0  # chance that a training sample has the mean state, so that its images must tell
     use_ee_pose_delta_as_action: bool = False  # target = ee_pose[t+1] - ee_pose[t] instead of the recorded action[t]
     rotation_unit: Literal["auto", "rad", "deg"] = "auto"  # of ee_pose[:, 3:6]; auto: deg if a value exceeds 2 pi
     skip_bad_episodes: bool = False  # leave unreadable files out, listed and counted, instead of stopping
-    frame_dir: str | None = None  # folder on a local disk where all pictures are kept decoded; null: decode each time
+    frame_dir: str | None = None  # folder on a local disk where all images are kept decoded; null: decode each time
     augment: bool = False  # colour augmentation of training images (simulated data is already randomised)
     augment_brightness: float = 0.2  # +- this share of full scale
     augment_contrast: float = 0.2  # factor 1 +- this
@@ -370,7 +370,7 @@ class SmolVLADataset(ep.Chunks):
         return item | dict(images=images)
 
     def disturb(self, state, position):
-        """State noise and state dropout: a policy that cannot rely on its state must look at its pictures."""
+        """State noise and state dropout: a policy that cannot rely on its state must look at its images."""
         d, stats = self.cfg.dataset, self.spec.stats["observation.state"]
         rng = generator_at(self.cfg.seed, position, "state")
         noise = d.state_noise * np.asarray(stats["std"]) * rng.standard_normal(len(state))
@@ -598,7 +598,7 @@ class SmolVLA(nn.Module):
     def prefix(self, batch, draws=1):
         """Images through resize, vision tower and connector -> FlowModel.prefix"""
         device, side, pictures = batch["state"].device, self.policy.resize_imgs_with_padding[0], []
-        for images in batch["images"]:  # one tensor, or one per picture: see Collate.inputs
+        for images in batch["images"]:  # one tensor, or one per image: see Collate.inputs
             x = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
             pictures.append(resize_with_pad(x.float() / (255 if x.dtype == torch.uint8 else 1), side))
         vlm, x = self.model.vlm, torch.cat(pictures)
@@ -1016,7 +1016,7 @@ def validate(core, policy, dataset, cfg, run):
 
 
 def swap_cameras(policy, dataset, chosen, size, run):
-    """-> {val/swap_ratio_<camera>: error with another episode's pictures, at the same progress, in this camera alone,
+    """-> {val/swap_ratio_<camera>: error with another episode's images, at the same progress, in this camera alone,
     over the error with its own; near 1 the policy ignores it}, in normalised units. {} if there is only one episode."""
     spec, places = policy.spec, [dataset.locate(k) for k in chosen]
     others = partners([e for e, _ in places], [t / dataset.episodes[e].num_frames for e, t in places])
@@ -1047,7 +1047,7 @@ def validation_line(step, values, names):
     for key, ratio in values.items():
         if "swap_ratio" in key and ratio < 1.05:
             camera = key.removeprefix("val/swap_ratio_")
-            line += f"\nwarning   the policy hardly looks at {camera}: with another episode's pictures its error is "
+            line += f"\nwarning   the policy hardly looks at {camera}: with another episode's images its error is "
             line += f"{ratio:.2f} x that with its own. See docs/train_smolvla_sim.md, 'A policy that looks'"
     return line
 

@@ -8,7 +8,7 @@ that fit in 8 minutes each; on a CPU the same code on make_demo.py's small backb
     python benchmarks/full_size.py --part overhead          # what a training adds to forward, backward, clip and AdamW
 
 A part prints a line per setting and adds it to benchmarks/results/full_size_<machine>.txt: samples/s of forward,
-backward, clipping and AdamW; model FLOP/s (counted by torch, recomputation included) as a share of the card's dense
+backward, clipping and AdamW; model FLOP/s (counted by torch, recomputation included) as a share of the GPU's dense
 bf16 peak; the peak of memory beside the plan's; what a sample costs to read, in share of a step of one loader process;
 seconds to copy a checkpoint's state, and to write one of up to 10 GB; the forward pass of one sample. Speed and memory
 do not depend on the values of weights, so no model is downloaded: a script's own main reads make_demo.py's recordings,
@@ -295,7 +295,7 @@ def part(name, args):
 
 
 def table(name, args):
-    """Per setting of a script the plan's bytes on one rank, and whether cards of 24, 80 and 141 GB hold them."""
+    """Per setting of a script the plan's bytes on one rank, and whether GPUs of 24, 80 and 141 GB hold them."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         script, cfg, kinds = settings(name, Path(folder), args.small)
         dataset, collate, build = captured(script, cfg, Path(folder))
@@ -348,7 +348,7 @@ def upstream(args):
 
 
 def cached(args):
-    """A step of async and diffusion on cached features, and with the VLM that sees a 1280x720 picture per sample."""
+    """A step of async and diffusion on cached features, and with the VLM that sees a 1280x720 image per sample."""
     for name in ("async", "diffusion"):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             script, cfg, _ = settings(name, Path(folder), args.small)
@@ -461,7 +461,7 @@ def results(args, machine):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*PARTS, *BESIDE], action="append", dest="parts", help="default: all")
-    parser.add_argument("--table", action="store_true", help="the plan alone, for cards of 24, 80 and 141 GB")
+    parser.add_argument("--table", action="store_true", help="the plan alone, for GPUs of 24, 80 and 141 GB")
     parser.add_argument("--small", action="store_true", default=None, help="make_demo.py's sizes (default on a CPU)")
     parser.add_argument("--steps", type=int, default=5, help="timed repetitions")
     parser.add_argument("--folder", help="for temporary files, on a disk with room for a checkpoint")

@@ -76,7 +76,7 @@ def serve(kind, folder, batch):
 
 
 def make_batch(folder, size, picture):
-    """What both compute on: random pictures, states and actions of an export's sizes."""
+    """What both compute on: random images, states and actions of an export's sizes."""
     about = json.loads((Path(folder) / "config.json").read_text())
     generator = torch.Generator().manual_seed(0)
     cameras = sum(name.startswith("observation.images") for name in about["input_features"])

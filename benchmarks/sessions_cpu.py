@@ -49,7 +49,7 @@ def median_ms(function, items):
 
 
 def write_recording(folder, rng, start):
-    """20 s at 100 Hz in the old layout; the pictures have 8 x 8 pixels, for nothing here decodes them."""
+    """20 s at 100 Hz in the old layout; the images have 8 x 8 pixels, for nothing here decodes them."""
     t, picture = start + np.arange(2000) / 100, make_demo.jpeg(np.zeros((8, 8, 3), np.uint8))
     pose = np.cumsum(rng.normal(0, 0.02, (2000, 6)), axis=0)
     for view in range(1, 6):

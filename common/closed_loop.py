@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: drive a policy through an environment, count successes, draw pictures.
+"""Closed-loop evaluation: drive a policy through an environment, count successes, draw images.
 
 An environment is any object with
 
@@ -7,7 +7,7 @@ An environment is any object with
 whose observations are those of the policy's predict. What else success() returns (numbers with their unit in the name,
 booleans) is reported as its median, or as its count. Optional: expert() -> the right action now, hold() -> the action
 of standing still, units of the action (compared with the policy's), picture() -> (h, w, 3) uint8 for a person, hz, verb
-("inserted"), and looking, which is set to False while nobody needs pictures."""
+("inserted"), and looking, which is set to False while nobody needs images."""
 
 import functools
 import importlib
@@ -187,7 +187,7 @@ def print_table(reports, execute, ensemble, latency_ms):
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 def film(make_scene, run, count):
-    """Send a run's actions again -> ([(step, picture)] at `count` moments, did it end as before?). The picture is the
+    """Send a run's actions again -> ([(step, image)] at `count` moments, did it end as before?). The image is the
     scene's own, else what the policy sees."""
     scene, steps = make_scene(), len(run["actions"])
     moments, pictures = set(np.linspace(0, steps, count).round().astype(int).tolist()), []
@@ -198,7 +198,7 @@ def film(make_scene, run, count):
             images = observation["images"] if scene.looking else [scene.picture()]
             views = list(images.values()) if isinstance(images, dict) else images[-1:]
             for view in map(np.asarray, views):
-                wrong = f"{type(scene).__name__} gives a picture of {view.dtype} {view.shape}"
+                wrong = f"{type(scene).__name__} gives an image of {view.dtype} {view.shape}"
                 require(view.dtype == np.uint8 and view.shape[2:] == (3,), f"{wrong}; expected uint8 (h, w, 3)")
             tall = max(map(len, views))  # cameras may differ in size
             views = [np.pad(view, ((0, tall - len(view)), (0, 0), (0, 0))) for view in views]
@@ -209,7 +209,7 @@ def film(make_scene, run, count):
 
 
 def draw_strip(make_scene, found, path, count=5, width=320):
-    """A row of pictures per drive: a success and a failure of the policy, the baselines in the first one's scene."""
+    """A row of images per drive: a success and a failure of the policy, the baselines in the first one's scene."""
     policy, hz, rows = found["policy"], getattr(make_scene(), "hz", None), []
     outcomes = [bool(run["success"]) for run in policy]
     chosen = [policy[outcomes.index(outcome)] for outcome in (True, False) if outcome in outcomes]
@@ -226,7 +226,7 @@ def draw_strip(make_scene, found, path, count=5, width=320):
             draw.text((k * (width + 4) + 4, 24), f"{step / hz:.1f} s" if hz else f"step {step}", "gray", font(14))
         outcome = "success" if run["success"] else "failed"
         measured = [f"{k} {v:.3g}" for k, v in run.items() if isinstance(v, float) and k != "seconds"]
-        note = [] if same else ["ended otherwise when driven again for this picture"]
+        note = [] if same else ["ended otherwise when driven again for this image"]
         draw.text((4, 4), f"{who}, scene {run['seed']}: {', '.join([outcome, *measured, *note])}", "black", font(14))
         rows.append(np.asarray(row))
     Image.fromarray(np.concatenate(rows)).save(path)

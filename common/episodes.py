@@ -34,7 +34,7 @@ from common.stats import FORMAT_VERSION, Normalizer, compute_stats
 
 INDEXED = 200  # a folder of at least this many files gets an index; fewer are read in a moment
 MATRICES = ("action", "ee_pose", "qpos")  # the 2-D fields of an Episode
-FILE_BYTES = 4_000_000  # memory that HDF5 takes for an open file with JPEG pictures: 2.5 to 3.7 MB
+FILE_BYTES = 4_000_000  # memory that HDF5 takes for an open file with JPEG images: 2.5 to 3.7 MB
 NO_PICTURE = 100  # bytes; a JPEG is never that small, and recorders write one byte where its encoding failed
 DESCRIPTOR = [("size", "<u4"), ("heap", "<u8"), ("index", "<u4")]  # what HDF5 stores of a variable-length element
 
@@ -51,7 +51,7 @@ class Episode:
     name: str  # path relative to the data root: stable when the data moves
     num_frames: int
     cameras: dict  # {recorder's camera name: "jpeg" | "raw"}, sorted by name
-    sizes: dict  # {the same: [height, width] of its first picture}
+    sizes: dict  # {the same: [height, width] of its first image}
     action: np.ndarray  # (N, A) float32, as recorded
     ee_pose: np.ndarray | None  # (N, 6) float32
     qpos: np.ndarray | None  # (N, 6) float32
@@ -110,7 +110,7 @@ def _read_arrays(f, path, name):
 
 
 def _check_images(path, images, n):
-    """A camera's dataset of `n` pictures -> ("jpeg" or "raw", [height, width] of the first)"""
+    """A camera's dataset of `n` images -> ("jpeg" or "raw", [height, width] of the first)"""
     where = f"{path}: dataset '{images.name[1:]}'"
     shape = getattr(images, "shape", None) or (0,)
     require(shape[0] == n, f"{where} has {shape[0]} frames, 'action' has {n} rows", BadEpisode)
@@ -122,13 +122,13 @@ def _check_images(path, images, n):
     start = images.id.get_offset()  # None: stored in chunks
     if start is None:
         sizes = np.array([len(picture) for picture in images])
-    else:  # contiguous: the descriptors hold the sizes, no picture is read
+    else:  # contiguous: the descriptors hold the sizes, no image is read
         sizes = np.fromfile(path, DESCRIPTOR, n, offset=start)["size"]
     if len(bad := np.flatnonzero(sizes < NO_PICTURE)):
-        raise BadEpisode(f"{where} frame {bad[0]} is no picture: {sizes[bad[0]]} bytes ({len(bad)} such frames)")
+        raise BadEpisode(f"{where} frame {bad[0]} is no image: {sizes[bad[0]]} bytes ({len(bad)} such frames)")
     with contextlib.suppress(OSError):
         return "jpeg", list(Image.open(io.BytesIO(images[0])).size[::-1])
-    raise BadEpisode(f"{where} frame 0 is no picture")
+    raise BadEpisode(f"{where} frame 0 is no image")
 
 
 def lowdim(f, path, key, n, ndim=2, kind=np.float32):
@@ -285,9 +285,9 @@ def play(root, names, cameras, keys, definition):
             yield dict(name=name, sample=observe, target=target, hold=definition.still(e), phase=phase)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 class ImageReader:
-    """Reads single pictures, through `resize` if given. Keeps as many files open as the machine allows, and their
+    """Reads single images, through `resize` if given. Keeps as many files open as the machine allows, and their
     datasets, since looking one up takes longer than reading from it. Each process opens its own: an HDF5 handle must
     not cross a fork. `store`: a frame store to read from instead, see keep."""
 
@@ -309,11 +309,11 @@ class ImageReader:
         except (OSError, RuntimeError, KeyError, IndexError, ValueError, SyntaxError) as error:
             where = f"{episode.path}: dataset 'observations/images/{camera}' frame {frame}"
             hint = "Re-copy the file, or move it away and go on without it: --resume auto --skip_bad_episodes"
-            raise BadEpisode(f"{where} is no readable {episode.cameras[camera]} picture ({error}). {hint}") from error
+            raise BadEpisode(f"{where} is no readable {episode.cameras[camera]} image ({error}). {hint}") from error
         return self.resize(picture) if self.resize else np.array(picture)
 
     def keep(self, folder, episodes, cameras, recipe=(), run=None):
-        """Read the pictures of these episodes and cameras from a frame store in `folder` from now on, after building
+        """Read the images of these episodes and cameras from a frame store in `folder` from now on, after building
         what is missing there. `recipe`: plain values, everything that `resize` depends on."""
         by_path, shape = {e.path: e for e in episodes}, self.read(episodes[0], cameras[0], 0).shape
         store, rank = FrameStore(folder, shape, [*cameras, *recipe]), run.rank if run else 0

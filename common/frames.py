@@ -1,7 +1,7 @@
-"""The frame store: pictures decoded and resized once, kept as raw uint8 on a local disk, so that a training run reads
+"""The frame store: images decoded and resized once, kept as raw uint8 on a local disk, so that a training run reads
 them in any order at the speed of that disk.
 
-Every source file (a parquet file, a recording) gets KEY.u8, its pictures in order, and KEY.json: how many, and which of
+Every source file (a parquet file, a recording) gets KEY.u8, its images in order, and KEY.json: how many, and which of
 them cannot be decoded. KEY is a hash of the file's content and of the recipe (size, way of resizing, Pillow's version):
 a copy of the data finds its frames again, another recipe never does. Both files are written atomically, so a build that
 was interrupted continues where it stopped, and several processes may build side by side."""
@@ -54,7 +54,7 @@ class FrameStore:
         return about if file.stat().st_size == about["count"] * self.bytes_per_frame else None
 
     def build(self, sources, open_source, first=0, threads=8):
-        """Make what is missing of `sources` {path: number of pictures}, after printing how large it will be.
+        """Make what is missing of `sources` {path: number of images}, after printing how large it will be.
         open_source(path) -> function of an index that returns the frame, or raises if it cannot be decoded. Each rank
         starts at its own fraction `first` (0 to 1) of the list and skips what the others have made meanwhile."""
         missing = [path for path in sources if self.about(path) is None]
@@ -64,12 +64,12 @@ class FrameStore:
         ckpt.remove_temporaries(self.folder)
         needed = sum(sources[path] for path in missing) * self.bytes_per_frame / 1e9
         free = shutil.disk_usage(self.folder).free / 1e9
-        size = f"{needed:.2f} GB of decoded pictures"
+        size = f"{needed:.2f} GB of decoded images"
         require(needed < free, f"{size} do not fit into {self.folder}, {free:.2f} GB are free: give another local disk")
         if first == 0:  # one process tells
             print(f"frames    {size}, {len(missing)} files, go to {self.folder}", flush=True)
         begin = int(first * len(missing))
-        for path in progress(missing[begin:] + missing[:begin], "decoding pictures", "file"):
+        for path in progress(missing[begin:] + missing[:begin], "decoding images", "file"):
             if self.about(path) is None:
                 self._build_one(path, sources[path], open_source(path), threads)
 
@@ -82,7 +82,7 @@ class FrameStore:
             except Exception as error:  # damaged bytes surface as anything: OSError, SyntaxError, struct.error, ...
                 cause = error.__cause__ or error
                 if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
-                    raise  # the machine's fault, not the picture's, which must not be recorded as bad for good
+                    raise  # the machine's fault, not the image's, which must not be recorded as bad for good
                 bad[i] = str(error) or type(error).__name__
                 return blank  # a placeholder that is never read
 
@@ -90,7 +90,7 @@ class FrameStore:
         with ckpt.atomic_path(file) as temporary, ThreadPoolExecutor(threads) as pool, open(temporary, "wb") as out:
             for start in range(0, count, 256):
                 for pixels in pool.map(frame, range(start, min(start + 256, count))):
-                    wrong = f"{path} has a picture of {pixels.shape}, a frame store holds one size: {self.shape}"
+                    wrong = f"{path} has an image of {pixels.shape}, a frame store holds one size: {self.shape}"
                     require(pixels.shape == self.shape and pixels.dtype == np.uint8, f"{wrong}. Train without it")
                     out.write(np.ascontiguousarray(pixels).data)
         write_json(note, dict(source=str(path), recipe=self.recipe, count=count, bad=bad))

@@ -1,5 +1,5 @@
 """Predict what a training needs before any weights are loaded: GPU and host memory, disk, reading; and if it does not
-fit the card, which config keys make it fit.
+fit the GPU, which config keys make it fit.
 
 The script's own build_model, forward and backward run on tensors that have shapes but no values (torch's fake tensors),
 so nothing is loaded or computed, and what every operation would allocate and free is counted. Only integers (ids,
@@ -35,10 +35,10 @@ FP32 = dict(mixed_precision="no", use_bfloat16=False, precision="32-true")  # ke
 RECOMPUTE = dict(gradient_checkpointing=True)
 CHANGES = ({}, RECOMPUTE, RECOMPUTE | dict(adamw_8bit=True), RECOMPUTE | dict(train="language", adamw_8bit=True))
 CHANGES += (dict(train="lora"), RECOMPUTE | dict(train="lora"), dict(use_quantization=True))  # tried in this order
-USABLE = 0.93  # share of a card's bytes: 24 GiB hold 24 GB plus CUDA's context, buffers and fragments
+USABLE = 0.93  # share of a GPU's bytes: 24 GiB hold 24 GB plus CUDA's context, buffers and fragments
 NF4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and an fp32 scale per 64
 MAX_REAL = 2**22  # numbers in a new tensor of integers, up to which it gets values
-card = None  # GB, from --plan; None: the card of this machine
+card = None  # GB, from --plan; None: the GPU of this machine
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
 
 
@@ -102,7 +102,7 @@ class Shapes(TorchDispatchMode):
 
 
 def is_integer(t):
-    """Is it ids, positions or a mask? uint8 is a picture."""
+    """Is it ids, positions or a mask? uint8 is an image."""
     return not t.is_floating_point() and t.dtype != torch.uint8
 
 
@@ -277,7 +277,7 @@ def ways(cfg, build, batch_of, room, ranks):
         change = RECOMPUTE | dict(fsdp=True)
         need = measure(new_run(cfg, change), build, batch_of(size), True, 8)
         fits = [n for n in range(2, 9) if need.sharded(n) <= room]
-        out += [(f"{flags(cfg, change)} on {n} such cards", need.sharded(n)) for n in fits[:1]]
+        out += [(f"{flags(cfg, change)} on {n} such GPUs", need.sharded(n)) for n in fits[:1]]
     return out
 
 
@@ -285,7 +285,7 @@ def advice(cfg):
     """-> what to change where memory ran out, with the present values."""
     named = [places(cfg, keys)[0] for keys in (BATCH, ACCUMULATION) if cfg is not None and places(cfg, keys)]
     text = " and raise ".join(f"{prefix}{key} (now {getattr(group, key)})" for group, prefix, key in named)
-    text += " by the factor; --plan 24 tries what fits a card of 24 GB" if len(named) == 2 else ""
+    text += " by the factor; --plan 24 tries what fits a GPU of 24 GB" if len(named) == 2 else ""
     return text and f"Lower {text}"
 
 
@@ -295,13 +295,13 @@ def asked_card(argv):
     parser.add_argument("--plan", nargs="?", const="")
     known, rest = parser.parse_known_args(argv)
     good = known.plan is None or known.plan.replace(".", "", 1).isdecimal()
-    require(good, f"--plan {known.plan}: expected the memory of a card in GB, as --plan 24")
+    require(good, f"--plan {known.plan}: expected the memory of a GPU in GB, as --plan 24")
     return rest, known.plan and float(known.plan)
 
 
 def check(cfg, dataset, collate, build, run=None):
     """Print the plan. `build`(config, dtype) -> the module on the CPU whose forward(batch) gives the losses. `run`: the
-    Run that is about to start: UserError if it does not fit the card; on a CPU there is none, and no plan."""
+    Run that is about to start: UserError if it does not fit the GPU; on a CPU there is none, and no plan."""
     installed = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     room = card * 1e9 if card else USABLE * installed
     if run and not room:
@@ -327,7 +327,7 @@ def check(cfg, dataset, collate, build, run=None):
     for text, peak in found:
         say(f"fits      {gb(peak):<8} {text}")
     what = f"this training needs {gb(need.peak)} of GPU memory, {gb(room)} can be used"
-    fit = " | ".join(text for text, _ in found) or "a larger card"
+    fit = " | ".join(text for text, _ in found) or "a larger GPU"
     require(fits or need.peak <= 1.1 * room, f"{what}. What fits: {fit}")  # within the plan's error it may still fit
 
 
@@ -335,7 +335,7 @@ def _say(cfg, need, batch, read, ranks, room, say):
     size, accumulation, workers = (get(cfg, keys) for keys in (BATCH, ACCUMULATION, "num_workers"))
     kind, samples = "bf16" if room and bf16_wanted(cfg) else "fp32", size * accumulation * ranks
     verdict = "fits" if need.peak <= room else "DOES NOT FIT"
-    verdict = f"{gb(room)} of the card: {verdict}" if room else "no card here: see --plan 24"
+    verdict = f"{gb(room)} of the GPU: {verdict}" if room else "no GPU here: see --plan 24"
     say(f"plan      {gb(need.peak)} for {size} x {ranks} ranks x {accumulation} accumulation, {kind}; {verdict}")
     states = f"weights {gb(need.weights)} + gradients {gb(need.gradients)} + moments {gb(need.moments)}"
     say(f"memory    {states} + activations {gb(need.activations)}; validation {gb(need.validation)}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from common import require
 
-ASPECT = 0.02  # relative tolerance of a picture's width / height: recorders round
+ASPECT = 0.02  # relative tolerance of an image's width / height: recorders round
 FAR = 0.5  # of the training range: a state further outside is a warning, mostly another unit or reference frame
 DESCRIBED = "script recorded sensor instructions kind horizon rate_hz skip first_row needs"  # copied by describe()
 
@@ -58,7 +58,7 @@ class Contract:
         for o in observations:
             if self.state:
                 self._check_state(o.get("state"))
-            if "vl_features" not in o:  # else pictures and text are encoded already
+            if "vl_features" not in o:  # else images and text are encoded already
                 images = o.get("images")
                 several = frames and isinstance(images, (list, tuple)) and images
                 for shown in [dict.fromkeys(self.images, frame) for frame in images] if several else [images]:
@@ -78,7 +78,7 @@ class Contract:
                 (height, width), (rows, columns) = size, picture.shape[:2]
                 wrong = f"{name} is {columns}x{rows}, in training it was {width}x{height}: another aspect ratio"
                 same_aspect = abs(columns / rows * height / width - 1) <= ASPECT
-                require(same_aspect, f"{wrong}. Send the whole picture of the same camera, not cropped or squeezed")
+                require(same_aspect, f"{wrong}. Send the whole image of the same camera, not cropped or squeezed")
 
     def _check_text(self, text):
         known = ", ".join(map(repr, self.instructions[:3]))
@@ -105,7 +105,7 @@ class Contract:
             print(f"warning: {text} (said once, counted in contract.warned)", flush=True)
 
     def example(self):
-        """An observation that check() takes: grey pictures, the middle of the state's range."""
+        """An observation that check() takes: grey images, the middle of the state's range."""
         sizes = {name: size or (240, 320) for name, size in self.images.items()}
         images = {name: np.full((*map(int, size), 3), 128, np.uint8) for name, size in sizes.items()}
         state = np.mean([self.low, self.high], 0) if self.low and self.high else np.zeros(len(self.state))

@@ -62,7 +62,7 @@ atexit.register(end_workers)
 def launch(main, config, aliases=None, accepted=None, partial=False):
     """Run main(cfg) with the `config` of the command line. A user's mistake ends it with one line and exit code 2, a
     defect of ours with a traceback; a training saves its last complete step first. `aliases` to `partial`: see
-    parse_config. --plan 24 is --check with the plan for a card of 24 GB."""
+    parse_config. --plan 24 is --check with the plan for a GPU of 24 GB."""
     global run
     rank, cfg = int(os.environ.get("RANK", 0)), None
     if hasattr(sys.stdout, "reconfigure"):  # log files get every line at once; a terminal in EUC-KR has no emoji

@@ -80,7 +80,7 @@ def pick_attention(choice, device, dtype):
 def batch_vision_attention():
     """Patch transformers' vision tower: attend to all windows of one length in one call, as a batch dimension, and
     compute windows and positions once per grid. transformers loops over the windows unless flash attention is used
-    (10,000 calls for 20 pictures of 616x336), and synchronises with the GPU to read their sizes. Same result. Pass
+    (10,000 calls for 20 images of 616x336), and synchronises with the GPU to read their sizes. Same result. Pass
     grid_thw on the CPU: reading it from the GPU would be such a synchronisation."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
@@ -117,7 +117,7 @@ def batch_vision_attention():
 
 @functools.lru_cache(maxsize=16)
 def _vision_plan(grid, merge, window, patch, device, where):
-    """What the tower derives from the (time, rows, columns) of its pictures; the bounds of windows on `where`."""
+    """What the tower derives from the (time, rows, columns) of its images; the bounds of windows on `where`."""
     from transformers import vision_utils
 
     grid = torch.tensor(grid)

@@ -100,7 +100,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
         content = hashlib.sha256(s.action.tobytes() + s.starts.tobytes() + stamps).hexdigest()
         facts.append([s.name, content, features.files and features.files[s.name].content])
     fingerprint = vl_cache.digest_of(facts)
-    first = run.once(str, fingerprint) if run else fingerprint  # rank 0's, which alone compared the pictures
+    first = run.once(str, fingerprint) if run else fingerprint  # rank 0's, which alone compared the images
     require(fingerprint == first, "the processes see other sessions or features: start again when they are all built")
     if saved:
         differs = vl_cache.different(saved["recipe"], vl_cache.shaping(features.recipe))
@@ -421,7 +421,7 @@ class ChunkErrors:
         swaps = [f"{k.removeprefix('val/swap_')} x{v:.2f}" for k, v in values.items() if k.startswith("val/swap_")]
         text = " | ".join([*parts, "error with another sample's " + ", ".join(swaps)])
         if values.get("val/swap_feature", math.inf) < 1.05:
-            text += "\nwarning   the policy does not look at its pictures: those of another session are as good"
+            text += "\nwarning   the policy does not look at its images: those of another session are as good"
         return text
 
 

@@ -268,7 +268,7 @@ class Session:
         return self._images[key]
 
     def image_size(self, view):
-        """-> (height, width) of the view's pictures as recorded."""
+        """-> (height, width) of the view's images as recorded."""
         return tuple(self._sizes[view if view in self._sizes else f"{view}_left"])
 
     def stale(self):

@@ -65,7 +65,7 @@ class TwoRateLoop:
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             feature = self.policy.encode([(images, self.instruction)])[0]
         with self.lock:
-            if self.newest is None or captured >= self.newest[1]:  # a camera may repeat an old picture
+            if self.newest is None or captured >= self.newest[1]:  # a camera may repeat an old image
                 self.newest = (feature, captured)
 
     def warm_up(self, images, captured):

@@ -209,7 +209,7 @@ def forbidden(*_, **__):
 
 @pytest.fixture(scope="session")
 def finished(sessions_root, qwen_dir, tmp_path_factory):
-    """checkpoint_dir of a run of 6 steps, which opens no picture and loads no VLM."""
+    """checkpoint_dir of a run of 6 steps, which opens no image and loads no VLM."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "open", forbidden)
         patch.setattr(vl_cache.VLEncoder, "__init__", forbidden)
@@ -261,7 +261,7 @@ def test_sessions_that_do_not_fit_are_refused(sessions_root, qwen_dir, monkeypat
     with pytest.raises(UserError, match=f"{found[1].name} has actions at 20 Hz, expected 10: python create_datapkl.py"):
         open_data(sessions_root, qwen_dir)
     found[1].metadata["action_hz"] = 10
-    for s in ss.split_sessions(found, 0.3)[1]:  # no picture is of its time: nothing to validate on
+    for s in ss.split_sessions(found, 0.3)[1]:  # no image is of its time: nothing to validate on
         s._images = {view: (paths, stamps - 100) for view, (paths, stamps) in s._images.items()}
     with pytest.raises(UserError, match="no step of the [1-9] validation sessions has an image of View1, View5"):
         open_data(sessions_root, qwen_dir)
@@ -431,11 +431,11 @@ def test_workers_validate_the_same(sessions_root, qwen_dir, monkeypatch):
 
 
 def test_a_policy_that_does_not_look_is_told_apart(sessions_root, qwen_dir):
-    """Its error with the pictures of another session at the same phase is that with its own: 1, and a warning. One that
+    """Its error with the images of another session at the same phase is that with its own: 1, and a warning. One that
     reads what the feature knows gets worse with another's, and none."""
     policy, dataset, validated = untrained(sessions_root, qwen_dir)
     seen = {}
-    for s in dataset.sessions:  # light is how far to go, and all that the pictures tell
+    for s in dataset.sessions:  # light is how far to go, and all that the images tell
         for k, tick in zip(*dataset.features.usable(s), strict=True):
             seen[dataset.features.read(s, tick)["vl_features"].numpy().tobytes()] = s.action[k]
 
@@ -446,7 +446,7 @@ def test_a_policy_that_does_not_look_is_told_apart(sessions_root, qwen_dir):
         policy.decode = decode
         values = validated()
         assert (values["val/swap_feature"] > 1.05) == looks and (looks or values["val/swap_feature"] == 1)
-        assert ("does not look at its pictures" in session_data.ChunkErrors.text(values)) != looks
+        assert ("does not look at its images" in session_data.ChunkErrors.text(values)) != looks
 
 
 @pytest.mark.parametrize("column, used", [(0, "force"), (5, "ascan")])
@@ -514,7 +514,7 @@ def test_the_loop_runs_a_real_policy(finished):
     felt = policy.predict([raw | dict(sensor=rows[-65:], age=0.16)])[0, 0]
     unfelt = policy.predict([raw | dict(sensor=None, age=0.46)])[0, 0]
     fresh, again = (policy.predict([raw | dict(sensor=None) | age])[0, 0] for age in ({}, dict(age=0.0)))
-    assert np.array_equal(fresh, again) and np.abs(fresh - unfelt).max() > 1e-4  # how old the pictures are matters
+    assert np.array_equal(fresh, again) and np.abs(fresh - unfelt).max() > 1e-4  # how old the images are matters
     np.testing.assert_allclose(loop.act(), felt, atol=1e-6)
     clock.now += 0.3  # after the last row: in training, too, such a step has no sensor
     np.testing.assert_allclose(loop.act(), unfelt, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every script as on a GPU, without one: tensors that are "on the card" compute on the CPU but know where they are, and
+"""Every script as on a GPU, without one: tensors that are "on the GPU" compute on the CPU but know where they are, and
 an operation that brings them together with others fails as it would there."""
 
 import functools

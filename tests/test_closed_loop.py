@@ -116,7 +116,7 @@ def test_the_policy_beside_its_baselines():
 
 
 def test_rows_that_are_over_are_not_sent():
-    """The row of the motion that the newest picture shows comes first in its chunk."""
+    """The row of the motion that the newest image shows comes first in its chunk."""
 
     class Late(Walker):
         def describe(self):
@@ -189,7 +189,7 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     pictures, same = closed_loop.film(Line, run, 3)
     assert [step for step, _ in pictures] == [0, 5, 10] and [p[0, 0, 0] for _, p in pictures] == [0, 100, 200] and same
     assert not closed_loop.film(Line, run | dict(success=True), 3)[1]
-    with pytest.raises(UserError, match=r"Gray gives a picture of float64 \(4, 6\); expected uint8 \(h, w, 3\)"):
+    with pytest.raises(UserError, match=r"Gray gives an image of float64 \(4, 6\); expected uint8 \(h, w, 3\)"):
         closed_loop.film(type("Gray", (Line,), dict(picture=lambda _: np.zeros((4, 6)))), run, 3)
 
 
@@ -376,7 +376,7 @@ def test_the_wrong_post_is_no_success():
 
 
 def test_the_mobile_expert_presses_the_recordings_keys():
-    """The same scene as make_demo.drive draws: the same keys, and pictures taken in the middle of the motion."""
+    """The same scene as make_demo.drive draws: the same keys, and images taken in the middle of the motion."""
     scene, again = demo_scenes.MobileBase(), demo_scenes.MobileBase()
     for seed in range(3):
         again.looking = False
@@ -386,7 +386,7 @@ def test_the_mobile_expert_presses_the_recordings_keys():
         for t in range(1, 6):
             action = scene.expert()
             np.testing.assert_allclose(action, actions[t][:2])
-            again.looking = t == 5  # pictures of the past do not depend on who looked
+            again.looking = t == 5  # images of the past do not depend on who looked
             seen, same = scene.step(action)[0], again.step(action)[0]
             assert len(seen["images"]) == t + 1
             difference = seen["images"][-1].astype(float) - images[t]

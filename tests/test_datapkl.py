@@ -302,7 +302,7 @@ def test_a_sensor_without_an_order_of_time_is_left_out(tmp_path, capsys, stamps,
     assert run(tmp_path) == 0 and said in capsys.readouterr().out and not Session(folder).has_sensor
 
 
-# ---- session.yaml, clocks, pictures ----------------------------------------------------------------------------------
+# ---- session.yaml, clocks, images ------------------------------------------------------------------------------------
 def test_offsets_stand_beside_the_recording_and_stay(tmp_path, capsys):
     """The sensor's clock is 10 s behind, the cameras' 2 s ahead: session.yaml repairs both, also at the next run."""
     folder = make_demo.write_session(tmp_path / "White/recv_all_1", "old", seconds=2.0, size=(24, 40), start=EPOCH)
@@ -330,7 +330,7 @@ def test_offsets_stand_beside_the_recording_and_stay(tmp_path, capsys):
 
 
 def test_offsets_are_proposed_from_what_moved(tmp_path, capsys):
-    """The robot moves now and then; picture and force follow, on clocks 40 s behind and 3.7 s ahead."""
+    """The robot moves now and then; image and force follow, on clocks 40 s behind and 3.7 s ahead."""
     rng, t = np.random.default_rng(5), np.arange(0, 20, 0.01)
     speed = np.repeat(rng.uniform(0, 30, 25) * (rng.random(25) < 0.6), 80)
     x = np.cumsum(speed) / 100
@@ -354,7 +354,7 @@ def test_offsets_are_proposed_from_what_moved(tmp_path, capsys):
 
 
 def test_broken_pictures_are_listed_and_left_out(tmp_path, capsys):
-    """Empty, cut off, no picture: each is named, its frame is left out, the others stay; repaired, it comes back."""
+    """Empty, cut off, no image: each is named, its frame is left out, the others stay; repaired, it comes back."""
     folder = recording(tmp_path, np.arange(0, 4, 0.01))
     names = sorted(path.name for path in (folder / "View1/left").iterdir())
     whole = (folder / "View1/left" / names[0]).read_bytes()
@@ -362,10 +362,10 @@ def test_broken_pictures_are_listed_and_left_out(tmp_path, capsys):
         (folder / "View1/left" / name).write_bytes(content)
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "3 broken pictures" in out and all(name in out for name in names[1:4]) and names[4] not in out
+    assert "3 broken images" in out and all(name in out for name in names[1:4]) and names[4] not in out
     assert [Path(p).name for p in Session(folder).view("View1")[0]] == [names[0], *names[4:]]
     (folder / "View1/left" / names[1]).write_bytes(whole)
-    assert run(tmp_path) == 0 and "this changed: pictures" in capsys.readouterr().out
+    assert run(tmp_path) == 0 and "this changed: images" in capsys.readouterr().out
     assert len(Session(folder).view("View1")[0]) == len(names) - 2
 
 

@@ -186,7 +186,7 @@ def test_a_failed_encode_is_found_when_the_file_is_read(episode_path, stored):
         del f[TOP]
         chunks = dict(chunks=(5,)) if stored == "in chunks" else {}
         f.create_dataset(TOP, (14,), dtype=h5py.vlen_dtype(np.uint8), **chunks)[:] = pictures
-    refuses(episode_path, f"'{TOP}' frame 7 is no picture: 1 bytes (2 such frames)")
+    refuses(episode_path, f"'{TOP}' frame 7 is no image: 1 bytes (2 such frames)")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "noise", "of another size", "of 16 bits"])
@@ -197,7 +197,7 @@ def test_a_bad_jpeg_names_file_camera_and_frame(episode_path, damage):
         stored = {"truncated": bytes(f[TOP][4])[:900], "noise": noise.tobytes(), "of 16 bits": deep.getvalue()}
         f[TOP][4] = np.frombuffer(stored.get(damage, make_demo.jpeg(noise)), np.uint8)
     e, reader = read_episode(episode_path), ImageReader()
-    with pytest.raises(BadEpisode, match=f"{episode_path}.*top_camera' frame 4 is no readable jpeg picture .*Re-copy"):
+    with pytest.raises(BadEpisode, match=f"{episode_path}.*top_camera' frame 4 is no readable jpeg image .*Re-copy"):
         reader.read(e, "top_camera", 4)
     assert reader.read(e, "top_camera", 3).shape == (*SIZE, 3), "the frame beside it is fine"
     os.remove(episode_path)
@@ -394,7 +394,7 @@ def test_rank_0_reads_for_all(indexed):
     assert ep.load_episodes(folder, True, given) == ["what rank 0 read", (folder, True)] and opened == []
 
 
-# ---- pictures decoded once -------------------------------------------------------------------------------------------
+# ---- images decoded once ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", ["jpeg", "gzip"])
 def test_a_frame_store_holds_the_pixels_that_the_reader_gives(tmp_path, layout, monkeypatch):
     write(tmp_path / "data", layout=layout, episodes=2, max_frames=9)

@@ -267,10 +267,10 @@ def test_what_a_policy_uses(tmp_path):
     assert uses["own"][""] == pytest.approx(report["policy"]["relative"]) == pytest.approx(0, abs=1e-6)
     same = {(name, how) for name, changed in uses.items() for how, error in changed.items() if error < 1e-6}
     unused = {("camera2", "swapped"), ("camera2", "blanked"), ("A-scan", "swapped"), ("colours", "reversed")}
-    assert same == {("own", ""), *unused}  # the pictures are grey
+    assert same == {("own", ""), *unused}  # the images are grey
     names = "own camera1 camera2 all_pictures colours state sensor force A-scan instruction"
     assert set(uses) == {name.replace("_", " ") for name in names.split()}
-    assert uses["camera1"] != uses["state"] and uses["all pictures"]["swapped"] == uses["camera1"]["swapped"]
+    assert uses["camera1"] != uses["state"] and uses["all images"]["swapped"] == uses["camera1"]["swapped"]
     evaluate.draw_worst(policy, "", None, records, report, policy.action_names(), tmp_path / "worst.png", count=1)
     assert (tmp_path / "worst.png").stat().st_size > 5000  # cameras may differ in size
     assert uses["instruction"]["swapped"] == pytest.approx(0.2 / report["mean action"]["per_dim"]["x"] / 2)

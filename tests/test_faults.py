@@ -33,7 +33,7 @@ def recordings(absolute=False):
 
 
 class Arm:
-    """Reads dx from the red channel of the picture, dy from the green one, roll from the state; blue says nothing.
+    """Reads dx from the red channel of the image, dy from the green one, roll from the state; blue says nothing.
     `then` (H + 4, 3) -> (H, 3): what it makes of the rows from two before to two behind its chunk."""
 
     opposites = {}
@@ -159,7 +159,7 @@ SAID = dict(
     one_later=(lambda: Arm(columns(0, 1, 2, shift=1)), ["the chunk fits best 1 row later: relative error 0.0.* off"]),
     targets_earlier=(lambda: Arm(columns(0, 1, 2, shift=-2), absolute=True), ["the chunk fits best 2 rows earlier"]),
     targets_later=(lambda: Arm(columns(0, 1, 2, shift=1), absolute=True), ["the chunk fits best 1 row later"]),
-    bgr=(lambda: Arm(pictures=reverse), ["with red and blue exchanged the error is 0.0.* pictures in BGR"]),
+    bgr=(lambda: Arm(pictures=reverse), ["with red and blue exchanged the error is 0.0.* images in BGR"]),
 )
 
 

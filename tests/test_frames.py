@@ -68,7 +68,7 @@ def test_a_stopped_build_goes_on_and_no_half_file_is_taken(tmp_path):
 def test_a_disk_without_room_is_named_before_anything_is_decoded(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     store = FrameStore(tmp_path / "store", (1000, 1000, 3), "")
-    with pytest.raises(UserError, match="30000000.00 GB of decoded pictures do not fit into .*another local disk"):
+    with pytest.raises(UserError, match="30000000.00 GB of decoded images do not fit into .*another local disk"):
         store.build({tmp_path / "a": 10**10}, None)
 
 

@@ -88,7 +88,7 @@ def write_episode(path, actions, text=None, images=None, **compression):
 
 
 def direct(cfg):
-    """Pictures without a store."""
+    """Images without a store."""
     return lambda path, frames: np.stack([mobile.picture_reader(path, cfg.dataset.colour_order, 28)(i) for i in frames])
 
 
@@ -135,7 +135,7 @@ def test_every_key_has_the_guides_shape_and_value(make, tmp_path, offset):
 
 @pytest.mark.parametrize("frames, window, future, offset", [(1, 3, 4, 0), (6, 3, 4, 1), (5, 8, 2, 0), (20, 1, 1, 1)])
 def test_every_window_of_an_episode_is_there_once_and_masked(make, tmp_path, frames, window, future, offset):
-    """However the episode is cut: all windows in order, true masks, pictures and labels of their own frames."""
+    """However the episode is cut: all windows in order, true masks, images and labels of their own frames."""
     path = write_episode(tmp_path / "e.h5", np.stack([np.arange(frames), -np.arange(frames)], 1) / 100)
     flags = dict(window_size=window, fwd_pred_next_n=future, label_offset=offset, dataset__max_text_len=30)
     assert [s for _, s in dataset_of(path, make, dataset__windows="one", **flags)[(0, 0)]["names"]] == [0]
@@ -143,7 +143,7 @@ def test_every_window_of_an_episode_is_there_once_and_masked(make, tmp_path, fra
         dataset = dataset_of(path, make, dataset__windows_per_sample=limit, **flags)
         items = [dataset[(0, i)] for i in range(len(dataset))]
         assert max(len(item["names"]) for item in items) <= limit
-        assert all(len(item["rgb"]) <= len(item["names"]) + window - 1 for item in items), "no picture twice"
+        assert all(len(item["rgb"]) <= len(item["names"]) + window - 1 for item in items), "no image twice"
         batch, (start, step, ahead) = dataset.collater(items), np.ogrid[: frames - offset, :window, :future]
         assert [s for _, s in batch["names"]] == list(range(frames - offset))
         at = start + step + ahead + offset
@@ -389,7 +389,7 @@ def newest(frame, text):
 
 
 def test_drives_of_a_batch_do_not_mix_and_a_common_frame_is_encoded_once(make, monkeypatch):
-    """Other texts, lengths and pictures beside it, and the robot's drive that goes on meanwhile: the same answers."""
+    """Other texts, lengths and images beside it, and the robot's drive that goes on meanwhile: the same answers."""
     _, _, data, policy = build(make())
     frames = list(np.random.default_rng(0).integers(0, 255, (5, 24, 40, 3), dtype=np.uint8))
     observations = [dict(images=frames[:3], instruction=LEFT), dict(images=frames[1:4], instruction=LEFT)]
@@ -405,7 +405,7 @@ def test_drives_of_a_batch_do_not_mix_and_a_common_frame_is_encoded_once(make, m
 
 
 def test_what_a_policy_takes_and_gives(make):
-    """What every policy refuses is in test_policy.py; here are the pictures of a drive, and one picture at a time."""
+    """What every policy refuses is in test_policy.py; here are the images of a drive, and one image at a time."""
     policy, image = build(make())[-1], np.zeros((24, 40, 3), np.uint8)
     with pytest.raises(UserError, match="24x24, in training it was 40x24: another aspect"):
         policy.predict([dict(images=[image, image[:, :24]], instruction=LEFT)])
@@ -484,7 +484,7 @@ def test_blind_predictors_by_hand(make):
 
 
 class Answering:
-    """Stands for a policy whose velocities are `answer`(pictures (T, 3, h, w) uint8, text) -> (T,) in [-1, 1]."""
+    """Stands for a policy whose velocities are `answer`(images (T, 3, h, w) uint8, text) -> (T,) in [-1, 1]."""
 
     def __init__(self, cfg, opposites, answer):
         self.cfg, self.opposites, self.answer, self.model = cfg, opposites, answer, torch.nn.Identity()
@@ -519,7 +519,7 @@ def test_the_swap_test_tells_a_reader_from_a_deaf_policy(make, tmp_path, deaf):
 
 @pytest.mark.parametrize("blind", [False, True])
 def test_another_episodes_pictures_tell_who_looks(make, tmp_path, blind):
-    """Six recordings, of which each drives as fast as its pictures are bright, and errs by a little."""
+    """Six recordings, of which each drives as fast as its images are bright, and errs by a little."""
     for i in range(6):
         light = 40 * i + 20
         images = np.full((4, 28, 28, 3), light, np.uint8)
@@ -610,7 +610,7 @@ def test_learning_rate_by_step_and_the_default_labels():
     cfg = mobile.Config()
     warm = [1e-4 / 2.3, 2e-4 / 2.3, 1e-4, 1e-4]  # a tenth of the guide's 23 steps of an epoch
     assert [mobile.lr_at(k, 230, cfg) for k in (0, 1, 2, 500)] == pytest.approx(warm)
-    assert cfg.label_offset == 1, "the first row is the motion that the newest picture does not show yet"
+    assert cfg.label_offset == 1, "the first row is the motion that the newest image does not show yet"
 
 
 def test_another_backbone_or_other_actions_are_another_run(make, tmp_path, kosmos_dir):
@@ -659,7 +659,7 @@ def test_the_guides_configuration_reads_the_recorders_files(shared, make, kosmos
     for text in (
         "8 training episodes, 144 frames; 2 validation episodes",
         "from the file 9, from its name 1, from the config 0",
-        "8 with 136 windows; a micro-batch encodes up to 24 pictures, each once",
+        "8 with 136 windows; a micro-batch encodes up to 24 images, each once",
         "rgb (18, 3, 28, 28)",
         "action_chunck (17, 8, 10, 2)",
         "opposite ",

@@ -223,7 +223,7 @@ def test_logits_of_an_older_release(shared):
 
 @pytest.mark.parametrize("h, w", [(112, 112), (224, 112), (112, 140), (56, 56), (336, 616), (140, 196)])
 def test_batched_windows_equal_the_loop(parts, h, w):
-    """Windows of one size, of two and of four, and a picture smaller than one: transformers' own tower, to rounding."""
+    """Windows of one size, of two and of four, and an image smaller than one: transformers' own tower, to rounding."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
     tower, attention, batched = parts.core.vlm.model.visual, qwen.Qwen2_5_VLVisionAttention, {}
@@ -624,7 +624,7 @@ def test_what_no_policy_can_win_is_said_before_the_training(tmp_path, base, caps
 
 
 class Swapped:
-    """A policy that answers from its pictures, or without looking: what it decodes of two cameras."""
+    """A policy that answers from its images, or without looking: what it decodes of two cameras."""
 
     def __init__(self, parts, looks):
         self.spec, self.model, self.looks = parts.spec, parts.core, looks

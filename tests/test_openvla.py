@@ -266,19 +266,19 @@ def test_missing_and_damaged_pictures_are_named_or_left_out(tmp_path, make, caps
     write(tmp_path / PATH, rows)
     flags = dict(data_root_dir=tmp_path, max_steps=1, batch_size=2)
     each = "".join(rf"\n.*row {i} .*" for i in (1, 2, 3, 4))
-    with pytest.raises(UserError, match=rf"4 pictures cannot.*{each}\n.*--skip_bad_episodes"):
+    with pytest.raises(UserError, match=rf"4 images cannot.*{each}\n.*--skip_bad_episodes"):
         openvla.main(make(**flags))  # at the start, and all of them
     many = SimpleNamespace(about=lambda _: dict(bad={i: f"row {i}" for i in range(25)}))
     with pytest.raises(UserError, match=r"^25 pictures(.*\n){20}row 19\nWrite"):  # a line for each fills no screen
         openvla.drop_bad_pictures(SimpleNamespace(table=pd.DataFrame(dict(path=["x"] * 25)), row_of=range(25)), many, 0)
     _, metrics = train(make(**flags, skip_bad_episodes=True))
     said = capsys.readouterr().out
-    assert said.count("excluded  train-0.parquet: the picture of row") == 4 and len(metrics) == 1
+    assert said.count("excluded  train-0.parquet: the image of row") == 4 and len(metrics) == 1
     stats = openvla.load_policy(folders(make(**flags))[0], "cpu").stats
     rows[5]["image"]["bytes"] = b"damaged since"
     write(tmp_path / PATH, rows)
     again = make(**flags | dict(max_steps=2), skip_bad_episodes=True, resume_from_checkpoint="auto")
-    assert len(train(again)[1]) == 2, "the same run, without that picture"
+    assert len(train(again)[1]) == 2, "the same run, without that image"
     policy = openvla.load_policy(folders(make(**flags))[0], "cpu")  # evaluation leaves out what the training did
     assert len(next(policy.open_episodes(tmp_path, [PATH]))["target"]) == 1 and policy.stats == stats
 
@@ -449,7 +449,7 @@ def test_targets_of_one_picture_in_one_forward_equal_forwards_of_their_own(make,
 
 
 def test_gradient_checkpointing_changes_no_gradient(make):
-    """Also not where the targets of a row share their picture."""
+    """Also not where the targets of a row share their image."""
     for targets in (1, 16):
         found = []
         for on in (False, True):
@@ -470,7 +470,7 @@ class Answers:
 
 
 def test_validation_tells_a_model_that_looks_from_one_that_does_not(make, tmp_path, capsys):
-    """A picture has a color and a motion of its own; its second row, under another instruction, is no partner."""
+    """An image has a color and a motion of its own; its second row, under another instruction, is no partner."""
     shown = []
     for i in range(8):
         path, image = [[0.0, 0, 0], [i, 1.0, 0]], picture((30 * i, 0, 0))
@@ -494,8 +494,8 @@ def test_validation_tells_a_model_that_looks_from_one_that_does_not(make, tmp_pa
     blind = lambda item: np.float32([3.6, 1])  # noqa: E731
     values = openvla.validate(core, Answers(policy, blind), dataset, cfg, run)
     assert values["val_swap_ratio"] == pytest.approx(1) and values["val_mae_vx"] == pytest.approx(2, abs=0.1)
-    assert "warning: the model does not look at its pictures" in capsys.readouterr().out
-    write(tmp_path / PATH, shown[:2])  # one picture: nothing to swap
+    assert "warning: the model does not look at its images" in capsys.readouterr().out
+    write(tmp_path / PATH, shown[:2])  # one image: nothing to swap
     dataset = items_of(openvla.load_data(cfg).train, policy.processor.image_processor)
     assert "val_swap_ratio" not in openvla.validate(core, Answers(policy, blind), dataset, cfg, run)
 
@@ -687,7 +687,7 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root, tmp_path):
         openvla.main(cfg)
     run, adapter = folders(cfg)
     assert seen == [(adapter / f"steps_{n}", run) for n in (2, 4, 5)]
-    assert columns == [dict(columns=["image"])] * (3 + 2), "pictures: each file once, and for the size of its first"
+    assert columns == [dict(columns=["image"])] * (3 + 2), "images: each file once, and for the size of its first"
 
 
 def test_exported_files_are_openvlas(trained, base_dir):

@@ -101,7 +101,7 @@ def test_a_layer_by_hand():
 
 
 def test_a_mask_without_values_takes_all():
-    """As transformers 5.17 makes that of SmolVLM's patches, from a picture of floats."""
+    """As transformers 5.17 makes that of SmolVLM's patches, from an image of floats."""
     shapes = plan.Shapes()
     with shapes.fake, shapes:
         mask, ids = torch.ones(3, 4).bool(), torch.bucketize(torch.rand(3, 4), torch.rand(5))
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(recipe_of, tmp_path,
     values = vars(parse_config(type(cfg), lora.split()))
     vars(cfg).update({word[2:]: values[word[2:]] for word in lora.split()[::2]})
     recipe.script.main(cfg)
-    assert "6.2 MB of the card: fits" in capsys.readouterr().out
+    assert "6.2 MB of the GPU: fits" in capsys.readouterr().out
 
 
 def test_checkpointing_and_smaller_batches_need_less(recipe_of, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_the_plan_of_another_card_is_a_check(monkeypatch, tmp_path):
     assert asked == [(Config(batch_size=4, check=True), 24.0)]
     assert plan.asked_card(["--plan=80", "--check"]) == (["--check"], 80.0)
     assert plan.asked_card(["--check"]) == (["--check"], None)
-    with pytest.raises(UserError, match="--plan big: expected the memory of a card in GB"):
+    with pytest.raises(UserError, match="--plan big: expected the memory of a GPU in GB"):
         plan.asked_card(["--plan", "big"])
     monkeypatch.setattr(plan, "card", None)
 

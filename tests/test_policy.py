@@ -1,4 +1,4 @@
-"""common/policy.py: what a policy refuses, what it warns of and counts, what it says of itself; whose pictures are
+"""common/policy.py: what a policy refuses, what it warns of and counts, what it says of itself; whose images are
 swapped in. And of every script: its policy directory alone predicts what the training did, to the bit."""
 
 import dataclasses
@@ -78,7 +78,7 @@ def test_an_observation_that_does_not_match_is_refused(wrong, message):
 
 
 def test_a_policy_takes_what_it_does_not_need_or_know():
-    """Other cameras beside; features instead of pictures; frames of one camera; sizes that were not recorded; no text
+    """Other cameras beside; features instead of images; frames of one camera; sizes that were not recorded; no text
     where it has its own."""
     o = observation()
     contract().check([o | dict(images=o["images"] | dict(other=None)), dict(vl_features=0, state=[0, 0])])
@@ -154,7 +154,7 @@ import importlib, pickle, sys, numpy as np
 script, policy, jobs, answers = sys.argv[1:]
 policy = importlib.import_module(script).load_policy(policy, "cpu")
 found, views = [], {}
-def turned(image):  # the view that image[..., ::-1] makes of a BGR picture
+def turned(image):  # the view that image[..., ::-1] makes of a BGR image
     own = np.ascontiguousarray(np.asarray(image)[..., ::-1])[..., ::-1]
     return views.setdefault(id(image), (own, image))[0]
 jobs = pickle.load(open(jobs, "rb"))
@@ -197,7 +197,7 @@ def watched(recipe, method, monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_policy_directory_alone_predicts_what_the_validation_did(name, recipe_of, tmp_path, monkeypatch):
-    """Moved, in a fresh process, from the pictures as they were recorded, in the batches of the validation. Pictures
+    """Moved, in a fresh process, from the images as they were recorded, in the batches of the validation. Images
     may be views, as docs/inference.md makes them of BGR."""
     recipe, (method, last, where) = recipe_of(name), LAST[name]
     every = {key: 4 for key in ("val_frequency", "validation__val_freq", "val_steps") if key in recipe.values}

@@ -79,7 +79,7 @@ def test_images_are_the_newest_of_the_past_and_fresh(tmp_path):
     with pytest.raises(ss.BadSession, match="no view 'View2'; it has View1_left"):
         s.ticks(3, ["View2"])
     names, stamps = s.view("View1")
-    s._images["View5"] = (names, stamps - 0.04)  # the feature's pictures are as old as the views are on the mean
+    s._images["View5"] = (names, stamps - 0.04)  # the feature's images are as old as the views are on the mean
     captured = s.ticks(3, ["View1", "View5"]).captured[1:]
     np.testing.assert_allclose(captured, stamps[[1, 1, 2]] - 0.02, rtol=0, atol=1e-6)
 

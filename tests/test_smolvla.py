@@ -499,7 +499,7 @@ def test_final_hf_has_lerobots_layout(trained, lerobot):
     assert set(a) < set(b) and (absent.pop("n_obs_steps"), absent.pop("prefix_length")) == (1, -1)
     assert {k for k, v in absent.items() if v} == {"use_cache", "train_state_proj", "compile_mode"}
     assert a["input_features"].keys() == b["input_features"].keys() and a["output_features"] == b["output_features"]
-    assert a["load_vlm_weights"] is True  # without it LeRobot 0.4.4 misplaces the patches of a picture
+    assert a["load_vlm_weights"] is True  # without it LeRobot 0.4.4 misplaces the patches of an image
     assert a["input_features"]["observation.images.camera1"] == {"type": "VISUAL", "shape": [3, 60, 80]}
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
         shapes = []
@@ -627,7 +627,7 @@ class Eyes:
         self.spec, self.weights, self.collate = spec, weights, SimpleNamespace(inputs=lambda items: items)
 
     def decode(self, items):
-        """The recorded action, plus the share that comes from the pictures and what their owner's would be."""
+        """The recorded action, plus the share that comes from the images and what their owner's would be."""
         out = []
         for item in items:
             own = sum(w * image.mean() for w, image in zip(self.weights, item["images"], strict=True))
@@ -716,7 +716,7 @@ def test_a_policy_without_any_state(make, sim_root, tmp_path, capsys):
     argv = shlex.split(str(error.value).partition("python compute_stats.py ")[2])
     compute_stats.main(parse_config(compute_stats.Config, argv, partial=True))
     train(cfg)
-    assert "state     none: the model sees pictures and text only" in capsys.readouterr().out
+    assert "state     none: the model sees images and text only" in capsys.readouterr().out
     folder = tmp_path / "run/checkpoints/final_hf"
     assert json.loads((folder / "config.json").read_text())["input_features"]["observation.state"]["shape"] == [1]
     policy = smolvla.load_policy(folder, "cpu")

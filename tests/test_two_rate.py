@@ -40,7 +40,7 @@ class SimulatedClock:
 
 class SlowPolicy:
     """Stands for a Policy: encoding takes `latency` seconds of the clock, predicting 20 ms; an action is (feature,
-    number of rows, newest row). Its features are the times of their pictures, which the loop must know."""
+    number of rows, newest row). Its features are the times of their images, which the loop must know."""
 
     def __init__(self, clock, latency, reuse=3, window=65, fail_at=None, oldest_image_s=0.3):
         self.clock, self.latency, self.fail_at, self.looks, self.resets = clock, latency, fail_at, 0, 0
@@ -119,7 +119,7 @@ def test_the_loop_keeps_its_rate_whatever_the_vlm_takes(latency, reuse):
 
 
 def test_a_stale_feature_means_hold():
-    """A camera that hangs after its third picture: one second later the robot is told to hold."""
+    """A camera that hangs after its third image: one second later the robot is told to hold."""
     pictures = []
 
     def camera(clock):
@@ -173,7 +173,7 @@ def test_warming_up_looks_without_counting():
     drive.clock.running = 1
     drive.loop.warm_up({"View1": 50.0}, 50.0)
     assert drive.policy.looks == 1 and drive.loop.newest is None and not drive.loop.ages
-    for taken in (50.0, 49.6):  # a camera that shows an old picture again: the newer feature stays, and grows old
+    for taken in (50.0, 49.6):  # a camera that shows an old image again: the newer feature stays, and grows old
         drive.loop.see({"View1": taken}, taken)
     assert drive.loop.newest[1] == drive.loop.newest[0].item() == 50.0
 

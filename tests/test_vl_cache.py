@@ -293,8 +293,8 @@ def test_changed_sessions_are_refused_and_only_what_changed_is_computed(cached, 
 
 
 def test_pictures_are_known_by_content_where_their_times_moved(cached, qwen_dir, monkeypatch, capsys):
-    """A copy that loses times: nothing is built again, and once the builder has seen it each picture is looked at once
-    and not read. No VLM is loaded. Where cache and data.pkl are all there is, it can do without pictures."""
+    """A copy that loses times: nothing is built again, and once the builder has seen it each image is looked at once
+    and not read. No VLM is loaded. Where cache and data.pkl are all there is, it can do without images."""
     for path in cached.rglob("*.jpg"):
         touch(path)
     assert len(read(cached, qwen_dir)[0]) == 4
