@@ -419,7 +419,7 @@ def preprocess(folder, cfg):
         with reading(path):
             given["sources"].append([path.name, ss.content_of(path)])
     before = read_existing(folder)
-    names = dict(sources="robot log or sensor file", image="pictures")
+    names = dict(sources="robot log or sensor file", image="images")
     changed = {key: (before.get(key), new) for key, new in given.items() if before and before.get(key) != new}
     changes = [names.get(key, f"{key} (was {old}, is {new})") for key, (old, new) in changed.items()]
     if before and not changes and not cfg.force:

@@ -206,8 +206,8 @@ def changed_inputs(seen, others, opposites):
         bgr = [{name: image[..., ::-1] for name, image in o["images"].items()} for o in seen]
         changed["colours", "reversed"] = [o | dict(images=images) for o, images in zip(seen, bgr, strict=True)]
     elif images is not None:  # a list: the newest frames of one camera
-        changed["pictures", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
-        changed["pictures", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
+        changed["images", "swapped"] = [o | dict(images=p["images"]) for o, p in pairs]
+        changed["images", "blanked"] = [o | dict(images=[np.full_like(i, 128) for i in o["images"]]) for o in seen]
         changed["colours", "reversed"] = [o | dict(images=[image[..., ::-1] for image in o["images"]]) for o in seen]
     for name in ("vl_features", "age", "state", "sensor"):
         if any(o.get(name) is not None for o in seen):

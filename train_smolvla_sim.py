@@ -932,7 +932,7 @@ def describe(cfg, data, say):
     pairs = enumerate(zip(s.cameras, s.image_shapes, strict=True), 1)
     say(f"cameras   {', '.join(f'{name} -> camera{k} {h}x{w}' for k, (name, (h, w)) in pairs)}")
     state = f"{' + '.join(s.state_keys)}, {s.state_scale.dim} dims (padded to {cfg.policy.max_state_dim})"
-    say(f"state     {state if s.state_names else 'none: the model sees pictures and text only'}")
+    say(f"state     {state if s.state_names else 'none: the model sees images and text only'}")
     action = f"{s.action_names[0][0]} .. {s.action_names[-1][0]} ({s.definition.source}), {s.definition.dim} dims"
     say(f"action    {action} (padded to {cfg.policy.max_action_dim}), chunk {cfg.policy.chunk_size}; {s.normalization}")
     for doubt in ep.doubts(train, s.definition):

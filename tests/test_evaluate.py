@@ -268,7 +268,7 @@ def test_what_a_policy_uses(tmp_path):
     same = {(name, how) for name, changed in uses.items() for how, error in changed.items() if error < 1e-6}
     unused = {("camera2", "swapped"), ("camera2", "blanked"), ("A-scan", "swapped"), ("colours", "reversed")}
     assert same == {("own", ""), *unused}  # the images are grey
-    names = "own camera1 camera2 all_pictures colours state sensor force A-scan instruction"
+    names = "own camera1 camera2 all_images colours state sensor force A-scan instruction"
     assert set(uses) == {name.replace("_", " ") for name in names.split()}
     assert uses["camera1"] != uses["state"] and uses["all images"]["swapped"] == uses["camera1"]["swapped"]
     evaluate.draw_worst(policy, "", None, records, report, policy.action_names(), tmp_path / "worst.png", count=1)

@@ -203,5 +203,5 @@ def test_statistics_of_another_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="fast"):  # the statistics are taken, and what is missing next is named
         train_nora.read_exported(tmp_path)
     shutil.copy(tmp_path / "other.json", tmp_path / "dataset_stats.json")
-    with pytest.raises(UserError, match="dataset_stats.json is not the one of this model: policy.json has other"):
+    with pytest.raises(UserError, match="dataset_stats.json belongs to another model: policy.json has other"):
         train_nora.read_exported(tmp_path)

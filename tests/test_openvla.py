@@ -269,7 +269,7 @@ def test_missing_and_damaged_pictures_are_named_or_left_out(tmp_path, make, caps
     with pytest.raises(UserError, match=rf"4 images cannot.*{each}\n.*--skip_bad_episodes"):
         openvla.main(make(**flags))  # at the start, and all of them
     many = SimpleNamespace(about=lambda _: dict(bad={i: f"row {i}" for i in range(25)}))
-    with pytest.raises(UserError, match=r"^25 pictures(.*\n){20}row 19\nWrite"):  # a line for each fills no screen
+    with pytest.raises(UserError, match=r"^25 images(.*\n){20}row 19\nWrite"):  # a line for each fills no screen
         openvla.drop_bad_pictures(SimpleNamespace(table=pd.DataFrame(dict(path=["x"] * 25)), row_of=range(25)), many, 0)
     _, metrics = train(make(**flags, skip_bad_episodes=True))
     said = capsys.readouterr().out
