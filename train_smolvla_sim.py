@@ -202,8 +202,9 @@ SAME_NETWORK = ("num_vlm_layers", "attention_mode", "self_attn_every_n_layers", 
 def check_config(cfg):
     """Refuse values that mean nothing, before anything is read."""
     d, p = cfg.dataset, cfg.policy
-    wrong = [key for key in POSITIVE.split() if operator.attrgetter(key)(cfg) <= 0]
-    require(not wrong, f"{', '.join(wrong)}: expected more than 0")
+    values = {key: operator.attrgetter(key)(cfg) for key in POSITIVE.split()}
+    wrong = ", ".join(f"{key} is {value}" for key, value in values.items() if value <= 0)
+    require(not wrong, f"{wrong}: expected more than 0")
     differ = f"dataset.horizon is {d.horizon}, policy.chunk_size is {p.chunk_size}: expected the same number"
     require(d.horizon == p.chunk_size, differ)
     sent = f"policy.n_action_steps is {p.n_action_steps}: expected 1 to {p.chunk_size}, the actions of a chunk"

@@ -332,7 +332,7 @@ WRONG = [  # recipe, setting, what is said before anything is trained
     ("smolvla", dict(policy__resize_imgs_with_padding=(48, 40)), "a square in multiples of 16 .* up to 64"),
     ("smolvla", dict(policy__num_vlm_layers=3, policy__num_expert_layers=2), "must divide"),
     ("smolvla", dict(policy__expert_width_multiplier=0.33), "the expert 15 wide"),
-    ("smolvla", dict(lora_alpha=0, scheduler__peak_lr=0.0, optimizer__eps=0.0), "lora_alpha, .*peak_lr, .*eps: exp"),
+    ("smolvla", dict(lora_alpha=0, scheduler__peak_lr=0.0, optimizer__eps=0.0), "lora_alpha is 0, .*eps is 0.0: exp"),
     ("smolvla", dict(optimizer__betas=(0.9, 1.0)), r"optimizer.betas are \[0.9, 1.0\]"),
     ("openvla", dict(data_root_dir=""), "data_root_dir is not set"),
     ("openvla", dict(dataset_name="bridge"), "dataset_name is 'bridge'.*vamos"),
