@@ -1,7 +1,9 @@
 """README and the pages in docs/: the same headings, commands and output in both languages; commands, flags, files and
 functions that they name exist."""
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if not p.name.endswith(".ko.md"))]
 PAGES = [page for english in ENGLISH for page in (english, english.with_suffix(".ko.md"))]
 CONFIGURED = [p.stem for p in ROOT.glob("train_*.py")] + ["create_datapkl", "build_vl_cache", "compute_stats"]
+OURS = {p.stem for p in ROOT.glob("*.py")}
 LAUNCHER = {"config", "plan", "help", "multi_gpu", "num_gpus", "nnodes", "node_rank"}
 LAUNCHER |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -90,14 +93,36 @@ def test_commands_name_scripts_and_flags_that_exist(page):
                 assert all(f'"--{flag}"' in source or f"    {flag}:" in source for flag in flags), line
 
 
+def check_uses(code):
+    """What `code` imports from this project exists, and its calls of that fit the signatures."""
+    tree, known = ast.parse(code), {}
+    for node in ast.walk(tree):
+        modules = (
+            [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+        )
+        if any(name in OURS or name.startswith("common") for name in modules):
+            exec(ast.unparse(node), known)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and inspect.ismodule(known.get(module := ast.unparse(node.value))):
+            known[ast.unparse(node)] = getattr(known[module], node.attr)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (function := known.get(ast.unparse(node.func))):
+            args = [a for a in node.args if not isinstance(a, ast.Starred)]
+            named = {k.arg: k for k in node.keywords if k.arg}
+            whole = len(args) == len(node.args) and len(named) == len(node.keywords)
+            signature = inspect.signature(function)
+            (signature.bind if whole else signature.bind_partial)(*args, **named)
+
+
 @each_pair
-def test_python_in_the_pages_uses_names_that_exist(english):
+def test_python_in_the_pages_uses_what_exists(english):
     for code in [text for language, text in blocks(english) if language == "python"]:
-        compile(code, english.name, "exec")
-        for module, names in re.findall(r"^from (\w+(?:\.\w+)?) import ([\w, ]+)$", code, re.M):
-            if module != "train_mine":
-                found = importlib.import_module(module)
-                assert all(hasattr(found, name) for name in names.split(", ")), code
+        check_uses(code)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.name)
+def test_benchmarks_use_what_exists(path):
+    check_uses(path.read_text())
 
 
 @pytest.mark.parametrize("page", ["docs/closed_loop.md", "docs/closed_loop.ko.md"])
