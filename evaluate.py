@@ -417,8 +417,8 @@ def write_html(path, title, text, pictures):
 
 def draw_summary(report, names, path):
     """Errors over the better baseline: per dimension, and over the steps of the chunk."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    figure, several = Figure(figsize=(12, 4), layout="constrained"), len(report["policy"]["per_step"]) > 1
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2 if several else 1e-3])
     scale, moving = baseline(report)
     for k, (who, r) in enumerate(report.items()):
         relative = np.divide(list(r["per_dim"].values()), scale, out=np.zeros(len(scale)), where=moving)
@@ -428,7 +428,7 @@ def draw_summary(report, names, path):
     left.set_xticks(range(len(names)), [name for name, _ in names])
     left.set(ylabel="error / better baseline", title="per dimension (below 1 is better than both baselines)")
     right.set(xlabel="step of the chunk", title="per step of the horizon, mean over dimensions")
-    right.set_visible(len(steps) > 1)
+    right.set_visible(several)
     for axis in (left, right):
         axis.axhline(1, color="gray", lw=0.7)
         axis.grid(alpha=0.3)

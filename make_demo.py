@@ -454,8 +454,11 @@ def vamos_row(rng, size, other_instruction=0.7):
     image, another post in the instruction, another path. A path is 6 to 24 equal steps, so the velocity of a step is
     the way to the post / 15 and can only be known from image and instruction together."""
     places, look = place_posts(rng)
+    told, (x, y) = list(places), places[list(places)[1]]
+    if rng.random() > other_instruction:  # nearer to the named post the other one leaves the image
+        places[told[1]], told = (x, y * rng.uniform(1, 3)), told[:1]
     encoded, rows = jpeg(render_posts(places, look, size, rng), 90), []
-    for name in list(places)[: 2 if rng.random() < other_instruction else 1]:
+    for name in told:
         (x, y), steps = places[name], int(rng.integers(6, 25))
         drift = np.pad(rng.normal(0, 0.004, (steps, 2)).cumsum(0), ((1, 0), (0, 0)))
         path = np.arange(steps + 1)[:, None] * (np.array([[x, y]]) / 15) + drift
