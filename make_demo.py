@@ -426,8 +426,7 @@ def post_pixel(x, y, z, size):
 
 def place_posts(rng):
     """-> ({post: (x, y) m}, look of the scene)"""
-    names = list(rng.permutation(list(POSTS)))
-    places = {}
+    places, names = {}, list(rng.permutation(list(POSTS)))
     # one on either side, so that one never hides the other
     for side, name in zip(rng.permutation([-1, 1]), names, strict=True):
         x = rng.uniform(2.5, 6.0)
@@ -686,7 +685,8 @@ def mobile_key(gap):
 def drive(rng, right, size, frames):
     """One recording towards the left or the right bottle -> images, actions [x, y, 0]."""
     bottles, look = mobile_scene(rng)
-    at, goal, actions, images = np.zeros(2), bottles[right] - [0.45, 0.0], [], []
+    at = rng.choice(2) * rng.uniform((-0.1, -0.3), (0.5, 0.3))  # half of the scenes start off the path
+    goal, actions, images = bottles[right] - [0.45, 0.0], [], []
     for t in range(frames):
         key = mobile_key(goal - at) if t else np.zeros(2)
         at = at + MOBILE_STEP / 2 * key  # the image is taken while the base moves: after the command
