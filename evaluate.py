@@ -171,7 +171,7 @@ def summarise(records, names):
         report[who] |= dict(
             bias=named(average(signed, valid)),
             per_unit={unit: float(per_dim[dims].mean()) for unit, dims in units.items() if dims},
-            per_step=[average(size[:, [h]], valid[:, [h]]).tolist() for h in range(size.shape[1])],
+            per_step=[average(size[:, [h]], valid[:, [h]]).tolist() for h in np.flatnonzero(valid.any((0, 2)))],
             per_phase={str(p): average(size[phases == p], valid[phases == p]).tolist() for p in set(phases) - {-1}},
             relative=float(np.mean(per_dim[moving] / scale[moving])),
         )

@@ -47,7 +47,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import MissingFile, plan, require
+from common import MissingFile, command, plan, require
 from common import checkpoint as ckpt
 from common import episodes as ep
 from common.config import config_from
@@ -987,8 +987,8 @@ def main(cfg):
             run.save()
 
     best = next(iter(run.once(best_files, folder)), folder / "last.ckpt")
-    evaluate = f"evaluate: python evaluate.py --checkpoint {best} --data {cfg.dataset.data_dir}"
-    run.finish(f"model: {best}", evaluate, plot=("train_loss", "val_loss"))
+    evaluate = command("evaluate.py", checkpoint=best, data=cfg.dataset.data_dir)
+    run.finish(f"model: {best}", f"evaluate: {evaluate}", plot=("train_loss", "val_loss"))
 
 
 if __name__ == "__main__":

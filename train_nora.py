@@ -55,7 +55,7 @@ BLIND = 1.05  # if swapping the images raises the error by less than this factor
 
 @dataclass
 class DatasetConfig:
-    root_dir: str = ""  # folder with .h5 episodes, searched recursively
+    root_dir: str = ""  # folder with .h5 episodes, searched recursively; several: a folder of links to them
     horizon: int = 1  # H, future actions per sample, in frames
     use_ee_pose_delta_as_action: bool = False  # target: ee_pose[t+1] - ee_pose[t], not the recorded action[t]
     rotation_unit: Literal["auto", "rad", "deg"] = "auto"  # of ee_pose[:, 3:6]; auto: deg if a value exceeds 2 pi

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import UserError, plan, require
+from common import UserError, command, plan, require
 from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
@@ -892,8 +892,8 @@ def main(cfg):
     # ---- end
     if run.step == run.total:
         merge(run, run.saved, run_dir, last=True)
-    evaluate = f"evaluate: python evaluate.py --checkpoint {run_dir} --data {cfg.data_root_dir}"
-    run.finish(f"adapter: {adapter_dir}", evaluate, plot=("train_loss", "val_loss"))
+    evaluate = command("evaluate.py", checkpoint=run_dir, data=cfg.data_root_dir)
+    run.finish(f"adapter: {adapter_dir}", f"evaluate: {evaluate}", plot=("train_loss", "val_loss"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ NORMALIZERS = dict(MEAN_STD="mean_std", MIN_MAX="min_max", QUANTILES="q01_q99", 
 
 @dataclass
 class DatasetConfig:
-    root_dir: str = ""  # folder with .h5 episodes, searched recursively
+    root_dir: str = ""  # folder with .h5 episodes, searched recursively; several: a folder of links to them
     horizon: int = 50  # S, future actions per sample, in frames; equals policy.chunk_size
     task_instruction: str = "Insert needle into eye trocar in simulation"  # for files without language_instruction
     cameras: tuple[str, ...] = ("side_camera", "tool_camera", "top_camera")  # recorded names: LeRobot's camera1, ...
@@ -213,7 +213,7 @@ def check_config(cfg):
     told = f"training.ema_decay is {shares[0]}, optimizer.betas are {shares[1:]}: expected 0 to below 1"
     require(0 <= min(shares) <= max(shares) < 1, told)
     both = f"--resume {cfg.resume} continues a run, --init_from {cfg.init_from} starts one: give one of them"
-    require(not (cfg.resume and cfg.init_from), both)
+    require(cfg.resume in (None, "auto") or not cfg.init_from, both)
     alone = "--reset_scheduler restarts the schedule of a resumed run: add --resume CHECKPOINT"
     require(cfg.resume or not cfg.reset_scheduler, alone)
 
@@ -1087,7 +1087,8 @@ def main(cfg):
     describe(cfg, data, run.print)
     if saved:
         run.restore(path, saved, data.fingerprint, FIXED)
-    begin = saved["schedule_begin"] if saved and not cfg.reset_scheduler else run.step  # where the schedule starts
+    done = cfg.resume == "auto" and saved and saved["config"]["reset_scheduler"]  # by this run, before it was stopped
+    begin = saved["schedule_begin"] if saved and (done or not cfg.reset_scheduler) else run.step  # of the schedule
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
     collate, reader = Collate(tokenizer, cfg.policy, data.spec), ep.ImageReader()
     example = SmolVLADataset(data, data.train, cfg)[(0, 0)]
@@ -1143,8 +1144,7 @@ def main(cfg):
     def collect():
         about = dict(format_version=FORMAT, meta=meta, fingerprint=data.fingerprint, episodes=data.table, frozen=kept)
         about |= dict(spec=dataclasses.asdict(data.spec), normalization_stats=data.spec.stats, schedule_begin=begin)
-        about["spikes"] = spikes.state
-        about["ema_state_dict"] = ema.average
+        about |= dict(spikes=spikes.state, ema_state_dict=ema.average)
         about["model_state_dict"], about["optimizer_state_dict"] = ckpt.training_state(core, optimizer)
         return run.progress() | about
 

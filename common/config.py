@@ -83,6 +83,8 @@ def _flag(name, given, kinds, aliases):
 
 def _words(name, given, kinds):
     kinds = (kinds.get(name), *typing.get_args(kinds.get(name)))
+    several = any(typing.get_origin(kind) in (list, tuple, dict) for kind in kinds)
+    require(several or len(given) < 2, f"--{name} takes one value, found {given}; a text with spaces needs quotes")
     given = [os.path.expanduser(word) if word.startswith("~/") else word for word in given]  # no shell has seen a YAML
     if type(None) in kinds:
         given = ["None" if word in ("", "~", "null", "none") else word for word in given]

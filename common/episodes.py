@@ -200,8 +200,7 @@ def load_episodes(root, skip_bad=False, run=None):
 
 def _check_agreement(first, other):
     for key in ("cameras", *MATRICES):
-        one, two = getattr(first, key), getattr(other, key)
-        one, two = (list(one), list(two)) if key == "cameras" else (np.shape(one)[1:], np.shape(two)[1:])
+        one, two = (list(e.cameras) if key == "cameras" else np.shape(getattr(e, key))[1:] for e in (first, other))
         wrong = f"{other.path}: {key} {two} does not match {one} of {first.path}"
         require(one == two, f"{wrong}. Train on one kind of recording at a time: move one away", BadEpisode)
     for camera, (h, w) in first.sizes.items():

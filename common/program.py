@@ -82,9 +82,8 @@ def launch(main, config, aliases=None, accepted=None, partial=False):
         end_workers()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5 if rank else 0)  # by then rank 0 has printed the same, and torchrun has ended this process
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
         sys.stdout.flush()
-        sys.stderr.flush()
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         os._exit(2)  # no thread, worker or process group may change the exit code or block the end
     if dist.is_initialized():
         run.sum(0)  # a barrier: rank 0 may be merging for longer than NCCL's own would wait (10 minutes)

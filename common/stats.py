@@ -60,8 +60,7 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
     check(version == FORMAT_VERSION, f"has format_version {version}, this code reads {FORMAT_VERSION}")
     check(definition in (None, made_for), f"was computed for actions {made_for}, this run trains on {definition}")
     inside = set(stats.get("episodes", ()))
-    known = not trained or set(trained) & inside
-    check(known, f"was computed over other data: {len(inside)} episodes, none of this run's")
+    check(not trained or set(trained) & inside, f"was computed over other data: {len(inside)} episodes, none used here")
     seen = sorted(set(held_out) & inside)
     check(not seen, f"was computed over {len(seen)} episode(s) that this run validates on, e.g. {''.join(seen[:1])}")
     return stats

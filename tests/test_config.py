@@ -135,7 +135,7 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("--dataset.horizon 1", "the nearest is --data.horizon"),
         ("--seed 3", "--seed could be --data.seed or --model.seed"),
         ("--horizon 2.5", "data.horizon"),
-        ("--horizon 1 2", "2"),
+        ("--horizon 1 2", "--data.horizon takes one value, found ['1', '2']"),
         ("--learning_rate", "learning_rate"),
         ("--mixed_precision fp16", "bf16"),
         ("--no-clip", "Error parsing --clip"),

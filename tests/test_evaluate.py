@@ -90,6 +90,7 @@ def test_errors_by_hand():
     assert policy["relative"] == 0 and max(policy["per_dim"].values()) == 0
     records = evaluate.evaluate(Scripted(), "", ["sub/b.h5"], stride=2)
     assert [(r["episode"], r["t"]) for r in records] == [("sub/b.h5", 0), ("sub/b.h5", 2)]
+    assert len(evaluate.summarise(records[1:], Scripted().action_names())["policy"]["per_step"]) == 1  # a chunk of one
     still = Scripted()
     still.targets["a.h5"][:] = still.stats["action"]["mean"] = [0, 5, 0]
     with pytest.raises(UserError, match="nothing moves in these 4 frames"):

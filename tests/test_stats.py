@@ -71,7 +71,7 @@ REFUSED = {
     "source": ({}, dict(definition=DEFINITION | dict(source="action")), "computed for actions"),
     "unit": ({}, dict(definition=DEFINITION | dict(rotation_unit="deg")), "'rad'.* this run trains on .*'deg'"),
     "validation inside": ({}, dict(held_out=["c.h5", "b.h5"]), r"1 episode\(s\) that this run validates on, e.g. b.h5"),
-    "other data": ({}, dict(trained=["x.h5"], held_out=["y.h5"]), "other data: 2 episodes, none of this run's"),
+    "other data": ({}, dict(trained=["x.h5"], held_out=["y.h5"]), "other data: 2 episodes, none used here"),
 }
 WRONG = dict(mean=[0.0], q99=[1.0, float("nan")], max=[1.0, float("inf")], min=[None, 0.0], std=0.5, mask=[True])
 for key, value in WRONG.items():
