@@ -226,6 +226,8 @@ def main(cfg):
         return
 
     # ---- build
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    require(os.access(there, os.W_OK), f"{there} cannot be written: --cache-root FOLDER puts the features elsewhere")
     settings = (cfg.image_resize_height, cfg.image_resize_width, cfg.layer, cfg.dtype)
     encoder = vl_cache.VLEncoder(cfg.model, views, *settings, device)
     (height, width), tokens, kind = encoder.size, encoder.grid[0] * encoder.grid[1], encoder.recipe["compute_dtype"]

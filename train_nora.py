@@ -489,7 +489,7 @@ def weights_source(cfg):
     path = Path(cfg.load_model_weights)
     path = next((path / name for name in ("merged", "model") if (path / name).is_dir()), path)
     whole = any(path.glob("*.safetensors")) and not (path / "adapter_config.json").exists()
-    hint = f"Merge a LoRA adapter first: python train_nora.py --merge {path.parent}"
+    hint = f"Merge a LoRA adapter first: {command('train_nora.py', merge=path.parent)}"
     require(whole, f"load_model_weights: {path} is no directory with the *.safetensors of a whole model. {hint}")
     return path
 

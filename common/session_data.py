@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common import plan, require, vl_cache
+from common import command, plan, require, vl_cache
 from common import sessions as ss
 from common.log import progress
 from common.policy import Contract, partners
@@ -84,7 +84,7 @@ def load_data(cfg, run=None, saved=None, optional=()):
     """-> Data. `saved`: a checkpoint to start from, whose statistics are kept; `optional`: see Features."""
     sessions = ss.find_sessions(cfg.dataset_dir)
     for s in sessions:
-        rate, again = s.metadata["action_hz"], f"python create_datapkl.py --dataset-dirs {s.path} --force"
+        rate, again = s.metadata["action_hz"], command("create_datapkl.py", dataset_dirs=s.path) + " --force"
         require(rate == ss.ACTION_HZ, f"{s.name} has actions at {rate:g} Hz, expected {ss.ACTION_HZ}: {again}")
     train, validation = ss.split_sessions(sessions, cfg.val_split)
     features = Features(cfg, sessions, optional=optional, pictures=run is None or run.main)

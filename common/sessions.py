@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from common import MissingFile, UserError, require, require_utf8
+from common import MissingFile, UserError, command, require, require_utf8
 from common.log import progress
 from common.stats import compute_stats
 
@@ -38,7 +38,6 @@ ARRAYS = {  # key of data.pkl: (dtype, columns)
     "segment_id": ("i4", 0),
     "robot_state": ("f4", 12),
 }
-REMAKE = "python create_datapkl.py --dataset-dirs {}"
 
 
 class BadSession(UserError):
@@ -64,7 +63,8 @@ def load_data_pkl(path):
         _check(data)
     except Exception as error:  # damaged bytes surface as anything: EOFError, TypeError, IndexError, MemoryError...
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
-        raise BadSession(f"{path} is refused: {reason}. Make it again: {REMAKE.format(Path(path).parent)}") from error
+        again = command("create_datapkl.py", dataset_dirs=Path(path).parent)
+        raise BadSession(f"{path} is refused: {reason}. Make it again: {again}") from error
     return data
 
 
@@ -181,9 +181,8 @@ def find_sessions(roots):
     """Folders -> list of Session, sorted by name; BadSession lists the recordings whose data.pkl is missing, unusable
     or out of date, with the command to run."""
     folders, _ = find_recordings(roots)
-    below = " ".join(map(str, roots))
     expected = f"expected recordings (recv_all_*, episode_*, Captures*), each with a {DATA_PKL}"
-    require(folders, f"no sessions below {below}: {expected}", MissingFile)
+    require(folders, f"no sessions below {' '.join(map(str, roots))}: {expected}", MissingFile)
     found, wrong = [], []
     for folder in progress(folders, "reading sessions", "session"):
         try:
@@ -195,7 +194,7 @@ def find_sessions(roots):
             wrong.append(str(error).partition(". Make it again")[0])
     shown = "\n  ".join(wrong[:10] + [f"and {len(wrong) - 10} more"] * (len(wrong) > 10))
     lacking = f"{len(wrong)} of {len(folders)} recordings are not preprocessed:\n  {shown}"
-    require(not wrong, f"{lacking}\nRun: {REMAKE.format(below)}", BadSession)
+    require(not wrong, f"{lacking}\nRun: {command('create_datapkl.py', dataset_dirs=roots)}", BadSession)
     found.sort(key=lambda s: s.name)
     once = f"Give only one of the two, rename one, or say dataset: NAME in its {NOTES_FILE}"
     for a, b in itertools.pairwise(found):
@@ -250,7 +249,7 @@ class Session:
             size, path = len(self.sensor_stamps) * CHANNELS * np.dtype(sensor["dtype"]).itemsize, self.sensor_path
             other = f"{path} is missing or not of the size that {DATA_PKL} says. Make it again"
             same = path.is_file() and path.stat().st_size == size + 128  # numpy's header
-            require(same, f"{other}: {REMAKE.format(self.path)}", BadSession)
+            require(same, f"{other}: {command('create_datapkl.py', dataset_dirs=self.path)}", BadSession)
         begin = np.flatnonzero(np.r_[True, np.diff(self.segment) != 0])
         end = np.r_[begin[1:], len(self.segment)]
         # (N,) of the segment that a step is in: its first step, and one past its last

@@ -274,8 +274,7 @@ def test_a_sample_by_hand(sessions_root, qwen_dir):
     s = next(s for s in dataset.sessions if s.name == "New_dataset/Red_point/episode_20260101_000001")
     items = items_of(dataset, s.name)
     last, first = items[10], items[11]
-    assert s.segment[10] == 0 and s.segment[11] == 1
-    assert last["action_mask"].tolist() == [True] + [False] * 7
+    assert s.segment[10] == 0 and s.segment[11] == 1 and last["action_mask"].tolist() == [True] + [False] * 7
     assert np.array_equal(last["actions"], np.repeat(s.action[10:11], 8, 0))
     assert np.array_equal(last["previous"], s.action[9]) and not first["previous"].any()
     assert first["action_mask"].all() and np.array_equal(first["actions"], s.action[11:19])
@@ -574,11 +573,13 @@ def test_evaluation_reads_every_stretch(finished, sessions_root):
         next(policy.open_episodes(sessions_root, ["nobody"]))
 
 
-def test_the_printed_evaluate_command_works(sessions_root, qwen_dir, tmp_path, capsys):
-    """Of a run on two folders, its checkpoints in one with a space in its name, the cache elsewhere."""
+def test_the_printed_evaluate_command_works(sessions_root, qwen_dir, tmp_path, capsys, monkeypatch):
+    """Of a run on two folders, started elsewhere, its checkpoints in one with a space in its name."""
+    monkeypatch.chdir(tmp_path)
     parts = [sessions_root / name for name in ("New_dataset", "White_silicone_white_circle")]
     run(parts, qwen_dir, tmp_path / "a run", cache_root=sessions_root / "cache", max_steps=1)
     words = shlex.split(capsys.readouterr().out.partition("evaluate: ")[2])
+    assert Path(words[1]).samefile(evaluate.__file__)
     report = evaluate.main([*words[2:], "--stride", "10", "--plots", "0"])
     assert "validation episodes of the checkpoint" in capsys.readouterr().out
     assert report["hold still"]["per_dim"]["gripper"] == 0 and np.isfinite(report["policy"]["relative"])

@@ -78,8 +78,7 @@ def test_what_is_sent_by_hand():
     Deltas are averaged as targets on what was sent: 1 was sent; the first chunk says 1 + 1 = 2 for step 1, the second
     1 + 3 = 4: the mean is 3, a motion of 2."""
     chunks, w = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.exp(-0.5 * np.arange(3))
-    assert sent(False, None, chunks) == [1, 4, 7]
-    assert sent(True, None, chunks, execute=2) == [1, 2, 4]
+    assert sent(False, None, chunks) == [1, 4, 7] and sent(True, None, chunks, execute=2) == [1, 2, 4]
     expected = [1, (2 * w[0] + 4 * w[1]) / w[:2].sum(), (3 * w[0] + 5 * w[1] + 7 * w[2]) / w.sum()]
     assert sent(False, 0.5, chunks) == pytest.approx(expected)
     assert sent(False, 0.0, [[1, 1], [3, 3], [5, 5]]) == pytest.approx([1, 2, 4])  # the first has ended

@@ -128,8 +128,7 @@ def test_partners_by_hand():
     episodes, progress = ["a", "a", "b", "b", "c"], [0.0, 0.6, 0.1, 0.9, 0.5]
     assert partners(episodes, progress).tolist() == [2, 4, 0, 1, 1]
     assert partners([0, 1, 2], [1, 1, 1]).tolist() == [1, 2, 0]
-    assert partners([0, 0, 1, 1], [1, 2, 2, 1]).tolist() == [3, 2, 1, 0]
-    assert partners([0, 0], [0, 1]) is None
+    assert partners([0, 0, 1, 1], [1, 2, 2, 1]).tolist() == [3, 2, 1, 0] and partners([0, 0], [0, 1]) is None
     tracemalloc.start()
     assert partners(np.arange(1000) % 5, np.arange(1000)).tolist() == [*range(1, 1000), 998]
     assert tracemalloc.get_traced_memory()[1] < 2e6  # a table of all pairs of 50 sessions was 35 GB

@@ -229,14 +229,14 @@ def test_a_recording_counts_once_whatever_leads_to_it(tmp_path):
 
 
 def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
-    root = make_demo.write_sessions(tmp_path / "d", 0, white=2, needle=1, new=0, oct=1, seconds=1.0, size=(16, 24))
+    root = make_demo.write_sessions(tmp_path / "새 d", 0, white=2, needle=1, new=0, oct=1, seconds=1.0, size=(16, 24))
     (root / "OCT_insertion/Captures4/data.pkl").write_bytes(pickle.dumps(content() | dict(schema_version=2)))
     with pytest.raises(ss.BadSession, match=r"4 of 4 recordings are not preprocessed") as caught:
         ss.find_sessions([root])
     lines = str(caught.value).splitlines()
     assert [line.endswith("has no data.pkl") for line in lines[1:5]] == [True, False, True, True]
     assert "it holds more than plain values" in lines[2] and "Make it again" not in lines[2]
-    assert lines[5] == f"Run: python create_datapkl.py --dataset-dirs {root}"
+    assert lines[5] == f"Run: python create_datapkl.py --dataset-dirs '{root}'"
     create_datapkl.main(create_datapkl.Config(dataset_dirs=[str(root)], workers=0, min_sensor_overlap=0.5))
     found = ss.find_sessions([root, root / "OCT_insertion"])
     assert [s.name for s in found] == sorted(s.name for s in found) and len(found) == 4
@@ -250,7 +250,7 @@ def test_finding_is_sorted_and_refuses_what_is_not_preprocessed(tmp_path):
     with pytest.raises(ss.BadSession, match="two sessions are called OCT_insertion/-/Captures4"):
         ss.find_sessions([tmp_path])
     with pytest.raises(FileNotFoundError, match="no sessions below"):
-        ss.find_sessions([tmp_path / "d/OCT_insertion/Captures4/view1"])
+        ss.find_sessions([root / "OCT_insertion/Captures4/view1"])
 
 
 # ---- split, statistics -----------------------------------------------------------------------------------------------

@@ -193,8 +193,7 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(big, monkeypatch):
     touch(shard)
     assert vc.model_digest(big) == first and len(reads) == 2, "the same bytes at another time"
     shard.write_bytes(shard.read_bytes().replace(b"\0\0", b"\0\1", 1))
-    assert vc.model_digest(big) != first and len(reads) == 3
-    assert vc.model_digest("no/such-model") is None
+    assert vc.model_digest(big) != first and len(reads) == 3 and vc.model_digest("no/such-model") is None
     # weights that a repository has in two forms are downloaded in one
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **k: reads.append(k["allow_patterns"]) or big)
     assert hub.local_folder("lab/model") == big and "pytorch_model*.bin" not in reads[-1]
@@ -442,13 +441,16 @@ def test_a_feature_that_is_not_finite_is_not_written(root, qwen_dir, monkeypatch
     assert not feature_files(root)
 
 
-def test_check_needs_no_model_and_the_shipped_config_parses(root, capsys):
+def test_check_needs_no_model_and_the_shipped_config_parses(root, capsys, monkeypatch):
     with pytest.raises(UserError, match="image_resize_height is 27: expected 28 or more"):
         build(root, "no/model", "--image_resize_height", "27", "--check")
     build(root, "no/model", "--config", str(ROOT / "configs/vl_cache.yaml"), "--check")
     out = capsys.readouterr().out
     assert "64x36 is seen as 84x56: 6 tokens, 12 per feature" in out and "check passed" in out
     assert not (root / "cache").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"{root} cannot be written: --cache-root FOLDER"):
+        build(root, "no/model")
 
 
 # ---- several processes, killed ones ----------------------------------------------------------------------------------
@@ -492,8 +494,7 @@ def test_ranks_need_no_other_rank(root, built, qwen_dir, encoder, monkeypatch, c
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(time, "sleep", lambda seconds: release.set() or thread.join(seconds))
     build(root, qwen_dir)
-    assert release.is_set() and "1 built here" in capsys.readouterr().out
-    assert same_features(root, built)
+    assert release.is_set() and "1 built here" in capsys.readouterr().out and same_features(root, built)
 
 
 def test_a_killed_build_goes_on(root, built, qwen_dir, capsys):
