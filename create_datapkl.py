@@ -573,7 +573,7 @@ def estimate(folder, cfg):
     except NoSensor as error:  # the cameras' proposal does not need it
         lines.append(f"sensor_offset_s: none proposed, {error}")
     for key, (offset, here, elsewhere) in found.items():
-        if here > 0.5 and here - elsewhere > 0.1:
+        if here > 0.5 and here - elsewhere > 0.3:
             clear[key] = round(offset, 2)
         proposal = clear.get(key, "not clear, none proposed")
         lines.append(f"{key}: {proposal}  # correlation {here:.2f}, the next best {elsewhere:.2f}")
