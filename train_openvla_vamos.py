@@ -455,8 +455,7 @@ def build_model(cfg, folder, device, dtype):
     vla = load_4bit(folder, device) if cfg.use_quantization else load_vla(folder, device, dtype)
     torch.manual_seed(cfg.seed)
     rank = dict(r=cfg.lora_rank, lora_alpha=min(cfg.lora_rank, 16), lora_dropout=cfg.lora_dropout)
-    lora = LoraConfig(**rank, target_modules=lora_layers(vla), init_lora_weights="gaussian")
-    peft_model = get_peft_model(vla, lora)
+    peft_model = get_peft_model(vla, LoraConfig(**rank, target_modules=lora_layers(vla), init_lora_weights="gaussian"))
     peft_model.peft_config["default"].base_model_name_or_path = cfg.vla_path
     if dtype == torch.bfloat16 and not cfg.use_quantization:  # autocast runs the adapters in bf16: do not let peft
         for module in vla.modules():  # copy the input of each of them to fp32 first
@@ -600,8 +599,9 @@ def open_adapter(folder, meta, base=None):
     check_base(base, meta)
     rank, adapter = ckpt.read_json(folder / "adapter_config.json"), read_adapter(folder)
     tensors, scale = dict(read_tensors(base)), rank["lora_alpha"] / rank["r"]
+    ends = tuple(f".{layer}.weight" for layer in rank["target_modules"])  # peft keeps the ends of names
     halves = Counter(name.partition(".lora_")[0] + ".weight" for name in adapter)
-    require(halves.keys() <= tensors.keys() and {*halves.values()} == {2}, f"{folder}: its adapter lacks a tensor")
+    require(halves == {n: 2 for n in tensors if f".{n}".endswith(ends)}, f"{folder}: its adapter lacks a tensor")
 
     def fold(name):  # in fp32, rounded once
         tensor, layer = tensors[name], name.removesuffix(".weight")
@@ -668,8 +668,7 @@ def checkpoint_folder(path):
 
 
 def read_meta(path):
-    meta = ckpt.read_json(path / "meta.json")
-    version = meta["format_version"]
+    version = (meta := ckpt.read_json(path / "meta.json"))["format_version"]
     require(version == FORMAT, f"{path}: meta.json has format_version {version}, this code reads {FORMAT}")
     return meta | dict(stats=ckpt.read_json(path / "dataset_statistics.json")[KEY])
 
@@ -813,6 +812,8 @@ def main(cfg):
     cuda = torch.cuda.is_available()
     run = Run(cfg, run_dir / "log", cfg.batch_size, cfg.grad_accumulation_steps, bf16=cuda)
     path = run.find(cfg.resume_from_checkpoint, adapter_dir, ["steps_*"], exports=["best"])
+    kept = f"{run_dir} holds a trained model, {adapter_dir} nothing to go on from: name the new run, --run_id_note NAME"
+    require(path or not (run_dir / "config.json").is_file(), kept)
     config, processor = read_folder(folder := local_folder(cfg.vla_path, weights=False))
     images = processor.image_processor
     store = FrameStore(cfg.frame_dir, (*images.size, 3), [images.image_resize_strategy, "bicubic"])
@@ -873,10 +874,9 @@ def main(cfg):
 
         if step.every(cfg.log_steps):
             mean = step.mean()
-            values = dict(train_loss=mean["loss"], action_accuracy=mean["accuracy"], l1_loss=mean["l1"])
-            text = f"loss {mean['loss']:.4f} | acc {mean['accuracy']:.3f} | l1 {mean['l1']:.4f}"
-            values |= dict(learning_rate=step.lr, grad_norm=mean["grad_norm"])
-            step.log(values, f"{text} | grad {mean['grad_norm']:.2f}")
+            loss, accuracy, l1, norm = (mean[name] for name in ("loss", "accuracy", "l1", "grad_norm"))
+            values = dict(train_loss=loss, action_accuracy=accuracy, l1_loss=l1, learning_rate=step.lr, grad_norm=norm)
+            step.log(values, f"loss {loss:.4f} | acc {accuracy:.3f} | l1 {l1:.4f} | grad {norm:.2f}")
         if len(held_out) and step.every(cfg.val_steps):
             v = validate(core, policy, held_out, cfg, run)
             text = f"loss {v['val_loss']:.4f} | acc {v['val_action_accuracy']:.3f} | l1 {v['val_l1_loss']:.4f}"

@@ -676,9 +676,10 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root, tmp_path):
     with pytest.raises(UserError, match="adapter_config.json"):
         openvla.main(openvla.Config(merge=str(run)))
     weights = shutil.copytree(adapter / "best", tmp_path / "best") / "adapter_model.safetensors"
-    save_file(dict([*load_file(weights).items()][1:]), weights)
-    with pytest.raises(UserError, match="its adapter lacks a tensor"):
-        openvla.load_policy(weights.parent)
+    for _ in range(2):  # half of a pair, then the whole pair
+        save_file(dict(sorted(load_file(weights).items())[1:]), weights)
+        with pytest.raises(UserError, match="its adapter lacks a tensor"):
+            openvla.load_policy(weights.parent)
     seen, merge, columns, read = [], openvla.merge_adapter, [], pq.ParquetFile.iter_batches
     with pytest.MonkeyPatch.context() as m:  # the default: run_root_dir/EXP_ID is the newest merge, as in the guide
         m.setattr(openvla, "merge_adapter", lambda *which: seen.append(which) or merge(*which))
@@ -733,6 +734,9 @@ def test_a_merge_that_failed_is_made_up_for_by_a_resume(make, monkeypatch, capsy
         openvla.load_policy(run, "cpu")
     openvla.main(again)  # only merges
     close(openvla.load_policy(run, "cpu").vla.state_dict(), openvla.load_policy(adapter, "cpu").vla.state_dict())
+    shutil.rmtree(adapter)  # the guide calls its folder temporary
+    with pytest.raises(UserError, match="holds a trained model"):
+        openvla.main(again)
 
 
 def test_a_merged_model_is_trained_on_without_validation_files(trained, make, vamos_root, tmp_path):
@@ -740,8 +744,7 @@ def test_a_merged_model_is_trained_on_without_validation_files(trained, make, va
         shutil.copy(file, tmp_path)
     cfg = make(vla_path=trained[1], data_root_dir=tmp_path, max_steps=2, val_steps=1, learning_rate=0.0)
     assert not any("val_loss" in r for r in train(cfg)[1]) and not (folders(cfg)[1] / "best").exists()
-    one, two = (openvla.load_policy(folder, "cpu").vla.state_dict() for folder in (trained[1], folders(cfg)[0]))
-    close(one, two)
+    close(*(openvla.load_policy(folder, "cpu").vla.state_dict() for folder in (trained[1], folders(cfg)[0])))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):  # before the first step
         train(make(adapter_tmp_dir=tmp_path / "file", max_steps=1))
@@ -760,9 +763,8 @@ def test_exp_id_is_upstreams_and_the_learning_rate_is_known_by_hand():
 
 def test_help_does_not_wait_for_transformers():
     """Which takes 3 s to import; nor do the parts of common that the script imports."""
-    paths = [ROOT / "train_openvla_vamos.py", *(ROOT / "common").glob("*.py")]
     first = set()
-    for path in paths:
+    for path in (ROOT / "train_openvla_vamos.py", *(ROOT / "common").glob("*.py")):
         lines = [line.split()[1] for line in path.read_text().splitlines() if re.match(r"(import|from) ", line)]
         first |= {name.split(".")[0] for name in lines}
     assert "torch" in first and not {"transformers", "modeling_openvla", "peft", "wandb"} & first
