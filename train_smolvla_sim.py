@@ -1087,8 +1087,9 @@ def main(cfg):
     describe(cfg, data, run.print)
     if saved:
         run.restore(path, saved, data.fingerprint, FIXED)
-    done = cfg.resume == "auto" and saved and saved["config"]["reset_scheduler"]  # by this run, before it was stopped
-    begin = saved["schedule_begin"] if saved and (done or not cfg.reset_scheduler) else run.step  # of the schedule
+    stopped = saved and cfg.resume == "auto" and run.step < saved["config"]["training"]["steps"]
+    reset = cfg.reset_scheduler and not (stopped and saved["config"]["reset_scheduler"])  # that was before the stop
+    begin = saved["schedule_begin"] if saved and not reset else run.step  # where the schedule starts
     vlm_config, tokenizer = open_vlm(cfg.policy.vlm_model_name)
     collate, reader = Collate(tokenizer, cfg.policy, data.spec), ep.ImageReader()
     example = SmolVLADataset(data, data.train, cfg)[(0, 0)]
@@ -1120,7 +1121,7 @@ def main(cfg):
         ckpt.restore_moments(core, optimizer, saved["optimizer_state_dict"])
     ema = Ema(trained, t.ema_decay, saved=saved and saved["ema_state_dict"])
     spikes = Spikes(run, t.loss_spike_threshold, data.episodes, saved and saved["spikes"])
-    resumed = saved and saved["frozen"]
+    kept = frozen.keep(run, folder, core, saved and saved["frozen"])
     model, saved, state_dict = run.prepare(core), None, None  # both are mapped from files that rotation may delete
 
     # ---- data
@@ -1129,7 +1130,6 @@ def main(cfg):
     export_size = sum(p.numel() * p.element_size() for p in core.parameters())
     size = sum(p.numel() for p in trained.values()) * (16 if t.ema_decay else 12)  # fp32, two moments, an average
     run.describe(core, len(dataset), size, folder, f"; {origin}")
-    kept = frozen.keep(run, folder, core, resumed)
     warmup, decay = schedule(t.steps - begin, cfg)
     run.print(f"schedule  warm-up of {warmup} steps, cosine until step {begin + decay}")
     run.write("checkpoints/meta.json", json.dumps(meta))  # evaluate.py finds the script and the episodes here

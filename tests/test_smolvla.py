@@ -219,19 +219,19 @@ def test_resume_of_another_data_set_is_a_new_run_from_the_weights(make, plain, t
     assert new["step"] == 3 and [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3]
     assert max(r["train/learning_rate"] for r in rows if "train/loss" in r) == pytest.approx(1e-5)
     assert new["normalization_stats"]["num_episodes"] == 3
-    name = "model.action_out_proj.weight"
-    moved = (new["policy_state_dict"][name] - old["policy_state_dict"][name]).abs().max().item()
-    assert 0 < moved < 4e-5  # three Adam steps of at most 1e-5 from the old weights
+    before, after = (state["policy_state_dict"]["model.action_out_proj.weight"] for state in (old, new))
+    assert 0 < (after - before).abs().max().item() < 4e-5  # three Adam steps of at most 1e-5 from the old weights
 
 
-def test_reset_scheduler_keeps_weights_and_moments_and_warms_up_again(make, plain, tmp_path):
-    flags = dict(steps=8, reset_scheduler=True, save_freq=6)
-    train(make("again", resume=plain[0] / "checkpoints/checkpoint_latest.pt", **flags))
-    (tmp_path / "again/checkpoints/checkpoint_step_8.pt").unlink()  # as if stopped: the same command and --resume auto
-    state, rows = train(make("again", resume="auto", init_from="gone", **flags))
+def test_reset_scheduler_keeps_weights_and_moments_and_warms_up_again(make, plain, monkeypatch):
+    monkeypatch.setattr(Run, "stopping", lambda run: run.step == 6)
+    for resume in (plain[0] / "checkpoints/checkpoint_latest.pt", "auto"):  # as the stopped run says
+        began = "gone" if resume == "auto" else None
+        state, rows = train(make("again", steps=8, resume=resume, reset_scheduler=True, init_from=began))
     lrs = [[r["train/learning_rate"] for r in part if "train/loss" in r] for part in (plain[2], rows)]
     assert lrs[0] == pytest.approx(lrs[1]) and lrs[0][:2] == pytest.approx([5e-4, 1e-3])
     assert state["optimizer_state_dict"]["model.action_out_proj.weight"]["step"] == 8 and state["schedule_begin"] == 4
+    assert train(make("again", steps=10, resume="auto", reset_scheduler=True))[0]["schedule_begin"] == 8
 
 
 def test_init_from_starts_from_exactly_these_weights(make, tmp_path):
@@ -241,6 +241,7 @@ def test_init_from_starts_from_exactly_these_weights(make, tmp_path):
     for source in ("checkpoint_latest.pt", "final_hf"):
         state, _ = train(make(source, init_from=tmp_path / "run/checkpoints" / source, lr=0.0, steps=1))
         same(state["policy_state_dict"], first)
+    assert train(make(source, init_from="gone", steps=2, resume="auto"))[0]["step"] == 2  # a stopped run's own weights
     old = {k.replace("model.", "model._orig_mod.", 1): v for k, v in first.items()}
     old["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(6)
     guides = dict(step=7, action_mean=np.ones(6, np.float32), action_std=np.float64(2.0), config=dict(policy={}))
@@ -590,8 +591,7 @@ def test_a_prediction_can_be_the_mean_of_several_draws(trained, sim_root):
     observations = [episode["sample"](t) for t in (0, 7)]
     noise = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(5))
     single = [policy.predict(observations, noise[:, k]) for k in range(3)]
-    together = policy.predict(observations, noise.flatten(0, 1))
-    np.testing.assert_allclose(together, np.mean(single, 0), atol=1e-5)
+    np.testing.assert_allclose(policy.predict(observations, noise.flatten(0, 1)), np.mean(single, 0), atol=1e-5)
     assert np.abs(single[0] - single[1]).max() > 1e-4
     one = policy.predict(observations)
     policy.collate.policy.noise_draws, seen = 3, []
@@ -720,9 +720,8 @@ def test_a_policy_without_any_state(make, sim_root, tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text())["input_features"]["observation.state"]["shape"] == [1]
     policy = smolvla.load_policy(folder, "cpu")
     observation = next(iter(policy.open_episodes(sim_root)))["sample"](3)
-    answer = policy.predict([observation])
     assert policy.describe()["state"] == []
-    np.testing.assert_array_equal(policy.predict([observation | dict(state=None)]), answer)
+    np.testing.assert_array_equal(*(policy.predict([o]) for o in (observation, observation | dict(state=None))))
 
 
 def test_a_training_from_the_frame_store_is_the_same_training(make, plain, tmp_path, monkeypatch):

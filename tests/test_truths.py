@@ -437,8 +437,7 @@ def test_6_validation_episodes_teach_nothing(recipe, whole, copy, tmp_path):
     for path in paths:
         change_after(path, 0)
     assert paths
-    other = train(recipe, tmp_path, **{recipe.root: str(folder)})
-    same(other.steps[-1].weights, whole[1].steps[-1].weights)
+    same(train(recipe, tmp_path, **{recipe.root: str(folder)}).steps[-1].weights, whole[1].steps[-1].weights)
 
 
 # ---- 7: one preprocessing --------------------------------------------------------------------------------------------
