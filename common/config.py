@@ -116,9 +116,9 @@ def _yaml_flags(path, tree, kinds, partial, accepted, prefix=""):
             require(plain, f"{path}: {name} is {value}: expected one value, or a list of plain ones")
             words += _words(name, given, kinds)
         elif name in accepted:
-            means = [str(v).lower() for v in accepted[name] or [value]]
+            means = [v if isinstance(v, str) else str(v).lower() for v in accepted[name] or [value]]
             fits = f"{path}: {name} is '{value}', this program does {' or '.join(means)} only: leave the key out"
-            require(str(value).lower() in means, fits)
+            require(str(value).lower() in map(str.lower, means), fits)
         elif isinstance(value, dict) or any(known.startswith(f"{name}.") and not value for known in kinds):
             words += _yaml_flags(path, value or {}, kinds, partial, accepted, f"{name}.")
         else:

@@ -118,10 +118,10 @@ def test_partial_reads_what_it_knows_of_another_programs_yaml(tmp_path):
 
 
 def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
-    accepted = {"trainer_type": ("lightning", "ddp"), "data.kind": None, "save_last": (True,)}
+    accepted = {"trainer_type": ("Lightning", "ddp"), "data.kind": None, "save_last": (True,)}
     for text in ("trainer_type: ddp", "data: {kind: anything}", "save_last: true", "save_last: True"):
         assert from_yaml(tmp_path, text, accepted=accepted) == Config()
-    for text, said in (("trainer_type: deepspeed", "lightning or ddp only"), ("save_last: false", "true only")):
+    for text, said in (("trainer_type: deepspeed", "Lightning or ddp only"), ("save_last: false", "true only")):
         with pytest.raises(UserError, match=said):
             from_yaml(tmp_path, text, accepted=accepted)
 

@@ -166,8 +166,7 @@ def test_the_same_observation_is_not_always_pulled_to_the_same_side(finished, se
     assert all(np.abs(first[a] - first[b]).max() > 1e-3 for a, b in ((0, 1), (1, 2)))
     assert np.abs(best.predict([item]) - first[:1]).max() > 1e-3
     best.reset()
-    alone = np.concatenate([best.predict([item]) for _ in range(3)])
-    np.testing.assert_allclose(alone, first, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([best.predict([item]) for _ in range(3)]), first, atol=1e-5)
     np.testing.assert_allclose(latest.predict([item] * 3), first, atol=1e-5)
     best.reset()
     np.testing.assert_allclose(best.predict([item], samples=3)[0], first.mean(0), atol=1e-5)
