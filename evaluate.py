@@ -124,6 +124,8 @@ def evaluate(policy, root, names=None, stride=1, batch_size=16):
         for i in progress(range(0, len(frames), batch_size), episode["name"], "batch"):
             predicted.extend(policy.predict([episode["sample"](t) for t in frames[i : i + batch_size]]))
         for t, chunk in zip(frames, predicted, strict=True):
+            damaged = f"{episode['name']} frame {t}: the policy predicts {chunk[0].tolist()}: its checkpoint is damaged"
+            require(np.isfinite(chunk).all(), f"{damaged}. Copy it again, or choose another")
             index = np.arange(t + SHIFTS[0], t + len(chunk) + SHIFTS[-1])
             around, around_valid = target[np.clip(index, 0, len(target) - 1)], (index >= 0) & (index < len(target))
             recorded, valid = (rows[-SHIFTS[0] :][: len(chunk)] for rows in (around, around_valid))

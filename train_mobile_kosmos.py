@@ -201,6 +201,7 @@ def read_episode(path, d):
     """Read and check one file but its images -> Episode. BadEpisode says what is wrong."""
     check = functools.partial(require, kind=ep.BadEpisode)
     try:
+        require(os.path.isfile(path), "no regular file", OSError)  # a named pipe would be waited for
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             for key in ("images", "actions"):
                 problem = f"{path}: no dataset '{key}'; it has {sorted(f)}"

@@ -582,9 +582,9 @@ def load_policy(path, device=None, dtype=None):
         from peft import PeftModel
 
         with opening(folder):
-            vlm = PeftModel.from_pretrained(vlm, folder).merge_and_unload()
-    needs = {"backbone": processor.folder} if adapter else None
-    return Policy(Nora(vlm, processor).to(device).eval(), fast, spec, needs)
+            vlm = PeftModel.from_pretrained(vlm, folder)
+        vlm = vlm.merge_and_unload()
+    return Policy(Nora(vlm, processor).to(device).eval(), fast, spec, {"backbone": processor.folder} if adapter else {})
 
 
 def open_base(folder, about):

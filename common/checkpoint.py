@@ -191,7 +191,10 @@ def load_state(path):
     if not Path(path).is_file():
         raise MissingFile(f"{path}: no such checkpoint file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        whole = zipfile.is_zipfile(path)
+        same = not whole or zipfile.ZipFile(path).testzip() is None  # torch writes checksums, and does not look at them
+        require(same, "it holds other bytes than were written", ValueError)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
         require(isinstance(state, dict), f"it holds a {type(state).__name__}", TypeError)
         return state
     except Exception as error:  # damaged bytes surface as anything: RuntimeError, EOFError, KeyError, OSError...

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import math
 import os
 import re
 import sys
@@ -50,7 +49,8 @@ def parse_config(cls, argv=None, aliases=None, partial=False, accepted=None):
     for key, value in flat(dataclasses.asdict(cfg)).items():  # a path "" would be the current folder
         for v in value if isinstance(value, (list, tuple)) else [value]:
             require(v not in ("", "~", "null") or usual.get(key) == "", f"--{key} is empty: expected a text")
-            require(not isinstance(v, float) or math.isfinite(v), f"--{key} is {v}: expected a finite number")
+            number = isinstance(v, (int, float))
+            require(not number or abs(v) < 2**63, f"--{key} is {v}: expected a finite number, below 2**63")
     return cfg
 
 

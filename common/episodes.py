@@ -87,6 +87,7 @@ def find_episodes(root):
 def read_episode(path, root=None):
     """Read and check one file -> Episode (images stay on disk)."""
     try:
+        require(os.path.isfile(path), "no regular file", OSError)  # a named pipe would be waited for
         with h5py.File(path, "r", locking=False) as f:  # NFS often refuses locks, and nothing here writes
             return _read_arrays(f, str(path), os.path.relpath(path, root or Path(path).parent))
     # what h5py raises for damage, or a group where a dataset should be

@@ -6,6 +6,7 @@ them cannot be decoded. KEY is a hash of the file's content and of the recipe (s
 a copy of the data finds its frames again, another recipe never does. Both files are written atomically, so a build that
 was interrupted continues where it stopped, and several processes may build side by side."""
 
+import contextlib
 import hashlib
 import json
 import resource
@@ -36,8 +37,9 @@ class FrameStore:
         """-> (KEY.u8, KEY.json) of a source file, which is read once: its digest is kept by its size and time."""
         path = Path(path).resolve()
         if path not in self._keys:
-            note = self.folder / f"{_hash(str(path))}.digest"
-            known = json.loads(note.read_text()) if note.is_file() else None
+            note, known = self.folder / f"{_hash(str(path))}.digest", None
+            with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+                known = json.loads(note.read_text())
             facts = content_facts(path, known)
             if facts != known:
                 write_json(note, facts)
@@ -45,13 +47,12 @@ class FrameStore:
         return self.folder / f"{self._keys[path]}.u8", self.folder / f"{self._keys[path]}.json"
 
     def about(self, path):
-        """-> {count, bad {index: why}} of a source file, or None where its frames are missing."""
+        """-> {count, bad {index: why}} of a source file, or None where its frames are missing or damaged."""
         file, note = self.files(path)
-        if not note.is_file() or not file.is_file():
-            return None
-        about = json.loads(note.read_text())
-        about["bad"] = {int(i): why for i, why in about["bad"].items()}
-        return about if file.stat().st_size == about["count"] * self.bytes_per_frame else None
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
+            about = json.loads(note.read_text())
+            about["bad"] = {int(i): why for i, why in about["bad"].items()}
+            return about if file.stat().st_size == about["count"] * self.bytes_per_frame else None
 
     def build(self, sources, open_source, first=0, threads=8):
         """Make what is missing of `sources` {path: number of images}, after printing how large it will be.

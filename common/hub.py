@@ -57,9 +57,10 @@ def _folder(source, patterns, why="", **how):
 def opening(folder):
     """What transformers and tokenizers raise, for files of a model that are missing or damaged, as one line."""
     try:
-        warnings.filterwarnings("error", "Found missing adapter keys")  # peft would make them up
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # peft would make them up
+            yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         raise
     except Exception as error:  # anything, for values that do not fit
         lacks = f"model '{folder}' lacks a file, or has one that is damaged or of another kind of model"
@@ -161,8 +162,8 @@ def weight_digest(folder):
     """Hash of all bytes of the weight files, by which an adapter or a cached feature knows its backbone. The sha256 of
     each file is cached beside them; a file is read again only if its size or time changed."""
     cache, known = Path(folder) / ".sha256.json", {}
-    with contextlib.suppress(OSError, ValueError):  # none yet, or one that only its owner may read
-        known = json.loads(cache.read_text())
+    with contextlib.suppress(UserError):  # none yet, damaged, or one that only its owner may read
+        known = read_json(cache)
     facts = {path.name: content_facts(path, known.get(path.name)) for path in weight_files(folder)}
     if facts != known:  # without write access to the folder the files are read every time
         with contextlib.suppress(OSError), atomic_path(cache) as temporary:
@@ -174,7 +175,8 @@ def content_facts(path, known=None):
     """-> [bytes, mtime_ns, sha256] of a file, which is not read if its size and time are those in `known`."""
     about = os.stat(path)
     facts = [about.st_size, about.st_mtime_ns]
-    return known if known and known[:2] == facts else [*facts, sha256_of(path)]
+    same = isinstance(known, list) and known[:2] == facts and [*map(type, known)] == [int, int, str]
+    return known if same else [*facts, sha256_of(path)]
 
 
 def sha256_of(path):

@@ -148,6 +148,7 @@ def open_backbone(folder):
 
     with opening(folder):
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        chat_text(tokenizer, "<|image_pad|>", 0, "")  # reads the chat template
         paths = [Path(folder, f"{name}_config.json") for name in ("preprocessor", "processor")]
         about = read_json(paths[not paths[0].is_file()])  # the second is of the whole processor, by transformers 5
         mean, std = (about.get("image_processor", about)[key] for key in ("image_mean", "image_std"))

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 import types
+import warnings
 from collections import defaultdict, namedtuple
 from pathlib import Path
 from unittest import mock
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common import checkpoint as ckpt
-from common import UserError, qwen_vl
+from common import UserError, hub, qwen_vl
 from common.checkpoint import DiskFull, atomic_path, checkpoints_in, load_state, save_state
 
 
@@ -323,6 +324,7 @@ def test_a_damaged_file_is_named(tmp_path):
     whole = path.read_bytes()
     damaged = [whole[:cut] for cut in (0, 1, 3, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1)]
     damaged += [rng.randbytes(length) for length in (1, 2, 5, 20, 500) * 4]
+    damaged += [whole.replace(bytes([100, 0, 0, 0]), bytes([101, 0, 0, 0]))]  # a bit of a tensor
     damaged += [b"hello\n", b"<html>404</html>", b'["a"]', b"version https://git-lfs.github.com/spec/v1\nsize 12\n"]
     torch.save([1], path)  # whole, of another program
     for content in [path.read_bytes(), *damaged]:
@@ -420,6 +422,14 @@ def test_a_copy_on_the_host_is_one_and_tied_tensors_stay_one():
         weight.add_(1)
     assert copied["a"].tolist() == [1, 1, 1] and copied["a"] is copied["b"][0] and type(copied["a"]) is torch.Tensor
     assert copied["b"][1][0].tolist() == [1, 1] and copied["b"][1][1] == 1.5 and copied["c"] == state["c"]
+
+
+def test_only_what_the_files_can_cause_is_called_a_damaged_model():
+    filters = list(warnings.filters)
+    for error, raised in ((torch.AcceleratorError("CUDA error"), torch.AcceleratorError), (KeyError("x"), UserError)):
+        with pytest.raises(raised), hub.opening("model"):
+            raise error
+    assert warnings.filters == filters, "those of the program"
 
 
 # ---- training state --------------------------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ def test_the_report(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(demo_scenes.Path(__file__).parent))
     reports = closed_loop.run(Walker(), "my_lab:Line", tmp_path / "out", scenes=3, execute=2)
-    written = json.loads((tmp_path / "out/closed_loop.json").read_text())
+    written = json.loads((tmp_path / "out/closed_loop.json").read_text(), parse_constant=pytest.fail)
+    assert [run["gone"] for run in written["scenes"]["policy"]] == [None, 7, 7]
     assert written["summary"] == json.loads(json.dumps(reports)) and written["policy"]["kind"] == "delta"
     assert [run["distance_mm"] for run in written["scenes"]["hold still"]] == [2, 3, 4]
     assert (tmp_path / "out/closed_loop.png").stat().st_size > 5000

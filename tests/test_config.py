@@ -143,6 +143,7 @@ def test_a_guides_key_is_accepted_where_its_value_means_what_happens(tmp_path):
         ("--name=", "--model.name is empty"),
         ("--name null", "--model.name is empty"),  # as YAML writes it
         ("--weights a nan", "--data.weights.a is nan: expected a finite number"),
+        (f"--data.seed {2**64}", "--data.seed is 18446744073709551616: expected a finite number, below 2**63"),
         ("--cameras=", "--data.cameras is empty"),
         ("--config", "ready-made files are in configs/"),
         ("--config nowhere.yaml", "nowhere.yaml"),
@@ -234,7 +235,10 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 )  # a list of several texts cannot have one that begins with a dash
 
 
-@given(st.builds(Data, st.integers(), st.booleans(), st.lists(st.integers()), st.lists(texts)), st.floats(1e-9, 1e9))
+integers = st.integers(1 - 2**63, 2**63 - 1)
+
+
+@given(st.builds(Data, integers, st.booleans(), st.lists(integers), st.lists(texts)), st.floats(1e-9, 1e9))
 def test_whatever_is_saved_is_read_back_equal(tmp_path_factory, data, rate):
     cfg, path = Config(data=data, learning_rate=rate), tmp_path_factory.mktemp("c") / "c.yaml"
     path.write_text(yaml.safe_dump(asdict(cfg), allow_unicode=True), encoding="utf-8")

@@ -138,10 +138,10 @@ def test_what_is_no_hdf5_episode_is_named(tmp_path, episode_path):
     for share in (0.0, 0.3, 0.999):
         (tmp_path / f"{share}.h5").write_bytes(whole[: int(len(whole) * share)])
         refuses(tmp_path / f"{share}.h5", "not a readable HDF5 file", "truncated")
-    (tmp_path / "folder.h5").mkdir()
+    (tmp_path / "folder.h5").mkdir(), os.mkfifo(tmp_path / "pipe.h5")
     with h5py.File(tmp_path / "group.h5", "w") as f:
         f.create_group("action"), f.create_group("observations/images/top_camera")
-    refuses(tmp_path / "folder.h5", "not a readable HDF5 file")
+    refuses(tmp_path / "folder.h5", "not a readable HDF5 file"), refuses(tmp_path / "pipe.h5", "no regular file")
     refuses(tmp_path / "group.h5", "no dataset 'action'")
 
 

@@ -186,6 +186,11 @@ def test_the_report_says_it(tmp_path, monkeypatch, capsys):
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
+def test_a_prediction_that_is_no_number_is_refused():
+    with pytest.raises(UserError, match=r"0.h5 frame 0: the policy predicts \[nan, .*its checkpoint is damaged"):
+        faults(Arm(lambda rows: rows[2:-2] * np.nan))
+
+
 def test_statistics_of_another_model_are_refused(tmp_path):
     """NORA's are a file of their own beside the weights."""
     definition = dict(source="ee_pose_delta", dim=3, rotation_unit="rad")

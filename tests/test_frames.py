@@ -41,6 +41,11 @@ def test_frames_are_built_once_belong_to_the_content_and_to_the_recipe(tmp_path)
     torn.write_bytes(torn.read_bytes()[:-1])
     again = [build(path, recipe)[1] for path, recipe in ((source, "x"), (copy, "x"), (copy, "y"))]
     assert again.count([0, 1, 2, 3]) == 1 and again.count([]) == 2
+    notes = [file for file in (tmp_path / "store").iterdir() if file.suffix in (".json", ".digest")]
+    for damage in (b"", b"\0\0", b"{", b"null", b"[]", b"[1, 2]", b'{"count": 4}', b'{"count": "4", "bad": []}'):
+        for file in notes:
+            file.write_bytes(damage)
+        assert build(copy)[1] == [0, 1, 2, 3], damage
     workers = DataLoader([0, 1, 3], num_workers=1, collate_fn=lambda i: store.read(copy, i[0])[0, 0, 0])
     assert list(workers) == [ord("a"), ord("b"), ord("d")]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -492,6 +493,9 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
     with pytest.raises(UserError, match="trained on the weights of .*first/steps_4/model"):
         run([*base, *LORA, "--output_dir", "second"], "--max_steps", 3, "--resume", "auto")
     assert len(losses(run(flags, "--max_steps", 3, "--resume", "auto"))) == 3
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="CUBLAS"):  # of the machine, not of a file
+        patch.setattr("peft.PeftModel.merge_and_unload", Mock(side_effect=RuntimeError("CUBLAS")), raising=False)
+        nora.load_policy("second", "cpu")
     lora = load_file(path := "second/steps_3/model/adapter_model.safetensors")
     save_file(dict(list(lora.items())[:-1]), path)
     with pytest.raises(UserError, match="lacks a file.*missing adapter keys"):

@@ -163,6 +163,7 @@ def test_a_feature_is_of_its_pictures_and_words_alone(qwen_dir, encoder, tmp_pat
     [
         (dict(layer=3), "layer is 3"),
         (dict(cut=999), "model.safetensors cannot be read .*copy or download it again"),
+        (dict(template="{% for"), "one that is damaged .*TemplateSyntaxError.* Copy or download it again"),
         ({}, "lacks 1 tensors: .*layers.1.mlp"),  # transformers would put random numbers in its place
     ],
 )
@@ -172,6 +173,8 @@ def test_a_model_that_lacks_a_tensor_and_wrong_settings_are_refused(qwen_dir, tm
     del tensors[next(name for name in tensors if "layers.1.mlp.up_proj" in name)]
     save_file(tensors, folder / "model.safetensors", dict(format="pt"))
     os.truncate(folder / "model.safetensors", wrong.pop("cut", (folder / "model.safetensors").stat().st_size))
+    template = folder / "chat_template.jinja"
+    template.write_text(wrong.pop("template", template.read_text()))
     with pytest.raises(UserError, match=message):
         assert vc.VLEncoder(**dict(model=folder, views=VIEWS, height=56, width=84) | wrong).vlm
 
