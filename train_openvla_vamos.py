@@ -49,7 +49,7 @@ from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
 from common.sampler import GlobalOrder, generator_at
-from common.stats import Normalizer, compute_stats
+from common.stats import Normalizer, compute_stats, is_table
 
 FORMAT = 3  # of steps_N/ and meta.json
 KEY = "vamos_dataset"  # of the statistics in the exported model
@@ -561,7 +561,6 @@ class Policy:
             yield dict(name=name, sample=sample, target=target, hold=np.zeros_like(target), phase=None)
 
     def action_names(self):
-        """[(name, unit)] per action dim, for reports."""
         return [("v_x", self.spec["unit"]), ("v_y", self.spec["unit"])]
 
 
@@ -668,9 +667,11 @@ def checkpoint_folder(path):
 
 
 def read_meta(path):
-    version = (meta := ckpt.read_json(path / "meta.json"))["format_version"]
+    meta, stats = ckpt.read_json(path / "meta.json"), ckpt.read_json(path / "dataset_statistics.json").get(KEY)
+    version, known = meta.get("format_version"), stats and is_table(stats.get("action"))
     require(version == FORMAT, f"{path}: meta.json has format_version {version}, this code reads {FORMAT}")
-    return meta | dict(stats=ckpt.read_json(path / "dataset_statistics.json")[KEY])
+    require(known, f"{path}/dataset_statistics.json has no complete '{KEY}': copy it again, with all beside it")
+    return meta | dict(stats=stats)
 
 
 def load_policy(path, device=None):

@@ -246,8 +246,8 @@ def run(policy, environment, folder, scenes=50, execute=0, ensemble=None, batch_
     about = (about or {}) | dict(environment=environment, execute=execute, ensemble=ensemble, policy=contract)
     about |= dict(summary=reports, scenes={})
     for who, runs in found.items():
-        known = [{k: None if str(v) == "nan" else v for k, v in run.items()} for run in runs]  # JSON has no NaN
-        about["scenes"][who] = [{k: v for k, v in run.items() if k != "actions"} for run in known]
+        plain = [{k: None if str(v) == "nan" else v for k, v in run.items() if k != "actions"} for run in runs]
+        about["scenes"][who] = plain  # JSON has no NaN
     (folder / "closed_loop.json").write_text(json.dumps(about, indent=2, default=lambda value: value.tolist()))
     draw_strip(make_scene, found, folder / "closed_loop.png")
     print(f"report: {folder / 'closed_loop.json'}\npicture: {folder / 'closed_loop.png'}")

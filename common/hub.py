@@ -128,8 +128,8 @@ def materialize(model, device):
 @torch.no_grad()
 def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(), device=None):
     """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name); None skips it.
-    UserError names tensors that `source` lacks, that the model does not know, or of another shape; allowed are missing
-    names with a prefix in `missing_ok`, and unknown ones with a prefix in `unused_ok`. Tied weights count as one.
+    UserError names tensors that `source` lacks, that the model does not know, of another shape or not finite; allowed
+    are missing names with a prefix in `missing_ok`, unknown ones with one in `unused_ok`. Tied weights count as one.
     `device`: where to put an unfilled() model; under FSDP2 each rank copies its shard. -> missing names"""
     if device is not None:
         materialize(model, device)
@@ -141,6 +141,8 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
         if name in own:
             shapes = f"{source}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
             require(own[name].shape == tensor.shape, f"{shapes}: another model")
+            finite = not tensor.numel() or all(v.isfinite() for v in tensor.aminmax())
+            require(finite, f"{source}: {name} has values that are not finite. Copy or download it again")
             own[name].copy_(laid_out(tensor, own[name]))
             found.add(_storage(own[name]))
         elif name is not None and not name.startswith(tuple(unused_ok)):

@@ -55,7 +55,7 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
     check(isinstance(stats, dict), f"is not a statistics file (it holds a {type(stats).__name__})")
     for key in keys:
         expected = f"{', '.join(LISTS)}: lists of the same length, of finite numbers, min <= max, q01 <= q99"
-        check(_is_table(stats.get(key)), f"has no complete '{key}' ({expected}); it has {sorted(stats)}")
+        check(is_table(stats.get(key)), f"has no complete '{key}' ({expected}); it has {sorted(stats)}")
     version, made_for = stats.get("format_version"), stats.get("action_definition")
     check(version == FORMAT_VERSION, f"has format_version {version}, this code reads {FORMAT_VERSION}")
     check(definition in (None, made_for), f"was computed for actions {made_for}, this run trains on {definition}")
@@ -66,7 +66,8 @@ def load_stats(path, keys=("action",), definition=None, held_out=(), trained=(),
     return stats
 
 
-def _is_table(entry):
+def is_table(entry):
+    """Has it all LISTS, of the same length, in order and finite?"""
     try:
         values = np.array([*(entry[name] for name in LISTS), entry.get("mask", entry["mean"])], np.float64)
     except (KeyError, TypeError, ValueError):  # one is missing or shorter than the others, or holds something else

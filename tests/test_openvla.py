@@ -592,6 +592,11 @@ def test_the_contract_of_a_policy_and_its_evaluation(trained, base_dir, vamos_ro
     assert about["cameras"] == {"camera1": dict(height=48, width=64)} and about["skip"] == 0
     assert [a["name"] for a in about["actions"]] == ["v_x", "v_y"] and about["actions"][0]["unit"] == "m/step"
     assert (about["kind"], about["horizon"], about["rate_hz"]) == ("velocity", 1, None)
+    broken = Path(shutil.copytree(adapter / "best", tmp_path / "broken"))
+    for stats in ({}, {"vamos_dataset": None}, {"vamos_dataset": dict(action=policy.stats["action"] | dict(std=-1))}):
+        (broken / "dataset_statistics.json").write_text(json.dumps(stats))
+        with pytest.raises(UserError, match="dataset_statistics.json has no complete 'vamos_dataset'"):
+            openvla.load_policy(broken, "cpu")
     words = ["--data", str(vamos_root), "--output", str(tmp_path), "--device", "cpu", "--plots", "0"]
     report = evaluate.main(["--checkpoint", str(run), *words])
     assert 0 < report["floor"]["relative"] < 0.5, "256 bins, and clipping"

@@ -164,13 +164,16 @@ def test_a_feature_is_of_its_pictures_and_words_alone(qwen_dir, encoder, tmp_pat
         (dict(layer=3), "layer is 3"),
         (dict(cut=999), "model.safetensors cannot be read .*copy or download it again"),
         (dict(template="{% for"), "one that is damaged .*TemplateSyntaxError.* Copy or download it again"),
+        (dict(add=np.nan), "layers.1.mlp.gate_proj.weight has values that are not finite. Copy or download"),
         ({}, "lacks 1 tensors: .*layers.1.mlp"),  # transformers would put random numbers in its place
     ],
 )
 def test_a_model_that_lacks_a_tensor_and_wrong_settings_are_refused(qwen_dir, tmp_path, wrong, message):
     folder = Path(shutil.copytree(qwen_dir, tmp_path / "m"))
     tensors = load_file(folder / "model.safetensors")
-    del tensors[next(name for name in tensors if "layers.1.mlp.up_proj" in name)]
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    tensors[name.replace("up_proj", "gate_proj")] += wrong.pop("add", 0)
+    del tensors[name]
     save_file(tensors, folder / "model.safetensors", dict(format="pt"))
     os.truncate(folder / "model.safetensors", wrong.pop("cut", (folder / "model.safetensors").stat().st_size))
     template = folder / "chat_template.jinja"
