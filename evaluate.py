@@ -27,7 +27,6 @@ import importlib
 import io
 import itertools
 import json
-import zipfile
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -448,13 +447,18 @@ def save_predictions(path, records, episodes, cfg):
 def replay(policy, root, path):
     """Predict again what predictions.npz holds -> number of frames; UserError at the first that differs in any bit. A
     robot predicts one observation at a time: what that changes is printed for the first frames."""
-    saved = dict(np.load(path)) if zipfile.is_zipfile(path) else {}
-    require("batch_size" in saved, f"--replay {path}: no predictions.npz, which evaluate.py writes beside its report")
-    names, batch = saved["episodes"].tolist() or None, int(saved["batch_size"])
-    records = evaluate(policy, root, names, int(saved["stride"]), batch)
-    frames = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))
+    try:
+        saved = dict(np.load(path))
+        names, stride, batch = saved["episodes"].tolist() or None, int(saved["stride"]), int(saved["batch_size"])
+        frames = list(zip(saved["name"].tolist(), saved["t"].tolist(), strict=True))
+        require(len(frames) == len(saved["predicted"]) and min(stride, batch) > 0, "other numbers", ValueError)
+    except Exception as error:  # damaged bytes surface as anything: BadZipFile, KeyError, TypeError, ...
+        found = f"--replay {path}: no whole predictions.npz, which evaluate.py writes beside its report"
+        raise UserError(f"{found} ({type(error).__name__}: {error})") from error
+    records = evaluate(policy, root, names, stride, batch)
     other = f"the {len(records)} frames here are not the {len(frames)} of {path}: other recordings, or another reader"
-    require([(r["episode"], r["t"]) for r in records] == frames, other)
+    same = stack(records, "predicted").shape == saved["predicted"].shape
+    require(same and [(r["episode"], r["t"]) for r in records] == frames, other)
     for record, stored in zip(records, saved["predicted"], strict=True):
         if record["predicted"].tobytes() != stored.tobytes():
             away = np.abs(record["predicted"] - stored).max()

@@ -313,8 +313,7 @@ def training_state(model, optimizer):
 def check_trained(model, shapes):
     """-> {name: parameter} of what is trained, which must be `shapes` {name: shape}, as copy_ would broadcast."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    own = {n: p.shape for n, p in trained.items()}
-    wrong = [n for n in own | shapes if own.get(n) != shapes.get(n)]
+    wrong = [n for n in trained | shapes if getattr(trained.get(n), "shape", None) != shapes.get(n)]
     differ = f"{len(wrong)} trained tensors of the checkpoint have another name or shape, e.g. {''.join(wrong[:1])}"
     require(not wrong, f"{differ}: it was made with another kind of training or another model")
     return trained

@@ -214,8 +214,12 @@ def test_a_replay_compares_every_bit(tmp_path, scripted, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scripted", SimpleNamespace(load_policy=lambda *_: shorter))
     with pytest.raises(UserError, match="the 3 frames here are not the 4 of"):
         evaluate.main([*words, "--replay", str(stored)])
-    with pytest.raises(UserError, match="--replay gone.npz: no predictions.npz"):
-        evaluate.main([*words, "--replay", "gone.npz"])
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 8] ^= 1
+    stored.write_bytes(content)
+    for path, why in {"gone.npz": "FileNotFound", str(stored): "Bad CRC-32"}.items():
+        with pytest.raises(UserError, match=f"--replay {path}: no whole predictions.npz, .*{why}"):
+            evaluate.main([*words, "--replay", path])
 
 
 def test_a_policy_drives(tmp_path, scripted, monkeypatch, capsys):
