@@ -423,9 +423,7 @@ def load_vla(folder, device, dtype, tensors=None):
     from modeling_openvla import OpenVLAForActionPrediction
 
     vla = unfilled(OpenVLAForActionPrediction._from_config, read_folder(folder)[0], dtype=dtype).requires_grad_(False)
-    load_weights(
-        vla, tensors or read_tensors(folder), f"{folder}{' with the adapter' if tensors else ''}", device=device
-    )
+    load_weights(vla, tensors or read_tensors(folder), f"{folder}{' + adapter' * bool(tensors)}", device=device)
     return vla.eval()
 
 
