@@ -834,8 +834,7 @@ def main(cfg):
     digest = run.once(check_base, base := local_folder(cfg.vla_path), saved)
     peft_model = build_model(cfg, base, run.device, torch.bfloat16 if cuda else torch.float32)
     vla = peft_model.get_base_model()
-    policy = Policy(vla, processor, data.stats, data.spec)
-    core = LossModel(vla, images)
+    policy, core = Policy(vla, processor, data.stats, data.spec), LossModel(vla, images)
     model = run.prepare(core.train())
     trained = [p for p in vla.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=cuda or None)

@@ -201,7 +201,7 @@ class FeatureFile:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            content = ckpt.load_state(path)
+            content = ckpt.load_state(path, check=False)  # it has its own checksum
             self.meta, self.shape = content["meta"], tuple(content["features"].shape)
             self.rows = {key: row for row, key in enumerate(self.meta["keys"])}
             same_format = self.meta["recipe"]["format_version"] == FORMAT
@@ -213,7 +213,7 @@ class FeatureFile:
 
     @functools.cached_property
     def features(self):  # called in a process that got this object pickled, without the tensor
-        content = ckpt.load_state(self.path)  # it may have been built again since, in another order
+        content = ckpt.load_state(self.path, check=False)  # it may have been built again since, in another order
         self.rows = {key: row for row, key in enumerate(content["meta"]["keys"])}
         return content["features"]
 
