@@ -174,7 +174,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     resume: str | None = None  # checkpoint_step_N.pt, or "auto": the newest; of other data: as init_from
-    reset_scheduler: bool = False  # with resume: keep weights and moments, start the schedule (warm-up) again
+    reset_scheduler: bool = False  # with resume: keep weights and moments, start the schedule (warm-up) again, once
     init_from: str | None = None  # new run from these weights: a .pt, a LeRobot policy directory or hub id
     check: bool = False  # read the data, build and print one batch, stop
 
