@@ -227,7 +227,7 @@ def _read_index(path, stamps):
 
     try:
         table = pd.read_parquet(path, page_checksum_verification=True).astype(object)
-        if dict(zip(table["path"], table.pop("stamp"), strict=True)) != stamps:
+        if list(zip(table["path"], table.pop("stamp"), strict=True)) != list(stamps.items()):
             return []
         for key in MATRICES:
             pairs = zip(table[key], table["num_frames"], strict=True)
@@ -235,7 +235,7 @@ def _read_index(path, stamps):
         table["sizes"] = [{camera: size.tolist() for camera, size in sizes.items()} for sizes in table["sizes"]]
         rows = table.where(table.notna(), None).to_dict("records")
         return [Episode(**row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

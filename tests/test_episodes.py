@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -372,7 +373,10 @@ def test_the_second_start_opens_nothing_until_a_file_changes(indexed, capsys):
         assert len(found) == 4 and first[2].path in excluded[0] and len(opened) == count
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one byte", "text", "a folder that cannot be written"])
+DAMAGED = ["truncated", "one byte", "text", "a folder that cannot be written", "another order", "other kinds"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_index_is_made_again(indexed, damage):
     folder, opened = indexed
     first, _ = ep.load_episodes(folder)
@@ -382,6 +386,10 @@ def test_a_damaged_index_is_made_again(indexed, damage):
     if damage == "a folder that cannot be written":
         shutil.rmtree(index.parent)
         index.parent.touch()
+    elif damage.startswith("other"):
+        pd.read_parquet(index).assign(action="text").to_parquet(index)
+    elif damage == "another order":
+        pd.read_parquet(index).iloc[::-1].to_parquet(index)
     else:
         index.write_bytes({"truncated": content[:500], "one byte": content, "text": b"no index"}[damage])
     assert_same(ep.load_episodes(folder)[0], first)
