@@ -701,7 +701,8 @@ save_model = ckpt.save_state  # a .ckpt: trained weights, the optimizer's moment
 
 def best_files(folder, new=None):
     """-> {path: val_loss} of the epoch checkpoints in `folder`, and those in `new`, the best first."""
-    found = {path: ckpt.load_state(path)["val_loss"] for path in Path(folder).glob("epoch_*.ckpt")} | (new or {})
+    paths = Path(folder).glob("epoch_*.ckpt")
+    found = {path: ckpt.load_state(path, check=False)["val_loss"] for path in paths} | (new or {})
     return {path: found[path] for path in sorted(found, key=lambda p: (math.isnan(found[p]), found[p]))}
 
 
