@@ -329,7 +329,7 @@ def test_offsets_stand_beside_the_recording_and_stay(tmp_path, capsys):
         run(tmp_path)
 
 
-def test_offsets_are_proposed_from_what_moved(tmp_path, capsys):
+def test_offsets_are_proposed_from_what_moved(tmp_path, capsys, monkeypatch):
     """The robot moves now and then; image and force follow, on clocks 40 s behind and 3.7 s ahead."""
     rng, t = np.random.default_rng(5), np.arange(0, 20, 0.01)
     speed = np.repeat(rng.uniform(0, 30, 25) * (rng.random(25) < 0.6), 80)
@@ -351,6 +351,8 @@ def test_offsets_are_proposed_from_what_moved(tmp_path, capsys):
     assert run(tmp_path) == 0 and Session(folder).has_sensor
     stream(folder, rows[:500])  # too short to compare: the cameras' offset is proposed all the same
     assert run(tmp_path, "--estimate-offsets") == 0 and "none proposed, sensor_data_1.npz" in capsys.readouterr().out
+    monkeypatch.setattr(cd, "find_offset", lambda *_: (1.74, 0.88, 0.63))  # of a demo session; it is 0
+    assert run(tmp_path, "--estimate-offsets") == 0 and "camera_offset_s: not clear" in capsys.readouterr().out
 
 
 def test_broken_pictures_are_listed_and_left_out(tmp_path, capsys):
