@@ -37,7 +37,7 @@ from common import checkpoint as ckpt
 from common import episodes as ep
 from common import qwen_vl as qwen
 from common.fast import ActionsOnly, FastTokenizer
-from common.hub import load_weights, local_folder, opening, read_tensors, stored_source, weight_digest
+from common.hub import load_weights, local_folder, opening, read_adapter, read_tensors, stored_source, weight_digest
 from common.log import WandbConfig, progress
 from common.policy import Contract, partners
 from common.run import Run, launch, to_device
@@ -575,7 +575,7 @@ def load_policy(path, device=None, dtype=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (about["dtype"] if device.type == "cuda" else torch.float32)
     attention = qwen.pick_attention("auto", device, dtype)
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter = (folder / "adapter_config.json").is_file() and read_adapter(folder)  # which peft reads unchecked
     processor = Processor(open_base(folder, about) if adapter else folder, spec)
     vlm = qwen.load_backbone(processor.folder, dtype, attention, device=device)
     if adapter:

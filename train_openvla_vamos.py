@@ -39,7 +39,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from common import UserError, command, plan, require
+from common import UserError, command, hub, plan, require
 from common import checkpoint as ckpt
 from common.config import config_from
 from common.episodes import split_or_keep, trained_in
@@ -423,7 +423,7 @@ def load_vla(folder, device, dtype, tensors=None):
     from modeling_openvla import OpenVLAForActionPrediction
 
     vla = unfilled(OpenVLAForActionPrediction._from_config, read_folder(folder)[0], dtype=dtype).requires_grad_(False)
-    load_weights(vla, tensors or read_tensors(folder), f"{folder}{' + adapter' * bool(tensors)}", device=device)
+    load_weights(vla, tensors or read_tensors(folder), folder, device=device)
     return vla.eval()
 
 
@@ -578,7 +578,7 @@ def save_adapter(folder, content, peft_model, stats):
 
 def read_adapter(folder):
     """-> {name of the parameter in the training model: tensor}"""
-    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    tensors = hub.read_adapter(folder).items()
     return {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): t for name, t in tensors}
 
 

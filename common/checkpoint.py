@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -286,7 +287,7 @@ def rotate(folder, name, keep):
 def check_same_run(path, saved, fingerprint, config, fixed):
     """Refuse a resume that would silently be another run -> ["key old -> new"] of the changed keys."""
     changed = "the training data or its settings changed since then (added, removed, made again, another split)"
-    again = f" with --init-from {path}" if "init_from" in config else ""
+    again = f" with --init-from {shlex.quote(str(path))}" if "init_from" in config else ""
     put_back = f"this would not be the same run. Put them back, or start a new run in another folder{again}"
     require(saved["fingerprint"] == fingerprint, f"--resume {path}: {changed}, {put_back}")
     then, now = flat(saved["config"]), flat(config)

@@ -125,6 +125,19 @@ def materialize(model, device):
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
+def check_finite(name, tensor, source):
+    """-> the tensor; UserError if it has values that are not finite."""
+    finite = not tensor.numel() or all(v.isfinite() for v in tensor.aminmax())
+    require(finite, f"{source}: {name} has values that are not finite. Copy or download it again")
+    return tensor
+
+
+def read_adapter(folder):
+    """-> {name: tensor} of peft's adapter_model.safetensors in a directory, all finite."""
+    path = Path(folder) / "adapter_model.safetensors"
+    return {name: check_finite(name, tensor, path) for name, tensor in read_tensors(path)}
+
+
 @torch.no_grad()
 def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(), device=None):
     """Copy every (name, tensor) into the model's parameter or buffer of that name, or of rename(name); None skips it.
@@ -141,9 +154,7 @@ def load_weights(model, tensors, source, rename=None, missing_ok=(), unused_ok=(
         if name in own:
             shapes = f"{source}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
             require(own[name].shape == tensor.shape, f"{shapes}: another model")
-            finite = not tensor.numel() or all(v.isfinite() for v in tensor.aminmax())
-            require(finite, f"{source}: {name} has values that are not finite. Copy or download it again")
-            own[name].copy_(laid_out(tensor, own[name]))
+            own[name].copy_(laid_out(check_finite(name, tensor, source), own[name]))
             found.add(_storage(own[name]))
         elif name is not None and not name.startswith(tuple(unused_ok)):
             unused.append(name)

@@ -102,7 +102,7 @@ def check_uses(code):
         )
         if any(name in OURS or name.startswith("common") for name in modules):
             exec(ast.unparse(node), known)
-    for node in ast.walk(tree):
+    for node in reversed(list(ast.walk(tree))):  # the inner ones first: common.plan, then common.plan.measure
         if isinstance(node, ast.Attribute) and inspect.ismodule(known.get(module := ast.unparse(node.value))):
             known[ast.unparse(node)] = getattr(known[module], node.attr)
     for node in ast.walk(tree):

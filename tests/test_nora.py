@@ -497,6 +497,9 @@ def test_an_adapter_stands_on_the_weights_it_was_trained_on(tmp_path, base, part
         patch.setattr("peft.PeftModel.merge_and_unload", Mock(side_effect=RuntimeError("CUBLAS")), raising=False)
         nora.load_policy("second", "cpu")
     lora = load_file(path := "second/steps_3/model/adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in lora.items()}, path)
+    with pytest.raises(UserError, match="adapter_model.safetensors: .* not finite"):
+        nora.load_policy("second", "cpu")
     save_file(dict(list(lora.items())[:-1]), path)
     with pytest.raises(UserError, match="lacks a file.*missing adapter keys"):
         nora.load_policy("second", "cpu")

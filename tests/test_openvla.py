@@ -681,6 +681,11 @@ def test_merges_during_the_run_and_by_hand(trained, make, vamos_root, tmp_path):
     with pytest.raises(UserError, match="adapter_config.json"):
         openvla.main(openvla.Config(merge=str(run)))
     weights = shutil.copytree(adapter / "best", tmp_path / "best") / "adapter_model.safetensors"
+    whole = load_file(weights)
+    save_file({name: tensor * np.nan for name, tensor in whole.items()}, weights)
+    with pytest.raises(UserError, match="adapter_model.safetensors: .* not finite"):
+        openvla.main(openvla.Config(merge=str(weights.parent)))
+    save_file(whole, weights)
     for _ in range(2):  # half of a pair, then the whole pair
         save_file(dict(sorted(load_file(weights).items())[1:]), weights)
         with pytest.raises(UserError, match="its adapter lacks a tensor"):
